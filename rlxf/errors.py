@@ -1,0 +1,59 @@
+"""The errors a user can meet. Each message says what was expected, what came, the key, and the next thing to do."""
+
+from __future__ import annotations
+
+
+class RlxfError(Exception):
+    """Base of every error of this package; the entry point prints it as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(RlxfError):
+    """The recipe, a data file or a model folder is wrong. Holds every mistake found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class DataError(ConfigError):
+    """A data file is wrong; each problem names file, line and reason."""
+
+
+class ModelError(ConfigError):
+    """A model folder cannot be used for its role."""
+
+
+class PlacementError(RlxfError):
+    """The cluster cannot hold the pools that the recipe asks for."""
+
+    exit_code = 3
+
+
+class ShapeError(RlxfError):
+    """Two rooms disagree about the data between them; always a defect of the program, never of the recipe."""
+
+
+class WorkerLost(RlxfError):
+    """A worker process died; names worker, node, stage and step."""
+
+
+class StageTimeout(RlxfError):
+    """A remote stage did not answer before its deadline; names what was waited for."""
+
+
+class SyncError(RlxfError):
+    """A rollout engine does not hold the actor's weights."""
+
+
+class TrainingError(RlxfError):
+    """Training cannot go on: a non-finite loss, or too many steps without a single pair."""
+
+
+class StopRequested(RlxfError):
+    """The user asked the run to end (SIGINT or SIGTERM); raised at a point where nothing is half done."""
+
+    exit_code = 143

@@ -1,0 +1,36 @@
+"""Device differences: npu, cuda and cpu behind one protocol. The only code that names a device."""
+
+from __future__ import annotations
+
+from rlxf.errors import ConfigError
+from rlxf.platform.base import Platform, Process
+from rlxf.platform.cpu import CpuPlatform
+from rlxf.platform.cuda import CudaPlatform
+from rlxf.platform.npu import NpuPlatform
+
+__all__ = ["PLATFORMS", "Platform", "Process", "get_platform"]
+
+PLATFORMS: dict[str, type[NpuPlatform] | type[CudaPlatform] | type[CpuPlatform]] = {
+    "npu": NpuPlatform,
+    "cuda": CudaPlatform,
+    "cpu": CpuPlatform,
+}
+
+
+def get_platform(name: str = "auto") -> Platform:
+    """The platform of that name; ``auto`` is the first of npu, cuda, cpu that this machine has.
+
+    Raises:
+        ConfigError: the name is unknown, or the named device is not there.
+    """
+    if name == "auto":
+        return next(platform for kind in PLATFORMS.values() if (platform := kind()).is_available())
+    if name not in PLATFORMS:
+        raise ConfigError(f'training.device = "{name}": expected one of auto, {", ".join(PLATFORMS)}')
+    platform = PLATFORMS[name]()
+    if not platform.is_available():
+        raise ConfigError(
+            f"training.device = {name}: this machine has no such device, or its PyTorch cannot use it; "
+            f"install the {name} extra, or set training.device=auto"
+        )
+    return platform

@@ -1,0 +1,68 @@
+"""What the rest of the program may ask of a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Process:
+    """Place of this process in its role's group of processes; every role (actor, ref, reward) is a group of its own."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # among this process's visible devices
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0  # 0: a free one (world_size 1 only)
+
+
+class Platform(Protocol):
+    """One kind of device. Values first, then the few things that must be done differently."""
+
+    name: str  # "npu", "cuda" or "cpu"
+    torch_device: str  # what torch calls it
+    ray_resource: str  # "NPU", "GPU" or "CPU"
+    visible_devices_variable: str | None  # environment variable that limits a process to its devices
+    collective_backend: str  # of torch.distributed
+    head_sizes: tuple[int, ...] | None  # that the rollout engine's attention has kernels for; None = any
+    kv_block_size: int  # tokens per block of the rollout engine's KV cache
+
+    def is_available(self) -> bool:
+        """Whether this machine has such a device and the software for it."""
+        ...
+
+    def worker_environment(self, num_threads: int) -> dict[str, str]:
+        """Environment variables that a worker process needs before torch is imported."""
+        ...
+
+    def rollout_environment(self, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
+        """The same for a process that holds a vLLM engine."""
+        ...
+
+    def prepare_megatron(self) -> None:
+        """Make megatron-core importable and usable on this device; call before the first import of it."""
+        ...
+
+    def set_device(self, local_rank: int) -> torch.device:
+        """Bind this process to one of its visible devices."""
+        ...
+
+    def synchronize(self) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+    def max_memory_allocated(self) -> int:
+        """Peak memory of this process on its device, bytes (cpu: peak resident memory)."""
+        ...
+
+    def packed_attention(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+        """[T, heads, d] causal attention of packed sequences; key, value [T, kv_heads, d], cu_seqlens [B + 1] int32."""
+        ...
+
+    def vllm_arguments(self, *, colocated: bool) -> dict[str, Any]:
+        """Arguments of ``vllm.LLM`` that depend on the device; ``colocated``: the engine shares it with training."""
+        ...

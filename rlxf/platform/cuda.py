@@ -1,0 +1,78 @@
+"""NVIDIA GPUs: nccl, megatron-core as it comes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CudaPlatform:
+    """Not yet run on hardware by the project's own tests; see docs/platforms.md."""
+
+    name = "cuda"
+    torch_device = "cuda"
+    ray_resource = "GPU"
+    visible_devices_variable: str | None = "CUDA_VISIBLE_DEVICES"
+    collective_backend = "cpu:gloo,cuda:nccl"
+    head_sizes: tuple[int, ...] | None = None
+    kv_block_size = 16
+
+    def is_available(self) -> bool:
+        return torch.cuda.is_available()
+
+    def worker_environment(self, num_threads: int) -> dict[str, str]:
+        # One connection keeps the order of communication and compute kernels, which Megatron's overlap relies on.
+        return {
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    def rollout_environment(self, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
+        return {
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }
+
+    def prepare_megatron(self) -> None:
+        return None
+
+    def set_device(self, local_rank: int) -> torch.device:
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def empty_cache(self) -> None:
+        torch.cuda.empty_cache()
+
+    def max_memory_allocated(self) -> int:
+        return int(torch.cuda.max_memory_allocated())
+
+    def packed_attention(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        window = (-1, 0)  # causal: everything before, nothing after
+        out = varlen_attn(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            scale=scale,
+            window_size=window,
+            enable_gqa=True,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    def vllm_arguments(self, *, colocated: bool) -> dict[str, Any]:
+        return {"enforce_eager": False, "enable_sleep_mode": colocated}
