@@ -1,0 +1,1 @@
+"""Models, tokenizers and model folders: what the rooms share."""

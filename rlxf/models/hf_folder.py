@@ -1,0 +1,146 @@
+"""Hugging Face model folders: reading tensors by name, and writing a folder that ``transformers`` loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlxf.errors import ModelError
+
+_SHARD_BYTES = 5 * 2**30
+_COPIED = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "generation_config.json")
+
+
+class HfWeights:
+    """The tensors of a folder's safetensors files, read one at a time."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._file_of = _tensor_files(self.folder)
+        self._open: dict[str, Any] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name, in the file's dtype.
+
+        Raises:
+            ModelError: no file of the folder holds it.
+        """
+        if name not in self._file_of:
+            raise ModelError(f"{self.folder}: no tensor {name!r}; the folder holds another kind of model")
+        file = self._file_of[name]
+        if file not in self._open:
+            self._open[file] = _open_safetensors(self.folder / file)
+        tensor: Tensor = self._open[file].get_tensor(name)
+        return tensor
+
+
+def _open_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
+
+
+def _tensor_files(folder: Path) -> dict[str, str]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        missing = sorted({file for file in files.values() if not (folder / file).is_file()})
+        if missing:
+            raise ModelError(f"{folder}: {index.name} names {', '.join(missing)}, which is not there; copy it again")
+        return files
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        old = " (convert pytorch_model.bin to safetensors)" if (folder / "pytorch_model.bin").is_file() else ""
+        raise ModelError(f"{folder}: no model.safetensors and no model.safetensors.index.json{old}")
+    return dict.fromkeys(_open_safetensors(single).keys(), single.name)
+
+
+def load_hf_config(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The ``transformers`` config of a model folder.
+
+    Raises:
+        ModelError: there is no such folder, or its ``config.json`` cannot be used.
+    """
+    from transformers import AutoConfig
+
+    path = Path(folder)
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such folder; `load` must name a Hugging Face model folder")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json in it; `load` must name a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}/config.json: {str(error).splitlines()[0]}") from error
+
+
+def save_hf_folder(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, like: Path, dtype: str) -> None:
+    """Write weights with the config and tokenizer of ``like``; complete or not there at all.
+
+    Args:
+        folder: must not exist; written under a temporary name and renamed last.
+        tensors: Hugging Face names and full tensors, one at a time.
+        like: the model folder that the run started from.
+        dtype: written into ``config.json``.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    _write_shards(temporary, tensors)
+    settings = json.loads((like / "config.json").read_text())
+    settings.pop("torch_dtype", None)
+    settings["dtype"] = dtype
+    (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    for pattern in _COPIED:
+        for source in like.glob(pattern):
+            shutil.copy2(source, temporary / source.name)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = []
+    current: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(current, folder / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(current))
+        current.clear()
+
+    for name, tensor in tensors:
+        if current and size + tensor.nbytes > _SHARD_BYTES:
+            flush()
+            size = 0
+        current[name] = tensor.detach().to("cpu").contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "part-0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{i}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

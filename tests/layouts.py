@@ -1,0 +1,61 @@
+"""Run the product's actor and reference on several processes, and keep what they computed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from rlxf.models.megatron.parallel import free_port
+from rlxf.platform import Process, get_platform
+from rlxf.reference.frozen import FrozenReference
+from rlxf.types import ReferencedPairs
+from rlxf.update.actor import Actor
+from tests.settings import random_pairs, run_config
+
+NUM_STEPS = 3
+NUM_PAIRS = 7  # odd on purpose: no size divides it
+
+
+def train(folder: Path, rank: int, world_size: int, port: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Losses, gradient norms, log-probs and final weights of a few steps on this rank."""
+    config = run_config(folder, **settings)
+    process = Process(rank=rank, world_size=world_size, master_port=port)
+    platform = get_platform("cpu")
+    actor = Actor(config, platform, process)
+    reference = FrozenReference(config, platform, process)
+    metrics = []
+    for step in range(NUM_STEPS):
+        pairs = random_pairs(NUM_PAIRS, seed=step)
+        metrics.append(actor.update(ReferencedPairs(pairs=pairs, reference=reference.logps(pairs)), step))
+    names = [name for name, _ in actor.model.exported_shapes()]
+    return {
+        "metrics": metrics,
+        "logps": actor.token_logps(random_pairs(5, seed=9).chosen),
+        "weights": {name: value.clone() for name, value in actor.model.export(names)},
+    }
+
+
+def _child(rank: int, world_size: int, port: int, folder: Path, settings: dict[str, Any], out: Path) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    result = train(folder, rank, world_size, port, settings)
+    if rank == 0:
+        torch.save(result, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train_on(folder: Path, world_size: int, out: Path, **settings: Any) -> dict[str, Any]:
+    """What rank 0 of ``world_size`` fresh processes computed."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    mp.start_processes(
+        _child, args=(world_size, free_port(), folder, settings, out), nprocs=world_size, start_method="spawn"
+    )
+    loaded: dict[str, Any] = torch.load(out, weights_only=True)
+    return loaded

@@ -1,0 +1,67 @@
+"""Configs and batches for tests that build roles directly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlxf.config.schema import (
+    ActorConfig,
+    ModelConfig,
+    ReferenceConfig,
+    RewardConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from rlxf.types import PairLogps, Pairs, ReferencedPairs, Sequences
+from tests.tiny_models import VOCAB
+
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=128,
+    ffn_hidden_size=192,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=32,
+    vocab_size=VOCAB,
+    max_position_embeddings=512,
+)
+
+
+def run_config(folder: Path, *, reward: Path | None = None, stage: str = "ray_online_dpo", **actor: Any) -> RunConfig:
+    """A recipe around the model in ``folder`` (see tests/tiny_models.py); ``actor`` are keys of actor_rollout."""
+    tp_size = actor.get("tensor_model_parallel_size", 1)
+    micro_batch_size = actor.get("micro_batch_size", 4)
+    settings = {"model": "tiny", "load": str(folder), "micro_batch_size": micro_batch_size, "lr": 1e-3} | actor
+    return RunConfig(
+        training=TrainingConfig(stage=stage, train_iters=10),  # type: ignore[arg-type]
+        model={"tiny": MODEL},
+        actor_rollout=ActorConfig(**settings),
+        ref=ReferenceConfig(
+            model="tiny", load=str(folder), tensor_model_parallel_size=tp_size, micro_batch_size=micro_batch_size
+        ),
+        reward=RewardConfig(model="tiny", load=str(reward or folder), micro_batch_size=micro_batch_size),
+    )
+
+
+def random_rows(count: int, low: int, high: int, generator: torch.Generator) -> list[list[int]]:
+    """``count`` rows of ``low`` to ``high - 1`` ordinary token ids."""
+    lengths = torch.randint(low, high, (count,), generator=generator).tolist()
+    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def random_pairs(count: int, seed: int = 0) -> Pairs:
+    """Pairs of unequal lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = random_rows(count, 2, 12, generator)
+    sides = [Sequences.from_rows(prompts, random_rows(count, 1, 30, generator)) for _ in range(2)]
+    return Pairs(chosen=sides[0], rejected=sides[1])
+
+
+def referenced(pairs: Pairs, seed: int = 0) -> ReferencedPairs:
+    """Pairs with made-up reference log-probs, for tests that have no reference model."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen, rejected = (-40 + 5 * torch.randn(len(pairs), generator=generator) for _ in range(2))
+    return ReferencedPairs(pairs=pairs, reference=PairLogps(chosen=chosen, rejected=rejected))
