@@ -1,0 +1,1 @@
+"""Training the actor on pairs: losses, learning-rate schedule, optimizer steps."""

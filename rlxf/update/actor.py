@@ -1,0 +1,268 @@
+"""The actor: the policy being trained, on one rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlxf.config.schema import RunConfig
+from rlxf.errors import TrainingError
+from rlxf.models.backend import load_model, sum_rows, token_logps
+from rlxf.models.hf_folder import save_hf_folder
+from rlxf.platform.base import Platform, Process
+from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
+from rlxf.types import Metrics, OnlinePairs, PairLogps, ReferencedPairs, Sequences
+from rlxf.update.batches import micro_batches, mini_batches
+from rlxf.update.losses import LOSSES, reduction_of
+from rlxf.update.schedule import make_schedule
+
+if TYPE_CHECKING:
+    from rlxf.models.megatron.logps import Packed
+
+# Summed over pairs, then divided by their number.
+_MEANS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "objective/kl",
+    "objective/entropy",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """What one forward/backward needs: chosen rows first, then rejected rows, and which of them count."""
+
+    packed: Packed
+    completion_lengths: Tensor  # [2n] int64, chosen then rejected
+    reference: PairLogps  # n pairs
+    counted: bool  # False: this rank has no pair, and computes one only to take part in the collective calls
+
+
+class Actor:
+    """One rank of the policy. Every rank of the role is called with the same arguments.
+
+    Args:
+        config: the whole recipe.
+        platform: the device.
+        process: this rank's place.
+
+    Raises:
+        ModelError: ``actor_rollout.load`` does not hold a causal language model.
+    """
+
+    def __init__(self, config: RunConfig, platform: Platform, process: Process) -> None:
+        self.config = config.actor_rollout
+        self.model = load_model(config, "actor_rollout", platform, process)
+        self.layout = self.model.layout
+        self.schedule = make_schedule(self.config, config.training.train_iters)
+        self._seed = config.training.seed
+        self._loss = LOSSES[self.config.dpo_loss_type]
+        self._reduction = reduction_of(
+            self.config.dpo_logp_reduction, loss_type=self.config.dpo_loss_type, offline=config.offline
+        )
+        self._bucket_bytes = config.sync.bucket_mb * 2**20
+        from rlxf.models.megatron.optimizer import TrainableModel
+
+        self.trainable = TrainableModel(self.model, self.config)
+
+    def update(self, batch: ReferencedPairs, step: int) -> Metrics:
+        """Train on the step's pairs: ``ppo_epochs`` passes, one optimizer step per mini-batch.
+
+        Args:
+            batch: at least one pair, the same on every rank.
+            step: the driver step; decides learning rate and shuffle.
+
+        Returns:
+            Means over all pairs and passes, by the names of docs/metrics.md; ``grad_norm`` is the mean over optimizer
+            steps.
+
+        Raises:
+            TrainingError: the loss or the gradient norm is not finite; that optimizer step was not made.
+        """
+        learning_rate = self.schedule(step)
+        sums = torch.zeros(len(_MEANS), dtype=torch.float64)
+        norms: list[float] = []
+        count = 0
+        drift = self._drift(batch)
+        for epoch in range(self.config.ppo_epochs):
+            key = (self._seed, step, epoch) if self.config.shuffle_minibatch else None
+            for rows in mini_batches(
+                len(batch), self.config.ppo_mini_batch_size * self.layout.dp_size, shuffle_key=key
+            ):
+                sums += self._accumulate(batch, rows, step)
+                norms.append(self._step(learning_rate, step))
+                count += len(rows)
+        means = dict(zip(_MEANS, (sums / count).tolist(), strict=True))
+        return {
+            **means,
+            **drift,
+            "grad_norm": sum(norms) / len(norms),
+            "learning_rate": learning_rate,
+            "beta": self.config.dpo_beta,
+        }
+
+    def _accumulate(self, batch: ReferencedPairs, rows: Tensor, step: int) -> Tensor:
+        """Gradients of one mini-batch; [len(_MEANS)] float64 sums over its pairs, on all ranks."""
+        batches = list(self._micro_batches(batch, rows))
+        reports = self.trainable.accumulate(self._forward, batches)
+        sums = torch.stack(reports).sum(dim=0).to(self.layout.device)  # [len(_MEANS)]
+        sums = _sum_over_data_parallel(sums, self.layout.dp_size).cpu()
+        if not math.isfinite(float(sums[0])):
+            raise TrainingError(
+                f"step {step}: the loss is {float(sums[0])} on pairs {rows.tolist()[:8]} of the step; no parameter was "
+                "changed. Lower actor_rollout.lr, or look at the step's pairs in rollouts.jsonl (log.rollouts=true)"
+            )
+        return sums
+
+    def _step(self, learning_rate: float, step: int) -> float:
+        try:
+            return self.trainable.step(learning_rate)
+        except TrainingError as error:
+            raise TrainingError(f"step {step}: {error}. Lower actor_rollout.lr") from error
+
+    def _micro_batches(self, batch: ReferencedPairs, rows: Tensor) -> Iterator[MicroBatch]:
+        pieces = micro_batches(
+            rows,
+            dp_rank=self.layout.dp_rank,
+            dp_size=self.layout.dp_size,
+            pairs_per_forward=self.config.micro_batch_size,
+        )
+        from rlxf.models.megatron.logps import pack_for_logps
+
+        for piece in pieces or [rows[:1]]:
+            pairs = batch.pairs.select(piece)
+            sequences = Sequences.concat([pairs.chosen, pairs.rejected])
+            yield MicroBatch(
+                packed=pack_for_logps(sequences, self.layout.device),
+                completion_lengths=sequences.completion_lengths,
+                reference=batch.reference.select(piece),
+                counted=bool(pieces),
+            )
+
+    def _forward(self, iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        micro = next(iterator)
+        return model(micro.packed), partial(self._loss_of, micro)
+
+    def _loss_of(self, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss summed over the pairs, their number, and [len(_MEANS)] float64 sums of what is logged."""
+        sums = sum_rows(self.model.logps(hidden, micro.packed), micro.completion_lengths)  # [2n]
+        summed = PairLogps(chosen=sums.chunk(2)[0], rejected=sums.chunk(2)[1])
+        device = sums.device
+        reference = PairLogps(chosen=micro.reference.chosen.to(device), rejected=micro.reference.rejected.to(device))
+        actor_side, reference_side = self._reduced(summed, micro), self._reduced(reference, micro)
+        losses = self._loss(
+            actor_side,
+            reference_side,
+            beta=self.config.dpo_beta,
+            label_smoothing=self.config.dpo_label_smoothing,
+        )  # [n]
+        report = _report(losses, summed, reference, self.config.dpo_beta)
+        share = 1.0 if micro.counted else 0.0
+        count = torch.tensor(len(losses) if micro.counted else 0, dtype=torch.int, device=device)
+        return losses.sum() * share, count, report * share
+
+    def _reduced(self, logps: PairLogps, micro: MicroBatch) -> PairLogps:
+        if self._reduction == "sum":
+            return logps
+        chosen, rejected = micro.completion_lengths.to(logps.chosen.device).chunk(2)
+        return PairLogps(chosen=logps.chosen / chosen, rejected=logps.rejected / rejected)
+
+    def _drift(self, batch: ReferencedPairs) -> Metrics:
+        """How far the engine's own log-probs are from this model's, before any update of the step; a metric only."""
+        pairs = batch.pairs
+        if not isinstance(pairs, OnlinePairs):
+            return {}
+        engine = torch.cat([pairs.chosen_engine_logps, pairs.rejected_engine_logps])
+        if not bool(engine.isfinite().any()):
+            return {}
+        own = self.token_logps(Sequences.concat([pairs.chosen, pairs.rejected]))
+        difference = (own - engine).abs()
+        difference = difference[difference.isfinite()]
+        return {
+            "rollout/logp_diff_mean": float(difference.mean()),
+            "rollout/logp_diff_max": float(difference.max()),
+        }
+
+    def token_logps(self, sequences: Sequences) -> Tensor:
+        """[sum completion tokens] float32 log-probabilities of every completion token, without gradient."""
+        return token_logps(self.model, sequences, sequences_per_forward=2 * self.config.micro_batch_size)
+
+    def sync_plan(self) -> tuple[Bucket, ...]:
+        """The messages that carry all weights, by Hugging Face names; a tied head is not sent twice."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        specs = [TensorSpec(name, shape, dtype) for name, shape in self.model.exported_shapes()]
+        return plan_buckets(specs, self._bucket_bytes)
+
+    def export_bucket(self, index: int) -> Tensor:
+        """[num_bytes] uint8 on the CPU: the newest weights of bucket ``index``."""
+        bucket = self.sync_plan()[index]
+        payload = torch.empty(bucket.num_bytes, dtype=torch.uint8)
+        places = dict(bucket.views(payload))
+        for name, tensor in self.model.export(list(places)):
+            places[name].copy_(tensor)
+        return payload
+
+    def save_hf(self, folder: Path) -> None:
+        """Write the policy as a folder that ``transformers`` loads; complete or not there at all."""
+        names = [name for name, _ in self.model.exported_shapes()]
+        tensors = self.model.export(names)
+        if dist.get_rank() == 0:
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            save_hf_folder(folder, tensors, like=self.model.folder, dtype=dtype)
+        else:
+            for _ in tensors:
+                continue
+        dist.barrier()
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write parameters, optimizer and random states into ``folder``, which exists; another layout can load them."""
+        from rlxf.models.megatron.checkpoint import save
+
+        save(folder, self.trainable)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Take over what ``save_checkpoint`` wrote."""
+        from rlxf.models.megatron.checkpoint import load
+
+        load(folder, self.trainable)
+
+
+def _report(losses: Tensor, actor: PairLogps, reference: PairLogps, beta: float) -> Tensor:
+    """[len(_MEANS)] float64 sums over the pairs; log-probs summed over the completion, whatever the loss reads."""
+    chosen = beta * (actor.chosen - reference.chosen)  # [n] implicit rewards
+    rejected = beta * (actor.rejected - reference.rejected)
+    both = torch.cat([actor.chosen - reference.chosen, actor.rejected - reference.rejected])
+    entropy = -torch.cat([actor.chosen, actor.rejected])
+    columns = (
+        losses,
+        chosen,
+        rejected,
+        chosen - rejected,
+        (chosen > rejected).float(),
+        actor.chosen,
+        actor.rejected,
+        both.view(2, -1).mean(dim=0),
+        entropy.view(2, -1).mean(dim=0),
+    )
+    return torch.stack([column.detach().double().sum() for column in columns]).cpu()
+
+
+def _sum_over_data_parallel(values: Tensor, dp_size: int) -> Tensor:
+    if dp_size > 1:
+        from megatron.core import parallel_state
+
+        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+    return values

@@ -1,0 +1,54 @@
+"""Learning rates of driver steps, and which pairs go where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlxf.update.batches import micro_batches, mini_batches
+from rlxf.update.schedule import Schedule, make_schedule
+from tests.settings import run_config
+
+
+def test_cosine_starts_at_the_peak_after_warm_up_and_ends_at_the_floor() -> None:
+    schedule = Schedule(style="cosine", lr=1.0, min_lr=0.1, warmup_steps=4, num_steps=104)
+    assert [schedule(step) for step in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert schedule(4) == pytest.approx(1.0)
+    assert schedule(54) == pytest.approx(0.55)
+    assert schedule(104) == pytest.approx(0.1)
+
+
+def test_linear_and_constant() -> None:
+    linear = Schedule(style="linear", lr=1.0, min_lr=0.0, warmup_steps=0, num_steps=10)
+    assert [linear(0), linear(5), linear(10), linear(99)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    assert Schedule(style="constant", lr=0.3, min_lr=0.0, warmup_steps=0, num_steps=10)(7) == 0.3
+
+
+def test_warm_up_fraction_counts_as_share_of_all_steps(tmp_path: Path) -> None:
+    config = run_config(tmp_path, lr_warmup_fraction=0.25).actor_rollout
+    assert make_schedule(config, 40).warmup_steps == 10
+
+
+@pytest.mark.parametrize("num_pairs", [1, 2, 5, 8, 13])
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("shuffle_key", [None, (1, 7, 0)])
+def test_every_pair_is_counted_once_whatever_the_sizes(
+    num_pairs: int, dp_size: int, shuffle_key: tuple[int, int, int] | None
+) -> None:
+    seen: list[int] = []
+    for rows in mini_batches(num_pairs, 3 * dp_size, shuffle_key=shuffle_key):
+        for rank in range(dp_size):
+            for piece in micro_batches(rows, dp_rank=rank, dp_size=dp_size, pairs_per_forward=2):
+                assert 0 < len(piece) <= 2
+                seen += piece.tolist()
+    assert sorted(seen) == list(range(num_pairs))
+
+
+def test_the_order_depends_on_seed_step_and_pass() -> None:
+    def order(key: tuple[int, int, int]) -> list[int]:
+        return torch.cat(mini_batches(50, 7, shuffle_key=key)).tolist()
+
+    assert order((1, 2, 0)) == order((1, 2, 0))
+    assert len({tuple(order(key)) for key in ((1, 2, 0), (1, 2, 1), (1, 3, 0), (2, 2, 0))}) == 4
