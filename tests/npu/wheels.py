@@ -1,0 +1,26 @@
+"""Wheels that cannot be installed beside the CPU lane, fetched by pip and read as source."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+CACHE = Path(os.environ.get("RLXF_WHEEL_CACHE", Path.home() / ".cache" / "rlxf" / "wheels"))
+
+
+def wheel(requirement: str) -> zipfile.ZipFile:
+    """The wheel of a pinned requirement (``name==version``), downloaded once; its dependencies are not."""
+    folder = CACHE / requirement.replace("==", "-")
+    if not list(folder.glob("*.whl")):
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
+        subprocess.run([*command, requirement], check=True, timeout=240)
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+def source(requirement: str, path: str) -> str:
+    """One file of a wheel, as text."""
+    return wheel(requirement).read(path).decode()
