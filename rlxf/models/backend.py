@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
 from rlxf.errors import ConfigError
+from rlxf.models.megatron.parallel import init_parallel, sum_over_data_parallel
 from rlxf.platform.base import Platform, Process
 from rlxf.types import Sequences
 
@@ -28,8 +28,6 @@ def load_model(config: RunConfig, role: RoleName, platform: Platform, process: P
     Raises:
         ModelError: the folder does not hold such a model. ConfigError: it differs from the recipe's model section.
     """
-    from rlxf.models.megatron.parallel import init_parallel
-
     section = getattr(config, role)
     if section.load is None or section.model is None:
         raise ConfigError(f"{role}.load and {role}.model: expected a model folder and the name of its shape, got none")
@@ -68,7 +66,7 @@ def token_logps(model: MegatronModel, sequences: Sequences, *, sequences_per_for
         values = model.logps(model.gpt(packed), packed).cpu()
         for row, value in zip(rows.tolist(), torch.split(values, part.completion_lengths.tolist()), strict=True):
             places[row].copy_(value)
-    return _sum_shares(model, result)
+    return sum_over_data_parallel(result, model.layout)  # every rank filled its own rows of a zero tensor
 
 
 @torch.no_grad()
@@ -80,7 +78,7 @@ def sequence_scores(model: MegatronModel, sequences: Sequences, *, sequences_per
     for rows in _my_rows(model, len(sequences), sequences_per_forward):
         packed = pack_for_scores(sequences.select(rows), model.layout.device)
         result[rows] = model.scores(packed).cpu()
-    return _sum_shares(model, result)
+    return sum_over_data_parallel(result, model.layout)
 
 
 def sum_rows(values: Tensor, lengths: Tensor) -> Tensor:
@@ -96,14 +94,3 @@ def sum_rows(values: Tensor, lengths: Tensor) -> Tensor:
 def _my_rows(model: MegatronModel, num_rows: int, rows_per_forward: int) -> list[Tensor]:
     mine = torch.arange(num_rows)[model.layout.dp_rank :: model.layout.dp_size]
     return list(torch.split(mine, rows_per_forward)) if mine.numel() else []
-
-
-def _sum_shares(model: MegatronModel, values: Tensor) -> Tensor:
-    """Every rank filled its own rows of a zero tensor; the sum is the whole."""
-    if model.layout.dp_size == 1:
-        return values
-    from megatron.core import parallel_state
-
-    on_device = values.to(model.layout.device)
-    dist.all_reduce(on_device, group=parallel_state.get_data_parallel_group())
-    return on_device.cpu()

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from rlxf.errors import ConfigError
 from rlxf.platform.base import Platform, Process
@@ -79,3 +80,16 @@ def init_parallel(platform: Platform, process: Process, *, tp_size: int, seed: i
         dp_size=parallel_state.get_data_parallel_world_size(),
         device=device,
     )
+
+
+def sum_over_data_parallel(values: Tensor, layout: Layout) -> Tensor:
+    """``values`` summed over the data-parallel ranks, on the CPU.
+
+    The sum runs on the CPU too: every platform's backend has gloo for it, and HCCL has no float64 sum.
+    """
+    total = values.cpu()
+    if layout.dp_size > 1:
+        from megatron.core import parallel_state
+
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return total
