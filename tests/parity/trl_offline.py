@@ -1,0 +1,54 @@
+"""The live ``DPOTrainer`` of TRL on a fixed preference file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from torch import Tensor
+from trl import DPOConfig, DPOTrainer
+
+from tests.parity.fixed_data import FixedPrompt, Settings, preference_records
+from tests.parity.oracle import Metrics
+from tests.parity.trl_online import arguments
+from tests.tiny_models import byte_tokenizer
+
+
+class RecordingDPOTrainer(DPOTrainer):
+    """Keeps what TRL logs, at full precision."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.steps: list[Metrics] = []
+        self._losses: list[float] = []
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)  # of one micro-batch, divided by the number of them
+        self._losses.append(loss.item())
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)  # adds the rewards and log-probs
+        if "grad_norm" in logs:
+            self.steps.append({**logs, "loss": sum(self._losses)})
+            self._losses.clear()
+
+
+def train(
+    rows: Sequence[FixedPrompt], policy: Path, reference: Path, settings: Settings, folder: Path
+) -> list[Metrics]:
+    """Metrics of each optimizer step, as TRL computes them."""
+    trainer = RecordingDPOTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
+        ref_model=transformers.AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32),
+        args=DPOConfig(**arguments(folder, settings), loss_type=[settings.loss_type]),
+        train_dataset=Dataset.from_list(preference_records(rows)),
+        processing_class=byte_tokenizer(),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return trainer.steps
