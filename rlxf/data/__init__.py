@@ -1,0 +1,1 @@
+"""Prompts and preference pairs from files: reading, checking, tokenizing, and the order in which a run sees them."""

@@ -1,0 +1,123 @@
+"""What a text field may hold - a string, or chat messages - and its token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlxf.errors import DataError, ModelError
+from rlxf.jsonl import Row, describe
+from rlxf.types import Messages, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def field_problem(row: Row, key: str) -> str | None:
+    """What is wrong with the text in field ``key`` of a row, or None."""
+    if key not in row:
+        has = ", ".join(repr(name) for name in list(row)[:8]) or "none"
+        return f"field {key!r} is missing; the row has: {has}"
+    value = row[key]
+    if isinstance(value, str):
+        return _string_problem(value, f"field {key!r}")
+    if isinstance(value, list):
+        return _messages_problem(value, f"field {key!r}")
+    return f"field {key!r}: expected a string or a list of chat messages, got {describe(value)}"
+
+
+def prompt_problem(row: Row, key: str) -> str | None:
+    """The same for a prompt: besides, a chat must leave the next turn to the assistant."""
+    problem = field_problem(row, key)
+    if problem is None and is_chat(row[key]) and row[key][-1]["role"] == "system":
+        return f"field {key!r}: the last message has role 'system'; a prompt ends with a message to answer, from 'user'"
+    return problem
+
+
+def is_chat(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _string_problem(text: str, name: str) -> str | None:
+    if not text.strip():
+        return f"{name} is empty"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"{name} holds a lone surrogate (\\u{ord(text[error.start]):04x}), which is no character"
+    return None
+
+
+def _messages_problem(messages: list[Any], name: str) -> str | None:
+    if not messages:
+        return f"{name} is an empty list; expected chat messages"
+    for index, message in enumerate(messages):
+        place = f"{name}, message {index + 1}"
+        if not isinstance(message, dict):
+            return f"{place}: expected an object with 'role' and 'content', got {describe(message)}"
+        for key in ("role", "content"):
+            if key not in message:
+                return f"{place}: {key!r} is missing"
+            if not isinstance(message[key], str):
+                return f"{place}: {key!r} must be a string, got {describe(message[key])}"
+        if message["content"] or message["role"] != "system":  # only a system message may be empty
+            problem = _string_problem(message["content"], place)
+            if problem:
+                return problem
+    return None
+
+
+def encode_string(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that goes on: special tokens as the tokenizer's own rule adds them, each once.
+
+    The rule is the tokenizer's post-processor (`tokenizer.json`): one that adds BOS gives a prompt its BOS. A text that
+    already starts with it keeps one, and an EOS that the rule appends is left out, for a prompt is not the end.
+    """
+    ids: list[int] = list(tokenizer(text)["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and bos != eos and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    num_eos = int(eos is not None and text.endswith(tokenizer.eos_token))  # that the text itself ends with
+    if ids[-1 - num_eos :] == [eos] * (num_eos + 1):
+        ids = ids[:-1]
+    return ids
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, **template: bool) -> list[int]:
+    """Token ids of chat messages: the chat template applied once, which writes all special tokens itself.
+
+    Raises:
+        DataError: the template refuses the messages.
+    """
+    try:
+        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **template)
+    except Exception as error:  # a template is a program: it may raise anything on a conversation that it refuses
+        raise DataError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from error
+    return list(encoded["input_ids"])
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
+    """Token ids that an engine continues. A chat that ends with an assistant message has that message continued."""
+    if isinstance(prompt, str):
+        return encode_string(tokenizer, prompt)
+    if prompt[-1]["role"] == "assistant":
+        return encode_chat(tokenizer, prompt, add_generation_prompt=False, continue_final_message=True)
+    return encode_chat(tokenizer, prompt, add_generation_prompt=True)
+
+
+def shorten_left(ids: list[int], length: int, bos: int | None) -> list[int]:
+    """The last ``length`` ids; a BOS at the start stays, for no model has seen a text without the one it was given."""
+    if len(ids) <= length:
+        return ids
+    if length > 1 and bos is not None and ids[0] == bos:
+        return [bos, *ids[len(ids) - length + 1 :]]
+    return ids[len(ids) - length :]
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Refuse chat messages for a tokenizer that has no template to write them with."""
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{file}: holds chat messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template; use the "
+            "instruct model's tokenizer (actor_rollout.tokenizer_name_or_path), or strings instead of messages"
+        )

@@ -1,0 +1,148 @@
+"""JSON-lines files: byte offsets instead of rows in memory, and reports that name file, line and reason."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rlxf.errors import DataError
+
+Row = dict[str, Any]
+Check = Callable[[Row], str | None]  # what is wrong with a row, or None
+
+MAX_LINE_BYTES = 4 * 2**20
+MAX_SHOWN = 10
+_BOM = b"\xef\xbb\xbf"
+
+
+class Problems:
+    """What is wrong with the rows of one file. The report shows the first ten and says how many there are."""
+
+    def __init__(self) -> None:
+        self._shown: list[str] = []
+        self._total = 0
+
+    def add(self, place: str, reason: str) -> None:
+        self._total += 1
+        if len(self._shown) < MAX_SHOWN:
+            self._shown.append(f"{place}: {reason}")
+
+    def raise_any(self, num_rows: int) -> None:
+        """Raise one DataError with all of them; do nothing when there are none."""
+        if not self._total:
+            return
+        hidden = self._total - len(self._shown)
+        more = (f"... and {hidden} more: {self._total} of {num_rows} rows are wrong",) if hidden else ()
+        raise DataError(*self._shown, *more)
+
+
+class JsonLines:
+    """The rows of a file with one JSON object per line, read from disk on request.
+
+    Every row is parsed and checked once, at the start; what stays in memory is 12 bytes per row. A byte-order mark,
+    CRLF and blank lines are accepted.
+    """
+
+    def __init__(self, path: str | Path, check: Check) -> None:
+        self.path = require_file(path)
+        self.columns: tuple[str, ...] = ()  # every key that some row has, in order of appearance
+        self.num_blank = 0  # blank lines skipped
+        self._offsets = array("q")
+        self._lines = array("i")
+        self._index(check)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def where(self, row: int) -> str:
+        """``file:line`` of a row, for messages."""
+        return f"{self.path}:{self._lines[row]}"
+
+    def __getitem__(self, row: int) -> Row:
+        with self.path.open("rb") as handle:
+            handle.seek(self._offsets[row])
+            parsed = _parse(handle.readline(MAX_LINE_BYTES))
+        if isinstance(parsed, str):
+            raise DataError(f"{self.where(row)}: the file changed while it was in use: {parsed}")
+        return parsed
+
+    def _index(self, check: Check) -> None:
+        problems, columns = Problems(), dict[str, None]()
+        with self.path.open("rb") as handle:
+            if handle.read(3) != _BOM:
+                handle.seek(0)
+            offset, number = handle.tell(), 0
+            while line := handle.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                place = f"{self.path}:{number}"
+                if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    _skip_line(handle)
+                    parsed: Row | str = f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB; split the row"
+                elif not line.strip():
+                    self.num_blank += 1
+                    offset += len(line)
+                    continue
+                else:
+                    if not len(self) and line.lstrip().startswith(b"["):
+                        raise DataError(f"{place}: the file is one JSON list; write one object per line: jq -c '.[]'")
+                    parsed = _parse(line)
+                reason = parsed if isinstance(parsed, str) else check(parsed)
+                if reason:
+                    problems.add(place, reason)
+                if isinstance(parsed, dict):
+                    columns.update(dict.fromkeys(parsed))
+                self._offsets.append(offset)
+                self._lines.append(number)
+                offset = handle.tell()
+        self.columns = tuple(columns)
+        problems.raise_any(len(self))
+        if not len(self):
+            raise DataError(f"{self.path}: holds no rows; expected one JSON object per line")
+
+
+def require_file(path: str | Path) -> Path:
+    """The path, if it is a regular file that can be read."""
+    file = Path(path)
+    if file.is_dir():
+        raise DataError(f"{file}: is a folder; expected a file")
+    if not file.is_file():
+        raise DataError(f"{file}: no such file")
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    return file
+
+
+def _parse(line: bytes) -> Row | str:
+    """The object on a line, or what is wrong with it."""
+    try:
+        value = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}; save the file as UTF-8"
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error.msg} at column {error.colno}; expected one object per line"
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or nesting without end
+        return f"not JSON that can be read: {error}"
+    if not isinstance(value, dict):
+        return f"expected a JSON object, got {describe(value)}; one object per line, no list around them"
+    return value
+
+
+def _skip_line(handle: BinaryIO) -> None:
+    while chunk := handle.readline(2**20):
+        if chunk.endswith(b"\n"):
+            return
+
+
+def describe(value: Any) -> str:
+    """A JSON value in a message: its kind, and the value where it is short."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    if value is None:
+        return "null"
+    text = repr(value)
+    kind = kinds.get(type(value), f"a {type(value).__name__}")
+    return f"{kind} ({text})" if len(text) <= 40 else kind

@@ -1,0 +1,150 @@
+"""Scoring with a Python function from a file."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlxf.config.schema import RunConfig
+from rlxf.errors import ConfigError, RlxfError
+from rlxf.types import Rollouts, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RewardFunction = Callable[..., Any]
+_SIGNATURE = "def reward(prompts, completions, completion_ids, **columns) -> list[float | None]"
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_GIVEN = ("prompts", "completions", "completion_ids")
+
+
+class FunctionScorer:
+    """Calls ``reward`` of the file ``reward.function``, with TRL's arguments, once for all completions of a step.
+
+    ``prompts`` and ``completions`` are strings, or chat messages where the prompt is a chat; ``completion_ids`` are the
+    sampled token ids, without padding; each further column of the data file comes as a keyword, with one value per
+    completion. The function returns a number per completion, or None where it has no score.
+
+    Raises:
+        ConfigError: the file or the function is missing or wrong, the function fails, or what it returns is no score.
+    """
+
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        if config.reward.function is None:
+            raise ConfigError("reward.function is not set; expected the path of a Python file that defines `reward`")
+        self._path = Path(config.reward.function)
+        self._function = self._load()
+        self._tokenizer = tokenizer
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        """[B] float32 raw scores; NaN where the function returned None."""
+        prompt_rows = rollouts.prompt_index.tolist()
+        prompts = [rollouts.prompts.texts[row] for row in prompt_rows]
+        ids = rollouts.sequences.completion_rows()
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        arguments: dict[str, Any] = {
+            "prompts": [_copy(prompt) for prompt in prompts],
+            "completions": [_reply(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
+            "completion_ids": ids,
+        }
+        for name, values in rollouts.prompts.columns.items():
+            if name in arguments:
+                raise ConfigError(f"actor_rollout.data_path: rename column {name!r}; {self._name} gets its own {name}")
+            arguments[name] = [values[row] for row in prompt_rows]
+        self._require_accepts(arguments)
+        return self._scores(self._call(arguments), len(rollouts))
+
+    @property
+    def _name(self) -> str:
+        return f"reward.function={self._path}"
+
+    def _load(self) -> RewardFunction:
+        """Run the file and take the function out of it."""
+        if not self._path.is_file():
+            raise ConfigError(f"{self._name}: no such file; expected a Python file with `{_SIGNATURE}`")
+        name = f"rlxf_reward_{self._path.stem}"
+        spec = importlib.util.spec_from_file_location(name, self._path)
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"{self._name}: not a Python file (.py)")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and pickling look a module up by its name
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ConfigError(f"{self._name}: cannot be loaded: {self._describe(error)}") from error
+        function = getattr(module, "reward", None)
+        if function is None:
+            raise ConfigError(f"{self._name}: defines no function `reward`; expected `{_SIGNATURE}`")
+        if not callable(function) or inspect.iscoroutinefunction(function):
+            kind = "is asynchronous" if callable(function) else f"is a {type(function).__name__}"
+            raise ConfigError(f"{self._name}: `reward` {kind}; expected a function, `{_SIGNATURE}`")
+        self._function = function
+        self._require_accepts(dict.fromkeys(_GIVEN))
+        return self._function
+
+    def _require_accepts(self, arguments: dict[str, Any]) -> None:
+        try:
+            inspect.signature(self._function).bind(**arguments)
+        except TypeError as error:
+            raise ConfigError(
+                f"{self._name}: `reward` cannot be called with {', '.join(arguments)}: {error}; expected `{_SIGNATURE}`"
+            ) from error
+
+    def _call(self, arguments: dict[str, Any]) -> Any:
+        try:
+            return self._function(**arguments)
+        except RlxfError:  # a stop request reached the program inside the function
+            raise
+        except Exception as error:
+            raise ConfigError(f"{self._name}: `reward` failed: {self._describe(error)}") from error
+
+    def _describe(self, error: Exception) -> str:
+        """Type, text and the line of the file at which it happened."""
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if _is_same(frame, self._path)]
+        if isinstance(error, SyntaxError):
+            lines = [error.lineno]
+        place = f"{self._path}:{lines[-1]}: " if lines else ""
+        return f"{place}{type(error).__name__}: {error}"
+
+    def _scores(self, result: Any, count: int) -> Tensor:
+        """The function's answer as scores, once it is one finite number or None per completion."""
+        try:
+            values = list(result)
+        except TypeError as error:
+            raise ConfigError(
+                f"{self._name}: expected a list of {count} scores, got {type(result).__name__}"
+            ) from error
+        if len(values) != count:
+            raise ConfigError(f"{self._name}: expected {count} scores, one per completion, got {len(values)}")
+        scores = []
+        for index, value in enumerate(values):
+            try:
+                score = math.nan if value is None else float(value)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{self._name}: score {index} must be a number or None, got {value!r}") from error
+            if isinstance(value, str) or abs(score) > _FLOAT32_MAX:
+                raise ConfigError(f"{self._name}: score {index} must be a finite number or None, got {value!r}")
+            scores.append(score)
+        return torch.tensor(scores, dtype=torch.float32)
+
+
+def _copy(text: Text) -> Text:
+    """The function may change its messages; the run keeps its own."""
+    return text if isinstance(text, str) else [dict(message) for message in text]
+
+
+def _reply(prompt: Text, completion: str) -> Text:
+    return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
+
+
+def _is_same(frame: traceback.FrameSummary, path: Path) -> bool:
+    return Path(frame.filename).resolve() == path.resolve()
