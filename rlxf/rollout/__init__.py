@@ -1,0 +1,15 @@
+"""Sampling completions: one protocol (``engine.py``), and the engines that speak it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rlxf.config.schema import RunConfig
+from rlxf.platform.base import Platform
+from rlxf.rollout.engine import RolloutEngine
+from rlxf.rollout.hf import HfEngine
+from rlxf.rollout.vllm import VllmEngine
+
+__all__ = ["ENGINES", "HfEngine", "VllmEngine"]
+
+ENGINES: dict[str, Callable[[RunConfig, Platform], RolloutEngine]] = {"vllm": VllmEngine, "hf": HfEngine}

@@ -1,0 +1,135 @@
+"""The rollout engine's protocol, what it is asked for, and what every engine shares."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlxf.errors import SyncError
+from rlxf.sync.plan import Bucket
+from rlxf.types import PromptBatch, Rollouts, Sequences, Tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How to sample. Temperature 0 is greedy."""
+
+    num_samples: int  # completions per prompt
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1  # -1 or 0: off
+    seed: int = 0  # the run's seed
+    step: int = 0  # the driver step; an evaluation uses a negative one, so that it never repeats a training sample
+
+
+def sample_seed(seed: int, step: int, prompt_id: int, sample_index: int) -> int:
+    """The seed of one completion, in [0, 2**63). Depends on nothing else: not on worker, batch or layout."""
+    key = f"{seed}/{step}/{prompt_id}/{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeResult:
+    """What an engine sampled greedily after a probe prompt, with its own log-probs."""
+
+    completion: list[int]
+    logps: list[float]  # raw log-probs of ``completion``, one each
+    policy_version: int
+
+
+class RolloutEngine(Protocol):
+    """Samples completions from the newest weights that it was given.
+
+    An update is ``begin_update``, every bucket of the plan, ``end_update``. Any failure in between leaves the engine
+    dirty: ``generate`` then raises SyncError until a whole update has ended.
+    """
+
+    def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
+        """``num_samples`` completions of each prompt, row ``p * K + k``; an EOS that was sampled is included."""
+        ...
+
+    def begin_update(self) -> None: ...
+
+    def load_bucket(self, bucket: Bucket, payload: Tensor) -> None:
+        """Take one bucket of HF-named weights. ``payload``: [bucket.num_bytes] uint8, not to be kept."""
+        ...
+
+    def end_update(self, version: int) -> None:
+        """Make the loaded weights the ones that sample: nothing of the old ones may survive (head, prefix cache)."""
+        ...
+
+    def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
+        """Greedy continuation of one prompt, going through the prefix cache as any other request does.
+
+        An engine has room for two of its cache blocks, whatever the recipe's lengths, where the model has positions.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """One sampled row, as an engine hands it to ``pack_rollouts``."""
+
+    tokens: list[int]  # the EOS included when it was sampled
+    logps: list[float]  # raw log-probs, one per token
+
+
+class WeightState:
+    """Which weights an engine holds: those of ``version``, or between begin and end a mixture that must not sample."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.dirty = False
+        self._broken = False
+
+    def begin(self) -> None:
+        self.dirty = True
+        self._broken = False
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Around each further call of an update: after one that failed, only a new begin is accepted.
+
+        A sender that does not wait for each bucket sends the rest, and the end, whatever became of the first.
+        """
+        if not self.dirty:
+            raise SyncError("a rollout engine got weights outside of an update; call begin_update first")
+        if self._broken:
+            raise SyncError("a call of this weight update failed before; call begin_update and push all buckets again")
+        self._broken = True
+        yield
+        self._broken = False
+
+    def end(self, version: int) -> None:
+        """The very last thing of an update: until here, any exception leaves the engine dirty."""
+        self.version = version
+        self.dirty = False
+
+    def require_whole(self) -> None:
+        if self.dirty:
+            raise SyncError(
+                f"the rollout engine holds a mixture of version {self.version} and newer weights, because an update "
+                "began and did not end; push all buckets again before sampling"
+            )
+
+
+def pack_rollouts(
+    prompts: PromptBatch, num_samples: int, completions: Sequence[Completion], policy_version: int
+) -> Rollouts:
+    """``completions`` (row ``p * num_samples + k``) with the prompts that they answer."""
+    rows = [row for row in prompts.prompts.rows() for _ in range(num_samples)]
+    return Rollouts(
+        prompts=prompts,
+        sequences=Sequences.from_rows(rows, [completion.tokens for completion in completions]),
+        prompt_index=torch.arange(len(prompts)).repeat_interleave(num_samples),
+        sample_index=torch.arange(num_samples).repeat(len(prompts)),
+        engine_logps=torch.tensor([logp for completion in completions for logp in completion.logps]),
+        policy_version=torch.full((len(completions),), policy_version),
+    )

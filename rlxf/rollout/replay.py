@@ -1,0 +1,116 @@
+"""Recorded completions in place of an engine: training on fixed responses, and repeating a run bit for bit."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlxf.config.schema import RunConfig
+from rlxf.errors import ConfigError, SyncError
+from rlxf.models.tokenizer import load_tokenizer
+from rlxf.record import RecordedRollouts
+from rlxf.rollout.engine import ProbeResult, Sampling
+from rlxf.sync.plan import Bucket
+from rlxf.types import PromptBatch, Rollouts, Sequences, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ReplayEngine:
+    """Prompts and completions of a `rollouts.jsonl`, in file order. A source of prompts and a rollout engine in one.
+
+    A step is ``global_batch_size`` rows, a prompt's id is its row number. Nothing is sampled: `Sampling` is not looked
+    at, a row has as many completions as were recorded, and the policy version is the recorded one. There are no
+    weights: an update is accepted and changes nothing, and a probe is refused.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        path, training = config.rollout.replay_path, config.training
+        if path is None:
+            raise ConfigError("rollout.replay_path is not set; rollout.engine=replay trains on a rollouts.jsonl")
+        actor = config.actor_rollout
+        vocab_size = config.model[actor.model].vocab_size if actor.model in config.model else None
+        self._rows = RecordedRollouts(path, vocab_size=vocab_size, seq_length=actor.seq_length)
+        self._config = config
+        self._batch_size = training.global_batch_size
+        possible = len(self._rows) // self._batch_size
+        if possible < training.train_iters:
+            raise ConfigError(
+                f"rollout.replay_path={path}: holds {len(self._rows)} prompts, enough for {possible} steps of "
+                f"training.global_batch_size={self._batch_size}, but training.train_iters={training.train_iters}; "
+                f"set training.train_iters={possible} or record more"
+            )
+
+    def __len__(self) -> int:
+        """Prompts in the file."""
+        return len(self._rows)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the file at the end of a step."""
+        return (step + 1) * self._batch_size / len(self._rows)
+
+    def next_batch(self, step: int) -> PromptBatch:
+        """The prompts of a step. A recording holds no texts: they are the decoded tokens, and there are no columns."""
+        start = step * self._batch_size
+        numbers = range(start, start + self._batch_size)
+        if numbers.stop > len(self._rows):
+            raise ConfigError(f"step {step} needs prompts up to {numbers.stop}, but only {len(self)} are recorded")
+        prompts = [self._rows[number].prompt for number in numbers]
+        return PromptBatch(
+            prompts=Tokens.from_rows(prompts),
+            prompt_ids=torch.tensor(list(numbers), dtype=torch.int64),
+            texts=tuple(self._tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts),
+            columns={},
+        )
+
+    def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
+        """The recorded completions of prompts that `next_batch` gave, row after row; their engine log-probs are NaN."""
+        rows, completions, prompt_index, sample_index, versions = [], list[list[int]](), [], [], []
+        for index, (number, prompt) in enumerate(zip(prompts.prompt_ids.tolist(), prompts.prompts.rows(), strict=True)):
+            recorded = self._rows[number] if 0 <= number < len(self._rows) else None
+            if recorded is None or recorded.prompt != prompt:
+                raise ConfigError(
+                    f"rollout.engine=replay has no completions for prompt {number}: it is not the recorded one; replay "
+                    "cannot sample other prompts, so training.eval_interval must be 0"
+                )
+            completions += recorded.completions
+            for sample in range(len(recorded.completions)):
+                rows.append(prompt)
+                prompt_index.append(index)
+                sample_index.append(sample)
+                versions.append(recorded.policy_version)
+        sequences = Sequences.from_rows(rows, completions)
+        return Rollouts(
+            prompts=prompts,
+            sequences=sequences,
+            prompt_index=torch.tensor(prompt_index, dtype=torch.int64),
+            sample_index=torch.tensor(sample_index, dtype=torch.int64),
+            engine_logps=torch.full((int(sequences.completion_lengths.sum()),), torch.nan),
+            policy_version=torch.tensor(versions, dtype=torch.int64),
+        )
+
+    def begin_update(self) -> None:
+        """Accepted; there are no weights to change."""
+
+    def load_bucket(self, bucket: Bucket, payload: Tensor) -> None:
+        """Accepted; there are no weights to change."""
+
+    def end_update(self, version: int) -> None:
+        """Accepted; the recorded policy versions stay what they are."""
+
+    def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
+        raise SyncError("rollout.engine=replay holds no weights that a probe could look at; set sync.verify_first=0")
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        actor = self._config.actor_rollout
+        folder = actor.tokenizer_name_or_path or actor.load
+        if folder is None:
+            raise ConfigError(
+                "actor_rollout.load is not set; it names the tokenizer that writes recorded prompts as text"
+            )
+        return load_tokenizer(folder, trust_remote_code=self._config.training.trust_remote_code)

@@ -1,0 +1,169 @@
+"""Rollouts by vLLM: token ids in, token ids and raw log-probs out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rlxf.config.schema import RunConfig
+from rlxf.errors import ConfigError, SyncError
+from rlxf.models.hf_folder import load_hf_config
+from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
+from rlxf.platform.base import Platform
+from rlxf.rollout.engine import Completion, ProbeResult, Sampling, WeightState, pack_rollouts, sample_seed
+from rlxf.sync.plan import Bucket
+from rlxf.types import PromptBatch, Rollouts, Tokens
+
+_WORKER_EXTENSION = "rlxf.rollout.vllm_worker.WeightLoader"
+_BLOCKS_FOR_PROBE = 2
+
+
+class VllmEngine:
+    """One vLLM engine whose scheduler lives in this process; workers of tensor parallelism are processes of their own.
+
+    On a CPU nothing else may compute in the process: vLLM rebinds its threads and memory.
+    """
+
+    def __init__(self, config: RunConfig, platform: Platform) -> None:
+        actor = config.actor_rollout
+        if actor.load is None:
+            raise ConfigError("actor_rollout.load is not set; rollout.engine=vllm needs a Hugging Face model folder")
+        threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+        prepare_environment(platform.rollout_environment(threads, config.rollout.cpu_kv_cache_gib))
+        trust = config.training.trust_remote_code
+        positions = load_hf_config(actor.load, trust_remote_code=trust).get_text_config().max_position_embeddings
+        tokenizer = load_tokenizer(actor.tokenizer_name_or_path or actor.load, trust_remote_code=trust)
+        self._eos_ids = eos_token_ids(actor.load, tokenizer)
+        self._prompts_per_call = actor.num_samples_per_step
+        self._state = WeightState()
+        probe_length = _BLOCKS_FOR_PROBE * platform.kv_block_size
+        self._llm = _start(config, platform, max_model_len=min(positions, max(actor.seq_length, probe_length)))
+        _check_block_size(self._llm, platform.kv_block_size)
+
+    def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
+        self._state.require_whole()
+        rows, ids = prompts.prompts.rows(), prompts.prompt_ids.tolist()
+        size = self._prompts_per_call or max(len(rows), 1)
+        completions: list[Completion] = []
+        for start in range(0, len(rows), size):
+            chunk = slice(start, start + size)
+            requests = [
+                (row, sample_seed(sampling.seed, sampling.step, prompt_id, k))
+                for row, prompt_id in zip(rows[chunk], ids[chunk], strict=True)
+                for k in range(sampling.num_samples)  # a request per sample: its seed must not depend on its siblings
+            ]
+            completions += self._sample(requests, sampling, self._eos_ids)
+        return pack_rollouts(prompts, sampling.num_samples, completions, self._state.version)
+
+    def begin_update(self) -> None:
+        self._state.begin()
+        self._llm.collective_rpc("rlxf_begin_update")
+
+    def load_bucket(self, bucket: Bucket, payload: Tensor) -> None:
+        with self._state.receiving():
+            try:
+                # As an array: no copy in this process, and one plain buffer on the way to worker processes.
+                self._llm.collective_rpc("rlxf_load_bucket", args=(bucket, payload.cpu().numpy()))
+            except Exception as error:
+                names = f"{bucket.tensors[0].name} to {bucket.tensors[-1].name}"
+                raise SyncError(f"vLLM did not take the weights {names}: {type(error).__name__}: {error}") from error
+
+    def end_update(self, version: int) -> None:
+        with self._state.receiving():
+            self._llm.collective_rpc("rlxf_end_update")
+            if not self._llm.reset_prefix_cache():
+                raise SyncError(f"version {version}: vLLM did not reset its prefix cache; requests are still running")
+        self._state.end(version)
+
+    def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
+        self._state.require_whole()
+        sampling = Sampling(num_samples=1, max_new_tokens=num_tokens, temperature=0)
+        (completion,) = self._sample([(row, 0) for row in prompt.rows()], sampling, eos_ids=())
+        return ProbeResult(completion=completion.tokens, logps=completion.logps, policy_version=self._state.version)
+
+    def _sample(
+        self, requests: Sequence[tuple[list[int], int]], sampling: Sampling, eos_ids: tuple[int, ...]
+    ) -> list[Completion]:
+        from vllm import SamplingParams
+
+        shared: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": max(sampling.top_k, 0),  # vLLM's "off" is 0
+            "max_tokens": sampling.max_new_tokens,
+            "stop_token_ids": list(eos_ids),
+            "ignore_eos": True,  # the stop ids above are the only ones
+            "logprobs": 0,  # of the sampled token alone
+            "detokenize": False,
+        }
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": row} for row, _ in requests],
+            [SamplingParams(**shared, seed=seed) for _, seed in requests],
+            use_tqdm=False,
+        )
+        return [_completion(output.outputs[0]) for output in outputs]
+
+
+def prepare_environment(expected: Mapping[str, str]) -> None:
+    """Set what vLLM reads when it is imported, unless the process was started with it.
+
+    Raises:
+        ConfigError: vLLM was imported without these variables, or one of its own was set to something else.
+    """
+    late = [name for name in expected if name not in os.environ] if "vllm" in sys.modules else []
+    if late:
+        raise ConfigError(
+            f"vLLM was imported before {', '.join(late)} were set; start the engine in a process of its own"
+        )
+    for name, value in expected.items():
+        found = os.environ.setdefault(name, value)
+        if name.startswith("VLLM_") and name != "VLLM_LOGGING_LEVEL" and found != value:
+            raise ConfigError(f"environment variable {name}={found}: this recipe needs {value}; unset it")
+
+
+def _start(config: RunConfig, platform: Platform, *, max_model_len: int) -> Any:
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ConfigError(
+            f"rollout.engine=vllm: vLLM cannot be imported ({error}); install the {platform.name} extra, "
+            "or set rollout.engine=hf"
+        ) from error
+    actor = config.actor_rollout
+    ranks = actor.inference_tensor_model_parallel_size
+    return LLM(
+        actor.load,
+        skip_tokenizer_init=True,
+        trust_remote_code=config.training.trust_remote_code,
+        dtype="bfloat16" if actor.bf16 else "float32",
+        tensor_parallel_size=ranks,
+        distributed_executor_backend="mp" if ranks > 1 else "uni",
+        max_model_len=max_model_len,
+        max_num_seqs=config.rollout.max_num_seqs,
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        enable_prefix_caching=True,
+        logprobs_mode="raw_logprobs",
+        generation_config="vllm",  # the folder's sampling defaults must not mix in
+        worker_extension_cls=_WORKER_EXTENSION,
+        use_tqdm_on_load=False,
+        **platform.vllm_arguments(colocated="infer" in config.resource_pool.colocate),
+    )
+
+
+def _check_block_size(llm: Any, expected: int) -> None:
+    found = llm.llm_engine.vllm_config.cache_config.block_size
+    if found > expected:
+        raise ConfigError(
+            f"vLLM keeps {found} tokens per cache block, the platform says {expected}: a sync probe would fit into one "
+            "block and could not see a stale prefix cache"
+        )
+
+
+def _completion(output: Any) -> Completion:
+    tokens = list(output.token_ids)
+    logps = [step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)]
+    return Completion(tokens=tokens, logps=logps)

@@ -1,0 +1,101 @@
+"""Does a rollout engine hold the actor's weights? Asked of the engine itself, by sampling after a probe prompt.
+
+The engine continues a prompt greedily and the actor computes the log-probs of the same tokens. The prompt is longer
+than a cache block, and was sampled before the update too, so keys and values that outlived the update show, as does an
+output head that was not rebuilt. What an update changes by less than the tolerance cannot be seen; a part that stays
+stale drifts away over several updates, which is what ``sync.verify_interval`` is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlxf.config.schema import RunConfig
+from rlxf.errors import SyncError
+from rlxf.platform.base import Platform
+from rlxf.types import Sequences, Tokens
+
+_NUM_TOKENS = 16  # sampled after the prompt
+# On the mean over these tokens. Equal weights of a 135M model differ by 1e-5 (fp32) and 1e-2 (bf16) on average; single
+# tokens by up to 0.1 in bf16, where neighbouring numbers near a logit of 36 are 0.25 apart, so the largest says little.
+_TOLERANCE_FP32, _TOLERANCE_BF16 = 1e-4, 5e-2
+
+
+class EngineAnswer(Protocol):
+    """What one engine sampled after the probe prompt."""
+
+    @property
+    def completion(self) -> list[int]: ...
+
+    @property
+    def logps(self) -> list[float]: ...
+
+    @property
+    def policy_version(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """The prompt, and how far engine and actor may differ on what follows it."""
+
+    prompt: Tokens  # one row
+    num_tokens: int
+    tolerance: float  # of the mean absolute difference of log-probs
+
+
+def make_probe(config: RunConfig, platform: Platform, prompts: Tokens) -> Probe:
+    """Training prompts one after the other, to more than one block of the engine's cache where the model has positions.
+
+    Args:
+        prompts: at least one token in all; repeated from the start if they are too few. Real text, because after random
+            tokens equal weights in bf16 differ five times as much.
+    """
+    actor = config.actor_rollout
+    positions = config.model[actor.model].max_position_embeddings
+    block = platform.kv_block_size
+    length = max(1, min(block + block // 4, positions - _NUM_TOKENS))
+    return Probe(
+        prompt=Tokens.from_rows([list(islice(cycle(prompts.tokens.tolist()), length))]),
+        num_tokens=min(_NUM_TOKENS, positions - length),
+        tolerance=_TOLERANCE_BF16 if actor.bf16 else _TOLERANCE_FP32,
+    )
+
+
+def check_answers(
+    probe: Probe, answers: Sequence[EngineAnswer], version: int, token_logps: Callable[[Sequences], Tensor]
+) -> float:
+    """The mean difference between an engine's log-probs and the actor's; the largest of all engines.
+
+    Raises:
+        SyncError: an engine has another version, or differs by more than the probe's tolerance.
+    """
+    prompts = probe.prompt.rows() * len(answers)
+    sequences = Sequences.from_rows(prompts, [answer.completion for answer in answers])
+    actor_logps = torch.split(token_logps(sequences), sequences.completion_lengths.tolist())
+    largest = 0.0
+    for i, (answer, expected) in enumerate(zip(answers, actor_logps, strict=True)):
+        who = f"rollout engine {i + 1} of {len(answers)}"
+        if answer.policy_version != version:
+            raise SyncError(f"{who} holds version {answer.policy_version} after version {version} was pushed")
+        differences = (expected.double().cpu() - torch.tensor(answer.logps, dtype=torch.float64)).abs()
+        mean = float(differences.mean())
+        if not mean <= probe.tolerance:  # NaN is not <=
+            raise SyncError(_explain(who, version, mean, float(differences.max()), probe))
+        largest = max(largest, mean)
+    return largest
+
+
+def _explain(who: str, version: int, mean: float, largest: float, probe: Probe) -> str:
+    return (
+        f"{who} does not hold the actor's weights at version {version}: after a probe of {probe.prompt.tokens.numel()} "
+        f"tokens its log-probs differ from the actor's by {mean:.3g} on average and {largest:.3g} at most, tolerance "
+        f"{probe.tolerance:.0e} on average. Likely causes: an output head that was not rebuilt (tied embeddings), a "
+        "prefix cache that was not reset, a weight layout of the device's own (VLLM_ASCEND_ENABLE_NZ must be 0), or a "
+        "dtype that differs between the two"
+    )

@@ -1,0 +1,135 @@
+"""Pushing the actor's weights into the rollout engines, and checking that they arrived."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rlxf.config.schema import SyncConfig
+from rlxf.sync.plan import Bucket
+from rlxf.sync.probe import EngineAnswer, Probe, check_answers
+from rlxf.types import Sequences, Tokens
+
+Payload = Any
+"""One bucket's bytes on their way: a [num_bytes] uint8 tensor in one process, a reference to one between processes."""
+
+
+class WeightSource(Protocol):
+    """The actor, or what stands for it."""
+
+    def sync_plan(self) -> tuple[Bucket, ...]: ...
+
+    def export_bucket(self, index: int) -> Payload:
+        """Bucket ``index`` of the plan, filled with the newest weights."""
+        ...
+
+    def token_logps(self, sequences: Sequences) -> Tensor:
+        """[sum completion tokens] float32 under the newest weights."""
+        ...
+
+
+class WeightSink(Protocol):
+    """All rollout engines of a run."""
+
+    def begin_update(self) -> None: ...
+
+    def load_bucket(self, bucket: Bucket, payload: Payload) -> None: ...
+
+    def end_update(self, version: int) -> None: ...
+
+    def probe(self, prompt: Tokens, num_tokens: int) -> list[EngineAnswer]:
+        """The answer of each engine."""
+        ...
+
+
+class Engine(Protocol):
+    """One rollout engine, as far as weights are concerned."""
+
+    def begin_update(self) -> None: ...
+
+    def load_bucket(self, bucket: Bucket, payload: Tensor) -> None: ...
+
+    def end_update(self, version: int) -> None: ...
+
+    def probe(self, prompt: Tokens, num_tokens: int) -> EngineAnswer: ...
+
+
+class LocalSink:
+    """The sink of a run whose only engine lives in this process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def begin_update(self) -> None:
+        self._engine.begin_update()
+
+    def load_bucket(self, bucket: Bucket, payload: Tensor) -> None:
+        self._engine.load_bucket(bucket, payload)
+
+    def end_update(self, version: int) -> None:
+        self._engine.end_update(version)
+
+    def probe(self, prompt: Tokens, num_tokens: int) -> list[EngineAnswer]:
+        return [self._engine.probe(prompt, num_tokens)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyncReport:
+    """What one push did."""
+
+    version: int
+    num_bytes: int
+    seconds: float  # the probe included
+    probe_difference: float | None  # mean difference of log-probs, engine against actor; None: not probed
+
+
+class WeightSync:
+    """Pushes versions from one source into one sink, and probes the first ones and every so many."""
+
+    def __init__(self, source: WeightSource, sink: WeightSink, config: SyncConfig, probe: Probe) -> None:
+        self._source = source
+        self._sink = sink
+        self._config = config
+        self._probe = probe
+        self._plan = source.sync_plan()
+        self._num_updates = 0  # pushes that changed weights: version 0 is what both sides loaded from the same folder
+        self._interrupted = False
+
+    def push(self, version: int) -> SyncReport:
+        """Make every engine sample from the source's newest weights, which are ``version`` from now on.
+
+        Raises:
+            SyncError: a probe shows that an engine samples from something else.
+        """
+        start = time.perf_counter()
+        due = self._is_due(version)
+        if due and not self._interrupted:
+            # Fills the prefix cache from the old weights: if the update leaves that there, the probe below shows it.
+            self._sink.probe(self._probe.prompt, self._probe.num_tokens)
+        self._interrupted = True
+        self._sink.begin_update()
+        for index, bucket in enumerate(self._plan):
+            self._sink.load_bucket(bucket, self._source.export_bucket(index))
+        self._sink.end_update(version)
+        self._interrupted = False
+        self._num_updates += version > 0
+        difference = self._verify(version) if due else None
+        return SyncReport(
+            version=version,
+            num_bytes=sum(bucket.num_bytes for bucket in self._plan),
+            seconds=time.perf_counter() - start,
+            probe_difference=difference,
+        )
+
+    def _is_due(self, version: int) -> bool:
+        interval = self._config.verify_interval
+        if version == 0:  # both sides still hold the folder they loaded: nothing to see
+            return False
+        return self._num_updates < self._config.verify_first or (interval > 0 and version % interval == 0)
+
+    def _verify(self, version: int) -> float:
+        answers = self._sink.probe(self._probe.prompt, self._probe.num_tokens)
+        return check_answers(self._probe, answers, version, self._source.token_logps)

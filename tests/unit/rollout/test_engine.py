@@ -1,0 +1,65 @@
+"""What every engine shares: seeds, the weight state, and the packing of completions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlxf.errors import SyncError
+from rlxf.rollout.engine import Completion, WeightState, pack_rollouts, sample_seed
+from tests.rollout_world import prompt_batch
+
+
+def test_every_part_of_the_key_changes_the_seed() -> None:
+    keys = [(s, t, p, k) for s in (1, 11) for t in (-1, 1, 11) for p in (1, 11, 111) for k in (0, 1, 11)]
+    seeds = {sample_seed(*key) for key in keys}
+    assert len(seeds) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_seed_never_changes_between_versions_of_the_program() -> None:
+    """Resume relies on it. The figure is what ``printf 1/2/3/4 | b2sum -l 64`` prints, without its last bit."""
+    assert sample_seed(1, 2, 3, 4) == 0xAAC61176BE6E3020 >> 1
+
+
+def test_completions_keep_their_prompt_sample_and_log_probs() -> None:
+    batch = prompt_batch([[5, 6], [7]])
+    completions = [Completion(tokens=[i] * (i + 1), logps=[-float(i)] * (i + 1)) for i in range(4)]
+    rollouts = pack_rollouts(batch, 2, completions, policy_version=3)
+    assert rollouts.sequences.rows() == [[5, 6, 0], [5, 6, 1, 1], [7, 2, 2, 2], [7, 3, 3, 3, 3]]
+    assert rollouts.sequences.prompt_rows() == [[5, 6], [5, 6], [7], [7]]
+    assert rollouts.prompt_index.tolist() == [0, 0, 1, 1]
+    assert rollouts.sample_index.tolist() == [0, 1, 0, 1]
+    assert rollouts.engine_logps.tolist() == [-0.0, -1, -1, -2, -2, -2, -3, -3, -3, -3]
+    assert rollouts.engine_logps.dtype == torch.float32
+    assert rollouts.policy_version.tolist() == [3] * 4
+
+
+def test_between_begin_and_end_an_engine_must_not_sample() -> None:
+    state = WeightState()
+    state.require_whole()
+    state.begin()
+    with pytest.raises(SyncError, match="mixture of version 0"):
+        state.require_whole()
+    with state.receiving():
+        pass
+    state.end(4)
+    state.require_whole()
+    assert state.version == 4
+
+
+def test_weights_without_a_begin_are_refused() -> None:
+    with pytest.raises(SyncError, match="call begin_update first"), WeightState().receiving():
+        pass
+
+
+def test_after_a_failed_call_only_a_new_begin_is_accepted() -> None:
+    state = WeightState()
+    state.begin()
+    with pytest.raises(ZeroDivisionError), state.receiving():
+        _ = 1 / 0
+    with pytest.raises(SyncError, match="failed before"), state.receiving():
+        pass
+    state.begin()
+    with state.receiving():
+        pass

@@ -1,0 +1,60 @@
+"""What the vLLM engine checks before and after vLLM starts; needs no vLLM."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from rlxf.errors import ConfigError
+from rlxf.platform import get_platform
+from rlxf.rollout.vllm import _check_block_size, prepare_environment
+
+EXPECTED = get_platform("cpu").rollout_environment(1, 2)
+
+
+@pytest.fixture(autouse=True)
+def bare_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No vLLM, and none of its variables; whatever a test sets is undone."""
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    for name in EXPECTED:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_a_plain_process_gets_every_variable() -> None:
+    prepare_environment(EXPECTED)
+    assert {name: os.environ[name] for name in EXPECTED} == EXPECTED
+
+
+def test_a_variable_of_vllms_own_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40")
+    with pytest.raises(ConfigError, match="VLLM_CPU_KVCACHE_SPACE=40: this recipe needs 2; unset it"):
+        prepare_environment(EXPECTED)
+
+
+def test_threads_and_log_level_are_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    prepare_environment(EXPECTED)
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
+
+
+def test_variables_that_come_after_vllm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    with pytest.raises(ConfigError, match=r"imported before .*VLLM_ENABLE_V1_MULTIPROCESSING.* were set"):
+        prepare_environment(EXPECTED)
+
+
+@pytest.mark.parametrize(("found", "fits"), [(16, True), (128, True), (256, False)])
+def test_a_cache_block_that_a_probe_would_fit_into_is_refused(found: int, fits: bool) -> None:
+    cache = SimpleNamespace(cache_config=SimpleNamespace(block_size=found))
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=cache))
+    if fits:
+        _check_block_size(llm, 128)
+        return
+    with pytest.raises(ConfigError, match="256 tokens per cache block, the platform says 128"):
+        _check_block_size(llm, 128)

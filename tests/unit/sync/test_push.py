@@ -1,0 +1,142 @@
+"""The push, from a Hugging Face actor into the Hugging Face engine: what arrives, when it is probed, how it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlxf.config.schema import SyncConfig
+from rlxf.errors import SyncError
+from rlxf.platform import get_platform
+from rlxf.rollout import HfEngine
+from rlxf.sync.plan import Bucket
+from rlxf.sync.probe import Probe, make_probe
+from rlxf.sync.push import LocalSink, WeightSync
+from rlxf.types import Tokens
+from tests.rollout_world import HfActor, load_model, random_prompts, run_config
+from tests.tiny_models import randomize, save_causal_lm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_causal_lm(tmp_path_factory.mktemp("push"), seed=1)
+
+
+class Journal(LocalSink):
+    """A sink that also writes down what was asked of it."""
+
+    def __init__(self, engine: HfEngine) -> None:
+        super().__init__(engine)
+        self.calls: list[str] = []
+
+    def begin_update(self) -> None:
+        self.calls.append("begin")
+        super().begin_update()
+
+    def load_bucket(self, bucket: Bucket, payload: Tensor) -> None:
+        self.calls.append("bucket")
+        super().load_bucket(bucket, payload)
+
+    def end_update(self, version: int) -> None:
+        self.calls.append("end")
+        super().end_update(version)
+
+    def probe(self, prompt: Tokens, num_tokens: int) -> list[Any]:
+        self.calls.append("probe")
+        return super().probe(prompt, num_tokens)
+
+
+class World:
+    def __init__(self, folder: Path, actor: HfActor, **sync: int) -> None:
+        config, platform = run_config(folder), get_platform("cpu")
+        self.actor = actor
+        self.sink = Journal(HfEngine(config, platform))
+        self.probe: Probe = make_probe(config, platform, Tokens.from_rows(random_prompts([9, 8])))
+        self.sync = WeightSync(actor, self.sink, SyncConfig(**sync), self.probe)
+
+    def probed(self, version: int) -> bool:
+        """Push new weights; whether the engine was asked, which is always once before and once after."""
+        self.sink.calls.clear()
+        randomize(self.actor.model, seed=100 + version)
+        report = self.sync.push(version)
+        buckets = ["bucket"] * len(self.actor.sync_plan())
+        update = ["begin", *buckets, "end"]
+        assert self.sink.calls in (update, ["probe", *update, "probe"])
+        assert (report.probe_difference is not None) == ("probe" in self.sink.calls)
+        return "probe" in self.sink.calls
+
+
+def test_the_first_updates_and_every_interval_are_probed(folder: Path) -> None:
+    world = World(folder, HfActor(load_model(folder)), verify_first=2, verify_interval=4)
+    assert [version for version in range(10) if world.probed(version)] == [1, 2, 4, 8]
+
+
+def test_without_an_interval_only_the_first_updates_are_probed(folder: Path) -> None:
+    world = World(folder, HfActor(load_model(folder)), verify_first=1)
+    assert [version for version in range(6) if world.probed(version)] == [1]
+
+
+def test_a_resumed_run_probes_its_first_push(folder: Path) -> None:
+    world = World(folder, HfActor(load_model(folder)), verify_first=1)
+    assert [version for version in range(37, 40) if world.probed(version)] == [37]
+
+
+def test_the_report_counts_what_travelled(folder: Path) -> None:
+    world = World(folder, HfActor(load_model(folder)))
+    report = world.sync.push(0)
+    parameters = sum(parameter.numel() * 4 for parameter in world.actor.model.parameters())
+    assert parameters <= report.num_bytes < parameters + 64 * 30
+    assert report.version == 0
+    assert report.seconds > 0
+
+
+class StaleHead(HfActor):
+    """Sends the head that it had when it was built."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._head = model.lm_head.weight.detach().clone()
+
+    def export_bucket(self, index: int) -> Tensor:
+        payload = super().export_bucket(index)
+        for name, view in self.sync_plan()[index].views(payload):
+            if name == "lm_head.weight":
+                view.copy_(self._head)
+        return payload
+
+
+def test_a_stale_head_fails_the_probe(folder: Path) -> None:
+    world = World(folder, StaleHead(load_model(folder)), verify_first=1)
+    world.sync.push(0)
+    with pytest.raises(SyncError, match="does not hold the actor's weights at version 1"):
+        world.probed(1)
+
+
+class Interrupted(HfActor):
+    fail = True
+
+    def export_bucket(self, index: int) -> Tensor:
+        if self.fail and index == 1:
+            raise ConnectionError("the actor went away")
+        return super().export_bucket(index)
+
+
+def test_a_push_that_broke_off_can_be_repeated(folder: Path) -> None:
+    actor = Interrupted(load_model(folder))
+    world = World(folder, actor, verify_first=1)
+    randomize(actor.model, seed=4)
+    with pytest.raises(ConnectionError):
+        world.sync.push(1)
+    with pytest.raises(SyncError, match="mixture"):
+        world.sink.probe(world.probe.prompt, 4)
+    actor.fail = False
+    report = world.sync.push(1)
+    assert report.probe_difference is not None
+    assert report.probe_difference < 1e-5
+    answer = world.sink.probe(world.probe.prompt, 4)[0]
+    assert answer.policy_version == 1
+    assert torch.tensor(answer.logps).isfinite().all()
