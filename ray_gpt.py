@@ -1,0 +1,60 @@
+"""Train from a recipe: ``python ray_gpt.py --config-name online_dpo_trainer_tiny [key=value ...]``."""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from rlxf.config.load import load_config
+from rlxf.errors import ConfigError, RlxfError
+from workers import cli
+
+
+def start(composed: DictConfig, problems: list[str]) -> None:
+    """Check the composed recipe, then run it, or print its plan."""
+    config = load_config(cli.plain(composed, problems), earlier=problems)
+    if config.dry_run:
+        from workers.dry_run import dry_run
+
+        dry_run(config)
+    elif config.runtime == "ray":
+        from workers.launch import launch
+
+        launch(config, cli.run_folder())
+    else:
+        from rlxf.local import launch
+
+        launch(config, cli.run_folder())
+
+
+def main() -> int:
+    """The exit code: 0, or that of the error, which is printed without a traceback."""
+    command = cli.read_command(sys.argv[1:])
+    sys.argv[1:] = command.arguments
+
+    @hydra.main(version_base="1.3", config_path="configs/rlxf", config_name=None)
+    def job(composed: DictConfig) -> None:
+        try:
+            start(composed, command.problems)
+        except RlxfError as error:
+            raise SystemExit(cli.report(error)) from None  # Hydra lets this pass without a word of its own
+        finally:
+            cli.discard_empty(cli.run_folder())
+
+    try:
+        cli.require_recipe(command.arguments)
+        if command.only_shows and command.problems:
+            raise ConfigError(*command.problems)
+        cli.register()
+        job()
+    except RlxfError as error:
+        return cli.report(error)
+    except cli.COMPOSE_ERRORS as error:
+        return cli.report(ConfigError(*command.problems, cli.explain(error, command.arguments)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,308 @@
+"""Checks that need several keys, or the machine: what would otherwise fail later, in a worker, with another message.
+
+Batch sizes that do not divide are no mistake: mini-batches may be ragged. Only what cannot work at all is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+from rlxf.config.devices import DEVICES, find_device
+from rlxf.config.folders import folder_problems
+from rlxf.config.keys import nearest
+from rlxf.config.placement import placement_problems
+from rlxf.config.problems import Problem, wrong
+from rlxf.config.schema import ModelConfig, RoleConfig, RunConfig
+
+logger = logging.getLogger(__name__)
+
+Problems = Iterator[Problem]
+
+
+def check(config: RunConfig) -> list[Problem]:
+    """Every mistake that single values do not show."""
+    found = [problem for group in _GROUPS for problem in group(config)]
+    if not found:
+        _warn(config)
+    return found
+
+
+def _roles(config: RunConfig) -> Iterator[tuple[str, RoleConfig]]:
+    """The roles of this run that hold a model."""
+    yield "actor_rollout", config.actor_rollout
+    yield "ref", config.ref
+    if config.scores:
+        yield "reward", config.reward
+
+
+def _shapes(config: RunConfig) -> Iterator[tuple[str, RoleConfig, ModelConfig]]:
+    for name, role in _roles(config):
+        shape = config.model.get(role.model)
+        if shape is not None:
+            yield name, role, shape
+
+
+def _models(config: RunConfig) -> Problems:
+    for name, role in _roles(config):
+        if role.model not in config.model:
+            near = nearest(role.model, config.model)
+            hint = f'did you mean "{near}"?' if near else f"this recipe has {', '.join(config.model) or 'none'}"
+            expected = f"expected a model of the recipe's defaults (`- model: [{role.model or 'tiny'}]`); {hint}"
+            yield wrong(f"{name}.model", role.model, expected, f"model.{role.model}")
+    for model, shape in config.model.items():
+        key = f"model.{model}.num_attention_heads"
+        if shape.kv_channels is None and shape.hidden_size % shape.num_attention_heads:
+            expected = f"expected a divisor of hidden_size = {shape.hidden_size}; else give kv_channels, the head size"
+            yield wrong(key, shape.num_attention_heads, expected, f"model.{model}.hidden_size")
+        if shape.num_attention_heads % shape.kv_heads:
+            expected = f"expected a divisor of num_attention_heads = {shape.num_attention_heads}"
+            yield wrong(f"model.{model}.num_query_groups", shape.num_query_groups, expected, key)
+
+
+def _lengths(config: RunConfig) -> Problems:
+    actor = config.actor_rollout
+    keys = ("actor_rollout.seq_length", "actor_rollout.max_prompt_length", "actor_rollout.max_new_tokens")
+    room = actor.seq_length - actor.max_prompt_length
+    if room < 1:
+        expected = (
+            f"expected at most {actor.seq_length - 1}: seq_length = {actor.seq_length} holds prompt and completion"
+        )
+        yield wrong(keys[1], actor.max_prompt_length, expected, *keys)
+    elif config.samples and actor.max_new_tokens is not None and actor.max_new_tokens > room:
+        expected = (
+            f"expected at most {room}, which is seq_length - max_prompt_length = "
+            f"{actor.seq_length} - {actor.max_prompt_length}; lower it, or raise actor_rollout.seq_length"
+        )
+        yield wrong(keys[2], actor.max_new_tokens, expected, *keys)
+    for name, role, shape in _shapes(config):
+        inherited = name != "actor_rollout" and (role.model, role.seq_length) == (actor.model, actor.seq_length)
+        if role.seq_length > shape.max_position_embeddings and not inherited:
+            expected = (
+                f"expected at most {shape.max_position_embeddings}, the longest sequence that model {role.model} knows"
+            )
+            yield wrong(f"{name}.seq_length", role.seq_length, expected, f"model.{role.model}.max_position_embeddings")
+        if name != "actor_rollout" and role.seq_length < actor.seq_length:
+            expected = (
+                f"expected at least actor_rollout.seq_length = {actor.seq_length}: it reads the actor's sequences"
+            )
+            yield wrong(f"{name}.seq_length", role.seq_length, expected, keys[0])
+
+
+def _sampling(config: RunConfig) -> Problems:
+    actor, rollout = config.actor_rollout, config.rollout
+    if not config.samples:
+        return
+    if not actor.do_sample:
+        expected = (
+            f"expected true: greedy decoding makes the {actor.n_samples_per_prompt} completions of a prompt equal, "
+            "so there is no pair to learn from"
+        )
+        yield wrong("actor_rollout.do_sample", actor.do_sample, expected)
+    if rollout.top_k == 1:
+        expected = "expected -1 (off) or at least 2: with 1 the completions of a prompt are all equal"
+        yield wrong("rollout.top_k", rollout.top_k, expected)
+
+
+def _devices(config: RunConfig) -> Problems:
+    """Training and rollout devices against their pool."""
+    actor, pool = config.actor_rollout, config.resource_pool
+    size = sum(pool.actor_rollout)
+    keys = ("actor_rollout.num_gpus_for_train", "actor_rollout.num_gpus_for_infer", "resource_pool.actor_rollout")
+    if not config.samples or {"train", "infer"} <= set(pool.colocate):
+        counts = [actor.num_gpus_for_train, *([actor.num_gpus_for_infer] if config.samples else [])]
+        for key, count in zip(keys, counts, strict=False):
+            if count > size:
+                expected = (
+                    f"expected at most {size}, the devices of resource_pool.actor_rollout = {list(pool.actor_rollout)}"
+                )
+                yield wrong(key, count, expected, keys[2])
+    elif actor.num_gpus_for_train + actor.num_gpus_for_infer != size:
+        text = (
+            f"actor_rollout.num_gpus_for_train + num_gpus_for_infer = {actor.num_gpus_for_train} + "
+            f"{actor.num_gpus_for_infer}: expected {size}, the devices of resource_pool.actor_rollout = "
+            f"{list(pool.actor_rollout)}; change one of the three, or share with resource_pool.colocate=[train,infer]"
+        )
+        yield Problem(keys, text)
+    repeated = {role for role in pool.colocate if pool.colocate.count(role) > 1}
+    if repeated:
+        yield wrong(
+            "resource_pool.colocate", list(pool.colocate), f"expected each role once, not {', '.join(repeated)} twice"
+        )
+
+
+def _placement(config: RunConfig) -> Problems:
+    if any(_devices(config)):
+        return  # nothing can be placed on pools of the wrong size
+    for key, text in placement_problems(config):
+        yield Problem((key, "resource_pool.actor_rollout", "resource_pool.colocate"), text)
+
+
+def _tensor_parallel(config: RunConfig) -> Problems:
+    actor, pool = config.actor_rollout, config.resource_pool
+    train = "actor_rollout.num_gpus_for_train", actor.num_gpus_for_train
+    owners = {"actor_rollout": train, "ref": ("resource_pool.ref", sum(pool.ref))}
+    owners["reward"] = ("resource_pool.reward", sum(pool.reward))
+    for name, role in _roles(config):
+        size, (owner, count) = role.tensor_model_parallel_size, owners[name]
+        if count % size:
+            expected = f"expected a divisor of the {count} devices of {owner}"
+            yield wrong(f"{name}.tensor_model_parallel_size", size, expected, owner)
+    key, size = "actor_rollout.inference_tensor_model_parallel_size", actor.inference_tensor_model_parallel_size
+    if config.samples and actor.num_gpus_for_infer % size:
+        expected = f"expected a divisor of actor_rollout.num_gpus_for_infer = {actor.num_gpus_for_infer}"
+        yield wrong(key, size, expected, "actor_rollout.num_gpus_for_infer")
+    for name, role, shape in _shapes(config):
+        split = {
+            "num_attention_heads": shape.num_attention_heads,
+            "num_query_groups": shape.kv_heads,
+            "ffn_hidden_size": shape.ffn_hidden_size,
+            "vocab_size": shape.vocab_size,
+        }
+        yield from _divides(f"{name}.tensor_model_parallel_size", role.tensor_model_parallel_size, role.model, split)
+        if name == "actor_rollout" and config.samples:
+            heads = {"num_attention_heads": shape.num_attention_heads}
+            yield from _divides(key, size, role.model, heads)
+            if shape.kv_heads % size and size % shape.kv_heads:
+                expected = f"expected a divisor or a multiple of model.{role.model}.num_query_groups = {shape.kv_heads}"
+                yield wrong(key, size, expected, f"model.{role.model}.num_query_groups")
+
+
+def _divides(key: str, size: int, model: str, counts: dict[str, int]) -> Problems:
+    for name, count in counts.items():
+        if count % size:
+            yield wrong(key, size, f"expected a divisor of model.{model}.{name} = {count}", f"model.{model}.{name}")
+
+
+def _batches(config: RunConfig) -> Problems:
+    actor = config.actor_rollout
+    ranks = actor.num_gpus_for_train // actor.tensor_model_parallel_size
+    if config.training.global_batch_size < ranks:
+        expected = (
+            f"expected at least {ranks}: each of the {ranks} data-parallel ranks needs a pair (num_gpus_for_train / TP)"
+        )
+        yield wrong(
+            "training.global_batch_size",
+            config.training.global_batch_size,
+            expected,
+            "actor_rollout.num_gpus_for_train",
+        )
+
+
+def _optimizer(config: RunConfig) -> Problems:
+    actor = config.actor_rollout
+    if actor.lr_warmup_iters and actor.lr_warmup_fraction:
+        expected = f"actor_rollout.lr_warmup_fraction = {actor.lr_warmup_fraction} is set, too; keep one of them"
+        yield wrong(
+            "actor_rollout.lr_warmup_iters", actor.lr_warmup_iters, expected, "actor_rollout.lr_warmup_fraction"
+        )
+    if actor.lr_decay_style != "constant" and actor.min_lr > actor.lr:
+        expected = f"expected at most actor_rollout.lr = {actor.lr:g}: the learning rate would rise; set both"
+        yield wrong("actor_rollout.min_lr", actor.min_lr, expected, "actor_rollout.lr")
+    if actor.dpo_label_smoothing and actor.dpo_loss_type != "sigmoid":
+        expected = f"expected 0 with dpo_loss_type={actor.dpo_loss_type}: label smoothing is defined for sigmoid only"
+        yield wrong(
+            "actor_rollout.dpo_label_smoothing", actor.dpo_label_smoothing, expected, "actor_rollout.dpo_loss_type"
+        )
+
+
+def _reward(config: RunConfig) -> Problems:
+    reward = config.reward
+    if config.offline:
+        return
+    if reward.load is not None and reward.function is not None:
+        text = "reward.load and reward.function are both set: completions are scored by one of them; remove the other"
+        yield Problem(("reward.load", "reward.function"), text)
+    if config.samples and reward.load is None and reward.function is None:
+        text = "reward.load is required: a reward model's folder; or give reward.function, a Python file that scores"
+        yield Problem(("reward.load", "reward.function"), text)
+
+
+def _inputs(config: RunConfig) -> Problems:
+    """What a run cannot start without."""
+    actor, replay = config.actor_rollout, config.rollout.engine == "replay"
+    if actor.load is None:
+        yield Problem(("actor_rollout.load",), "actor_rollout.load is required: a Hugging Face folder with the policy")
+    if actor.data_path is None and (config.samples or config.offline):
+        kind = "preference pairs" if config.offline else "prompts"
+        yield Problem(
+            ("actor_rollout.data_path",), f"actor_rollout.data_path is required: a .jsonl or .parquet file of {kind}"
+        )
+    if replay and config.rollout.replay_path is None:
+        text = (
+            "rollout.replay_path is required with rollout.engine=replay: rollouts.jsonl of a run with log.rollouts=true"
+        )
+        yield Problem(("rollout.replay_path",), text)
+    if not replay and config.rollout.replay_path is not None:
+        expected = "nothing reads it; add rollout.engine=replay, or remove it"
+        yield wrong("rollout.replay_path", config.rollout.replay_path, expected, "rollout.engine")
+
+
+def _engine(config: RunConfig) -> Problems:
+    """What the rollout engine can do on the device that this machine, or the recipe, has."""
+    if not config.samples:
+        return
+    actor = config.actor_rollout
+    automatic = config.training.device == "auto"
+    device = find_device() if automatic else config.training.device
+    facts, here = DEVICES[device], f"{device} (which training.device=auto finds here)" if automatic else device
+    size = actor.inference_tensor_model_parallel_size
+    key = "actor_rollout.inference_tensor_model_parallel_size"
+    if size > 1 and config.engine == "hf":
+        yield wrong(key, size, "expected 1 with rollout.engine=hf, which does not split a model", "rollout.engine")
+    planning = config.dry_run and automatic  # a plan for another machine; its device is not known here
+    if size > 1 and config.engine == "vllm" and facts.vllm_is_one_process and not planning:
+        yield wrong(key, size, f"expected 1: on {here} a vLLM engine is one process", "training.device")
+    if config.engine == "vllm" and device == "cpu" and config.runtime == "local":
+        expected = f"expected hf with runtime=local: on {here} vLLM must be alone in its process; or use runtime=ray"
+        yield wrong("rollout.engine", "vllm", expected, "runtime", "training.device")
+    shape, kernels = config.model.get(actor.model), facts.head_sizes
+    if shape is None or config.engine != "vllm" or kernels is None or shape.head_size in kernels:
+        return
+    if shape.kv_channels is None and shape.hidden_size % shape.num_attention_heads:
+        return  # there is no head size; said already
+    text = (
+        f"model.{actor.model}: head size {shape.head_size}: vLLM on {here} has kernels for "
+        f"{', '.join(map(str, kernels))}; choose another model, rollout.engine=hf, or another training.device"
+    )
+    keys = [f"model.{actor.model}.{name}" for name in ("kv_channels", "hidden_size", "num_attention_heads")]
+    yield Problem((*keys, "rollout.engine", "training.device"), text)
+
+
+def _local(config: RunConfig) -> Problems:
+    """One process holds every role, so no role can be split."""
+    actor, pool = config.actor_rollout, config.resource_pool
+    if config.runtime != "local":
+        return
+    counts = {"actor_rollout.num_gpus_for_train": actor.num_gpus_for_train, "resource_pool.ref": sum(pool.ref)}
+    if config.samples:
+        counts["actor_rollout.num_gpus_for_infer"] = actor.num_gpus_for_infer
+    if config.scores:
+        counts["resource_pool.reward"] = sum(pool.reward)
+    for key, count in counts.items():
+        if count > 1:
+            yield wrong(key, count, "expected 1 with runtime=local, which is one process; use runtime=ray", "runtime")
+
+
+def _warn(config: RunConfig) -> None:
+    if config.ref.load != config.actor_rollout.load:
+        logger.warning("ref.load differs from actor_rollout.load: the policy starts away from its reference")
+    if not config.samples and config.training.eval_interval:
+        logger.warning("training.eval_interval has no effect: no rollout engine samples in this run")
+
+
+_GROUPS: tuple[Callable[[RunConfig], Problems], ...] = (
+    _inputs,
+    _models,
+    folder_problems,
+    _lengths,
+    _sampling,
+    _devices,
+    _placement,
+    _tensor_parallel,
+    _batches,
+    _optimizer,
+    _reward,
+    _engine,
+    _local,
+)

@@ -1,0 +1,170 @@
+"""The files and folders that a recipe names: what is missing, and what their small files show to be wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlxf.config.problems import Problem, show
+from rlxf.config.schema import ModelConfig, RunConfig
+
+_DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_DEFAULT_LABELS = 2  # of a Hugging Face classifier whose config.json says nothing about labels
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPath:
+    """Something on disk that this run reads."""
+
+    key: str
+    path: Path
+    folder: bool = False
+    suffixes: tuple[str, ...] = ()
+
+    @property
+    def exists(self) -> bool:
+        return self.path.is_dir() if self.folder else self.path.is_file()
+
+
+def shown(path: Path) -> str:
+    """A path as its user would type it."""
+    here = Path.cwd()
+    return f"./{path.relative_to(here)}" if path.is_relative_to(here) else str(path)
+
+
+def named_paths(config: RunConfig) -> list[NamedPath]:
+    """What this run reads; a key that its mode does not use is left out."""
+    actor, reward = config.actor_rollout, config.reward
+    live, evaluates = config.samples, config.samples and config.training.eval_interval > 0
+    folders: dict[str, str | None] = {
+        "actor_rollout.load": actor.load,
+        "actor_rollout.tokenizer_name_or_path": actor.tokenizer_name_or_path,
+        "ref.load": config.ref.load,
+        "reward.load": None if config.offline else reward.load,
+        "reward.tokenizer_name_or_path": reward.tokenizer_name_or_path if config.scores else None,
+    }
+    files: dict[str, tuple[str | None, tuple[str, ...]]] = {
+        "actor_rollout.data_path": (actor.data_path if live or config.offline else None, _DATA_SUFFIXES),
+        "reward.function": (None if config.offline else reward.function, (".py",)),
+        "rollout.replay_path": (config.rollout.replay_path if config.engine == "replay" else None, (".jsonl",)),
+        "eval.data_path": (config.eval.data_path if evaluates else None, _DATA_SUFFIXES),
+        "eval.metrics": (config.eval.metrics if evaluates else None, (".py",)),
+    }
+    found = [NamedPath(key, Path(path), folder=True) for key, path in folders.items() if path is not None]
+    found += [NamedPath(key, Path(path), suffixes=kinds) for key, (path, kinds) in files.items() if path is not None]
+    return found
+
+
+def missing_paths(config: RunConfig) -> list[NamedPath]:
+    return [named for named in named_paths(config) if not named.exists]
+
+
+def folder_problems(config: RunConfig) -> Iterator[Problem]:
+    """Missing files (a dry run only lists them), wrong suffixes, and model folders that do not fit their role."""
+    for named in named_paths(config):
+        key, place = named.key, show(shown(named.path))
+        if named.suffixes and named.path.suffix.lower() not in named.suffixes:
+            yield Problem((key,), f"{key} = {place}: expected a file that ends in {' or '.join(named.suffixes)}")
+        elif not named.exists and not config.dry_run:
+            kind = "folder" if named.folder else "file"
+            other = named.path.exists() and f", but it is a {'file' if named.folder else 'folder'}"
+            expected = f"expected a {kind}{other}" if other else f"no such {kind}; paths are relative to {Path.cwd()}"
+            yield Problem((key,), f"{key} = {place}: {expected}")
+    yield from _model_folders(config)
+
+
+def _model_folders(config: RunConfig) -> Iterator[Problem]:
+    seen: set[tuple[str, str]] = set()
+    for role in ("actor_rollout", "ref", "reward"):
+        section = getattr(config, role)
+        unused = role == "reward" and config.offline
+        if section.load is None or unused or not Path(section.load).is_dir():
+            continue
+        if (section.load, section.model) in seen and role == "ref":
+            continue  # the actor's folder: its problems are the actor's
+        seen.add((section.load, section.model))
+        key, folder = f"{role}.load", Path(section.load)
+        for text in _folder(folder, config.model.get(section.model), section.model, reward=role == "reward"):
+            yield Problem((key,), f"{key} = {show(shown(folder))}: {text}")
+        if role != "ref":
+            yield from _tokenizer(role, Path(section.tokenizer_name_or_path or section.load))
+
+
+def _tokenizer(role: str, folder: Path) -> Iterator[Problem]:
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        key = f"{role}.tokenizer_name_or_path"
+        text = f"holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); set {key} to a folder with one"
+        yield Problem((key,), f"{key}: {shown(folder)} {text}")
+
+
+def _folder(folder: Path, shape: ModelConfig | None, model: str | None, *, reward: bool) -> Iterator[str]:
+    """What is wrong with a model folder, as far as its small files show."""
+    file = folder / "config.json"
+    if not file.is_file():
+        yield "holds no config.json; expected a Hugging Face model folder"
+        return
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        yield f"its config.json cannot be read: {error}"
+        return
+    if not isinstance(settings, dict):
+        yield "its config.json is not a JSON object"
+        return
+    yield from _weights(folder)
+    yield from _head(settings, reward=reward)
+    for name, (expected, found) in _shape(shape, settings).items():
+        yield f"its config.json says {name} = {found}, but model.{model}.{name} = {expected}; name the fitting model"
+
+
+def _weights(folder: Path) -> Iterator[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        if not (folder / "model.safetensors").is_file():
+            other = "; convert pytorch_model.bin to safetensors" if (folder / "pytorch_model.bin").is_file() else ""
+            yield f"holds no model.safetensors{other}"
+        return
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        yield f"its {index.name} cannot be read: {error!r}"
+        return
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        yield f"{len(missing)} of {len(files)} weight files are missing ({missing[0]}); copy or download it again"
+
+
+def _head(settings: dict[str, Any], *, reward: bool) -> Iterator[str]:
+    kinds = settings.get("architectures") or []
+    classifier = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+    if not reward and classifier:
+        yield f"is a {kinds[0]}; expected a language model (*ForCausalLM)"
+    if not reward:
+        return
+    labels = settings.get("num_labels") or len(settings.get("id2label") or range(_DEFAULT_LABELS))
+    if kinds and not classifier:
+        yield f"is a {kinds[0]}, which has no score head; expected a *ForSequenceClassification with one label"
+    elif labels != 1:
+        yield f"has {labels} labels; a reward model has one (num_labels=1)"
+
+
+def _shape(shape: ModelConfig | None, settings: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """The keys in which a model section and a folder's ``config.json`` differ: recipe's value, folder's value."""
+    heads, width = settings.get("num_attention_heads"), settings.get("hidden_size")
+    if shape is None or not isinstance(heads, int) or not isinstance(width, int):
+        return {}
+    pairs = {
+        "num_layers": (shape.num_layers, settings.get("num_hidden_layers")),
+        "hidden_size": (shape.hidden_size, width),
+        "ffn_hidden_size": (shape.ffn_hidden_size, settings.get("intermediate_size")),
+        "num_attention_heads": (shape.num_attention_heads, heads),
+        "num_query_groups": (shape.kv_heads, settings.get("num_key_value_heads") or heads),
+        "kv_channels": (shape.head_size, settings.get("head_dim") or width // heads),
+    }
+    return {
+        name: (ours, theirs) for name, (ours, theirs) in pairs.items() if isinstance(theirs, int) and ours != theirs
+    }

@@ -1,0 +1,236 @@
+"""Which keys a recipe may hold, the older names that are understood, and the nearest key to a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+from rlxf.config.schema import (
+    ActorConfig,
+    AlgorithmConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    ReferenceConfig,
+    ResourcePoolConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    Strict,
+    SyncConfig,
+    TrainingConfig,
+)
+
+ROLES: dict[str, type[Strict]] = {"actor_rollout": ActorConfig, "ref": ReferenceConfig, "reward": RewardConfig}
+SECTIONS: dict[str, type[Strict]] = {
+    "training": TrainingConfig,
+    **ROLES,
+    "rollout": RolloutConfig,
+    "sync": SyncConfig,
+    "algorithm": AlgorithmConfig,
+    "resource_pool": ResourcePoolConfig,
+    "eval": EvalConfig,
+    "log": LogConfig,
+}
+TOP_LEVEL = tuple(RunConfig.model_fields)
+ROLE_KEYS = frozenset(key for role in ROLES.values() for key in role.model_fields)
+REFERENCE_LAYOUT = "actor_rollout_ref"  # the reference implementation nests actor_rollout and ref in this section
+
+# Older or misplaced name -> the key that it sets.
+ALIASES: dict[tuple[str, str], tuple[str, str]] = {
+    ("training", "shuffle"): ("training", "shuffle_minibatch"),
+    ("actor_rollout", "shuffle"): ("actor_rollout", "shuffle_minibatch"),
+    ("algorithm", "missing_eos_penalty"): ("actor_rollout", "missing_eos_penalty"),
+}
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Keys of reference recipes that nothing here reads: accepted, and named once in a warning. In this order: what online
+# DPO has no use for; what is always on or decided by the platform; what the model folder's config.json says; what is
+# neither padded, preprocessed nor restored in the way that the key describes.
+_LEGACY_ROLE = _words(
+    """
+    clip_ratio entropy_coeff
+
+    use_kv_cache use_mcore_models use_mc2 use_flash_attn use_fused_rmsnorm use_fused_swiglu use_fused_rotary_pos_emb
+    sequence_parallel use_distributed_optimizer overlap_grad_reduce overlap_param_gather reuse_fp32_param
+    no_masked_softmax_fusion masked_softmax_fusion no_gradient_accumulation_fusion attention_softmax_in_fp32
+    distributed_backend distributed_timeout_minutes initial_loss_scale loss_scale transformer_impl
+    recompute_granularity recompute_method recompute_num_layers
+
+    use_rotary_position_embeddings position_embedding_type rotary_base rope_scaling_type rope_scaling_factor
+    low_freq_factor high_freq_factor original_max_position_embeddings rope_scaling_low_freq_factor
+    rope_scaling_high_freq_factor rope_scaling_original_max_position_embeddings group_query_attention
+    make_vocab_size_divisible_by disable_bias_linear add_qkv_bias attention_dropout hidden_dropout init_method_std
+    normalization norm_epsilon swiglu
+
+    tokenizer_type tokenizer_not_use_fast is_instruction_dataset is_pairwise_dataset variable_seq_lengths
+    pad_to_multiple_of split finetune no_load_optim no_load_rng no_save_optim no_save_rng no_shared_storage
+    log_interval eval_iters refer_model_iter lora_alpha lora_dropout lora_target_modules lora_fusion
+    """
+)
+LEGACY: dict[str, frozenset[str]] = {
+    "training": _LEGACY_ROLE,
+    "model": _LEGACY_ROLE,
+    **dict.fromkeys(ROLES, _LEGACY_ROLE),
+    "algorithm": _words(
+        "gamma lam adv_estimator kl_penalty kl_ctrl kl_coef kl_target kl_horizon clip_ratio entropy_coeff"
+    ),
+}
+
+# Keys of features that this version does not have: only the value that switches them off is accepted.
+NOT_YET: dict[str, Any] = {
+    "lora_r": 0,
+    "lora_load": None,
+    "qlora": False,
+    "context_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "pref_ftx": 0,
+}
+
+# What other programs call our keys.
+_SYNONYMS: dict[str, str] = {
+    "beta": "actor_rollout.dpo_beta",
+    "loss_type": "actor_rollout.dpo_loss_type",
+    "label_smoothing": "actor_rollout.dpo_label_smoothing",
+    "learning_rate": "actor_rollout.lr",
+    "lr_scheduler_type": "actor_rollout.lr_decay_style",
+    "warmup_steps": "actor_rollout.lr_warmup_iters",
+    "warmup_ratio": "actor_rollout.lr_warmup_fraction",
+    "max_grad_norm": "actor_rollout.clip_grad",
+    "max_length": "actor_rollout.seq_length",
+    "max_steps": "training.train_iters",
+    "num_generations": "actor_rollout.n_samples_per_prompt",
+    "mini_batch_size": "actor_rollout.ppo_mini_batch_size",
+    "batch_size": "training.global_batch_size",
+    "train_batch_size": "training.global_batch_size",
+    "save_steps": "training.save_interval",
+    "eval_steps": "training.eval_interval",
+    "tp": "actor_rollout.tensor_model_parallel_size",
+    "padded_vocab_size": "model.<name>.vocab_size",
+    "num_hidden_layers": "model.<name>.num_layers",
+    "intermediate_size": "model.<name>.ffn_hidden_size",
+    "num_key_value_heads": "model.<name>.num_query_groups",
+    "head_dim": "model.<name>.kv_channels",
+}
+
+
+def keys_of(section: str) -> frozenset[str]:
+    """The keys that a section may hold; ``training`` and ``model.<name>`` also hold defaults for the roles."""
+    if section == "model":
+        return frozenset(ModelConfig.model_fields) | (ROLE_KEYS - {"model"})
+    own = frozenset(SECTIONS[section].model_fields)
+    return own | ROLE_KEYS if section == "training" else own
+
+
+def is_legacy(section: str, key: str) -> bool:
+    return key in LEGACY.get(section, ())
+
+
+def is_not_yet(section: str, key: str) -> bool:
+    return key in NOT_YET and section in ("training", "model", *ROLES)
+
+
+def is_known(path: Sequence[str]) -> bool:
+    """Whether a recipe may hold this key, such as ``("actor_rollout", "lr")``; a whole section is known, too."""
+    path = plain_layout(path)
+    if len(path) == 1:
+        return path[0] in TOP_LEVEL or path[0] == REFERENCE_LAYOUT
+    section, *rest = path
+    if section == "model":
+        rest = rest[1:]
+        if not rest:
+            return True
+    elif section not in SECTIONS:
+        return False
+    key = rest[0]
+    if is_legacy(section, key):
+        return True
+    known = (
+        key in keys_of(section)
+        or (section, key) in ALIASES
+        or is_not_yet(section, key)
+        or (section, key) == ("model", "padded_vocab_size")
+    )
+    return known and len(rest) == 1
+
+
+def plain_layout(path: Sequence[str]) -> tuple[str, ...]:
+    """The path of a key of the reference layout in ours."""
+    nested = len(path) > 1 and path[0] == REFERENCE_LAYOUT and path[1] in ("actor_rollout", "ref")
+    return tuple(path[1:] if nested else path)
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word most like a wrong one, or else one that begins with it."""
+    words = sorted(known)
+    matches = get_close_matches(word, words, n=1, cutoff=0.6)
+    matches += [other for other in words if len(word) > 2 and other.startswith(word)]
+    return matches[0] if matches else None
+
+
+def unknown_key(path: Sequence[str]) -> str:
+    """What to say about a key that no recipe may hold: the nearest valid key, or the keys of its section."""
+    path = plain_layout(path)
+    section, key = path[0], path[-1]
+    if section in SECTIONS or section == "model":
+        return "unknown key" + _within(path, section, key)
+    if len(path) == 1:
+        return "unknown key" + _hint(_place(key) or nearest(key, TOP_LEVEL) or _close_place(key))
+    near = nearest(section, [*SECTIONS, "model"])
+    renamed = (near, *path[1:]) if near else ()
+    hint = ".".join(renamed) if renamed and is_known(renamed) else _place(key) or near or _close_place(key)
+    return f"unknown section {section!r}" + (_hint(hint) or f"; known: {', '.join(TOP_LEVEL)}")
+
+
+def _within(path: Sequence[str], section: str, key: str) -> str:
+    """The hint for a wrong key of a section that exists."""
+    depth = 3 if section == "model" else 2
+    if len(path) > depth:
+        return f"; nothing is nested below {'.'.join(path[:depth])}"
+    prefix = ".".join(path[:-1])
+    here = nearest(key, keys_of(section))
+    hint = _place(key) or (f"{prefix}.{here}" if here else None) or _close_place(key)
+    if hint is None:
+        return f"; {prefix} holds {', '.join(sorted(keys_of(section)))}"
+    return _hint(hint.replace("model.<name>", prefix) if section == "model" else hint)
+
+
+def _hint(key: str | None) -> str:
+    return f'; did you mean "{key}"?' if key else ""
+
+
+@cache
+def _places() -> Mapping[str, str]:
+    """Each key -> its full name; a key of several roles is the actor's."""
+    places = {key: f"model.<name>.{key}" for key in ModelConfig.model_fields}
+    for section in (
+        "log",
+        "eval",
+        "resource_pool",
+        "algorithm",
+        "sync",
+        "rollout",
+        "reward",
+        "ref",
+        "training",
+        "actor_rollout",
+    ):
+        places |= {key: f"{section}.{key}" for key in SECTIONS[section].model_fields}
+    return places
+
+
+def _place(key: str) -> str | None:
+    """The full name of a key that stands in the wrong section, or that another program calls so."""
+    return _SYNONYMS.get(key) or _places().get(key)
+
+
+def _close_place(key: str) -> str | None:
+    near = nearest(key, _places())
+    return _places()[near] if near else None

@@ -1,0 +1,162 @@
+"""A recipe as Hydra composed it -> one frozen ``RunConfig``, or every mistake in it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from rlxf.config.checks import check
+from rlxf.config.fields import LocalPath
+from rlxf.config.keys import ROLES, SECTIONS
+from rlxf.config.normalise import Section, normalise
+from rlxf.config.problems import Problem, concerning, expectation, lines, show
+from rlxf.config.schema import ModelConfig, RunConfig, Strict
+from rlxf.errors import ConfigError
+
+# Keys that the frozen models take from the actor when no section sets them.
+_FROM_ACTOR = {
+    "ref": ("load", "bf16", "seq_length", "micro_batch_size"),
+    "reward": ("bf16", "seq_length", "micro_batch_size"),
+}
+
+
+def load_config(raw: Mapping[str, Any], *, earlier: Sequence[str] = ()) -> RunConfig:
+    """The merged and checked recipe. Real defaults apply only after the merge ``model < training < role``.
+
+    Args:
+        raw: plain data, interpolations resolved; ``null`` means unset.
+        earlier: mistakes that were found before, such as unknown keys on the command line; reported with the rest.
+
+    Raises:
+        ConfigError: with every mistake found, one line each.
+    """
+    recipe, problems = normalise(raw)
+    merged, origins = _merge(recipe)
+    config, wrong_values = _validate(merged, origins)
+    problems += wrong_values
+    if config is not None:
+        problems += [found for found in check(config) if not concerning(problems, found.keys)]
+    if problems or earlier:
+        raise ConfigError(*earlier, *lines(problems))
+    assert config is not None
+    return config
+
+
+def _merge(recipe: Section) -> tuple[Section, dict[str, str]]:
+    """The sections of ``RunConfig``, and where each inherited value was written: ``ref.bf16 -> training.bf16``."""
+    training, models = recipe.get("training", {}), recipe.get("model", {})
+    origins: dict[str, str] = {}
+    merged: Section = {name: value for name, value in recipe.items() if name not in ROLES}
+    merged["training"] = {key: value for key, value in training.items() if key in SECTIONS["training"].model_fields}
+    merged["model"] = {name: _only(shape, ModelConfig) for name, shape in models.items()}
+    for role, schema in ROLES.items():
+        own = recipe.get(role, {})
+        name = own.get("model", training.get("model"))
+        if name is None and (role == "ref" or (role == "reward" and "load" in {**training, **own})):
+            name = merged["actor_rollout"].get("model")
+        model = models.get(name, {}) if isinstance(name, str) else {}
+        values: Section = {} if name is None else {"model": name}
+        for prefix, source in ((f"model.{name}", model), ("training", training), (role, own)):
+            for key, value in _only(source, schema).items():
+                values[key] = value
+                origins[f"{role}.{key}"] = f"{prefix}.{key}"
+        for key in _FROM_ACTOR.get(role, ()):
+            if key not in values and key in merged["actor_rollout"]:
+                values[key] = merged["actor_rollout"][key]
+                origins[f"{role}.{key}"] = origins[f"actor_rollout.{key}"]
+        merged[role] = values
+    return merged, origins
+
+
+def _only(values: Section, schema: type[Strict]) -> Section:
+    return {key: value for key, value in values.items() if key in schema.model_fields}
+
+
+def _validate(merged: Section, origins: Mapping[str, str]) -> tuple[RunConfig | None, list[Problem]]:
+    """The config and no problems; or a config without the wrong values, so that other checks can still run; or None."""
+    located = _with_absolute_paths(merged)
+    try:
+        return RunConfig.model_validate(located), []
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+    problems = [_problem(error, merged, origins) for error in errors]
+    try:
+        return RunConfig.model_validate(_without(located, errors)), problems
+    except ValidationError:
+        return None, problems
+
+
+def _problem(error: ErrorDetails, merged: Section, origins: Mapping[str, str]) -> Problem:
+    path = [str(part) for part in error["loc"]]
+    depth = 3 if path[0] == "model" else 2
+    key = ".".join(path[:depth])
+    name = origins.get(key, key)
+    whole = [".".join(path[:2])] if path[0] == "model" else []  # a model with a wrong key is left out as a whole
+    if error["type"] == "missing":
+        return Problem((key, *whole), f"{name} is required: {_required(path)}")
+    value: Any = merged
+    for part in path[:depth]:
+        value = value[part] if isinstance(value, Mapping) and part in value else error["input"]
+    if key == "training.stage" and value in _LATER_STAGES:
+        return Problem((key,), f"{name} = {show(value)}: not available in this version; expected ray_online_dpo or dpo")
+    return Problem((key, *whole), f"{name} = {show(value)}: {_EXPLAINED.get(path[-1]) or expectation(error)}")
+
+
+_LATER_STAGES = ("sft", "rm", "orm")
+_EXPLAINED = {
+    "pipeline_model_parallel_size": "expected 1: this version does not spread layers over devices; "
+    "use tensor_model_parallel_size for a model that is too large for one",
+    "n_samples_per_prompt": "expected a whole number, at least 2: a pair needs two completions of a prompt",
+}
+
+
+def _required(path: list[str]) -> str:
+    if path[:2] == ["training", "stage"]:
+        return 'set it to "ray_online_dpo" (online) or "dpo" (offline)'
+    if path[-1] == "model":
+        return "name a model of the recipe's defaults list, such as tiny"
+    return "give its value, as the model's config.json has it" if path[0] == "model" else "give its value"
+
+
+def _without(merged: Section, errors: Sequence[ErrorDetails]) -> Section:
+    """The recipe with defaults in place of its wrong values; a model with a wrong shape is left out."""
+    rest: Section = {name: dict(value) if isinstance(value, dict) else value for name, value in merged.items()}
+    for error in errors:
+        section, *keys = (str(part) for part in error["loc"])
+        if keys and isinstance(rest.get(section), dict):
+            rest[section].pop(keys[0], None)
+        else:
+            rest.pop(section, None)
+    rest["training"].setdefault("stage", "ray_online_dpo")
+    for role in ("actor_rollout", "ref"):
+        rest[role].setdefault("model", "")
+    return rest
+
+
+def path_fields(schema: type[Strict]) -> Iterator[tuple[str, str]]:
+    """The fields of a section that name something on disk, each with the kind of thing: file, folder or output."""
+    for name, field in schema.model_fields.items():
+        candidates = [*field.metadata, *_metadata(field.annotation)]
+        yield from ((name, mark.kind) for mark in candidates if isinstance(mark, LocalPath))
+
+
+def _metadata(annotation: Any) -> Iterator[Any]:
+    yield from getattr(annotation, "__metadata__", ())
+    for inner in get_args(annotation):
+        yield from _metadata(inner)
+
+
+def _with_absolute_paths(merged: Section) -> Section:
+    """A path is relative to the folder where the command is typed; workers run in other folders."""
+    located = dict(merged)
+    for section, schema in SECTIONS.items():
+        values = dict(merged.get(section, {}))
+        for key, _ in path_fields(schema):
+            if isinstance(values.get(key), str):
+                values[key] = str(Path(values[key]).expanduser().absolute())
+        located[section] = values
+    return located

@@ -1,0 +1,241 @@
+"""Every key of a recipe: type, unit, default, bounds. Checks that need several sections are in ``checks.py``.
+
+A recipe is composed by Hydra, merged by ``load.py`` (model < training < role; unset = inherit) and validated here, so
+the defaults below apply only to keys that no section set.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from rlxf.config.fields import LocalPath, as_pool, as_tuple, finite
+
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, BeforeValidator(finite), Field(ge=0)]
+Share = Annotated[float, BeforeValidator(finite), Field(ge=0, le=1)]
+BelowOne = Annotated[float, BeforeValidator(finite), Field(ge=0, lt=1)]
+Finite = Annotated[float, BeforeValidator(finite)]
+Pool = Annotated[tuple[Positive, ...], BeforeValidator(as_pool)]
+Folder = Annotated[str, LocalPath("folder")]
+File = Annotated[str, LocalPath("file")]
+
+Stage = Literal["ray_online_dpo", "dpo"]
+Device = Literal["auto", "npu", "cuda", "cpu"]
+LossType = Literal["sigmoid", "hinge", "ipo"]
+Role = Literal["train", "infer", "ref", "reward"]
+
+
+class Strict(BaseModel):
+    """Frozen; an unknown key is an error, never a silent default; ``true`` is no integer and ``"8"`` no number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TrainingConfig(Strict):
+    """What concerns the run, not one role. A recipe's ``training`` section may also hold defaults for every role."""
+
+    stage: Stage  # ray_online_dpo: sample, score, pair, train; dpo: the same driver on pairs from a file
+    device: Device = "auto"  # auto: the first of npu, cuda, cpu that this machine has
+    seed: int = Field(1, ge=0, lt=2**32)  # of sampling and shuffling
+    global_batch_size: Positive = 32  # prompts (offline: pairs) per driver step
+    train_iters: Positive = 100  # driver steps
+    save_interval: int = Field(0, ge=0)  # driver steps between checkpoints; 0 = only at the end
+    eval_interval: int = Field(0, ge=0)  # driver steps between evaluations; 0 = never
+    stage_timeout_s: Positive = 3600  # longest time that one remote stage may take, seconds
+    start_timeout_s: Positive = 600  # longest time that loading a model may take, seconds
+    trust_remote_code: bool = False  # allow model folders to run their own Python code
+
+
+class ModelConfig(Strict):
+    """Shape of a model, as its ``config.json`` says. Known before any folder exists, for checks and ``dry_run``."""
+
+    num_layers: Positive  # transformer layers
+    hidden_size: Positive  # width of the residual stream
+    ffn_hidden_size: Positive  # width inside the feed-forward block
+    num_attention_heads: Positive  # query heads
+    num_query_groups: Positive | None = None  # key/value heads; unset = as many as attention heads
+    kv_channels: Positive | None = None  # head size; unset = hidden_size / num_attention_heads
+    vocab_size: Positive  # rows of the embedding
+    max_position_embeddings: Positive  # longest sequence that the model knows, tokens
+    untie_embeddings_and_output_weights: bool = False  # true: the output layer has a matrix of its own
+
+    @property
+    def head_size(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+
+class RoleConfig(Strict):
+    """What actor, reference and reward have in common."""
+
+    model: str  # name of a file in configs/rlxf/model; ref and reward: unset = the actor's
+    load: Folder | None = None  # Hugging Face folder with the weights; ref: unset = the actor's
+    tokenizer_name_or_path: Folder | None = None  # folder with the tokenizer; unset = `load`
+    tensor_model_parallel_size: Positive = 1  # devices that share each layer
+    pipeline_model_parallel_size: Literal[1] = 1  # devices that the layers are spread over
+    bf16: bool = False  # false: fp32
+    seq_length: Positive = 1024  # longest prompt + completion, tokens
+    micro_batch_size: Positive = 1  # pairs per forward/backward on one data-parallel rank
+
+
+class ActorConfig(RoleConfig):
+    """The policy being trained, with its optimizer and its rollout."""
+
+    data_path: File | None = None  # prompts (online) or preference pairs (offline): .jsonl, .json or .parquet
+    save: Annotated[str, LocalPath("output")] | None = (
+        None  # folder of checkpoints; unset: `checkpoints` in the run folder
+    )
+    prompt_key: str = "prompt"  # column with the prompt
+    chosen_key: str = "chosen"  # offline: column with the preferred completion
+    rejected_key: str = "rejected"  # offline: column with the other completion
+    no_shuffle: bool = False  # true: prompts in file order
+    max_prompt_length: Positive = 512  # tokens; see prompt_overflow
+    prompt_overflow: Literal["drop", "truncate_left", "error"] = "drop"  # what becomes of longer prompts
+    max_new_tokens: Positive | None = None  # unset: seq_length - max_prompt_length
+    n_samples_per_prompt: int = Field(2, ge=2)  # completions per prompt
+    num_samples_per_step: Positive | None = None  # prompts per generate call; unset = all of them
+    do_sample: bool = True  # false (greedy) is an error online: all completions of a prompt would be the same
+    missing_eos_penalty: Rate = 0.0  # subtracted from the score of a completion without EOS
+    ppo_mini_batch_size: Positive = 1  # pairs per optimizer step on one data-parallel rank
+    ppo_epochs: Positive = 1  # passes over the same pairs
+    shuffle_minibatch: bool = False  # shuffle pairs before each pass; a pair is never split
+    dpo_loss_type: LossType = "sigmoid"  # of one pair, from the two log-ratios
+    dpo_beta: Finite = Field(0.1, gt=0)  # pull towards the reference; larger stays closer
+    dpo_label_smoothing: Finite = Field(0.0, ge=0, lt=0.5)  # sigmoid only: assumed share of swapped labels (cDPO)
+    dpo_logp_reduction: Literal["auto", "sum", "mean"] = "auto"  # auto: mean for offline ipo, sum otherwise
+    lr: Rate = 1e-6  # highest learning rate
+    min_lr: Rate = 0.0  # learning rate at the end of the decay
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"  # from lr to min_lr over train_iters
+    lr_warmup_iters: int = Field(0, ge=0)  # driver steps; set this or lr_warmup_fraction
+    lr_warmup_fraction: Share | None = None  # share of train_iters
+    weight_decay: Rate = 0.0  # of AdamW
+    clip_grad: Rate = 1.0  # largest global gradient norm; 0 = no clipping
+    adam_beta1: BelowOne = 0.9  # decay of the mean of gradients
+    adam_beta2: BelowOne = 0.999  # decay of the mean of squared gradients
+    adam_eps: Finite = Field(1e-8, gt=0)  # added to the root of the mean of squared gradients
+    num_gpus_for_train: Positive = 1  # devices of actor_rollout that train
+    num_gpus_for_infer: Positive = 1  # devices of actor_rollout that sample
+    inference_tensor_model_parallel_size: Positive = 1  # devices of one rollout engine
+
+
+class ReferenceConfig(RoleConfig):
+    """The frozen model that DPO is measured against. Without ``load`` it starts from the actor's folder."""
+
+
+class RewardConfig(RoleConfig):
+    """What scores a completion: a reward model (``load``) or a Python function (``function``)."""
+
+    model: str | None = None  # type: ignore[assignment]  # a reward function has no model
+    function: File | None = (
+        None  # path of a Python file that defines `reward(prompts, completions, completion_ids, **columns)`
+    )
+
+
+class RolloutConfig(Strict):
+    """Sampling, and the engine that does it."""
+
+    engine: Literal["vllm", "hf", "replay"] | None = None  # unset: vllm under runtime=ray, hf under runtime=local
+    temperature: Finite = Field(1.0, gt=0)  # divides the logits
+    top_p: Finite = Field(1.0, gt=0, le=1)  # smallest set of tokens with this probability; 1 = all
+    top_k: int = Field(-1, ge=-1)  # -1 or 0: off
+    replay_path: File | None = None  # rollouts.jsonl that engine=replay trains on
+    gpu_memory_utilization: Finite = Field(
+        0.85, gt=0, le=1
+    )  # npu and cuda: share of the device for weights and KV cache
+    cpu_kv_cache_gib: Positive = 1  # cpu: size of the KV cache, GiB
+    max_num_seqs: Positive = 256  # sequences that one engine decodes at a time
+
+
+class SyncConfig(Strict):
+    """Pushing the actor's weights into the rollout engines."""
+
+    bucket_mb: Positive = 256  # largest message, MiB; a layer is never split over messages
+    verify_first: int = Field(2, ge=0)  # probe the engines after this many first updates
+    verify_interval: int = Field(0, ge=0)  # and after every so many updates; 0 = never again
+
+
+class AlgorithmConfig(Strict):
+    """From scores to pairs."""
+
+    pairing: Literal["best_worst"] = "best_worst"  # best against worst of a prompt's completions
+    min_score_margin: Rate = 0.0  # pairs with a margin at or below it are dropped and counted
+    max_empty_steps: Positive = 3  # steps in a row without a single pair before the run stops
+
+
+class ResourcePoolConfig(Strict):
+    """Devices per role. A list is processes per node, an int is processes on one node."""
+
+    actor_rollout: Pool = (2,)  # devices that train and sample
+    ref: Pool = (1,)  # devices of the reference
+    reward: Pool = (1,)  # devices of the reward model; none are used by a reward function
+    colocate: Annotated[tuple[Role, ...], BeforeValidator(as_tuple)] = ()  # roles that share devices
+    resource_name: str | None = None  # Ray resource of one device; unset: the platform's (NPU, GPU, CPU)
+
+
+class EvalConfig(Strict):
+    """Fresh samples at temperature 1 on validation prompts."""
+
+    data_path: File | None = None  # unset: the first `num_prompts` prompts of actor_rollout.data_path
+    num_prompts: Positive = 256  # of each evaluation
+    metrics: File | None = (
+        None  # path of a Python file that defines `evaluate(prompts, completions, initial_completions)`
+    )
+
+
+class LogConfig(Strict):
+    """What a run writes into its folder."""
+
+    interval: Positive = 1  # driver steps between progress lines
+    samples_interval: int = Field(50, ge=0)  # driver steps between tables of sampled pairs; 0 = never
+    rollouts: bool = False  # write rollouts.jsonl
+    tensorboard: bool = True  # write TensorBoard event files
+
+
+class RunConfig(Strict):
+    """A whole recipe, merged and checked. What a run reads; nothing writes back into it."""
+
+    runtime: Literal["ray", "local"] = "ray"  # local: one process without Ray
+    dry_run: bool = False  # check the recipe, print the placement plan and end
+    training: TrainingConfig
+    model: dict[str, ModelConfig]
+    actor_rollout: ActorConfig
+    ref: ReferenceConfig
+    reward: RewardConfig
+    rollout: RolloutConfig = RolloutConfig()
+    sync: SyncConfig = SyncConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    resource_pool: ResourcePoolConfig = ResourcePoolConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def offline(self) -> bool:
+        return self.training.stage == "dpo"
+
+    @property
+    def max_new_tokens(self) -> int:
+        actor = self.actor_rollout
+        return actor.max_new_tokens or actor.seq_length - actor.max_prompt_length
+
+    @property
+    def samples(self) -> bool:
+        """Whether a rollout engine makes this run's completions."""
+        return not self.offline and self.engine != "replay"
+
+    @property
+    def scores(self) -> bool:
+        """Whether a reward model, which needs devices, scores this run's completions."""
+        return not self.offline and self.reward.load is not None
+
+    @property
+    def engine(self) -> Literal["vllm", "hf", "replay"]:
+        return self.rollout.engine or ("vllm" if self.runtime == "ray" else "hf")
+
+    def dump(self) -> dict[str, Any]:
+        """The merged recipe as plain data, for `config.yaml` in the run folder and for checkpoints."""
+        return self.model_dump(mode="json")

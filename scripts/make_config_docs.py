@@ -1,0 +1,167 @@
+"""Write docs/config.md from the schema: ``python scripts/make_config_docs.py``; ``--check`` only compares."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import sys
+import tokenize
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from pydantic.fields import FieldInfo  # noqa: E402
+from pydantic_core import PydanticUndefined  # noqa: E402
+
+from rlxf.config import keys, schema  # noqa: E402
+from rlxf.config.fields import LocalPath  # noqa: E402
+
+PAGE = ROOT / "docs" / "config.md"
+INTRO = """# Configuration
+
+*Generated from `rlxf/config/schema.py` by `scripts/make_config_docs.py`; do not edit.*
+
+A recipe is a YAML file in `configs/rlxf/`, run by name:
+
+```bash
+python ray_gpt.py --config-name online_dpo_trainer_tiny training.seed=2 actor_rollout.lr=1e-4
+```
+
+- **Every key of this page can be set on the command line** as `section.key=value`, in any recipe. `--cfg job` prints
+  the composed recipe, `dry_run=true` checks it and prints its placement plan, `--multirun` runs several,
+  `--config-dir` adds a folder of your own recipes, `hydra.run.dir` names the run's folder (default
+  `outputs/<recipe>/<date>_<time>`).
+- **Where a value comes from**: a role's own key, else `training`, else the role's `model.<name>` section, else the
+  default below. `null` is the same as leaving a key out. `training` may hold any key of a role, for all roles.
+- `ref` and `reward` take `model`, `bf16`, `seq_length` and `micro_batch_size` from the actor when no section sets
+  them, and `ref` also `load`.
+- **Paths** are relative to the folder where the command is typed.
+- An unknown key, in a file or on the command line, is an error that names the nearest valid one. All mistakes of a
+  recipe are reported at once.
+- A recipe in the layout `actor_rollout_ref.actor_rollout`, `actor_rollout_ref.ref` is understood; where both layouts
+  set a key, the plain one wins.
+"""
+
+
+def comments(source: str) -> dict[tuple[str, str], str]:
+    """``(class, field) -> trailing comment`` of every annotated field."""
+    by_line: dict[int, str] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            by_line[token.start[0]] = token.string.split("  # ")[-1].lstrip("# ")
+    found = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                lines = range(item.lineno, (item.end_lineno or item.lineno) + 1)
+                found[node.name, item.target.id] = " ".join(by_line[line] for line in lines if line in by_line)
+    return found
+
+
+def kind(annotation: Any, metadata: list[Any]) -> str:
+    """A field's type and bounds in words."""
+    marks = [mark for mark in metadata if isinstance(mark, LocalPath)]
+    inner = get_args(annotation)
+    if hasattr(annotation, "__metadata__"):
+        return kind(annotation.__origin__, [*annotation.__metadata__, *metadata])
+    if type(None) in inner:
+        return kind(next(arg for arg in inner if arg is not type(None)), metadata)
+    if get_origin(annotation) is Literal:
+        return " / ".join(f"`{value}`" for value in inner)
+    if marks:
+        return "path of a folder" if marks[0].kind == "output" else f"path of a {marks[0].kind}"
+    if get_origin(annotation) is tuple:
+        return f"list of {kind(inner[0], [])}" if get_origin(inner[0]) is Literal else "int or list of int, each >= 1"
+    words = {int: "int", float: "float", bool: "bool", str: "text"}[annotation]
+    return words + bounds(metadata)
+
+
+def bounds(metadata: list[Any]) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    limits: dict[str, float] = {}
+    for mark in [part for item in metadata for part in (getattr(item, "metadata", None) or [item])]:
+        limits |= {sign: getattr(mark, sign) for sign in signs if getattr(mark, sign, None) is not None}
+    return "".join(f", {signs[sign]} {value}" for sign, value in limits.items())
+
+
+def default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    if field.default is None:
+        return "unset"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def section(title: str, model: type[schema.Strict], texts: dict[tuple[str, str], str], skip: frozenset[str]) -> str:
+    """A heading, the class's first line and a table of its fields; ``skip``: fields that another table has."""
+    lines = [f"\n## `{title}`\n", (model.__doc__ or "").strip().replace("``", "`"), ""]
+    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        if name in skip:
+            continue
+        owner = next(cls for cls in model.__mro__ if name in getattr(cls, "__annotations__", {}))
+        text = texts[owner.__name__, name].replace("|", "\\|")
+        lines.append(f"| `{name}` | {kind(field.annotation, field.metadata)} | {default(field)} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    """The whole page."""
+    texts = comments(Path(schema.__file__).read_text(encoding="utf-8"))
+    common = frozenset(schema.RoleConfig.model_fields)
+    parts = [INTRO, top_level(texts)]
+    parts.append(section("training", schema.TrainingConfig, texts, frozenset()))
+    parts.append(section("actor_rollout, ref and reward", schema.RoleConfig, texts, frozenset()))
+    parts.append(section("actor_rollout", schema.ActorConfig, texts, common))
+    parts.append(section("reward", schema.RewardConfig, texts, common))
+    for name in ("rollout", "sync", "algorithm", "resource_pool", "eval", "log"):
+        parts.append(section(name, keys.SECTIONS[name], texts, frozenset()))
+    parts.append(section("model.<name>", schema.ModelConfig, texts, frozenset()))
+    return "".join([*parts, older_names()])
+
+
+def top_level(texts: dict[tuple[str, str], str]) -> str:
+    lines = ["\n## Top level\n", "| key | type | default | meaning |", "|---|---|---|---|"]
+    for name in ("runtime", "dry_run"):
+        field = schema.RunConfig.model_fields[name]
+        text = texts["RunConfig", name]
+        lines.append(f"| `{name}` | {kind(field.annotation, field.metadata)} | {default(field)} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def older_names() -> str:
+    """Aliases, legacy keys and what is not there yet."""
+    lines = ["\n## Older names\n"]
+    lines += [f"- `{'.'.join(old)}` is read as `{'.'.join(new)}`." for old, new in keys.ALIASES.items()]
+    lines.append("- `model.<name>.padded_vocab_size` is read as `model.<name>.vocab_size`.")
+    lines.append("\nAccepted without effect; one warning names those that a recipe has:\n")
+    roles = ", ".join(f"`{key}`" for key in sorted(keys.LEGACY["training"]))
+    algorithm = ", ".join(f"`{key}`" for key in sorted(keys.LEGACY["algorithm"]))
+    lines += [f"- in `training`, the roles and `model.<name>`: {roles}", f"- in `algorithm`: {algorithm}"]
+    lines.append("\nNot available in this version; only the value that switches them off is accepted:\n")
+    lines.append(", ".join(f"`{key}`" for key in keys.NOT_YET))
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 when the page is stale, write nothing")
+    check = parser.parse_args().check
+    text = page()
+    if check:
+        fresh = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
+        print(f"{PAGE.relative_to(ROOT)} is {'up to date' if fresh else 'stale: run scripts/make_config_docs.py'}")
+        return 0 if fresh else 1
+    PAGE.write_text(text, encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The command line as people type it: showing, composing, sweeping, planning; nothing left behind that did not run."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlxf.errors import PlacementError
+from tests.unit.config.recipes import ROOT
+from workers.dry_run import running_cluster
+
+TINY = ("--config-name", "online_dpo_trainer_tiny")
+
+
+def ray_gpt(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The real command, typed in ``folder``."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "ray_gpt.py"), *arguments],
+        cwd=folder,
+        env=clean | {"OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(folder)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_cfg_job_prints_the_composed_recipe_with_every_section(tmp_path: Path) -> None:
+    done = ray_gpt(*TINY, "actor_rollout.lr=1e-6", "--cfg", "job", folder=tmp_path)
+    recipe = yaml.safe_load(done.stdout)
+    assert float(recipe["actor_rollout"]["lr"]) == 1e-6
+    assert recipe["actor_rollout"]["adam_beta1"] is None
+    assert recipe["sync"]["bucket_mb"] == 256
+    assert done.returncode == 0
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path: Path) -> None:
+    done = ray_gpt("-cn", "online_dpo_trainer_llama3_8b", "dry_run=true", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert """ray start --head --port 6344 --resources='{"NPU": 8}'""" in done.stdout
+    assert "2 machines" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_of_ones_own_takes_every_key(tmp_path: Path) -> None:
+    """In the reference layout, without the schema in its defaults list, in a folder of its own."""
+    (tmp_path / "mine.yaml").write_text(
+        "defaults:\n  - model:\n      - tiny\n"
+        "training: {stage: ray_online_dpo, seq_length: 64, distributed_backend: nccl}\n"
+        "actor_rollout_ref:\n"
+        "  actor_rollout: {model: tiny, load: a, data_path: b.jsonl, max_prompt_length: 32, clip_ratio: 0.2}\n"
+        "  ref: {model: tiny}\n"
+        "reward: {load: c}\n"
+    )
+    arguments = ("--config-dir", str(tmp_path), "--config-name", "mine.yaml", "log.interval=5", "actor_rollout.lr=1e-3")
+    shown = yaml.safe_load(ray_gpt(*arguments, "--cfg", "job", folder=tmp_path).stdout)
+    assert (shown["log"]["interval"], float(shown["actor_rollout"]["lr"])) == (5, 1e-3)
+    done = ray_gpt(*arguments, "dry_run=true", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        "WARNING: accepted, but nothing reads: training.distributed_backend, actor_rollout.clip_ratio"
+    ]
+
+
+def test_multirun_composes_every_job(tmp_path: Path) -> None:
+    done = ray_gpt(*TINY, "--multirun", "training.seed=1,2", "dry_run=true", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("plan: ray_online_dpo") == 2
+
+
+def test_an_override_may_be_added_forced_or_deleted(tmp_path: Path) -> None:
+    signs = ("+training.seed=3", "++training.train_iters=4", "~actor_rollout.dpo_beta", "~log.tensorboard")
+    done = ray_gpt(*TINY, *signs, "--cfg", "job", folder=tmp_path)
+    recipe = yaml.safe_load(done.stdout)
+    assert (recipe["training"]["seed"], recipe["training"]["train_iters"]) == (3, 4)
+    assert (recipe["actor_rollout"]["dpo_beta"], recipe["log"]["tensorboard"]) == (None, None)
+
+
+def test_a_run_folder_of_ones_own_is_used_and_other_content_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    ray_gpt(*TINY, "dry_run=true", "hydra.run.dir=mine", folder=tmp_path)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+@pytest.fixture
+def listening() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def no_cluster(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+
+
+def record(folder: Path, address: str) -> None:
+    (folder / "ray").mkdir()
+    (folder / "ray" / "ray_current_cluster").write_text(address)
+
+
+def test_no_cluster_is_found_where_none_was_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    no_cluster(monkeypatch, tmp_path)
+    assert running_cluster() is None
+    record(tmp_path, "127.0.0.1:1")  # left behind by a Ray that was killed
+    assert running_cluster() is None
+
+
+def test_a_cluster_of_this_machine_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listening: str) -> None:
+    no_cluster(monkeypatch, tmp_path)
+    record(tmp_path, listening)
+    assert running_cluster() == listening
+
+
+def test_ray_address_names_the_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listening: str) -> None:
+    no_cluster(monkeypatch, tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", listening)
+    assert running_cluster() == listening
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert running_cluster() is None
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "auto", "nonsense"])
+def test_a_named_cluster_that_does_not_answer_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str
+) -> None:
+    no_cluster(monkeypatch, tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(PlacementError, match="RAY_ADDRESS"):
+        running_cluster()
+
+
+def test_a_dry_run_against_a_cluster_that_is_gone_fails_in_one_line(tmp_path: Path) -> None:
+    done = ray_gpt(*TINY, "dry_run=true", folder=tmp_path, RAY_ADDRESS="127.0.0.1:1")
+    assert done.returncode == PlacementError.exit_code
+    assert done.stderr == "RAY_ADDRESS = 127.0.0.1:1: no Ray cluster answers there; start it, or unset RAY_ADDRESS\n"

@@ -1,0 +1,189 @@
+"""Which devices each role takes, and whether a cluster's nodes can hold them."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+
+from rlxf.config.load import load_config
+from rlxf.errors import ConfigError
+from rlxf.plan import GroupPlan, NodeResources, Plan, assign, fit, make_plan
+from rlxf.plan_text import describe, node_sizes
+from tests.unit.config.recipes import recipe
+
+
+def plan_of(**changes: Any) -> Plan:
+    return make_plan(load_config(recipe(**changes)))
+
+
+def taken(plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {role.role: (role.group, role.bundles) for role in plan.roles}
+
+
+def nodes(*free: int, resource: str = "CPU") -> list[NodeResources]:
+    return [NodeResources(name=f"n{i}", total={resource: 8}, free={resource: count}) for i, count in enumerate(free)]
+
+
+def test_each_role_has_devices_of_its_own() -> None:
+    plan = plan_of()
+    assert taken(plan) == {
+        "train": ("actor_rollout", (0,)),
+        "infer": ("actor_rollout", (1,)),
+        "ref": ("ref", (0,)),
+        "reward": ("reward", (0,)),
+    }
+    assert plan.num_devices == 4
+
+
+def test_training_takes_the_first_nodes_of_the_actor_pool() -> None:
+    actor = {"num_gpus_for_train": 4, "num_gpus_for_infer": 4}
+    plan = plan_of(actor_rollout=actor, resource_pool={"actor_rollout": [4, 4]}, training={"global_batch_size": 8})
+    group = plan.group("actor_rollout")
+    assert {group.node_of(bundle) for bundle in taken(plan)["train"][1]} == {0}
+    assert {group.node_of(bundle) for bundle in taken(plan)["infer"][1]} == {1}
+
+
+def test_one_device_is_enough_for_everything() -> None:
+    plan = plan_of(resource_pool={"actor_rollout": 1, "colocate": ["train", "infer", "ref", "reward"]})
+    assert set(taken(plan).values()) == {("actor_rollout", (0,))}
+    assert plan.num_devices == 1
+
+
+def test_colocated_training_and_rollout_share_their_pool() -> None:
+    pool = {"actor_rollout": [2], "colocate": ["train", "infer"]}
+    plan = plan_of(actor_rollout={"num_gpus_for_train": 2, "num_gpus_for_infer": 2}, resource_pool=pool)
+    assert taken(plan)["train"] == taken(plan)["infer"] == ("actor_rollout", (0, 1))
+    assert plan.num_devices == 4
+
+
+def test_reference_and_reward_can_share_with_each_other() -> None:
+    plan = plan_of(resource_pool={"ref": [2, 1], "reward": [1, 2], "colocate": ["ref", "reward"]})
+    shared = plan.group("ref+reward")
+    assert shared.nodes == (2, 2)
+    assert taken(plan)["ref"] == ("ref+reward", (0, 1, 2))
+    assert taken(plan)["reward"] == ("ref+reward", (0, 2, 3))
+
+
+def test_the_reference_can_share_with_rollout_alone() -> None:
+    plan = plan_of(resource_pool={"colocate": ["infer", "ref"]})
+    assert taken(plan)["ref"] == taken(plan)["infer"] == ("actor_rollout", (1,))
+    assert taken(plan)["reward"] == ("reward", (0,))
+
+
+def test_a_role_that_does_not_fit_where_it_shares_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"resource_pool\.ref = \[2\]: expected at most \[1\], the devices of train"):
+        plan_of(resource_pool={"ref": [2], "colocate": ["train", "ref"]})
+
+
+def test_offline_needs_neither_rollout_nor_reward_devices() -> None:
+    plan = plan_of(training={"stage": "dpo"}, resource_pool={"actor_rollout": [2]})
+    assert set(taken(plan)) == {"train", "ref"}
+    assert plan.group("actor_rollout").nodes == (1,)
+
+
+def test_a_reward_function_needs_no_device() -> None:
+    raw = recipe()
+    raw["reward"] = {"function": "reward.py"}
+    assert set(taken(make_plan(load_config(raw)))) == {"train", "infer", "ref"}
+
+
+def test_a_replay_has_no_rollout_devices() -> None:
+    plan = plan_of(rollout={"engine": "replay", "replay_path": "r.jsonl"}, actor_rollout={"num_gpus_for_infer": 7})
+    assert "infer" not in taken(plan)
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "resource"),
+    [("npu", None, "NPU"), ("cuda", None, "GPU"), ("cpu", None, "CPU"), ("cpu", "NPU", "NPU")],
+)
+def test_the_ray_resource_is_the_devices_unless_the_recipe_names_one(device: str, name: str, resource: str) -> None:
+    assert plan_of(training={"device": device}, resource_pool={"resource_name": name}).resource == resource
+
+
+def test_a_plan_that_fits_says_nothing() -> None:
+    assert fit(plan_of(), nodes(4)) == []
+    assert fit(plan_of(), nodes(2, 1, 1)) == []
+
+
+def test_an_entry_of_a_pool_is_not_split_over_nodes() -> None:
+    text = "\n".join(fit(plan_of(), nodes(1, 1, 1, 1)))
+    assert "asked 4 CPU (actor_rollout [2], ref [1], reward [1])" in text
+    assert "an entry of a pool must fit on one node" in text
+
+
+def test_a_misfit_lists_asked_has_and_free_per_node() -> None:
+    lines = fit(plan_of(), nodes(1, 2))
+    assert "asked 4 CPU" in lines[0]
+    assert "has 16, free 3" in lines[0]
+    assert lines[1:3] == ["  node n0: has 8 CPU, free 1", "  node n1: has 8 CPU, free 2"]
+    assert "other jobs hold the rest" in lines[3]
+
+
+def test_a_cluster_without_the_resource_is_told_apart() -> None:
+    lines = fit(plan_of(training={"device": "npu"}), nodes(8))
+    assert "no node declares NPU" in lines[-1]
+
+
+def groups(*pools: tuple[int, ...]) -> Plan:
+    named = tuple(GroupPlan(name=f"g{i}", nodes=pool) for i, pool in enumerate(pools))
+    return Plan(resource="CPU", groups=named, roles=())
+
+
+def test_a_placement_is_found_where_the_obvious_order_fails() -> None:
+    # largest first into the tightest node: 4+3 | 3+2+2 is the only way to pack these
+    plan = groups((3, 3), (2, 2), (4,))
+    found = assign(plan, nodes(7, 7))
+    assert found is not None
+    load = {"n0": 0, "n1": 0}
+    for (name, index), node in found.items():
+        load[node] += plan.group(name).nodes[index]
+    assert load == {"n0": 7, "n1": 7}
+
+
+def test_assign_agrees_with_trying_every_placement() -> None:
+    pools = ((2, 1), (3,), (2,))
+    sizes = [size for pool in pools for size in pool]
+    for free in product(range(5), repeat=3):
+        possible = any(
+            all(
+                sum(size for size, at in zip(sizes, where, strict=True) if at == node) <= free[node]
+                for node in range(3)
+            )
+            for where in product(range(3), repeat=len(sizes))
+        )
+        assert (assign(groups(*pools), nodes(*free)) is not None) == possible
+
+
+def test_a_hopeless_search_ends_quickly() -> None:
+    assert assign(groups(*[(3,)] * 24), nodes(*[8] * 11)) is None
+
+
+def test_needed_machines_are_counted_by_packing() -> None:
+    assert node_sizes(groups((4, 4), (4,), (4,)), 8) == [8, 8]
+    assert node_sizes(groups((1,), (1,), (2,)), 8) == [4]
+
+
+def test_the_printed_plan_names_devices_missing_files_and_ray_start() -> None:
+    config = load_config(recipe(training={"device": "npu"}))
+    text = describe(config, make_plan(config))
+    assert "actor_rollout.load" in text
+    assert "./sft" in text
+    assert """ray start --head --port 6344 --resources='{"NPU": 4}'""" in text
+    assert "scripts/cluster_up.sh" in text
+
+
+def test_the_printed_plan_of_a_large_recipe_has_a_line_for_the_other_nodes() -> None:
+    actor = {"num_gpus_for_train": 8, "num_gpus_for_infer": 8}
+    config = load_config(
+        recipe(training={"device": "npu"}, actor_rollout=actor, resource_pool={"actor_rollout": [8, 8]})
+    )
+    text = describe(config, make_plan(config))
+    assert "3 machines with 8 devices each" in text
+    assert """ray start --address="IP_ADDRESS:6344" --resources='{"NPU": 8}'""" in text
+
+
+def test_a_made_up_resource_has_its_ray_start_line() -> None:
+    config = load_config(recipe(resource_pool={"resource_name": "XPU"}))
+    assert """--resources='{"XPU": 4}'""" in describe(config, make_plan(config))

@@ -1,0 +1,298 @@
+"""The map of the code, enforced: who imports whom, where a device may be named, what is never called, how long it gets.
+
+A rule takes a file's path (from the repository's root) and its syntax tree, and returns what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PRODUCT = ("rlxf", "workers", "scripts", "benchmarks", "ray_gpt.py")
+
+ROOMS = {"data", "rollout", "score", "pair", "reference", "update", "sync"}
+FLOOR = {"types", "config", "errors"}
+TOOLS = {"clock", "console", "jsonl", "record", "stop"}  # files and terminals; they know no room
+BELOW_ROOMS = FLOOR | TOOLS | {"models", "platform"}
+ASSEMBLY = {"run", "evaluate", "assemble", "prepare", "driver", "metrics", "report", "run_folder"}
+
+# What each part of rlxf may import besides itself. A new part needs a line here: decide where it stands.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "types": {"errors"},
+    "config": {"errors"},
+    **dict.fromkeys(TOOLS, FLOOR | TOOLS),
+    "plan": FLOOR,
+    "plan_text": FLOOR | {"plan"},
+    "platform": FLOOR,
+    "models": FLOOR | {"platform"},
+    **dict.fromkeys(ROOMS, BELOW_ROOMS),
+    "tiny": BELOW_ROOMS,
+    # What a run says and leaves behind; of the rooms they know pairs only.
+    "metrics": FLOOR | {"pair"},
+    "run_folder": FLOOR | TOOLS | {"pair", "run"},
+    "report": FLOOR | TOOLS | {"metrics", "run_folder"},
+    # The loop and the protocols of its members: no device, no model, nothing that builds a room.
+    "run": FLOOR | TOOLS | {"pair", "rollout", "score", "sync"},
+    "driver": FLOOR | TOOLS | {"run", "metrics", "pair", "rollout", "score"},
+    # The only ones that may build several rooms.
+    "evaluate": BELOW_ROOMS | ROOMS | {"run", "metrics"},
+    "assemble": BELOW_ROOMS | ROOMS,
+    "prepare": BELOW_ROOMS | ROOMS | ASSEMBLY - {"driver"},
+    "local": BELOW_ROOMS | ROOMS | ASSEMBLY,
+}
+# The wire format between trainer and engines belongs to both.
+EXCEPTIONS = {("rollout", "rlxf.sync.plan"), ("update", "rlxf.sync.plan")}
+
+# Packages that few places may import: the files, or the folders (with a slash at the end), that may.
+HOMES: dict[str, tuple[str, ...]] = {
+    "vllm": ("rlxf/rollout/vllm.py", "rlxf/rollout/vllm_worker.py"),  # the engine, and what runs inside it
+    "torch_npu": ("rlxf/platform/npu.py",),
+    "megatron": ("rlxf/models/megatron/", "rlxf/platform/"),
+    "ray": ("workers/", "ray_gpt.py", "scripts/", "benchmarks/"),
+    "hydra": ("ray_gpt.py", "workers/cli.py"),
+    "omegaconf": ("ray_gpt.py", "workers/cli.py"),
+    "workers": ("workers/", "ray_gpt.py", "scripts/", "benchmarks/"),
+}
+
+DEVICE_HOME = "rlxf/platform/"
+DEVICE_WORDS = {"cuda", "npu", "hccl", "nccl"}
+# Files that name devices to people, or say what must be known before torch is imported.
+DEVICE_TEXTS = {"rlxf/config/schema.py": {"cuda", "npu"}, "rlxf/config/devices.py": {"cuda", "npu"}}
+
+MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 500
+SHORT_FILES = {"rlxf/driver.py": 120, "ray_gpt.py": 60}
+
+Rule = Callable[[str, ast.Module], list[str]]
+
+
+def _imports(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of everything imported, at the top of the file or inside a function."""
+    package = path.removesuffix(".py").removesuffix("/__init__").split("/")
+    if not path.endswith("/__init__.py"):
+        package = package[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
+
+
+def _dotted(node: ast.expr) -> str:
+    """``torch.cuda.empty_cache`` of such an expression; calls and subscripts on the way become ``()``."""
+    if isinstance(node, ast.Name):
+        return node.id
+    return f"{_dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else "()"
+
+
+def _is_in(path: str, homes: tuple[str, ...]) -> bool:
+    return any(path == home or (home.endswith("/") and path.startswith(home)) for home in homes)
+
+
+def arrows(path: str, tree: ast.Module) -> list[str]:
+    """Parts of rlxf import only what stands below them."""
+    parts = path.removesuffix(".py").split("/")
+    if parts[0] != "rlxf" or parts[1] == "__init__":
+        return []
+    part = parts[1]
+    if part not in MAY_IMPORT:
+        return [f"rlxf.{part} has no place in the map; add it to MAY_IMPORT"]
+    problems = []
+    for line, name in _imports(path, tree):
+        target = name.split(".")
+        if target[0] != "rlxf" or len(target) < 2 or target[1] == part:
+            continue
+        excepted = any(part == room and f"{name}.".startswith(f"{module}.") for room, module in EXCEPTIONS)
+        if target[1] not in MAY_IMPORT[part] and not excepted:
+            problems.append(f"line {line}: rlxf.{part} may not import {name}")
+    return problems
+
+
+def homes(path: str, tree: ast.Module) -> list[str]:
+    """A package with a home is imported nowhere else."""
+    return [
+        f"line {line}: {name} may be imported only in {', '.join(HOMES[package])}"
+        for line, name in _imports(path, tree)
+        if (package := name.split(".")[0]) in HOMES and not _is_in(path, HOMES[package])
+    ]
+
+
+def devices(path: str, tree: ast.Module) -> list[str]:
+    """No device is named outside rlxf/platform."""
+    if path.startswith(DEVICE_HOME):
+        return []
+    allowed = DEVICE_TEXTS.get(path, set())
+    problems = [f"line {line}: {name}" for line, name in _imports(path, tree) if _names_device(name)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and _names_device(_dotted(node)):
+            problems.append(f"line {node.lineno}: {_dotted(node)}")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in DEVICE_WORDS:
+            problems.append(f"line {node.lineno}: .{node.func.attr}()")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            word = node.value.lower().split(":")[0]
+            if word in DEVICE_WORDS - allowed:
+                problems.append(f'line {node.lineno}: "{node.value}"')
+    return problems
+
+
+def _names_device(name: str) -> bool:
+    return any(name == device or name.startswith(f"{device}.") for device in ("torch.cuda", "torch.npu", "torch_npu"))
+
+
+def deadlines(path: str, tree: ast.Module) -> list[str]:
+    """Nothing waits for ever: remote answers are awaited by workers/remote.py, which has a deadline."""
+    if path == "workers/remote.py":
+        return []
+    names = [(line, name) for line, name in _imports(path, tree) if name in ("ray.get", "ray.wait")]
+    calls = [
+        (node.lineno, _dotted(node.func))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and _dotted(node.func) in ("ray.get", "ray.wait")
+    ]
+    return [f"line {line}: {name} without a deadline; use workers/remote.py" for line, name in names + calls]
+
+
+def unsafe(path: str, tree: ast.Module) -> list[str]:
+    """No code from data: eval, exec, pickle, or a torch.load that may unpickle objects."""
+    problems = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = _dotted(node.func)
+        keywords = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+        if name in ("eval", "exec") or name.split(".")[0] in ("pickle", "cloudpickle", "dill"):
+            problems.append(f"line {node.lineno}: {name}()")
+        if name == "torch.load" and keywords.get("weights_only") is not True:
+            problems.append(f"line {node.lineno}: torch.load() without weights_only=True")
+        if keywords.get("allow_pickle") is True:
+            problems.append(f"line {node.lineno}: {name}(allow_pickle=True)")
+    imported = [(line, name) for line, name in _imports(path, tree) if name.split(".")[0] in ("pickle", "dill")]
+    return problems + [f"line {line}: import of {name}" for line, name in imported]
+
+
+def lengths(path: str, tree: ast.Module) -> list[str]:
+    """Functions fit two screens, files one sitting."""
+    lines = max((node.end_lineno or 0 for node in tree.body), default=0)
+    limit = SHORT_FILES.get(path, MAX_FILE_LINES)
+    problems = [f"{lines} lines, at most {limit}"] if lines > limit else []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            size = (node.end_lineno or node.lineno) - node.lineno + 1
+            if size > MAX_FUNCTION_LINES:
+                problems.append(f"line {node.lineno}: {node.name}() has {size} lines, at most {MAX_FUNCTION_LINES}")
+    return problems
+
+
+RULES: tuple[Rule, ...] = (arrows, homes, devices, deadlines, unsafe, lengths)
+
+
+def _python_files(*tops: str) -> list[Path]:
+    found = [path for top in tops for path in ([ROOT / top] if top.endswith(".py") else (ROOT / top).rglob("*.py"))]
+    return sorted(path for path in found if path.exists())
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_code_keeps_to_the_map(rule: Rule) -> None:
+    tops = (*PRODUCT, "tests") if rule is lengths else PRODUCT
+    problems = []
+    for file in _python_files(*tops):
+        path = file.relative_to(ROOT).as_posix()
+        problems += [f"{path}: {problem}" for problem in rule(path, ast.parse(file.read_text()))]
+    assert not problems, f"{rule.__doc__}\n" + "\n".join(problems)
+
+
+@pytest.mark.parametrize("path", ["ray_gpt.py", "rlxf/driver.py", "workers/remote.py", *(f"rlxf/{r}" for r in ROOMS)])
+def test_the_places_that_the_rules_speak_of_exist(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+def test_a_recipe_is_checked_before_torch_and_ray_are_imported() -> None:
+    code = "import sys, rlxf.config.load; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+LONG = "def f():\n" + "    x = 1\n" * 80
+
+BAD: list[tuple[Rule, str, str]] = [
+    (arrows, "rlxf/pair/strategies.py", "from rlxf.rollout.engine import Sampling"),
+    (arrows, "rlxf/pair/strategies.py", "import rlxf.rollout.engine"),
+    (arrows, "rlxf/pair/strategies.py", "from rlxf import rollout"),
+    (arrows, "rlxf/pair/strategies.py", "from ..rollout import engine"),
+    (arrows, "rlxf/pair/__init__.py", "from ..rollout import engine"),
+    (arrows, "rlxf/pair/strategies.py", "def f():\n    from rlxf.driver import train"),
+    (arrows, "rlxf/rollout/hf.py", "from rlxf.sync.push import WeightSync"),
+    (arrows, "rlxf/update/actor.py", "from rlxf.sync.plan import Bucket, elsewhere\nfrom rlxf.pair import strategies"),
+    (arrows, "rlxf/models/logps.py", "from rlxf.update import losses"),
+    (arrows, "rlxf/types.py", "from rlxf.models import tokenizer"),
+    (arrows, "rlxf/config/checks.py", "import rlxf.platform"),
+    (arrows, "rlxf/newcomer.py", "import torch"),
+    (homes, "rlxf/driver.py", "import ray"),
+    (homes, "rlxf/local.py", "from hydra import main"),
+    (homes, "rlxf/config/load.py", "from omegaconf import OmegaConf"),
+    (homes, "rlxf/driver.py", "from workers.launch import launch"),
+    (homes, "rlxf/rollout/hf.py", "def f():\n    from vllm import LLM"),
+    (homes, "workers/rollout.py", "import vllm.envs as envs"),
+    (homes, "rlxf/platform/cpu.py", "import torch_npu"),
+    (homes, "rlxf/update/step.py", "from megatron.core import parallel_state"),
+    (devices, "rlxf/update/step.py", "import torch\ntorch.cuda.synchronize()"),
+    (devices, "rlxf/update/step.py", "from torch import cuda"),
+    (devices, "rlxf/update/step.py", "import torch.cuda.amp"),
+    (devices, "rlxf/update/step.py", "weights = weights.cuda()"),
+    (devices, "workers/pools.py", "load(path).layers[0].npu()"),
+    (devices, "workers/pools.py", "resources = {'NPU': 1}"),
+    (devices, "rlxf/update/step.py", "torch.zeros(2, device='cuda:0')"),
+    (devices, "rlxf/sync/collective.py", "init_process_group(backend='hccl')"),
+    (devices, "rlxf/config/schema.py", "backend = 'nccl'"),
+    (deadlines, "workers/launch.py", "import ray\nray.get(handle)"),
+    (deadlines, "workers/launch.py", "from ray import get"),
+    (deadlines, "workers/launch.py", "import ray\ndone, _ = ray.wait(handles)"),
+    (unsafe, "rlxf/score/rules.py", "score = eval(text)"),
+    (unsafe, "rlxf/score/rules.py", "exec(compile(text, 'f', 'exec'))"),
+    (unsafe, "rlxf/checkpoint.py", "import pickle"),
+    (unsafe, "rlxf/checkpoint.py", "state = pickle.load(file)"),
+    (unsafe, "rlxf/checkpoint.py", "state = torch.load(path)"),
+    (unsafe, "rlxf/checkpoint.py", "state = torch.load(path, weights_only=False)"),
+    (unsafe, "rlxf/data/indexed.py", "rows = numpy.load(path, allow_pickle=True)"),
+    (lengths, "rlxf/update/step.py", LONG),
+    (lengths, "rlxf/update/step.py", "class A:\n" + "".join(f"    {line}\n" for line in LONG.splitlines())),
+    (lengths, "rlxf/update/step.py", "x = 1\n" * 501),
+    (lengths, "rlxf/driver.py", "x = 1\n" * 121),
+    (lengths, "ray_gpt.py", "x = 1\n" * 61),
+]
+
+GOOD: list[tuple[Rule, str, str]] = [
+    (arrows, "rlxf/rollout/engine.py", "from rlxf.sync.plan import Bucket\nfrom rlxf.types import Rollouts"),
+    (arrows, "rlxf/rollout/hf.py", "from rlxf.rollout.engine import Sampling\nfrom .engine import Sampling"),
+    (arrows, "rlxf/driver.py", "from rlxf.pair.strategies import make_pairs\nimport rlxf.rollout.engine"),
+    (arrows, "workers/actor.py", "from rlxf.update.actor import Actor"),
+    (homes, "rlxf/rollout/vllm.py", "def f():\n    from vllm import LLM"),
+    (homes, "rlxf/models/megatron/spec.py", "from megatron.core import parallel_state"),
+    (devices, "rlxf/platform/cuda.py", "import torch\ntorch.cuda.synchronize()\nname = 'cuda'"),
+    (devices, "rlxf/config/schema.py", "Device = Literal['auto', 'npu', 'cuda', 'cpu']"),
+    (devices, "rlxf/update/step.py", '"""Runs on cuda and npu alike."""\nplatform.synchronize()'),
+    (deadlines, "workers/remote.py", "import ray\nray.get(handle, timeout=limit)"),
+    (deadlines, "workers/launch.py", "config.get('key')"),
+    (unsafe, "rlxf/models/load.py", "model.eval()\ntorch.load(path, weights_only=True)"),
+    (lengths, "rlxf/update/step.py", "def f():\n" + "    x = 1\n" * 79),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "source"), BAD)
+def test_a_rule_sees_what_breaks_it(rule: Rule, path: str, source: str) -> None:
+    assert rule(path, ast.parse(source))
+
+
+@pytest.mark.parametrize(("rule", "path", "source"), GOOD)
+def test_a_rule_lets_good_code_pass(rule: Rule, path: str, source: str) -> None:
+    assert rule(path, ast.parse(source)) == []
