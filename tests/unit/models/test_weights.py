@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlxf.models.megatron.weights import Geometry, Kind, hf_shapes, to_full, to_local
-from rlxf.models.megatron.weights import Entry
+from rlxf.models.megatron.weights import Entry, Geometry, Kind, hf_shapes, to_full, to_local
 
 GEOMETRY = Geometry(heads=8, kv_heads=4, head_size=4)
 SHAPES: dict[Kind, list[tuple[int, ...]]] = {

@@ -45,9 +45,13 @@ def test_label_smoothing_mixes_the_two_label_orders() -> None:
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_gradient_raises_chosen_and_lowers_rejected_and_leaves_the_reference(name: str) -> None:
-    actor = PairLogps(chosen=torch.tensor([-3.0], requires_grad=True), rejected=torch.tensor([-5.0], requires_grad=True))
+    actor = PairLogps(
+        chosen=torch.tensor([-3.0], requires_grad=True), rejected=torch.tensor([-5.0], requires_grad=True)
+    )
     reference = PairLogps(chosen=torch.tensor([-3.0], requires_grad=True), rejected=torch.tensor([-5.0]))
-    LOSSES[name](actor, PairLogps(chosen=reference.chosen.detach(), rejected=reference.rejected), beta=0.1).sum().backward()
+    LOSSES[name](
+        actor, PairLogps(chosen=reference.chosen.detach(), rejected=reference.rejected), beta=0.1
+    ).sum().backward()
     assert actor.chosen.grad is not None
     assert actor.rejected.grad is not None
     assert actor.chosen.grad.item() < 0 < actor.rejected.grad.item()
