@@ -55,7 +55,7 @@ def load_model(config: RunConfig, role: RoleName, platform: Platform, process: P
 @torch.no_grad()
 def token_logps(model: MegatronModel, sequences: Sequences, *, sequences_per_forward: int) -> Tensor:
     """[sum completion tokens] float32 on the CPU, the same on every rank; the data-parallel ranks share the work."""
-    from rlxf.models.megatron.logps import pack_for_logps
+    from rlxf.models.megatron.packing import pack_for_logps
 
     lengths = sequences.completion_lengths
     result = torch.zeros(int(lengths.sum()))
@@ -72,7 +72,7 @@ def token_logps(model: MegatronModel, sequences: Sequences, *, sequences_per_for
 @torch.no_grad()
 def sequence_scores(model: MegatronModel, sequences: Sequences, *, sequences_per_forward: int) -> Tensor:
     """[B] float32 reward-model scores on the CPU, the same on every rank; the data-parallel ranks share the work."""
-    from rlxf.models.megatron.logps import pack_for_scores
+    from rlxf.models.megatron.packing import pack_for_scores
 
     result = torch.zeros(len(sequences))
     for rows in _my_rows(model, len(sequences), sequences_per_forward):

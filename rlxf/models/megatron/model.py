@@ -17,9 +17,10 @@ from torch import Tensor
 from rlxf.config.schema import ModelConfig
 from rlxf.errors import ConfigError, ModelError
 from rlxf.models.hf_folder import HfWeights, load_hf_config
+from rlxf.models.logps import target_logps
 from rlxf.models.megatron.families import Family, family_of
-from rlxf.models.megatron.logps import Packed, target_logps
 from rlxf.models.megatron.modules import PackedRotaryEmbedding, block_spec
+from rlxf.models.megatron.packing import Packed
 from rlxf.models.megatron.parallel import Layout
 from rlxf.models.megatron.weights import Entry, Geometry, entries, hf_shapes, load_entries, to_full
 from rlxf.platform.base import Platform
@@ -134,7 +135,8 @@ class MegatronModel:
 
     def logps(self, hidden: Tensor, packed: Packed) -> Tensor:
         """[R] float32 log-probabilities of ``packed.targets`` from the hidden states of one forward pass."""
-        return target_logps(hidden[packed.rows, 0], self.head, packed.targets, tp_size=self.layout.tp_size)
+        group = parallel_state.get_tensor_model_parallel_group() if self.layout.tp_size > 1 else None
+        return target_logps(hidden[packed.rows, 0].to(self.dtype), self.head, packed.targets, group=group)
 
     def scores(self, packed: Packed) -> Tensor:
         """[B] float32 scores of a reward model, read at the last token of each sequence."""

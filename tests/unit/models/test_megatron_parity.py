@@ -32,7 +32,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @torch.no_grad()
 def test_logits_equal_hugging_face_bit_for_bit(folder: Path) -> None:
-    from rlxf.models.megatron.logps import pack_for_scores
+    from rlxf.models.megatron.packing import pack_for_scores
 
     model = load(run_config(folder))
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Packed token rows in, log-probabilities of completion tokens out."""
+"""Token rows packed end to end for one forward pass, and which of them predict what."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor
 
 from rlxf.errors import ShapeError
@@ -85,26 +83,3 @@ def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     ends = lengths.cumsum(0)
     offset = starts - (ends - lengths)
     return torch.arange(int(ends[-1])) + offset.repeat_interleave(lengths)
-
-
-def target_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, tp_size: int) -> Tensor:
-    """Log-softmax of the head's logits at each row's target.
-
-    Args:
-        hidden: [R, H], whole on every tensor-parallel rank.
-        weight: [V / tp_size, H], this rank's share of the head.
-        targets: [R] int64 token ids.
-
-    Returns:
-        [R] float32; the gradient reaches every rank's share of the head.
-    """
-    logits = linear_with_grad_accumulation_and_async_allreduce(
-        input=hidden.unsqueeze(1).to(weight.dtype),
-        weight=weight,
-        bias=None,
-        gradient_accumulation_fusion=False,
-        allreduce_dgrad=tp_size > 1,
-        sequence_parallel=False,
-    )  # [R, 1, V / tp_size]
-    losses: Tensor = vocab_parallel_cross_entropy(logits.float(), targets.unsqueeze(1))  # [R, 1]
-    return -losses.squeeze(1)
