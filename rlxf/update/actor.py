@@ -26,7 +26,7 @@ from rlxf.update.losses import LOSSES, reduction_of
 from rlxf.update.schedule import make_schedule
 
 if TYPE_CHECKING:
-    from rlxf.models.megatron.logps import Packed
+    from rlxf.models.megatron.packing import Packed
 
 # Summed over pairs, then divided by their number.
 _MEANS = (
@@ -140,7 +140,7 @@ class Actor:
             dp_size=self.layout.dp_size,
             pairs_per_forward=self.config.micro_batch_size,
         )
-        from rlxf.models.megatron.logps import pack_for_logps
+        from rlxf.models.megatron.packing import pack_for_logps
 
         for piece in pieces or [rows[:1]]:
             pairs = batch.pairs.select(piece)

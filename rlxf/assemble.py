@@ -1,0 +1,67 @@
+"""Building each role's room from a recipe, for the process that holds it.
+
+A room's imports are inside its function, so that a process imports only what it holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlxf.config.schema import RunConfig
+from rlxf.errors import ConfigError
+from rlxf.platform.base import Platform, Process
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlxf.reference.frozen import FrozenReference
+    from rlxf.rollout.engine import RolloutEngine
+    from rlxf.score.scorer import Scorer
+    from rlxf.update.actor import Actor
+
+
+def build_actor(config: RunConfig, platform: Platform, process: Process) -> Actor:
+    """One rank of the actor."""
+    from rlxf.update.actor import Actor
+
+    return Actor(config, platform, process)
+
+
+def build_reference(config: RunConfig, platform: Platform, process: Process) -> FrozenReference:
+    """One rank of the reference."""
+    from rlxf.reference.frozen import FrozenReference
+
+    return FrozenReference(config, platform, process)
+
+
+def build_scorer(config: RunConfig, platform: Platform, process: Process) -> Scorer:
+    """One rank of the reward model, or the reward function."""
+    if config.reward.function is not None:
+        from rlxf.score.functions import FunctionScorer
+
+        return FunctionScorer(config, policy_tokenizer(config))
+    from rlxf.score.reward_model import RewardModelScorer
+
+    return RewardModelScorer(config, platform, process)
+
+
+def build_engine(config: RunConfig, platform: Platform) -> RolloutEngine:
+    """One rollout engine."""
+    from rlxf.rollout import ENGINES
+
+    return ENGINES[config.engine](config, platform)
+
+
+def policy_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer: prompts, completions and decoded texts are in its tokens."""
+    from rlxf.models.tokenizer import load_tokenizer
+
+    folder = config.actor_rollout.tokenizer_name_or_path or policy_folder(config)
+    return load_tokenizer(folder, trust_remote_code=config.training.trust_remote_code)
+
+
+def policy_folder(config: RunConfig) -> str:
+    """The model folder that the policy starts from."""
+    if config.actor_rollout.load is None:
+        raise ConfigError("actor_rollout.load is not set; expected a Hugging Face folder with the policy")
+    return config.actor_rollout.load

@@ -1,0 +1,114 @@
+"""How a run goes, for people and files: progress line, metrics files, final table and ``summary.json``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from rlxf.config.schema import RunConfig
+from rlxf.console import Progressbar, duration, final_table
+from rlxf.metrics import JsonlSink, Sink, TensorBoardSink, finite_or_null
+from rlxf.run_folder import write_json
+from rlxf.types import Metrics
+
+# Rows of the final table. Read together, because each of them alone can look good in a run that has gone wrong.
+ROWS = (
+    ("reward score", "eval/reward"),
+    ("win rate against the initial policy", "eval/win_rate"),
+    ("KL to the reference, nats", "eval/kl"),
+    ("completion length, tokens", "eval/length"),
+    ("EOS rate", "eval/eos_rate"),
+    ("training reward score", "objective/scores"),
+    ("tie rate", "pair/tie_rate"),
+    ("dropped pairs", "pair/dropped"),
+    ("score margin of the pairs", "pair/margin"),
+    ("loss", "loss"),
+    ("implicit reward accuracy", "rewards/accuracies"),
+    ("implicit reward margin", "rewards/margins"),
+    ("KL on the training pairs, nats", "objective/kl"),
+)
+
+
+class RunReport:
+    """Everything that a run says about itself."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, sinks: Sequence[Sink], console: Console) -> None:
+        self._run_dir = run_dir
+        self._sinks = sinks
+        self._evaluations = JsonlSink(run_dir / "eval.jsonl") if config.training.eval_interval else None
+        self._console = console
+        self._title = "offline DPO" if config.offline else "online DPO"
+        self._num_steps = config.training.train_iters
+        self._bar = Progressbar(console, 0, self._num_steps, config.log.interval)
+        self._started = time.monotonic()
+        self._step = 0
+        self._start: Metrics = {}  # the first evaluation and the first step
+        self._end: Metrics = {}  # the newest ones
+
+    def evaluated(self, step: int, metrics: Metrics) -> None:
+        """The evaluation before the first step; later ones come with their step's metrics."""
+        for sink in self._sinks:
+            if metrics and not isinstance(sink, JsonlSink):  # metrics.jsonl holds steps only
+                sink.write(step, metrics)
+        self._keep(step, metrics)
+        self._bar.begin()
+
+    def stepped(self, step: int, metrics: Metrics) -> None:
+        self._step = step
+        for sink in self._sinks:
+            sink.write(step, metrics)
+        self._keep(step, metrics)
+        self._bar.show(step, metrics)
+
+    def saved(self, folder: Path) -> None:
+        self.say(f"checkpoint: {folder}")
+
+    def finished(self, policy: Path) -> None:
+        """Print the final table and write ``summary.json``."""
+        self.close()
+        seconds = time.monotonic() - self._started
+        summary = {
+            "steps": self._step,
+            "seconds": round(seconds, 3),
+            "policy": str(policy),
+            "start": finite_or_null(self._start),
+            "end": finite_or_null(self._end),
+        }
+        write_json(self._run_dir / "summary.json", summary)
+        known = {name for _, name in ROWS}
+        added = [
+            (name.removeprefix("eval/"), name) for name in self._end if name.startswith("eval/") and name not in known
+        ]
+        title = f"{self._title}: {self._step} steps in {duration(seconds)}"
+        self._console.print(final_table(title, [*ROWS[:5], *added, *ROWS[5:]], self._start, self._end))
+        self.say(f"policy: {policy}")
+        self.say(f"run folder: {self._run_dir}")
+
+    def say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """End the progress line and flush every file; may be called twice."""
+        self._bar.close()
+        for sink in self._sinks:
+            sink.close()
+        if self._evaluations is not None:
+            self._evaluations.close()
+
+    def _keep(self, step: int, metrics: Metrics) -> None:
+        self._start = metrics | self._start
+        self._end = self._end | metrics
+        evaluation = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        if evaluation and self._evaluations is not None:
+            self._evaluations.write(step, evaluation)
+
+
+def make_report(config: RunConfig, run_dir: Path, console: Console) -> RunReport:
+    """The report that a recipe asks for."""
+    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl")]
+    if config.log.tensorboard:
+        sinks.append(TensorBoardSink(run_dir / "tensorboard"))
+    return RunReport(config, run_dir, sinks, console)

@@ -1,0 +1,146 @@
+"""What the driver works with: the members of a run, as protocols, and the little state that is its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from rlxf.clock import Clock
+from rlxf.config.schema import RunConfig
+from rlxf.pair.strategies import PairingResult
+from rlxf.rollout.engine import Sampling
+from rlxf.score.scorer import Scorer
+from rlxf.stop import Stop
+from rlxf.sync.push import SyncReport
+from rlxf.types import Metrics, PairLogps, Pairs, PromptBatch, ReferencedPairs, Rollouts, ScoredRollouts, Sequences
+
+
+class PromptSource(Protocol):
+    """Prompts, a step at a time."""
+
+    def next_batch(self, step: int) -> PromptBatch:
+        """The prompts of driver step ``step`` (0 is the first), the same whatever was asked before."""
+        ...
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data at the end of a step."""
+        ...
+
+
+class PairSource(Protocol):
+    """Preference pairs from a file, a step at a time: the source of an offline run."""
+
+    def next_batch(self, step: int) -> Pairs: ...
+
+    def epoch(self, step: int) -> float: ...
+
+
+class Rollout(Protocol):
+    """One rollout engine, or all of them."""
+
+    def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts: ...
+
+
+class Reference(Protocol):
+    """The frozen model."""
+
+    def logps(self, pairs: Pairs) -> PairLogps: ...
+
+    def token_logps(self, sequences: Sequences) -> Tensor: ...
+
+
+class Actor(Protocol):
+    """The policy being trained."""
+
+    def update(self, batch: ReferencedPairs, step: int) -> Metrics: ...
+
+    def token_logps(self, sequences: Sequences) -> Tensor: ...
+
+    def save_checkpoint(self, folder: Path) -> None: ...
+
+    def save_hf(self, folder: Path) -> None: ...
+
+
+class Sync(Protocol):
+    """Puts the actor's weights into the rollout engines."""
+
+    def push(self, version: int) -> SyncReport:
+        """From now on the engines sample from the newest weights, which are ``version``."""
+        ...
+
+
+class Recorder(Protocol):
+    """Writes what the policy said."""
+
+    def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult) -> None: ...
+
+
+class Evaluate(Protocol):
+    """Measures the policy after ``step`` complete steps; empty when no evaluation is due."""
+
+    def __call__(self, step: int) -> Metrics: ...
+
+
+class Report(Protocol):
+    """Tells people and files how the run goes. ``step``: complete driver steps."""
+
+    def evaluated(self, step: int, metrics: Metrics) -> None: ...
+
+    def stepped(self, step: int, metrics: Metrics) -> None: ...
+
+    def saved(self, folder: Path) -> None: ...
+
+    def finished(self, policy: Path) -> None: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class State:
+    """The driver's own state: what a resumed run needs besides the actor's."""
+
+    step: int = 0  # complete driver steps
+    policy_version: int = 0  # updates of the actor
+    empty_steps: int = 0  # steps without a pair, in a row
+    num_tokens: int = 0  # trained on so far
+    saved_step: int = 0  # of the newest checkpoint
+
+
+class Folder(Protocol):
+    """What a run leaves on disk."""
+
+    def save_checkpoint(self, state: State) -> Path: ...
+
+    def save_policy(self) -> Path: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Online:
+    """The source of an online run: what pairs are made of."""
+
+    prompts: PromptSource
+    rollout: Rollout
+    scorer: Scorer
+    eos_ids: tuple[int, ...]
+    recorder: Recorder
+
+    def epoch(self, step: int) -> float:
+        return self.prompts.epoch(step)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Everything that ``train`` needs."""
+
+    config: RunConfig
+    source: Online | PairSource
+    reference: Reference
+    actor: Actor
+    sync: Sync
+    evaluate: Evaluate
+    report: Report
+    folder: Folder
+    clock: Clock
+    stop: Stop
+    state: State

@@ -1,0 +1,107 @@
+"""Ctrl-C and SIGTERM: the first ends the run with a checkpoint, the second ends the process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rlxf.errors import StopRequested
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE_S = 18.0  # how long the first signal lets a stage finish that must not be cut (an update, a sync, a checkpoint)
+LEAVE_S = 6.0  # how long the second signal waits for the clean-up
+
+
+class Stop:
+    """The user's wish to end the run, asked between stages and by every wait.
+
+    Args:
+        interrupt: raise out of an abandonable stage at once; for stages that run in this process. Without it the one
+            who waits for remote stages asks ``abandon_now``.
+        clean_up: run after the second signal, before the process leaves.
+        leave: ends the process; ``os._exit`` but for tests.
+    """
+
+    def __init__(
+        self,
+        *,
+        interrupt: bool = False,
+        clean_up: Callable[[], None] = lambda: None,
+        leave: Callable[[int], None] = os._exit,
+    ) -> None:
+        self.clean_up = clean_up
+        self._interrupt = interrupt
+        self._leave = leave
+        self._signal: int | None = None
+        self._requested_at = 0.0
+        self._depth = 0
+
+    @property
+    def requested(self) -> bool:
+        return self._signal is not None
+
+    def check(self) -> None:
+        """Raise StopRequested when a signal came; called where nothing is half done."""
+        if self.requested:
+            raise self.error("stopped")
+
+    @contextmanager
+    def abandonable(self) -> Iterator[None]:
+        """Work that can be dropped without a trace: sampling, scoring, loading; never an update, sync or checkpoint."""
+        self._depth += 1
+        try:
+            self.check()
+            yield
+        finally:
+            self._depth -= 1
+
+    def abandon_now(self) -> bool:
+        """Whether a wait has to give up: at once for abandonable work, after a grace period for the rest."""
+        return self.requested and (self._depth > 0 or self.overdue())
+
+    def overdue(self) -> bool:
+        """Whether the stage that must not be cut took longer than the grace period."""
+        return self.requested and time.monotonic() - self._requested_at > GRACE_S
+
+    def error(self, what: str) -> StopRequested:
+        number = self._signal or signal.SIGTERM
+        error = StopRequested(f"{what} by {signal.Signals(number).name}")
+        error.exit_code = 128 + number
+        return error
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Take over both signals inside; the previous handlers come back afterwards."""
+        previous = {number: signal.getsignal(number) for number in SIGNALS}
+        self.install()
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Take over both signals; again after a library has installed handlers of its own."""
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            self._leave_now(128 + number)
+            return
+        self._signal = number
+        self._requested_at = time.monotonic()
+        if self._interrupt and self._depth > 0:
+            raise self.error("stopped")
+
+    def _leave_now(self, code: int) -> None:
+        # In a thread, because a signal can arrive in the middle of the very call that the clean-up has to make.
+        cleaner = threading.Thread(target=self.clean_up, daemon=True)
+        cleaner.start()
+        cleaner.join(LEAVE_S)
+        self._leave(code)

@@ -1,0 +1,314 @@
+"""A whole run of small real objects: a bigram policy that samples, is scored by a rule and learns by DPO. No Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlxf.clock import Clock
+from rlxf.config.schema import RunConfig
+from rlxf.evaluate import no_evaluation
+from rlxf.pair.strategies import PairingResult
+from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_seed
+from rlxf.run import Evaluate, Online, PairSource, Run, State
+from rlxf.stop import Stop
+from rlxf.sync.push import SyncReport
+from rlxf.types import (
+    Metrics,
+    PairLogps,
+    Pairs,
+    PromptBatch,
+    ReferencedPairs,
+    Rollouts,
+    ScoredRollouts,
+    Sequences,
+    Tokens,
+)
+from rlxf.update.losses import LOSSES
+
+VOCAB, EOS, LIKED = 6, 1, 3
+Trace = list[str]
+
+
+def small_config(**changes: Any) -> RunConfig:
+    """A recipe for these rooms. ``changes``: ``section__key=value``."""
+    raw: dict[str, Any] = {
+        "runtime": "local",
+        "training": {"stage": "ray_online_dpo", "global_batch_size": 8, "train_iters": 4, "seed": 7},
+        "model": {},
+        "actor_rollout": {
+            "model": "bigram",
+            "seq_length": 12,
+            "max_prompt_length": 4,
+            "lr": 0.5,
+            "n_samples_per_prompt": 4,
+        },
+        "ref": {"model": "bigram"},
+        "reward": {},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        raw.setdefault(section, {})[name] = value
+    return RunConfig.model_validate(raw)
+
+
+class Bigram:
+    """Next token from the last one: [VOCAB, VOCAB] logits."""
+
+    def __init__(self) -> None:
+        self.logits = torch.zeros(VOCAB, VOCAB)
+
+    def token_logps(self, sequences: Sequences) -> Tensor:
+        return self.with_gradient(sequences).detach()
+
+    def with_gradient(self, sequences: Sequences) -> Tensor:
+        table = self.logits.log_softmax(-1)
+        parts = [
+            table[row[start - 1 : -1], row[start:]]
+            for row, start in zip(sequences.rows(), sequences.prompt_lengths.tolist(), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def logps(self, pairs: Pairs) -> PairLogps:
+        sides = []
+        for side in (pairs.chosen, pairs.rejected):
+            sums = [part.sum() for part in self.with_gradient(side).split(side.completion_lengths.tolist())]
+            sides.append(torch.stack(sums))
+        return PairLogps(chosen=sides[0], rejected=sides[1])
+
+
+@dataclass
+class SmallReference(Bigram):
+    trace: Trace
+    num_pairs: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def logps(self, pairs: Pairs) -> PairLogps:
+        self.trace.append("reference")
+        self.num_pairs += len(pairs)
+        return super().logps(pairs)
+
+
+class SmallActor(Bigram):
+    """One gradient step of sigmoid DPO per update."""
+
+    def __init__(self, config: RunConfig, trace: Trace) -> None:
+        super().__init__()
+        self.logits.requires_grad_(True)
+        self._config = config.actor_rollout
+        self._trace = trace
+        self.num_pairs = 0
+        self.during_update: Callable[[], None] = lambda: None
+
+    def update(self, batch: ReferencedPairs, step: int) -> Metrics:
+        self._trace.append("update")
+        self.during_update()
+        self.num_pairs += len(batch)
+        losses = LOSSES["sigmoid"](self.logps(batch.pairs), batch.reference, beta=1.0, label_smoothing=0.0)
+        (gradient,) = torch.autograd.grad(losses.mean(), self.logits)
+        with torch.no_grad():
+            self.logits -= self._config.lr * gradient
+        return {"loss": float(losses.detach().mean())}
+
+    def save_checkpoint(self, folder: Path) -> None:
+        torch.save(self.logits, folder / "logits.pt")
+
+    def save_hf(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        torch.save(self.logits, folder / "logits.pt")
+
+
+class SmallEngine:
+    """Samples from its own copy of the weights, each completion with the seed of its identity."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.logits = torch.zeros(VOCAB, VOCAB)
+        self.version = 0
+        self._trace = trace
+        self.samplings: list[Sampling] = []
+        self.during_generate: Callable[[], None] = lambda: None
+
+    def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
+        self._trace.append("rollout")
+        self.during_generate()
+        self.samplings.append(sampling)
+        rows = zip(prompts.prompts.rows(), prompts.prompt_ids.tolist(), strict=True)
+        completions = [
+            self._sample(row, sampling, sample_seed(sampling.seed, sampling.step, prompt_id, k))
+            for row, prompt_id in rows
+            for k in range(sampling.num_samples)
+        ]
+        return pack_rollouts(prompts, sampling.num_samples, completions, self.version)
+
+    def _sample(self, prompt: list[int], sampling: Sampling, seed: int) -> Completion:
+        generator = torch.Generator().manual_seed(seed)
+        tokens, logps, last = list[int](), list[float](), prompt[-1]
+        while len(tokens) < sampling.max_new_tokens and last != EOS:
+            probabilities = self.logits[last].softmax(-1)
+            last = int(torch.multinomial(probabilities, 1, generator=generator))
+            tokens.append(last)
+            logps.append(math.log(float(probabilities[last])))
+        return Completion(tokens=tokens, logps=logps)
+
+
+class SmallSync:
+    """Copies the actor's weights into the engine."""
+
+    def __init__(self, actor: SmallActor, engine: SmallEngine, trace: Trace, *, deliver: Callable[[int], bool]) -> None:
+        self._actor = actor
+        self._engine = engine
+        self._trace = trace
+        self._deliver = deliver  # which versions arrive at the engine
+        self.versions: list[int] = []
+
+    def push(self, version: int) -> SyncReport:
+        self._trace.append("sync")
+        self.versions.append(version)
+        if self._deliver(version):
+            self._engine.logits = self._actor.logits.detach().clone()
+            self._engine.version = version
+        return SyncReport(version=version, num_bytes=VOCAB * VOCAB * 4, seconds=0.0, probe_difference=None)
+
+
+class SmallPrompts:
+    def __init__(self, config: RunConfig, trace: Trace) -> None:
+        self._size = config.training.global_batch_size
+        self._trace = trace
+
+    def next_batch(self, step: int) -> PromptBatch:
+        self._trace.append("prompts")
+        ids = range(step * self._size, (step + 1) * self._size)
+        rows = [[2 + i % 2, 2 + i % 4] for i in ids]
+        return PromptBatch(
+            prompts=Tokens.from_rows(rows), prompt_ids=torch.tensor(list(ids)), texts=("?",) * self._size, columns={}
+        )
+
+    def epoch(self, step: int) -> float:
+        return (step + 1) / 2
+
+
+class TokenCounter:
+    """Scores a completion by how many liked tokens it holds."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        self._trace.append("score")
+        rows = rollouts.sequences.completion_rows()
+        return torch.tensor([float(row.count(LIKED)) for row in rows])
+
+
+class Constant:
+    """Likes everything the same: every prompt ties."""
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        return torch.zeros(len(rollouts))
+
+
+class LastRecord:
+    """Keeps what it was told to write."""
+
+    def __init__(self) -> None:
+        self.pairings: list[PairingResult] = []
+        self.scored: list[ScoredRollouts] = []
+
+    def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult) -> None:
+        assert step == len(self.pairings) + 1
+        self.scored.append(scored)
+        self.pairings.append(pairing)
+
+
+@dataclass
+class Notes:
+    """A report that keeps what it was told."""
+
+    steps: dict[int, Metrics] = field(default_factory=dict)
+    evaluations: dict[int, Metrics] = field(default_factory=dict)
+    policy: Path | None = None
+
+    def evaluated(self, step: int, metrics: Metrics) -> None:
+        self.evaluations[step] = metrics
+
+    def stepped(self, step: int, metrics: Metrics) -> None:
+        self.steps[step] = metrics
+
+    def saved(self, folder: Path) -> None:
+        return None
+
+    def finished(self, policy: Path) -> None:
+        self.policy = policy
+
+
+class SavedSteps:
+    """A folder that notes which steps were saved, with which policy version."""
+
+    def __init__(self) -> None:
+        self.saved: list[tuple[int, int]] = []
+
+    def save_checkpoint(self, state: State) -> Path:
+        self.saved.append((state.step, state.policy_version))
+        return Path(f"iter_{state.step}")
+
+    def save_policy(self) -> Path:
+        return Path("policy")
+
+
+@dataclass
+class SmallRun:
+    """The run and its parts, for tests to look at."""
+
+    run: Run
+    actor: SmallActor
+    reference: SmallReference
+    engine: SmallEngine
+    sync: SmallSync
+    recorder: LastRecord
+    notes: Notes
+    folder: SavedSteps
+    stop: Stop
+    trace: Trace
+
+
+def small_run(
+    config: RunConfig,
+    *,
+    scorer: Any = None,
+    offline: PairSource | None = None,
+    evaluate: Evaluate = no_evaluation,
+    deliver: Callable[[int], bool] = lambda version: True,
+) -> SmallRun:
+    """A run of the rooms above; ``offline`` replaces prompts, engine and scorer."""
+    trace: Trace = []
+    actor, engine, reference = SmallActor(config, trace), SmallEngine(trace), SmallReference(trace)
+    sync, recorder = SmallSync(actor, engine, trace, deliver=deliver), LastRecord()
+    notes, folder, stop = Notes(), SavedSteps(), Stop(interrupt=True)
+    online = Online(
+        prompts=SmallPrompts(config, trace),
+        rollout=engine,
+        scorer=scorer or TokenCounter(trace),
+        eos_ids=(EOS,),
+        recorder=recorder,
+    )
+    run = Run(
+        config=config,
+        source=offline or online,
+        reference=reference,
+        actor=actor,
+        sync=sync,
+        evaluate=evaluate,
+        report=notes,
+        folder=folder,
+        clock=Clock(),
+        stop=stop,
+        state=State(),
+    )
+    return SmallRun(run, actor, reference, engine, sync, recorder, notes, folder, stop, trace)

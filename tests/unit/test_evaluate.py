@@ -1,0 +1,117 @@
+"""Evaluations: fresh samples, scored, against the initial policy's samples of the same prompts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlxf.errors import ConfigError
+from rlxf.evaluate import Evaluation, Rooms, load_metrics, win_rate
+from rlxf.types import PromptBatch, Tokens
+from tests.tiny_models import byte_tokenizer
+from tests.unit.small_run import EOS, LIKED, VOCAB, SmallRun, TokenCounter, small_config, small_run
+
+NUM_PROMPTS = 64
+
+
+def evaluation(small: SmallRun) -> Evaluation:
+    prompts = PromptBatch(
+        prompts=Tokens.from_rows([[2, 2 + i % 4] for i in range(NUM_PROMPTS)]),
+        prompt_ids=torch.arange(NUM_PROMPTS),
+        texts=tuple(f"prompt {i}" for i in range(NUM_PROMPTS)),
+        columns={},
+    )
+    rooms = Rooms(rollout=small.engine, scorer=TokenCounter([]), actor=small.actor, reference=small.reference)
+    return Evaluation(small.run.config, prompts, rooms, tokenizer=byte_tokenizer(), eos_ids=(EOS,))
+
+
+def small(**changes: object) -> SmallRun:
+    return small_run(small_config(training__eval_interval=2, training__train_iters=5, **changes))
+
+
+def test_it_is_due_before_the_first_step_at_the_interval_and_after_the_last_step() -> None:
+    evaluate = evaluation(small())
+    assert [bool(evaluate(step)) for step in range(6)] == [True, False, True, False, True, True]
+
+
+def test_an_untrained_policy_is_its_own_equal() -> None:
+    metrics = evaluation(small())(0)
+    assert metrics["eval/kl"] == 0.0
+    assert metrics["eval/win_rate"] == pytest.approx(0.5, abs=0.15)
+    assert set(metrics) == {"eval/reward", "eval/win_rate", "eval/kl", "eval/length", "eval/eos_rate"}
+
+
+def test_a_policy_that_says_what_scores_wins_and_is_far_from_the_reference() -> None:
+    run = small()
+    evaluate = evaluation(run)
+    before = evaluate(0)
+    with torch.no_grad():
+        run.actor.logits[:, LIKED] += 3.0
+    run.sync.push(1)
+    after = evaluate(2)
+    assert after["eval/reward"] > before["eval/reward"] + 2
+    assert after["eval/win_rate"] > 0.8
+    assert after["eval/eos_rate"] < before["eval/eos_rate"]
+    probability = math.exp(3) / (math.exp(3) + VOCAB - 1)
+    other = (1 - probability) / (VOCAB - 1)
+    kl_per_token = probability * math.log(probability * VOCAB) + (1 - probability) * math.log(other * VOCAB)
+    assert after["eval/kl"] == pytest.approx(kl_per_token * after["eval/length"], rel=0.15)
+
+
+def test_samples_are_fresh_and_never_those_of_training() -> None:
+    run = small()
+    evaluate = evaluation(run)
+    for step in range(6):
+        evaluate(step)
+    steps = [sampling.step for sampling in run.engine.samplings]
+    assert len(set(steps)) == len(steps) == 5  # the initial policy's, and four evaluations
+    assert max(steps) < 0
+    assert {(s.temperature, s.top_p, s.num_samples) for s in run.engine.samplings} == {(1.0, 1.0, 1)}
+
+
+def test_ties_win_half_and_missing_scores_do_not_count() -> None:
+    mine = torch.tensor([2.0, 1.0, 1.0, math.nan, 5.0])
+    initial = torch.tensor([1.0, 1.0, 2.0, 0.0, math.nan])
+    assert win_rate(mine, initial) == 0.5
+    assert math.isnan(win_rate(mine[3:], initial[3:]))
+
+
+METRICS = """
+def evaluate(prompts, completions, initial_completions):
+    assert prompts[3] == "prompt 3" and len(prompts) == len(completions) == len(initial_completions)
+    return {"same": sum(a == b for a, b in zip(completions, initial_completions)) / len(prompts)}
+"""
+
+
+def test_a_file_of_the_user_adds_metrics(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(METRICS)
+    metrics = evaluation(small(eval__metrics=str(tmp_path / "mine.py")))(0)
+    assert 0 < metrics["eval/same"] < 1
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "no such Python file"),
+        ("x = 1", "defines no function `evaluate`"),
+        ("import nowhere_to_be_found", "cannot be loaded: ModuleNotFoundError"),
+        ("evaluate = 3", "defines no function `evaluate`"),
+    ],
+)
+def test_a_wrong_file_is_refused_when_the_run_starts(tmp_path: Path, source: str | None, message: str) -> None:
+    path = tmp_path / "wrong.py"
+    if source is not None:
+        path.write_text(source)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_metrics(str(path))
+    assert "eval.metrics=" in str(caught.value)
+
+
+def test_a_function_that_fails_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "fails.py"
+    path.write_text("def evaluate(prompts, completions, initial_completions):\n    raise ValueError('no')\n")
+    with pytest.raises(ConfigError, match=r"eval\.metrics=.*fails\.py: `evaluate` failed: ValueError: no"):
+        evaluation(small(eval__metrics=str(path)))(0)
