@@ -1,0 +1,170 @@
+"""Real Ray on this machine's CPUs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import yaml
+
+from tests.tiny_models import config as model_config
+from tests.tiny_models import save_causal_lm, save_reward_model
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY = Path(sys.executable).with_name("ray")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe folder for small random models; the HF engine, because it starts in a second."""
+
+    folder: Path
+
+    def command(self, run_dir: Path, *overrides: str) -> list[str]:
+        options = ["--config-dir", str(self.folder), "--config-name", "small", f"hydra.run.dir={run_dir}"]
+        return [sys.executable, str(ROOT / "ray_gpt.py"), *options, *overrides]
+
+    def run(
+        self, run_dir: Path, *overrides: str, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(run_dir, *overrides), env=env or environment(), capture_output=True, text=True, timeout=240
+        )
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Of a run that finds no cluster by itself."""
+    return {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **changes}
+
+
+def shape() -> dict[str, Any]:
+    model = model_config()
+    return {
+        "num_layers": model.num_hidden_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.intermediate_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_key_value_heads,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "untie_embeddings_and_output_weights": True,
+    }
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("recipe")
+    policy = save_causal_lm(folder / "policy", seed=3)
+    reward = save_reward_model(folder / "reward", seed=4)
+    rows = [f'{{"prompt": "say {word}", "number": {i}}}' for i, word in enumerate(("one", "two", "three", "four"))]
+    (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    content = {
+        "defaults": ["rlxf_schema", "_self_"],
+        "model": {"small": shape()},
+        "training": {
+            "stage": "ray_online_dpo", "device": "cpu", "global_batch_size": 4, "train_iters": 3,
+            "seq_length": 48, "stage_timeout_s": 120, "start_timeout_s": 200,
+        },
+        "actor_rollout": {
+            "model": "small", "load": str(policy), "data_path": str(folder / "prompts.jsonl"),
+            "max_prompt_length": 16, "max_new_tokens": 12, "ppo_mini_batch_size": 4, "micro_batch_size": 4, "lr": 1e-3,
+        },
+        "ref": {"model": "small", "load": str(policy)},
+        "reward": {"model": "small", "load": str(reward)},
+        "rollout": {"engine": "hf"},
+        "log": {"tensorboard": False},
+    }  # fmt: skip
+    (folder / "small.yaml").write_text(yaml.safe_dump(content))
+    return Recipe(folder)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class TwoNodes:
+    """A cluster of two raylets, each with two fake NPUs."""
+
+    address: str
+    env: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[TwoNodes]:
+    """Brought up with the two `ray start` lines of the user guide; ports, address and count are this machine's.
+
+    With a home folder of its own, as on a machine where Ray never ran: there is no token yet.
+    """
+    with tempfile.TemporaryDirectory(prefix="rlxf") as scratch:  # Ray's socket paths must be short
+        env = environment(HOME=scratch)
+        del env["RAY_ADDRESS"]
+        port, dashboard = free_port(), free_port()
+        head = f"start --head --port {port} --dashboard-host=0.0.0.0 --dashboard-port={dashboard}"
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for line in (f"{head} --temp-dir={scratch}/ray", f"start --address=127.0.0.1:{port}"):
+                # --block: in the foreground, so that these processes are ours to end.
+                command = [str(RAY), *line.split(), '--resources={"NPU": 2}', "--block"]
+                with Path(scratch, f"node{len(processes)}.log").open("wb") as log:
+                    process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+                processes.append(process)
+                wait_for_nodes(f"127.0.0.1:{port}", env, len(processes))
+            yield TwoNodes(address=f"127.0.0.1:{port}", env={**env, "RAY_ADDRESS": f"127.0.0.1:{port}"})
+        finally:
+            children = [child for process in processes for child in children(process.pid)]
+            for process in reversed(processes):
+                process.send_signal(signal.SIGTERM)
+            end([psutil.Process(process.pid) for process in processes if process.poll() is None] + children)
+
+
+def wait_for_nodes(address: str, env: dict[str, str], count: int) -> None:
+    program = (
+        "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR');"
+        "print(sum(node['Alive'] for node in ray.nodes()))"
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        asked = subprocess.run(
+            [sys.executable, "-c", program, address], env=env, capture_output=True, text=True, timeout=90
+        )
+        if asked.returncode == 0 and int(asked.stdout.split()[-1]) >= count:
+            return
+        time.sleep(0.5)
+    pytest.fail(f"no {count} nodes at {address}")
+
+
+def children(pid: int) -> list[psutil.Process]:
+    """Every process below one."""
+    try:
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """Wait for processes to go; kill what does not."""
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    for process in alive:
+        process.kill()

@@ -1,0 +1,204 @@
+"""Whole runs through ``ray_gpt.py``: the same numbers as in one process, and no process left, however a run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rlxf.metrics import read_jsonl
+from tests.cluster.conftest import Recipe, TwoNodes, children, environment
+
+pytestmark = pytest.mark.cluster
+
+
+def numbers(run_dir: Path) -> list[dict[str, Any]]:
+    """The steps of a run without what a clock measured."""
+    clocked = ("timing/", "rollout/tokens_per_s")
+    return [
+        {name: value for name, value in row.items() if not name.startswith(clocked)}
+        for row in read_jsonl(run_dir / "metrics.jsonl")
+    ]
+
+
+def succeed(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def test_four_roles_on_ray_give_the_numbers_of_one_process(recipe: Recipe, tmp_path: Path) -> None:
+    common = ("training.eval_interval=2", "eval.num_prompts=4", "log.rollouts=true")
+    text = succeed(recipe.run(tmp_path / "ray", *common))
+    succeed(recipe.run(tmp_path / "local", "runtime=local", *common))
+    assert "starting one on this machine with 4 logical CPU" in text
+    rows = numbers(tmp_path / "ray")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert len({row["loss"] for row in rows}) > 1
+    assert rows == numbers(tmp_path / "local")
+    for name in ("rollouts.jsonl", "eval.jsonl", "samples.jsonl"):
+        assert (tmp_path / "ray" / name).read_text() == (tmp_path / "local" / name).read_text()
+
+    from transformers import AutoModelForCausalLM
+
+    policies = [AutoModelForCausalLM.from_pretrained(tmp_path / run / "policy") for run in ("ray", "local")]
+    for mine, other in zip(policies[0].parameters(), policies[1].parameters(), strict=True):
+        assert mine.equal(other)
+    assert (tmp_path / "ray" / "checkpoints" / "iter_0000003" / "driver.json").is_file()
+    assert json.loads((tmp_path / "ray" / "summary.json").read_text())["steps"] == 3
+
+
+REWARD = """
+def reward(prompts, completions, completion_ids, number, **columns):
+    return [len(set(ids)) + n / 10 for ids, n in zip(completion_ids, number)]
+"""
+
+
+def test_a_reward_function_and_a_replay_need_no_device(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text(REWARD)
+    scorer = ("reward.load=null", f"reward.function={tmp_path / 'reward.py'}")
+    text = succeed(recipe.run(tmp_path / "live", "log.rollouts=true", *scorer))
+    assert "with 3 logical CPU" in text
+    assert "node of the driver: reward rank 0" in text
+    recorded = ("rollout.engine=replay", f"rollout.replay_path={tmp_path / 'live' / 'rollouts.jsonl'}")
+    text = succeed(recipe.run(tmp_path / "replay", "reward.load=null", *recorded))
+    assert "infer" not in text
+    assert "reward rank" not in text
+    losses = [[row["loss"] for row in numbers(tmp_path / run)] for run in ("live", "replay")]
+    assert losses[0] == losses[1]
+
+
+def test_two_engines_draw_the_samples_of_one(recipe: Recipe, tmp_path: Path) -> None:
+    pools = ("resource_pool.actor_rollout=[3]", "actor_rollout.num_gpus_for_infer=2", "training.train_iters=2")
+    text = succeed(recipe.run(tmp_path / "two", "log.rollouts=true", *pools))
+    assert "infer rank 1" in text
+    succeed(recipe.run(tmp_path / "one", "log.rollouts=true", "runtime=local", "training.train_iters=2"))
+    for mine, other in zip(
+        read_jsonl(tmp_path / "two" / "rollouts.jsonl"), read_jsonl(tmp_path / "one" / "rollouts.jsonl"), strict=True
+    ):
+        assert [c["token_ids"] for c in mine["completions"]] == [c["token_ids"] for c in other["completions"]]
+
+
+def test_the_user_guides_cluster_of_two_nodes_trains_with_roles_on_both(
+    recipe: Recipe, two_nodes: TwoNodes, tmp_path: Path
+) -> None:
+    npus = ("resource_pool.resource_name=NPU", "training.train_iters=2")
+    text = succeed(recipe.run(tmp_path, *npus, env=two_nodes.env))
+    places = [line.removeprefix("INFO: node ") for line in text.splitlines() if line.startswith("INFO: node ")]
+    assert sorted(place.split(": ")[1] for place in places) == [
+        "ref rank 0, reward rank 0",
+        "train rank 0, infer rank 0",
+    ]
+    assert len({place.split(": ")[0] for place in places}) == 2
+    assert len(numbers(tmp_path)) == 2
+    assert text.count("accepts anybody who can reach it") == 1  # no token, and it listens on every interface
+    assert "scripts/cluster_up.sh" in text
+
+
+def test_a_pool_that_the_cluster_cannot_hold_ends_with_a_table(
+    recipe: Recipe, two_nodes: TwoNodes, tmp_path: Path
+) -> None:
+    pools = ("resource_pool.resource_name=NPU", "resource_pool.ref=[3]")
+    done = recipe.run(tmp_path, *pools, env=two_nodes.env)
+    assert done.returncode == 3
+    assert "asked 6 NPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def started(recipe: Recipe, run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+    """A run without end, once it has made two steps."""
+    command = recipe.command(run_dir, "training.train_iters=100000", *overrides)
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    wait_until(lambda: _num_lines(run_dir / "metrics.jsonl") >= 2 or process.poll() is not None, 180)
+    assert process.poll() is None, process.communicate()[0]
+    return process
+
+
+def _num_lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_until(done: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+def leftovers(processes: list[psutil.Process]) -> list[str]:
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    names = [" ".join(process.cmdline())[:100] for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    for process in alive:
+        process.kill()
+    return names
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves_no_process(
+    recipe: Recipe, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    process = started(recipe, tmp_path)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert any("raylet" in " ".join(child.cmdline()) for child in family)
+    begin = time.monotonic()
+    os.killpg(process.pid, number)  # as Ctrl-C in a terminal does: to everything that the command started
+    output = process.communicate(timeout=60)[0]
+    assert time.monotonic() - begin < 30
+    assert process.returncode == code, output
+    assert "Traceback" not in output
+    assert leftovers(family) == []
+    steps = read_jsonl(tmp_path / "metrics.jsonl")
+    latest = int((tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert latest == steps[-1]["step"]
+    driver = json.loads((tmp_path / "checkpoints" / f"iter_{latest:07d}" / "driver.json").read_text())
+    assert (driver["step"], driver["policy_version"]) == (latest, latest)
+
+
+def test_a_signal_while_models_load_leaves_no_process(recipe: Recipe, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        recipe.command(tmp_path), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_until(lambda: any("ActorWorker" in " ".join(child.cmdline()) for child in children(process.pid)), 120)
+    family = children(process.pid)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 143, output
+    assert "Traceback" not in output
+    assert leftovers(family) == []
+
+
+def test_a_second_signal_leaves_at_once_without_saving(recipe: Recipe, tmp_path: Path) -> None:
+    process = started(recipe, tmp_path)
+    family = psutil.Process(process.pid).children(recursive=True)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert time.monotonic() - begin < 10
+    assert process.returncode in (130, 143)
+    assert leftovers(family) == []
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_lost_worker_ends_the_run_and_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    process = started(recipe, tmp_path)
+    family = psutil.Process(process.pid).children(recursive=True)
+    (reference,) = [child for child in family if "ReferenceWorker" in " ".join(child.cmdline())]
+    begin = time.monotonic()
+    reference.kill()
+    output = process.communicate(timeout=60)[0]
+    assert time.monotonic() - begin < 30
+    assert process.returncode == 1
+    assert "lost ref rank 0 on node" in output
+    assert "stage ref, step " in output
+    assert "Traceback" not in output
+    assert leftovers(family) == []

@@ -1,0 +1,120 @@
+"""Attaching to a Ray cluster, or starting one of our own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+from rlxf.config.schema import RunConfig
+from rlxf.errors import PlacementError
+from rlxf.plan import Plan
+from rlxf.platform import Platform
+from workers.dry_run import running_cluster
+
+log = logging.getLogger(__name__)
+
+DASHBOARD_S = 3.0  # longest wait for the dashboard
+LOOPBACK = ("127.", "localhost", "::1")
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The cluster that this process is connected to."""
+
+    address: str | None  # None: our own, which ends with this process
+    logs: str  # folder of the workers' logs on this machine
+
+    def disconnect(self) -> None:
+        """Kill this run's workers and give their devices back; a cluster of our own ends."""
+        ray.shutdown()
+
+
+def connect(config: RunConfig, plan: Plan, platform: Platform) -> Cluster:
+    """Attach to ``RAY_ADDRESS`` or to the cluster that ``ray start`` began on this machine; else start a local one.
+
+    Raises:
+        PlacementError: the cluster does not answer, or does not let this program in.
+    """
+    address = running_cluster()
+    if address is None:
+        _prepare_environment()
+        ray.init(address="local", include_dashboard=False, **_own_resources(config, plan, platform), **QUIET)
+    else:
+        join(address)
+        _warn_if_open(ray.get_runtime_context().gcs_address)  # the one that other machines use
+    return Cluster(address, logs=os.path.join(ray.worker._global_node.get_session_dir_path(), "logs"))
+
+
+def join(address: str) -> None:
+    """Connect this process to a running cluster.
+
+    Raises:
+        PlacementError: the address is none, or the cluster does not let this program in.
+    """
+    if "://" in address:
+        raise PlacementError(f"RAY_ADDRESS = {address}: expected host:port of the head node, auto or local")
+    _prepare_environment()
+    # Ray presents the user's token by itself only at an address that it found on its own.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        ray.init(address=address, **QUIET)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise PlacementError(
+            f"the Ray cluster at {address} does not let this program in: {' '.join(str(error).split())[:300]}. Is the "
+            "token the one that the cluster was started with (RAY_AUTH_TOKEN_PATH), and its Ray the same version?"
+        ) from error
+
+
+def _prepare_environment() -> None:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's new behaviour, without its warning
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls that a failed wait no longer asks for
+
+
+def _own_resources(config: RunConfig, plan: Plan, platform: Platform) -> dict[str, Any]:
+    """On a CPU machine: as many logical devices as the pools ask for. Elsewhere Ray counts the devices itself."""
+    if platform.ray_resource != "CPU":
+        return {}
+    cores = os.cpu_count() or 1
+    log.info(
+        "no Ray cluster found: starting one on this machine with %d logical %s for %d cores, as resource_pool asks",
+        plan.num_devices,
+        plan.resource,
+        cores,
+    )
+    if plan.resource == "CPU":
+        return {"num_cpus": plan.num_devices}
+    return {"num_cpus": cores, "resources": {plan.resource: plan.num_devices}}
+
+
+def _warn_if_open(address: str) -> None:
+    """Whoever reaches an open cluster can run commands on it; say so."""
+    if address.startswith(LOOPBACK) or not _is_open():
+        return
+    log.warning(
+        "Ray at %s accepts anybody who can reach it, and anybody who can use it can run commands there.", address
+    )
+    log.warning("Protect it: export RAY_AUTH_MODE=token before `ray start` on every node, with one shared token file,")
+    log.warning("and keep the dashboard on 127.0.0.1; scripts/cluster_up.sh does both.")
+
+
+def _is_open() -> bool:
+    """Whether the dashboard answers without a token; without a dashboard, whether this process needed none."""
+    dashboard = ray.worker._global_node.webui_url
+    if not dashboard:
+        return os.environ.get("RAY_AUTH_MODE") != "token"
+    try:
+        with urllib.request.urlopen(f"http://{dashboard}/api/version", timeout=DASHBOARD_S) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.HTTPError:
+        return False
+    except OSError:
+        return os.environ.get("RAY_AUTH_MODE") != "token"

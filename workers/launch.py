@@ -1,0 +1,149 @@
+"""Starting a run on Ray: cluster, pools, one worker per slot, all models loading at the same time, then the driver."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+
+from rlxf.clock import Clock
+from rlxf.config.schema import Role, RunConfig
+from rlxf.driver import train
+from rlxf.plan import Plan, make_plan
+from rlxf.platform import Platform, get_platform
+from rlxf.prepare import Roles, build_run, load_data, needs_scorer
+from rlxf.report import make_report
+from rlxf.run_folder import save_config
+from rlxf.stop import Stop
+from workers.actor import ActorWorker, RemoteActor
+from workers.cluster import Cluster, connect
+from workers.group import Member, WorkerGroup
+from workers.pools import Pools
+from workers.reference import ReferenceWorker, RemoteReference
+from workers.remote import Pending, Waiter
+from workers.reward import RemoteScorer, RewardWorker
+from workers.rollout import RemoteEngines, RolloutWorker
+
+log = logging.getLogger(__name__)
+
+WORKERS: dict[Role, type] = {
+    "train": ActorWorker,
+    "infer": RolloutWorker,
+    "ref": ReferenceWorker,
+    "reward": RewardWorker,
+}
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def launch(config: RunConfig, run_dir: Path) -> None:
+    """Run the recipe on Ray; what it leaves is under ``run_dir``, and in ``actor_rollout.save`` if set."""
+    run_dir = run_dir.absolute()  # workers have other working folders
+    stop = Stop()
+    with stop.installed():
+        data = load_data(config)  # before Ray starts: a wrong file is told at once
+        platform = get_platform(config.training.device)
+        plan = make_plan(config)
+        save_config(config, run_dir)
+        with connected(config, plan, platform, stop) as cluster:
+            clock = Clock()
+            waiter = Waiter(clock, stop, config.training.stage_timeout_s, cluster.logs)
+            with stop.abandonable():
+                groups, loading = start_workers(config, plan, platform, waiter)
+                waiter.gather(loading, config.training.start_timeout_s)
+            report = make_report(config, run_dir, Console())
+            try:
+                roles = make_roles(groups)
+                train(build_run(config, run_dir, data, roles, platform=platform, report=report, clock=clock, stop=stop))
+            finally:
+                report.close()
+
+
+@contextmanager
+def connected(config: RunConfig, plan: Plan, platform: Platform, stop: Stop) -> Iterator[Cluster]:
+    """A connection to Ray that leaves no process behind, however the run ends."""
+    try:
+        cluster = connect(config, plan, platform)
+        stop.clean_up = cluster.disconnect
+        stop.install()  # again: Ray has installed handlers of its own
+        stop.check()
+        yield cluster
+    finally:
+        ray.shutdown()
+
+
+def start_workers(
+    config: RunConfig, plan: Plan, platform: Platform, waiter: Waiter
+) -> tuple[dict[Role, WorkerGroup], list[Pending]]:
+    """All worker processes of the run, and the calls that load their models: started, not waited for."""
+    pools = Pools(plan, waiter)
+    groups: dict[Role, WorkerGroup] = {}
+    loading: list[Pending] = []
+    for role in plan.roles:
+        if role.role == "reward" and not needs_scorer(config):
+            continue
+        slots = [(slot.options(), slot.node) for slot in pools.slots(role)]
+        groups[role.role] = _start_group(config, role.role, slots, platform, waiter)
+    if (
+        needs_scorer(config) and "reward" not in groups
+    ):  # a reward function: no device, and on the node that has its file
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        slots = [({"num_cpus": 0, "scheduling_strategy": here}, "of the driver")]
+        groups["reward"] = _start_group(config, "reward", slots, platform, waiter)
+    _say_who_is_where(groups)
+    for group in groups.values():
+        master = group.members[0].handle.address.remote()  # a reference: Ray hands the value on when it is there
+        loading += [
+            Pending(member.handle.build.remote(config, master), member.name, "build") for member in group.members
+        ]
+    return groups, loading
+
+
+def _start_group(
+    config: RunConfig, role: Role, slots: list[tuple[dict[str, Any], str]], platform: Platform, waiter: Waiter
+) -> WorkerGroup:
+    environment = {"env_vars": _environment(config, role, platform)}
+    worker = ray.remote(WORKERS[role])
+    members = [
+        Member(
+            worker.options(runtime_env=environment, **options).remote(rank, len(slots)),
+            f"{role} rank {rank}",
+            node,
+        )
+        for rank, (options, node) in enumerate(slots)
+    ]
+    return WorkerGroup(members, waiter)
+
+
+def _say_who_is_where(groups: dict[Role, WorkerGroup]) -> None:
+    members = [member for group in groups.values() for member in group.members]
+    for node in dict.fromkeys(member.node for member in members):
+        log.info("node %s: %s", node, ", ".join(member.rank for member in members if member.node == node))
+
+
+def _environment(config: RunConfig, role: Role, platform: Platform) -> dict[str, str]:
+    """Environment variables of a role's processes: the device's, and where this checkout is."""
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    if role == "infer":
+        return {**platform.rollout_environment(threads, config.rollout.cpu_kv_cache_gib), "PYTHONPATH": path}
+    return {**platform.worker_environment(threads), "PYTHONPATH": path}
+
+
+def make_roles(groups: dict[Role, WorkerGroup]) -> Roles:
+    """The roles as the driver sees them."""
+    actor = RemoteActor(groups["train"])
+    engines = RemoteEngines(groups["infer"], actor) if "infer" in groups else None
+    return Roles(
+        actor=actor,
+        reference=RemoteReference(groups["ref"]),
+        scorer=RemoteScorer(groups["reward"]) if "reward" in groups else None,
+        rollout=engines,
+        sink=engines,
+    )

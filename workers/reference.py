@@ -1,0 +1,39 @@
+"""The reference's processes, and the reference as the driver sees it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlxf import assemble
+from rlxf.config.schema import RunConfig
+from rlxf.types import PairLogps, Pairs, Sequences
+from workers.group import WorkerGroup
+from workers.worker import Worker
+
+
+class ReferenceWorker(Worker):
+    """One rank of the reference."""
+
+    def build(self, config: RunConfig, master: tuple[str, int]) -> None:
+        self.room = assemble.build_reference(config, *self.place(config, master))
+
+    def logps(self, pairs: Pairs) -> PairLogps | None:
+        return self.answer(self.room.logps(pairs))
+
+    def token_logps(self, sequences: Sequences) -> Tensor | None:
+        return self.answer(self.room.token_logps(sequences))
+
+
+class RemoteReference:
+    """The reference on its worker processes."""
+
+    def __init__(self, group: WorkerGroup) -> None:
+        self._group = group
+
+    def logps(self, pairs: Pairs) -> PairLogps:
+        logps: PairLogps = self._group.call("logps", pairs)
+        return logps
+
+    def token_logps(self, sequences: Sequences) -> Tensor:
+        logps: Tensor = self._group.call("token_logps", sequences)
+        return logps

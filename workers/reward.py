@@ -1,0 +1,32 @@
+"""The scorer's processes (a reward model's ranks, or a reward function's one) and how the driver sees them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlxf import assemble
+from rlxf.config.schema import RunConfig
+from rlxf.types import Rollouts
+from workers.group import WorkerGroup
+from workers.worker import Worker
+
+
+class RewardWorker(Worker):
+    """One rank of the reward model, or the reward function."""
+
+    def build(self, config: RunConfig, master: tuple[str, int]) -> None:
+        self.room = assemble.build_scorer(config, *self.place(config, master))
+
+    def score(self, rollouts: Rollouts) -> Tensor | None:
+        return self.answer(self.room.score(rollouts))
+
+
+class RemoteScorer:
+    """The scorer on its worker processes."""
+
+    def __init__(self, group: WorkerGroup) -> None:
+        self._group = group
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        scores: Tensor = self._group.call("score", rollouts)
+        return scores

@@ -1,0 +1,41 @@
+"""What the worker processes of all roles have in common."""
+
+from __future__ import annotations
+
+import socket
+import warnings
+from typing import TypeVar
+
+import ray
+
+from rlxf.config.schema import RunConfig
+from rlxf.platform import Platform, Process, get_platform
+
+T = TypeVar("T")
+
+
+class Worker:
+    """One process of a role. Nothing is loaded before ``build``: a failure there is an answer, not a dead actor."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        # Arrays from the object store are read-only; every room only reads them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a free port on it, for the group's rendezvous."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def place(self, config: RunConfig, master: tuple[str, int]) -> tuple[Platform, Process]:
+        """The device, and this rank's place in its group. Ray shows a process its own devices only: it has number 0."""
+        process = Process(
+            rank=self.rank, world_size=self.world_size, local_rank=0, master_addr=master[0], master_port=master[1]
+        )
+        return get_platform(config.training.device), process
+
+    def answer(self, value: T) -> T | None:
+        """``value`` on rank 0; the others have nothing to send."""
+        return value if self.rank == 0 else None
