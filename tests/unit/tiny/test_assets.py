@@ -1,0 +1,151 @@
+"""The tiny world as a folder: made once, made anew when it must be, never half made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+from rlxf.errors import ConfigError
+from rlxf.tiny import assets, world
+from rlxf.tiny.recipe import Recipe, Schedule
+
+SMALL = Recipe(
+    num_texts=400,
+    hidden_size=32,
+    ffn_size=64,
+    num_heads=1,
+    sft=Schedule(steps=3, batch_size=8, lr=3e-3),
+    reward=Schedule(steps=2, batch_size=4, lr=1e-3),
+    num_reward_pairs=20,
+    num_held_out_pairs=10,
+    num_eval_prompts=8,
+    num_preferences=6,
+    max_new_tokens=4,
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("worlds") / "tiny"
+    assert assets.ensure(folder, SMALL)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy of the world that a test may damage."""
+    import shutil
+
+    return Path(shutil.copytree(made, tmp_path / "tiny"))
+
+
+def test_folder_holds_what_the_recipes_name(made: Path) -> None:
+    names = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
+    wanted = {
+        f"{model}/{file}" for model in ("sft", "rm") for file in ("config.json", "model.safetensors", "tokenizer.json")
+    }
+    wanted |= {"prompts.jsonl", "eval_prompts.jsonl", "preferences.jsonl", "report.json", "manifest.json"}
+    assert wanted <= names
+    listed = set(json.loads((made / "manifest.json").read_text())["files"])
+    assert listed == names - {"manifest.json"}
+
+
+def test_models_load_for_their_roles(made: Path) -> None:
+    policy = transformers.AutoModelForCausalLM.from_pretrained(made / "sft")
+    reward, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        made / "rm", output_loading_info=True
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(made / "rm")
+    assert policy.config.tie_word_embeddings
+    assert policy.generation_config.eos_token_id == tokenizer.eos_token_id == 2
+    assert reward.config.num_labels == 1
+    assert not info["missing_keys"]  # the score head was saved, not made up
+    assert tokenizer("review of the silver dragon :")["input_ids"][0] == tokenizer.bos_token_id == 1
+
+
+def test_prompts_are_of_training_and_evaluation_of_held_out_titles(made: Path) -> None:
+    train = [json.loads(line)["prompt"] for line in (made / "prompts.jsonl").read_text().splitlines()]
+    held_out = [json.loads(line)["prompt"] for line in (made / "eval_prompts.jsonl").read_text().splitlines()]
+    assert train == [world.prompt(title) for title in world.TRAIN_TITLES]
+    assert len(held_out) == SMALL.num_eval_prompts
+    assert not set(train) & set(held_out)
+
+
+def test_second_call_makes_nothing(made: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+    assert not assets.ensure(made, SMALL)
+    assert before == {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+
+
+def test_worlds_of_one_recipe_are_equal(made: Path, tmp_path: Path) -> None:
+    assets.ensure(tmp_path / "again", SMALL)
+    for name in ("sft/model.safetensors", "rm/model.safetensors", "sft/tokenizer.json", "preferences.jsonl"):
+        assert (made / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_fresh_makes_it_anew(folder: Path) -> None:
+    (folder / "note.txt").write_text("of an older world")
+    assert assets.ensure(folder, SMALL, fresh=True)
+    assert not (folder / "note.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "prompts.jsonl").unlink(), "prompts.jsonl is missing"),
+        (lambda folder: (folder / "prompts.jsonl").write_text("{}\n"), "prompts.jsonl has changed"),
+        (lambda folder: (folder / "sft" / "model.safetensors").write_bytes(b""), "sft/model.safetensors has changed"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "it was made by another recipe"),
+    ],
+)
+def test_damaged_world_is_found_and_made_anew(folder: Path, damage: object, reason: str) -> None:
+    assert callable(damage)
+    damage(folder)
+    assert assets.why_stale(folder, SMALL) == reason
+    assert assets.ensure(folder, SMALL)
+    assert assets.why_stale(folder, SMALL) is None
+
+
+def test_another_recipe_is_another_world(folder: Path) -> None:
+    other = Recipe(version=SMALL.version + 1)
+    assert assets.why_stale(folder, other) == "it was made by another recipe"
+
+
+def test_build_that_dies_leaves_the_old_world(folder: Path, tmp_path: Path) -> None:
+    impossible = Recipe(num_texts=400, num_heads=5)  # 96 is not a multiple of 5: fails in the middle of the build
+    before = (folder / "manifest.json").read_bytes()
+    with pytest.raises(Exception, match="5"):
+        assets.ensure(folder, impossible)
+    assert (folder / "manifest.json").read_bytes() == before
+    assert assets.why_stale(folder, SMALL) is None
+    assert assets.ensure(tmp_path / "tiny", SMALL) is False
+
+
+def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
+    leftover = tmp_path / ".tiny.partial"
+    leftover.mkdir()
+    (leftover / "half").write_text("")
+    assert assets.ensure(tmp_path / "tiny", SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tiny.lock", "tiny"]
+
+
+def test_folder_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="not a tiny world"):
+        assets.ensure(tmp_path / "mine", SMALL, fresh=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_report_says_what_it_cost_and_how_good_it_is(made: Path) -> None:
+    report = assets.read_report(made)
+    assert report["vocabulary"] == json.loads((made / "sft" / "config.json").read_text())["vocab_size"]
+    assert 0 <= report["reward_accuracy"] <= 1
+    assert set(report["first_policy"]) == {"positive", "valid", "finished"}
+    assert report["cpu_seconds"]["all"] == pytest.approx(
+        sum(value for name, value in report["cpu_seconds"].items() if name != "all"), abs=0.01
+    )

@@ -1,0 +1,145 @@
+"""The tiny world's tokenizer and models, on a handful of steps."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name that every torch program uses)
+
+from rlxf.tiny import models, world
+from rlxf.tiny.recipe import Recipe, Schedule
+
+SMALL = Recipe(
+    hidden_size=32,
+    ffn_size=64,
+    num_heads=1,
+    sft=Schedule(steps=60, batch_size=16, lr=1e-2, warmup_steps=5),
+    reward=Schedule(steps=30, batch_size=8, lr=3e-3, warmup_steps=5),
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return models.train_tokenizer(f"{prompt} {response}" for prompt, response in world.corpus(4_000))
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer: Any) -> list[models.Row]:
+    return models.Encoder(tokenizer).texts(world.corpus(300))
+
+
+@pytest.fixture(scope="module")
+def policy(tokenizer: Any, rows: list[models.Row]) -> Any:
+    torch.manual_seed(0)
+    return models.train_policy(SMALL, rows, len(tokenizer), Random(0))[0]
+
+
+def test_tokenizer_has_the_recipe_s_vocabulary_and_specials(tokenizer: Any) -> None:
+    assert len(tokenizer) == 586
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "<s>", "</s>"]) == [models.PAD, models.BOS, models.EOS]
+
+
+def test_prompt_starts_with_bos_and_completion_does_not(tokenizer: Any) -> None:
+    prompt = tokenizer("review of the silver dragon :")["input_ids"]
+    completion = tokenizer(" the plot was dull .", add_special_tokens=False)["input_ids"]
+    assert prompt[0] == models.BOS
+    assert models.BOS not in prompt[1:]
+    assert models.BOS not in completion
+    assert tokenizer.decode(completion) == " the plot was dull ."
+
+
+def test_prompt_and_completion_are_cut_where_the_whole_text_is(tokenizer: Any) -> None:
+    for prompt, response in world.corpus(50, seed=9):
+        whole = tokenizer(f"{prompt} {response}")["input_ids"]
+        assert models.Encoder(tokenizer).texts([(prompt, response)]) == [[*whole, models.EOS]]
+
+
+def test_training_policy_is_repeatable(tokenizer: Any, rows: list[models.Row], policy: Any) -> None:
+    torch.manual_seed(0)
+    again, _ = models.train_policy(SMALL, rows, len(tokenizer), Random(0))
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), again.parameters(), strict=True))
+
+
+def test_length_groups_do_not_change_what_is_learnt(
+    tokenizer: Any, rows: list[models.Row], policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_LENGTH_GROUPS", 1)
+    torch.manual_seed(0)
+    padded, _ = models.train_policy(SMALL, rows, len(tokenizer), Random(0))
+    for a, b in zip(policy.parameters(), padded.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
+
+
+def test_policy_loss_is_the_mean_over_real_tokens(tokenizer: Any, rows: list[models.Row]) -> None:
+    """A step of zero size leaves the weights, so the reported loss is that of the first weights on its one batch."""
+    recipe = Recipe(hidden_size=32, ffn_size=64, num_heads=1, sft=Schedule(steps=1, batch_size=16, lr=0.0))
+    torch.manual_seed(0)
+    _, reported = models.train_policy(recipe, rows, len(tokenizer), Random(0))
+    torch.manual_seed(0)
+    fresh = models.LlamaForCausalLM(models.model_config(recipe, len(tokenizer)))
+    losses = []
+    for row in Random(0).sample(rows, 16):
+        logits = fresh(input_ids=torch.tensor([row[:-1]])).logits[0]
+        losses.append(F.cross_entropy(logits, torch.tensor(row[1:]), reduction="none"))
+    assert reported == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+
+
+def test_grammar_pairs_are_ordered_by_the_truth_and_share_their_prompt() -> None:
+    pairs = models.grammar_pairs(200, Random(0))
+    assert len(pairs) == 200
+    for (prompt, better), (same_prompt, worse) in pairs:
+        assert prompt == same_prompt
+        assert world.score(better) > world.score(worse)
+
+
+def test_label_noise_swaps_its_share_of_pairs() -> None:
+    pairs = models.grammar_pairs(1_000, Random(0), label_noise=0.25)
+    swapped = sum(world.score(better) < world.score(worse) for (_, better), (_, worse) in pairs)
+    assert swapped == pytest.approx(250, abs=50)
+
+
+def test_scores_do_not_depend_on_the_other_rows(rows: list[models.Row], policy: Any) -> None:
+    torch.manual_seed(1)
+    reward = models.LlamaForSequenceClassification(models.model_config(SMALL, policy.config.vocab_size, num_labels=1))
+    some = rows[:13]
+    together = models.score_rows(reward.eval(), some)
+    alone = torch.cat([models.score_rows(reward, [row]) for row in some])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
+
+
+def test_reward_model_learns_from_the_policy_s_body(tokenizer: Any, policy: Any) -> None:
+    pairs = models.grammar_pairs(64, Random(2))
+    better, worse = (models.Encoder(tokenizer).texts(side) for side in zip(*pairs, strict=True))
+    torch.manual_seed(0)
+    reward, loss = models.train_reward_model(SMALL, policy, better, worse, Random(0))
+    assert loss < 0.6  # ln 2 = 0.693 is what a model that knows nothing has
+    assert reward.config.num_labels == 1
+    right = models.score_rows(reward, better) > models.score_rows(reward, worse)
+    assert right.float().mean().item() > 0.65
+
+
+def test_samples_follow_the_policy_and_keep_their_order(tokenizer: Any, policy: Any) -> None:
+    prompts = [world.prompt(title) for title in world.TRAIN_TITLES[:7]]
+    torch.manual_seed(3)
+    samples = models.sample(policy, tokenizer, prompts, max_new_tokens=12)
+    assert [one.prompt for one in samples] == prompts
+    for one in samples:
+        assert models.EOS not in one.tokens
+        assert len(one.tokens) <= 12
+        assert one.finished or len(one.tokens) == 12
+
+
+def test_sampled_frequencies_are_the_policy_s_probabilities(tokenizer: Any, policy: Any) -> None:
+    prompt = world.prompt(world.TRAIN_TITLES[0])
+    with torch.no_grad():
+        logits = policy(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1]
+    expected = logits.softmax(-1)
+    torch.manual_seed(4)
+    drawn = [
+        one.tokens[0] if one.tokens else models.EOS for one in models.sample(policy, tokenizer, [prompt] * 4_000, 1)
+    ]
+    measured = torch.bincount(torch.tensor(drawn), minlength=len(expected)) / len(drawn)
+    assert (measured - expected).abs().max().item() < 4 * (0.25 / 4_000) ** 0.5
