@@ -1,0 +1,259 @@
+"""The shell commands: syntax, help, refusals, and what the installer does with an environment."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"])
+CLUSTER_UP = ROOT / "scripts" / "cluster_up.sh"
+
+
+def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command's result; ``environment`` is added to this process's."""
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_is_executable_bash_that_stops_at_errors(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    assert script.read_text().startswith("#!/usr/bin/env bash\n")
+    assert "\nset -euo pipefail\n" in script.read_text()
+    assert run("bash", "-n", script).returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    result = run("shellcheck", script)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_evaluates_no_text(script: Path) -> None:
+    assert not [line for line in script.read_text().splitlines() if line.strip().startswith("eval ")]
+
+
+@pytest.mark.parametrize("name", ["quickstart.sh", "test.sh", "cluster_up.sh"])
+def test_help_comes_from_any_folder_and_starts_nothing(name: str, tmp_path: Path) -> None:
+    result = run(ROOT / "scripts" / name, "--help", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"scripts/{name}" in result.stdout
+    assert "set -euo" not in result.stdout
+
+
+def test_ci_runs_the_test_command() -> None:
+    assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("exec ./scripts/test.sh")
+
+
+# The installer, in a checkout of its own whose path holds a space.
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    folder = tmp_path / "a checkout"
+    (folder / "scripts").mkdir(parents=True)
+    shutil.copytree(ROOT / "locks", folder / "locks")
+    shutil.copy(ROOT / "scripts" / "install.sh", folder / "scripts")
+    return folder
+
+
+def test_installer_without_a_fitting_python_names_versions_and_what_it_found(checkout: Path) -> None:
+    script = checkout / "scripts" / "install.sh"
+    script.write_text(script.read_text().replace("oldest=11 newest=13", "oldest=97 newest=98"))
+    result = run(script, PYTHON="")
+    assert result.returncode == 1
+    assert "a Python from 3.97 to 3.98 is needed" in result.stderr
+    assert "python3.97: not found" in result.stderr
+    assert "python3: Python 3." in result.stderr
+    assert "PYTHON=/path/to/python" in result.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_installer_takes_no_other_python_than_the_one_asked_for(checkout: Path) -> None:
+    result = run(checkout / "scripts" / "install.sh", PYTHON="/nowhere/python3.11")
+    assert result.returncode == 1
+    assert "PYTHON=/nowhere/python3.11 does not fit" in result.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_installer_passes_over_a_shim_without_a_python_behind_it(checkout: Path, tmp_path: Path) -> None:
+    shims = tmp_path / "shims"
+    shims.mkdir()
+    for name in ("python3.97", "python3"):
+        (shims / name).write_text("#!/bin/sh\necho 'no such version' >&2\nexit 127\n")
+        (shims / name).chmod(0o755)
+    script = checkout / "scripts" / "install.sh"
+    script.write_text(script.read_text().replace("oldest=11 newest=13", "oldest=97 newest=97"))
+    result = run(script, PYTHON="", PATH=f"{shims}:{os.environ['PATH']}")
+    assert result.returncode == 1
+    assert "python3.97: found, but does not run" in result.stderr
+    assert "no such version" not in result.stderr
+
+
+def test_installer_does_nothing_when_its_stamp_holds(checkout: Path) -> None:
+    python = make_stamped_environment(checkout)
+    before = sorted(path.name for path in python.parents[1].iterdir())
+    result = run(checkout / "scripts" / "install.sh", cwd=Path("/"))
+    assert result.returncode == 0, result.stderr
+    assert "nothing to do" in result.stdout
+    assert before == sorted(path.name for path in python.parents[1].iterdir())
+
+
+def test_installer_goes_to_work_when_a_lock_has_changed(checkout: Path) -> None:
+    make_stamped_environment(checkout)
+    with (checkout / "locks" / "cpu.txt").open("a") as lock:
+        lock.write("# another line\n")
+    result = run(checkout / "scripts" / "install.sh", PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE="/dev/null")
+    assert result.returncode == 1  # without an index there is nothing to install from
+    assert "installing torch" in result.stdout
+    assert "Run the command again" in result.stderr
+    assert not (checkout / ".venv" / ".stamp-cpu").exists()
+
+
+def test_installer_removes_half_installed_packages(checkout: Path) -> None:
+    python = make_stamped_environment(checkout)
+    (checkout / ".venv" / ".stamp-cpu").unlink()
+    site = next(python.parents[1].glob("lib/python3.*/site-packages"))
+    (site / "half-1.0.dist-info").mkdir()
+    (site / "half-1.0.dist-info" / "METADATA").write_text("Name: half\nVersion: 1.0\n")
+    result = run(checkout / "scripts" / "install.sh", PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE="/dev/null")
+    assert "half-1.0.dist-info" in result.stdout
+    assert not (site / "half-1.0.dist-info").exists()
+    assert list(site.glob("pip-*.dist-info"))
+
+
+def make_stamped_environment(checkout: Path) -> Path:
+    """An empty environment that claims to be installed; the stamp is what the installer's comment says it is."""
+    subprocess.run([sys.executable, "-m", "venv", checkout / ".venv"], check=True, timeout=120)
+    python = checkout / ".venv" / "bin" / "python"
+    version = run(python, "-c", "import sys; print(sys.version)").stdout
+    parts = [(checkout / name).read_bytes() for name in ("scripts/install.sh", "locks/cpu.txt", "locks/cpu.txt")]
+    digest = hashlib.sha256(b"".join(parts) + f"{checkout}\n{version}".encode()).hexdigest()
+    (checkout / ".venv" / ".stamp-cpu").write_text(f"{digest}\n")
+    (checkout / ".venv" / ".made-in").write_text(f"{checkout}\n")
+    return python
+
+
+# The cluster: refusals come before Ray is started; `--print` shows the line that would start it.
+
+
+def printed(*arguments: str) -> str:
+    result = run(CLUSTER_UP, *arguments, "--print")
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_head_keeps_its_dashboard_on_loopback_unless_told() -> None:
+    assert "--dashboard-host=127.0.0.1" in printed("head")
+    assert "--dashboard-host=0.0.0.0" in printed("head", "--expose-dashboard")
+
+
+def test_ports_and_resources_reach_ray() -> None:
+    line = printed("head", "--port", "7001", "--dashboard-port=7002", "--resources", '{"NPU": 8}')
+    assert "--head" in line
+    assert "--port=7001" in line
+    assert "--dashboard-port=7002" in line
+    assert r"--resources=\{\"NPU\":\ 8\}" in line
+
+
+def test_worker_joins_the_address_and_hands_further_arguments_on() -> None:
+    line = run(CLUSTER_UP, "worker", "--address", "10.0.0.1:6344", "--print", "--", "--num-cpus=4").stdout
+    assert "--address=10.0.0.1:6344" in line
+    assert line.rstrip().endswith("--num-cpus=4")
+    assert "--head" not in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "head or worker"),
+        (["boss"], "head or worker"),
+        (["worker"], "--address"),
+        (["head", "--address", "10.0.0.1:6344"], "for workers"),
+        (["head", "--port", "80"], "not a port"),
+        (["head", "--port", "6344; touch x"], "not a port"),
+        (["head", "--dashboard-port", "18265"], "range of Ray's worker processes"),
+        (["head", "--port", "6351"], "--base-port"),
+        (["head", "--resources", "NPU=8"], "JSON object"),
+        (["head", "--resources", '{"NPU": "8"}'], "JSON object"),
+        (["head", "--frobnicate", "1"], "unknown argument"),
+        (["head", "--port"], "needs a value"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = run(CLUSTER_UP, *arguments, cwd=tmp_path, HOME=str(tmp_path))
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())  # neither a token nor a file of an injected command
+
+
+def test_worker_without_a_token_is_refused(tmp_path: Path) -> None:
+    result = run(CLUSTER_UP, "worker", "--address", "10.0.0.1:6344", HOME=str(tmp_path), RAY_AUTH_TOKEN_PATH="")
+    assert result.returncode == 2
+    assert "there is no token" in result.stderr
+    assert "scp" in result.stderr
+
+
+def test_switching_authentication_off_is_refused(tmp_path: Path) -> None:
+    result = run(CLUSTER_UP, "head", HOME=str(tmp_path), RAY_AUTH_MODE="disabled")
+    assert result.returncode == 2
+    assert "open the cluster to everybody" in result.stderr
+    assert not (tmp_path / ".ray").exists()
+
+
+# The tiny world's command.
+
+
+def test_build_tiny_world_refuses_a_folder_that_it_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    result = run(sys.executable, ROOT / "scripts" / "build_tiny_world.py", "--fresh", "--out", tmp_path)
+    assert result.returncode == 2
+    assert "not a tiny world" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# Signals: a stopped quick start leaves no training run behind.
+
+
+@pytest.mark.parametrize(("signal", "status"), [("INT", 130), ("TERM", 143)])
+def test_quickstart_hands_signals_on_and_returns_the_run_s_status(signal: str, status: int, tmp_path: Path) -> None:
+    """The script's own `supervise`, around a program that ends by itself half a second after the signal."""
+    source = (ROOT / "scripts" / "quickstart.sh").read_text()
+    function = source[source.index("supervise() {") : source.index("main() {")]
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import pathlib, signal, sys, time\n"
+        f"def end(number, frame):\n    time.sleep(0.5)\n    pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n"
+        "    sys.exit(128 + number)\n"
+        "signal.signal(signal.SIGINT, end)\nsignal.signal(signal.SIGTERM, end)\nprint('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    script = tmp_path / "script.sh"
+    script.write_text(
+        f"set -euo pipefail\n{function}\nstatus=0\n"
+        f"supervise '{sys.executable}' '{program}' || status=$?\necho \"status $status\"\n"
+    )
+    process = subprocess.Popen(["bash", str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    subprocess.run(["kill", f"-{signal}", str(process.pid)], check=True)
+    output, _ = process.communicate(timeout=20)
+    assert output == f"status {status}\n"
+    assert (tmp_path / "saved").exists()

