@@ -60,7 +60,7 @@ class FunctionScorer:
             if name in arguments:
                 raise ConfigError(f"actor_rollout.data_path: rename column {name!r}; {self._name} gets its own {name}")
             arguments[name] = [values[row] for row in prompt_rows]
-        self._require_accepts(arguments)
+        self._require_accepts(arguments, complete=True)
         return self._scores(self._call(arguments), len(rollouts))
 
     @property
@@ -88,12 +88,13 @@ class FunctionScorer:
             kind = "is asynchronous" if callable(function) else f"is a {type(function).__name__}"
             raise ConfigError(f"{self._name}: `reward` {kind}; expected a function, `{_SIGNATURE}`")
         self._function = function
-        self._require_accepts(dict.fromkeys(_GIVEN))
+        self._require_accepts(dict.fromkeys(_GIVEN), complete=False)  # the data's columns are not known yet
         return self._function
 
-    def _require_accepts(self, arguments: dict[str, Any]) -> None:
+    def _require_accepts(self, arguments: dict[str, Any], *, complete: bool) -> None:
+        signature = inspect.signature(self._function)
         try:
-            inspect.signature(self._function).bind(**arguments)
+            (signature.bind if complete else signature.bind_partial)(**arguments)
         except TypeError as error:
             raise ConfigError(
                 f"{self._name}: `reward` cannot be called with {', '.join(arguments)}: {error}; expected `{_SIGNATURE}`"

@@ -98,13 +98,19 @@ BAD_FILES = {
     "asynchronous": ("async def reward(prompts, completions, completion_ids, **c): ...\n", "is asynchronous"),
     "too few arguments": ("def reward(prompts, completions): ...\n", "unexpected keyword argument 'completion_ids'"),
     "other arguments": (
-        "def reward(prompts, completions, completion_ids, extra): ...\n",
-        "missing a required argument",
+        "def reward(texts, completions, completion_ids): ...\n",
+        "unexpected keyword argument 'prompts'",
     ),
     "syntax error": ("x = 1\n\ndef reward(:\n", r"my_reward\.py:3: SyntaxError"),
     "fails at import": ("import math\nmath.sqrt(-1)\n", r"my_reward\.py:2: ValueError: math domain error"),
     "imports what is missing": ("import no_such_module_here\n", r"my_reward\.py:1: ModuleNotFoundError"),
 }
+
+
+def test_a_column_that_the_function_needs_may_be_required(tmp_path: Path, rollouts: Rollouts) -> None:
+    made = scorer(tmp_path, "def reward(prompts, completions, completion_ids, nowhere, **rest): ...\n")
+    with pytest.raises(ConfigError, match="missing a required argument: 'nowhere'"):
+        made.score(rollouts)
 
 
 @pytest.mark.parametrize(("code", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())
