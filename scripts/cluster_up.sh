@@ -13,8 +13,8 @@
 #   --base-port N        first of seven ports of this node's services (default 6350), for a firewall to open
 #   --print              print the `ray start` line instead of running it
 #
-# The token is a file: RAY_AUTH_TOKEN_PATH, or .ray/auth_token in the home folder. `head` makes one if there is none; copy
-# it to every worker, with mode 600. `ray stop` ends this node's part.
+# The token is a file: RAY_AUTH_TOKEN_PATH, or .ray/auth_token in the home folder. `head` makes one if there is none;
+# copy it to every worker, with mode 600. `ray stop` ends this node's part.
 set -euo pipefail
 umask 077
 
@@ -50,7 +50,9 @@ check_version() {
 
 # Ray gives its worker processes the ports 10002 to 19999 and refuses to put a service there.
 check_port() {
-  [[ "$2" =~ ^[0-9]+$ ]] && (($2 >= 1024 && $2 <= 65535)) || die "$1 $2 is not a port from 1024 to 65535."
+  if ! [[ "$2" =~ ^[1-9][0-9]{3,4}$ ]] || (($2 < 1024 || $2 > 65535)); then
+    die "$1 $2 is not a port from 1024 to 65535."
+  fi
   (($2 < 10002 || $2 > 19999)) || die "$1 $2 lies in the range of Ray's worker processes, 10002 to 19999."
 }
 

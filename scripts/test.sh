@@ -46,7 +46,7 @@ main() {
   step "environment" ./scripts/install.sh --dev
   step "format" .venv/bin/ruff format --check .
   step "lint" .venv/bin/ruff check .
-  step "types" .venv/bin/mypy --strict rlxf workers ray_gpt.py
+  step "types" .venv/bin/mypy --strict rlxf workers scripts ray_gpt.py
   step "tiny world" .venv/bin/python scripts/build_tiny_world.py
   if ((${#arguments[@]})); then
     say "tests: pytest -m '$all' ${arguments[*]}"

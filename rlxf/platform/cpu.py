@@ -7,7 +7,7 @@ import resource
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name that every torch program uses)
+import torch.nn.functional as F
 from torch import Tensor
 
 

@@ -1,1 +1,1 @@
-"""A world small enough for a laptop, with a known truth: reviews from a grammar, and the models that learn from them."""
+"""The tiny world: a grammar with a known ground truth, and the models of the quick start that live in it."""

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name that every torch program uses)
+import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (

@@ -1,4 +1,4 @@
-"""pyproject.toml and the lock files: lanes exclude each other, pins hold, and the code runs on the oldest Python allowed."""
+"""pyproject.toml and lock files: lanes exclude each other, pins hold, the oldest Python allowed can read the code."""
 
 from __future__ import annotations
 

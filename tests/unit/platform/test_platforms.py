@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from rlxf.errors import ConfigError
 from rlxf.platform import PLATFORMS, get_platform

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name that every torch program uses)
+import torch.nn.functional as F
 
 from rlxf.tiny import models, world
 from rlxf.tiny.recipe import Recipe, Schedule
