@@ -57,3 +57,9 @@ class StopRequested(RlxfError):
     """The user asked the run to end (SIGINT or SIGTERM); raised at a point where nothing is half done."""
 
     exit_code = 143
+
+
+class CheckpointError(RlxfError):
+    """No checkpoint can be taken over, or the one that was found belongs to another run."""
+
+    exit_code = 4

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": {"errors"},
     "config": {"errors"},
     **dict.fromkeys(TOOLS, FLOOR | TOOLS),
+    "checkpoint": {"errors"},
     "plan": FLOOR,
     "plan_text": FLOOR | {"plan"},
     "platform": FLOOR,
