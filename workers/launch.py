@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,7 +110,10 @@ def start_workers(
 def _start_group(
     config: RunConfig, role: Role, slots: list[tuple[dict[str, Any], str]], platform: Platform, waiter: Waiter
 ) -> WorkerGroup:
-    environment = {"env_vars": _environment(config, role, platform)}
+    environment: dict[str, Any] = {"env_vars": _environment(config, role, platform)}
+    if " " in sys.executable:
+        # Ray starts a worker through a shell and quotes everything but the interpreter.
+        environment["py_executable"] = shlex.quote(sys.executable)
     worker = ray.remote(WORKERS[role])
     members = [
         Member(

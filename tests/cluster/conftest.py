@@ -108,6 +108,7 @@ class TwoNodes:
     """A cluster of two raylets, each with two fake NPUs."""
 
     address: str
+    dashboard: str
     env: dict[str, str]
 
 
@@ -131,12 +132,13 @@ def two_nodes() -> Iterator[TwoNodes]:
                     process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
                 processes.append(process)
                 wait_for_nodes(f"127.0.0.1:{port}", env, len(processes))
-            yield TwoNodes(address=f"127.0.0.1:{port}", env={**env, "RAY_ADDRESS": f"127.0.0.1:{port}"})
+            address = f"127.0.0.1:{port}"
+            yield TwoNodes(address, f"http://127.0.0.1:{dashboard}", env={**env, "RAY_ADDRESS": address})
         finally:
-            children = [child for process in processes for child in children(process.pid)]
+            below = [child for process in processes for child in children(process.pid)]
             for process in reversed(processes):
                 process.send_signal(signal.SIGTERM)
-            end([psutil.Process(process.pid) for process in processes if process.poll() is None] + children)
+            end([psutil.Process(process.pid) for process in processes if process.poll() is None] + below)
 
 
 def wait_for_nodes(address: str, env: dict[str, str], count: int) -> None:

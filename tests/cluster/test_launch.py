@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from rlxf.metrics import read_jsonl
-from tests.cluster.conftest import Recipe, TwoNodes, children, environment
+from tests.cluster.conftest import RAY, Recipe, TwoNodes, children, environment
 
 pytestmark = pytest.mark.cluster
 
@@ -147,7 +147,7 @@ def test_a_signal_saves_and_leaves_no_process(
     recipe: Recipe, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     process = started(recipe, tmp_path)
-    family = psutil.Process(process.pid).children(recursive=True)
+    family = children(process.pid)
     assert any("raylet" in " ".join(child.cmdline()) for child in family)
     begin = time.monotonic()
     os.killpg(process.pid, number)  # as Ctrl-C in a terminal does: to everything that the command started
@@ -178,7 +178,7 @@ def test_a_signal_while_models_load_leaves_no_process(recipe: Recipe, tmp_path: 
 
 def test_a_second_signal_leaves_at_once_without_saving(recipe: Recipe, tmp_path: Path) -> None:
     process = started(recipe, tmp_path)
-    family = psutil.Process(process.pid).children(recursive=True)
+    family = children(process.pid)
     begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
@@ -191,7 +191,7 @@ def test_a_second_signal_leaves_at_once_without_saving(recipe: Recipe, tmp_path:
 
 def test_a_lost_worker_ends_the_run_and_is_named(recipe: Recipe, tmp_path: Path) -> None:
     process = started(recipe, tmp_path)
-    family = psutil.Process(process.pid).children(recursive=True)
+    family = children(process.pid)
     (reference,) = [child for child in family if "ReferenceWorker" in " ".join(child.cmdline())]
     begin = time.monotonic()
     reference.kill()
@@ -202,3 +202,23 @@ def test_a_lost_worker_ends_the_run_and_is_named(recipe: Recipe, tmp_path: Path)
     assert "stage ref, step " in output
     assert "Traceback" not in output
     assert leftovers(family) == []
+
+
+def test_a_run_is_a_ray_job(recipe: Recipe, two_nodes: TwoNodes, tmp_path: Path) -> None:
+    env = {name: value for name, value in two_nodes.env.items() if name != "RAY_ADDRESS"}  # Ray sets it inside the job
+
+    def job(*arguments: str) -> str:
+        command = [str(RAY), "job", arguments[0], f"--address={two_nodes.dashboard}", *arguments[1:]]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def ended() -> bool:
+        status = job("status", "small")
+        assert "failed" not in status, job("logs", "small")
+        return "succeeded" in status
+
+    command = recipe.command(tmp_path / "run", "resource_pool.resource_name=NPU", "training.train_iters=1")
+    job("submit", "--no-wait", "--submission-id=small", "--", *command)
+    wait_until(ended, 200)
+    assert len(numbers(tmp_path / "run")) == 1
