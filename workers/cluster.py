@@ -16,7 +16,7 @@ from rlxf.config.schema import RunConfig
 from rlxf.errors import PlacementError
 from rlxf.plan import Plan
 from rlxf.platform import Platform
-from workers.dry_run import running_cluster
+from workers.address import running_cluster
 
 log = logging.getLogger(__name__)
 

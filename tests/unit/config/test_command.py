@@ -14,7 +14,7 @@ import yaml
 
 from rlxf.errors import PlacementError
 from tests.unit.config.recipes import ROOT
-from workers.dry_run import running_cluster
+from workers.address import running_cluster
 
 TINY = ("--config-name", "online_dpo_trainer_tiny")
 

@@ -1,0 +1,45 @@
+"""Where the Ray cluster is that a run would join. Does not import Ray: a dry run on a laptop answers in a second."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from rlxf.errors import PlacementError
+
+_CONNECT_S = 2.0  # longest wait for a cluster's address to answer
+
+
+def running_cluster() -> str | None:
+    """The address of the Ray cluster that a run started now would join; Ray itself is not imported.
+
+    Raises:
+        PlacementError: ``RAY_ADDRESS`` names a cluster that does not answer.
+    """
+    wanted = os.environ.get("RAY_ADDRESS", "")
+    if wanted == "local" or "://" in wanted:
+        return None if wanted == "local" else wanted
+    if wanted and wanted != "auto":
+        if not _answers(wanted):
+            raise PlacementError(
+                f"RAY_ADDRESS = {wanted}: no Ray cluster answers there; start it, or unset RAY_ADDRESS"
+            )
+        return wanted
+    base = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # where Ray itself looks
+    record = Path(base) / "ray" / "ray_current_cluster"  # `ray start` writes it and `ray stop` removes it
+    address = record.read_text(encoding="utf-8").strip() if record.is_file() else ""
+    if address and _answers(address):
+        return address
+    if wanted == "auto":
+        raise PlacementError("RAY_ADDRESS = auto: no Ray cluster runs on this machine; start it, or unset RAY_ADDRESS")
+    return None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S):
+            return True
+    except (OSError, ValueError):
+        return False
