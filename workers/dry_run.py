@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from rlxf.config.schema import RunConfig
@@ -18,20 +19,27 @@ def dry_run(config: RunConfig) -> None:
         PlacementError: the running cluster cannot hold it.
     """
     plan = make_plan(config)
-    sys.stdout.write(describe(config, plan))
+    _say(describe(config, plan))
     if config.runtime == "local":
         return
     address = running_cluster()
     if address is None:
-        sys.stdout.write("\ncluster: none is running here\n")
+        _say("\ncluster: none is running here\n")
         return
     nodes = _nodes_of(address)
-    sys.stdout.write(f"\ncluster: {address}\n{describe_nodes(plan, nodes)}")
+    _say(f"\ncluster: {address}\n{describe_nodes(plan, nodes)}")
     problems = fit(plan, nodes)
     if problems:
-        sys.stdout.flush()
         raise PlacementError("\n".join(problems))
-    sys.stdout.write("it has room for this recipe\n")
+    _say("it has room for this recipe\n")
+
+
+def _say(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough; the check itself goes on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _nodes_of(address: str) -> list[NodeResources]:
