@@ -32,6 +32,12 @@ class Recipe:
 
     folder: Path
 
+    @property
+    def offline(self) -> tuple[str, ...]:
+        """Overrides for an offline run: two processes instead of four."""
+        pairs = f"actor_rollout.data_path={self.folder / 'pairs.jsonl'}"
+        return ("training.stage=dpo", pairs, "reward.load=null", "resource_pool.actor_rollout=1")
+
     def command(self, run_dir: Path, *overrides: str) -> list[str]:
         options = ["--config-dir", str(self.folder), "--config-name", "small", f"hydra.run.dir={run_dir}"]
         return [sys.executable, str(ROOT / "ray_gpt.py"), *options, *overrides]
@@ -70,6 +76,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     reward = save_reward_model(folder / "reward", seed=4)
     rows = [f'{{"prompt": "say {word}", "number": {i}}}' for i, word in enumerate(("one", "two", "three", "four"))]
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    pairs = [
+        f'{{"prompt": "say {word}", "chosen": "{word}", "rejected": "no"}}' for word in ("one", "two", "three", "four")
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(pairs) + "\n")
     content = {
         "defaults": ["rlxf_schema", "_self_"],
         "model": {"small": shape()},
@@ -112,7 +122,7 @@ class TwoNodes:
     env: dict[str, str]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_nodes() -> Iterator[TwoNodes]:
     """Brought up with the two `ray start` lines of the user guide; ports, address and count are this machine's.
 

@@ -55,6 +55,15 @@ def test_four_roles_on_ray_give_the_numbers_of_one_process(recipe: Recipe, tmp_p
     assert json.loads((tmp_path / "ray" / "summary.json").read_text())["steps"] == 3
 
 
+def test_offline_on_ray_gives_the_numbers_of_one_process(recipe: Recipe, tmp_path: Path) -> None:
+    text = succeed(recipe.run(tmp_path / "ray", *recipe.offline))
+    assert "train rank 0, ref rank 0" in text  # neither rollout nor reward workers
+    succeed(recipe.run(tmp_path / "local", "runtime=local", *recipe.offline))
+    rows = numbers(tmp_path / "ray")
+    assert len({row["loss"] for row in rows}) == 3
+    assert rows == numbers(tmp_path / "local")
+
+
 REWARD = """
 def reward(prompts, completions, completion_ids, number, **columns):
     return [len(set(ids)) + n / 10 for ids, n in zip(completion_ids, number)]
@@ -112,9 +121,9 @@ def test_a_pool_that_the_cluster_cannot_hold_ends_with_a_table(
     assert "Traceback" not in done.stderr
 
 
-def started(recipe: Recipe, run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
-    """A run without end, once it has made two steps."""
-    command = recipe.command(run_dir, "training.train_iters=100000", *overrides)
+def started(recipe: Recipe, run_dir: Path) -> subprocess.Popen[str]:
+    """An offline run without end, once it has made two steps."""
+    command = recipe.command(run_dir, "training.train_iters=100000", *recipe.offline)
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -142,7 +151,9 @@ def leftovers(processes: list[psutil.Process]) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_leaves_no_process(
     recipe: Recipe, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

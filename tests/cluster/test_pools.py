@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -42,28 +44,37 @@ def config(pools: dict[str, Any], **actor: int) -> RunConfig:
 
 
 def waiter() -> Waiter:
-    return Waiter(Clock(), Stop(), 30.0)
+    return Waiter(Clock(), Stop(), 120.0)
 
 
-class Where:
-    """A worker that says where it is and which devices it was given."""
+@contextmanager
+def claimed(wanted: RunConfig) -> Iterator[Pools]:
+    """Devices that are free again afterwards, whatever happens inside."""
+    pools = Pools(make_plan(wanted), waiter())
+    try:
+        yield pools
+    finally:
+        pools.release()
+        wait_until_free([2.0, 2.0])
 
-    def node(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
 
-    def devices(self) -> list[str]:
-        return [str(i) for i in ray.get_runtime_context().get_accelerator_ids()["NPU"]]
+def start(pools: Pools, wanted: RunConfig, role: Any) -> list[Any]:
+    """A process in each slot of a role."""
 
+    class Where:  # defined in here it travels by value: the processes need not import this file
+        def node(self) -> str:
+            return str(ray.get_runtime_context().get_node_id())
 
-def ask(pools: Pools, wanted: RunConfig, role: Any, method: str) -> list[Any]:
+        def devices(self) -> list[str]:
+            return [str(i) for i in ray.get_runtime_context().get_accelerator_ids()["NPU"]]
+
     plan = make_plan(wanted).role(role)
     assert plan is not None
-    handles = [ray.remote(Where).options(**slot.options()).remote() for slot in pools.slots(plan)]
-    calls = [Pending(getattr(handle, method).remote(), role, method) for handle in handles]
-    answers = waiter().gather(calls)
-    for handle in handles:
-        ray.kill(handle)
-    return answers
+    return [ray.remote(Where).options(**slot.options()).remote() for slot in pools.slots(plan)]
+
+
+def ask(handles: list[Any], method: str) -> list[Any]:
+    return waiter().gather([Pending(getattr(handle, method).remote(), "worker", method) for handle in handles])
 
 
 def free() -> list[float]:
@@ -77,63 +88,53 @@ def wait_until_free(expected: list[float]) -> None:
     assert sorted(free()) == expected
 
 
+def without_reward_model(wanted: RunConfig) -> RunConfig:
+    return wanted.model_copy(update={"reward": wanted.reward.model_copy(update={"load": None})})
+
+
 def test_roles_are_spread_over_both_nodes_and_given_back() -> None:
     wanted = config({"actor_rollout": [2], "ref": [1], "reward": [1]})
-    pools = Pools(make_plan(wanted), waiter())
-    nodes = {role: ask(pools, wanted, role, "node") for role in ("train", "infer", "ref", "reward")}
-    assert nodes["train"] == nodes["infer"]  # one entry of a list is one node
-    assert nodes["ref"] == nodes["reward"] != nodes["train"]
-    assert free() == [0.0, 0.0]
-    pools.release()
-    wait_until_free([2.0, 2.0])
+    with claimed(wanted) as pools:
+        roles = ("train", "infer", "ref", "reward")
+        nodes = {role: ask(start(pools, wanted, role), "node") for role in roles}
+        assert nodes["train"] == nodes["infer"]  # one entry of a list is one node
+        assert nodes["ref"] == nodes["reward"] != nodes["train"]
+        assert free() == [0.0, 0.0]
 
 
 def test_an_entry_of_a_list_is_whole_on_a_node() -> None:
-    wanted = config({"actor_rollout": [2, 1], "ref": [1]}, num_gpus_for_train=2, num_gpus_for_infer=1)
-    wanted = wanted.model_copy(update={"reward": wanted.reward.model_copy(update={"load": None})})
-    pools = Pools(make_plan(wanted), waiter())
-    train, infer = (ask(pools, wanted, role, "node") for role in ("train", "infer"))
-    assert train[0] == train[1] != infer[0]
-    pools.release()
-    wait_until_free([2.0, 2.0])
+    wanted = without_reward_model(
+        config({"actor_rollout": [2, 1], "ref": [1]}, num_gpus_for_train=2, num_gpus_for_infer=1)
+    )
+    with claimed(wanted) as pools:
+        train, infer = (ask(start(pools, wanted, role), "node") for role in ("train", "infer"))
+        assert train[0] == train[1] != infer[0]
 
 
 def test_colocated_roles_share_devices_rank_by_rank() -> None:
     sharing = {"actor_rollout": [2], "ref": [2], "reward": [1], "colocate": ["train", "infer", "ref", "reward"]}
     wanted = config(sharing, num_gpus_for_train=2, num_gpus_for_infer=2)
-    plan = make_plan(wanted)
-    assert plan.num_devices == 2
-    pools = Pools(plan, waiter())
-    handles = {
-        role.role: [ray.remote(Where).options(**slot.options()).remote() for slot in pools.slots(role)]
-        for role in plan.roles
-    }
-    given = {
-        role: [ids for (ids,) in waiter().gather([Pending(h.devices.remote(), role, "devices") for h in ranks])]
-        for role, ranks in handles.items()
-    }
-    assert len(set(given["train"])) == 2  # two ranks of a role never share a device
-    assert given["train"] == given["infer"] == given["ref"]
-    assert given["reward"] == given["train"][:1]
-    for handle in (handle for ranks in handles.values() for handle in ranks):
-        ray.kill(handle)
-    pools.release()
-    wait_until_free([2.0, 2.0])
+    assert make_plan(wanted).num_devices == 2
+    with claimed(wanted) as pools:
+        handles = {role: start(pools, wanted, role) for role in ("train", "infer", "ref", "reward")}
+        given = {role: [ids for (ids,) in ask(ranks, "devices")] for role, ranks in handles.items()}
+        assert len(set(given["train"])) == 2  # two ranks of a role never share a device
+        assert given["train"] == given["infer"] == given["ref"]
+        assert given["reward"] == given["train"][:1]
 
 
 def test_an_engine_of_two_devices_is_one_process_that_owns_both() -> None:
-    wanted = config(
-        {"actor_rollout": [1, 2], "ref": [1]},
-        num_gpus_for_train=1,
-        num_gpus_for_infer=2,
-        inference_tensor_model_parallel_size=2,
+    wanted = without_reward_model(
+        config(
+            {"actor_rollout": [1, 2], "ref": [1]},
+            num_gpus_for_train=1,
+            num_gpus_for_infer=2,
+            inference_tensor_model_parallel_size=2,
+        )
     )
-    wanted = wanted.model_copy(update={"reward": wanted.reward.model_copy(update={"load": None})})
-    pools = Pools(make_plan(wanted), waiter())
-    (devices,) = ask(pools, wanted, "infer", "devices")
-    assert len(set(devices)) == 2
-    pools.release()
-    wait_until_free([2.0, 2.0])
+    with claimed(wanted) as pools:
+        (devices,) = ask(start(pools, wanted, "infer"), "devices")
+        assert len(set(devices)) == 2
 
 
 def test_a_pool_that_is_too_large_fails_in_seconds_with_a_table() -> None:
@@ -149,10 +150,16 @@ def test_a_pool_that_is_too_large_fails_in_seconds_with_a_table() -> None:
 
 
 def test_devices_that_another_job_holds_fail_in_seconds_and_say_so() -> None:
-    other = Pools(make_plan(config({"actor_rollout": [2], "ref": [1], "reward": [1]})), waiter())
-    begin = time.monotonic()
-    with pytest.raises(PlacementError, match="other jobs hold the rest"):
-        Pools(make_plan(config({"actor_rollout": [2]})), waiter())
-    assert time.monotonic() - begin < 10
-    other.release()
-    wait_until_free([2.0, 2.0])
+    with claimed(config({"actor_rollout": [2], "ref": [1], "reward": [1]})):
+        begin = time.monotonic()
+        with pytest.raises(PlacementError, match="other jobs hold the rest"):
+            Pools(make_plan(config({"actor_rollout": [2]})), waiter())
+        assert time.monotonic() - begin < 10
+
+
+def test_devices_that_a_job_is_giving_back_are_waited_for() -> None:
+    wanted = config({"actor_rollout": [2], "ref": [1], "reward": [1]})
+    with claimed(wanted) as before:
+        threading.Timer(1.0, before.release).start()
+        with claimed(wanted):
+            assert free() == [0.0, 0.0]

@@ -143,3 +143,21 @@ def test_sampled_frequencies_are_the_policy_s_probabilities(tokenizer: Any, poli
     ]
     measured = torch.bincount(torch.tensor(drawn), minlength=len(expected)) / len(drawn)
     assert (measured - expected).abs().max().item() < 4 * (0.25 / 4_000) ** 0.5
+
+
+def test_rows_that_end_leave_the_others_undisturbed() -> None:
+    """With logits so large that sampling is greedy, every token must be the model's choice for its own row."""
+    torch.manual_seed(5)
+    model = models.LlamaForCausalLM(models.model_config(SMALL, vocab_size=8)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.5)
+        model.model.norm.weight.fill_(1e4)
+    prompts = torch.randint(3, 8, (40, 5))
+    completions = models._sample_batch(model, prompts, max_new_tokens=10)
+    assert len({len(tokens) for tokens, _ in completions}) > 3  # they do end at different steps
+    for prompt, (tokens, finished) in zip(prompts.tolist(), completions, strict=True):
+        with torch.no_grad():
+            choices = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0].argmax(-1).tolist()
+        expected = [*tokens, models.EOS] if finished else tokens
+        assert choices[len(prompt) - 1 :][: len(expected)] == expected

@@ -1,0 +1,143 @@
+"""Does it learn? The shipped tiny recipe for several seeds, every evaluation of each, against the bars of the project.
+
+    python benchmarks/tiny_learning.py                    # Ray and vLLM, seeds 1 2 3: results/tiny_learning.json
+    python benchmarks/tiny_learning.py --runtime local    # one process, Hugging Face engine
+
+What comes after ``--`` goes to ``ray_gpt.py`` as it is, for example ``-- actor_rollout.lr=5e-4``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import measure  # noqa: E402 - the repository's root must be importable first
+from rlxf.metrics import read_jsonl  # noqa: E402
+
+RECIPE = "online_dpo_trainer_tiny"
+SHOWN = ("positive", "win_truth", "valid", "kl", "reward", "win_rate", "eos_rate", "length")  # of eval/*
+# What the last evaluation of every seed must reach. Read together: a policy that pleases the reward model with text
+# that is no longer in the grammar has failed, whatever its score.
+AT_LEAST = {"positive": 0.95, "win_truth": 0.92, "valid": 0.82}
+AT_MOST = {"kl": 9.0}
+
+Evaluation = Mapping[str, float]
+
+
+def main() -> None:
+    arguments = parse()
+    subprocess.run([sys.executable, "scripts/build_tiny_world.py"], cwd=ROOT, check=True)
+    with tempfile.TemporaryDirectory(prefix="rlxf") as scratch:
+        runs = {seed: run_seed(seed, Path(scratch, str(seed)), arguments) for seed in arguments.seeds}
+    report = summarize(runs, arguments)
+    print_table(report)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nwritten: {arguments.output}")
+    if not report["passed"] and not arguments.steps:
+        sys.exit("a bar was missed: " + "; ".join(line for run in runs.values() for line in run["missed"]))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runtime", choices=("ray", "local"), default="ray", help="ray rolls out with vLLM")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, help="instead of the recipe's; then no bar is enforced")
+    parser.add_argument("--output", type=Path, help="default: results/tiny_learning.json, or ..._local.json")
+    parser.add_argument("overrides", nargs="*", help="for ray_gpt.py, after --")
+    arguments = parser.parse_args()
+    name = "tiny_learning.json" if arguments.runtime == "ray" else f"tiny_learning_{arguments.runtime}.json"
+    arguments.output = arguments.output or ROOT / "benchmarks" / "results" / name
+    return arguments
+
+
+def run_seed(seed: int, run_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    overrides = [f"training.seed={seed}", f"runtime={arguments.runtime}", *arguments.overrides]
+    if arguments.steps:
+        overrides.append(f"training.train_iters={arguments.steps}")
+    print(f"seed {seed}: {RECIPE} {' '.join(overrides)}", flush=True)
+    done = measure.run(RECIPE, *overrides, run_dir=run_dir)
+    found = evaluations(run_dir)
+    return {
+        "evaluations": found,
+        "missed": [f"seed {seed}: {line}" for line in missed(found[-1])],
+        "losses": [row.get("loss") for row in done.steps],
+        "wall_s": round(done.wall_s, 2),
+        "cpu_s": round(done.cpu_s, 2),
+        "outside_steps_s": round(done.outside_s, 2),
+        "load_before": done.load,
+    }
+
+
+def evaluations(run_dir: Path) -> list[dict[str, float]]:
+    """Every evaluation of a run: ``step``, and the values of ``eval/*`` without that prefix."""
+    rows = read_jsonl(run_dir / "eval.jsonl")
+    found = [{name.removeprefix("eval/"): value for name, value in row.items()} for row in rows]
+    summary = json.loads((run_dir / "summary.json").read_text())["end"]
+    assert all(summary[f"eval/{name}"] == value for name, value in found[-1].items() if name != "step")
+    return found
+
+
+def missed(evaluation: Evaluation) -> list[str]:
+    """The bars that an evaluation does not reach, each with its value."""
+    low = [f"{name} {evaluation[name]:.3f}, at least {bar}" for name, bar in AT_LEAST.items() if evaluation[name] < bar]
+    high = [f"{name} {evaluation[name]:.3f}, at most {bar}" for name, bar in AT_MOST.items() if evaluation[name] > bar]
+    return low + high
+
+
+def summarize(runs: Mapping[int, dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
+    steps = [int(row["step"]) for row in next(iter(runs.values()))["evaluations"]]
+    over_seeds = {
+        step: {
+            name: {"min": min(values), "max": max(values)}
+            for name in SHOWN
+            for values in [[run["evaluations"][index][name] for run in runs.values()]]
+        }
+        for index, step in enumerate(steps)
+    }
+    return {
+        "recipe": RECIPE,
+        "runtime": arguments.runtime,
+        "overrides": arguments.overrides,
+        "bars": {"at_least": AT_LEAST, "at_most": AT_MOST},
+        "passed": not any(run["missed"] for run in runs.values()),
+        "over_seeds": over_seeds,
+        "seeds": runs,
+        "machine": measure.machine(),
+    }
+
+
+def print_table(report: Mapping[str, Any]) -> None:
+    for line in table(report):
+        print(line)
+
+
+def table(report: Mapping[str, Any]) -> Iterator[str]:
+    yield "| step | seed | " + " | ".join(SHOWN) + " |"
+    yield "|---" * (2 + len(SHOWN)) + "|"
+    for seed, run in report["seeds"].items():
+        for row in run["evaluations"]:
+            yield _row(int(row["step"]), str(seed), [f"{row[name]:.3f}" for name in SHOWN])
+    for step, values in report["over_seeds"].items():
+        yield _row(step, "min-max", [f"{values[name]['min']:.3f}-{values[name]['max']:.3f}" for name in SHOWN])
+    bars = [f">= {AT_LEAST[n]}" if n in AT_LEAST else f"<= {AT_MOST[n]}" if n in AT_MOST else "" for n in SHOWN]
+    yield _row("last", "bar", bars)
+    for seed, run in report["seeds"].items():
+        yield f"seed {seed}: {run['wall_s']:.0f} s wall, {run['cpu_s']:.0f} s CPU"
+
+
+def _row(step: int | str, seed: str, cells: Sequence[str]) -> str:
+    return f"| {step} | {seed} | " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
