@@ -159,7 +159,9 @@ def _warpers(sampling: Sampling) -> list[Any]:
 
 def _load_model(folder: str, dtype: str, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # under runtime=local it would stand among the run's own lines
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, local_files_only=True
     )
