@@ -210,7 +210,9 @@ def test_the_code_keeps_to_the_map(rule: Rule) -> None:
     assert not problems, f"{rule.__doc__}\n" + "\n".join(problems)
 
 
-@pytest.mark.parametrize("path", ["ray_gpt.py", "rlxf/driver.py", "workers/remote.py", *(f"rlxf/{r}" for r in ROOMS)])
+@pytest.mark.parametrize(
+    "path", ["ray_gpt.py", "rlxf/driver.py", "workers/remote.py", *(f"rlxf/{r}" for r in sorted(ROOMS))]
+)
 def test_the_places_that_the_rules_speak_of_exist(path: str) -> None:
     assert (ROOT / path).exists()
 
