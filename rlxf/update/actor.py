@@ -122,7 +122,7 @@ class Actor:
         sums = sum_over_data_parallel(torch.stack(reports).sum(dim=0), self.layout)  # [len(_MEANS)]
         if not math.isfinite(float(sums[0])):
             raise TrainingError(
-                f"step {step}: the loss is {float(sums[0])} on pairs {rows.tolist()[:8]} of the step; no parameter was "
+                f"step {step + 1}: the loss is {float(sums[0])} on pairs {rows.tolist()[:8]} of the step; no parameter was "
                 "changed. Lower actor_rollout.lr, or look at the step's pairs in rollouts.jsonl (log.rollouts=true)"
             )
         return sums
@@ -131,7 +131,7 @@ class Actor:
         try:
             return self.trainable.step(learning_rate)
         except TrainingError as error:
-            raise TrainingError(f"step {step}: {error}. Lower actor_rollout.lr") from error
+            raise TrainingError(f"step {step + 1}: {error}. Lower actor_rollout.lr") from error
 
     def _micro_batches(self, batch: ReferencedPairs, rows: Tensor) -> Iterator[MicroBatch]:
         pieces = micro_batches(

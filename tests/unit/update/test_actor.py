@@ -174,7 +174,7 @@ def test_a_non_finite_loss_stops_before_the_weights_change(folder: Path) -> None
     broken.chosen[2] = math.nan
     trained = actor(folder, ppo_mini_batch_size=4)
     before = weights(trained)
-    with pytest.raises(TrainingError, match=r"step 17: the loss is nan"):
+    with pytest.raises(TrainingError, match=r"step 18: the loss is nan"):
         trained.update(ReferencedPairs(pairs=batch.pairs, reference=broken), 17)
     assert all(torch.equal(value, before[name]) for name, value in weights(trained).items())
 
