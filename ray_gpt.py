@@ -44,15 +44,15 @@ def main() -> int:
             cli.discard_empty(cli.run_folder())
 
     try:
-        cli.require_recipe(command.arguments)
-        if command.only_shows and command.problems:
-            raise ConfigError(*command.problems)
+        cli.check(command)
         cli.register()
         job()
     except RlxfError as error:
         return cli.report(error)
     except cli.COMPOSE_ERRORS as error:
         return cli.report(ConfigError(*command.problems, cli.explain(error, command.arguments)))
+    except OSError as error:  # a run folder that cannot be made, a full disk
+        return cli.report(error)
     return 0
 
 

@@ -90,7 +90,7 @@ def skip(run: Run) -> Metrics:
     if state.empty_steps >= limit:
         raise TrainingError(
             f"step {state.step + 1}: {state.empty_steps} steps in a row gave no pair: the scores of every prompt are "
-            "tied, missing or closer than algorithm.min_score_margin; look at the scores in samples.jsonl and "
+            "tied, missing or closer than algorithm.min_score_margin; look at the scores in "
             f"rollouts.jsonl (log.rollouts=true), or raise algorithm.max_empty_steps = {limit}"
         )
     return {}

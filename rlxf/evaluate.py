@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
-from rlxf.errors import ConfigError
+from rlxf.errors import ConfigError, RlxfError
 from rlxf.rollout.engine import Sampling
 from rlxf.run import Actor, Reference, Rollout
 from rlxf.score.penalty import with_scores
@@ -117,6 +117,8 @@ class Evaluation:
         try:
             found = self._user_metrics(list(self._prompts.texts), samples.texts, initial.texts)
             return {f"eval/{name}": float(value) for name, value in found.items()}
+        except RlxfError:
+            raise  # a stop that the user asked for, among others
         except Exception as error:
             raise ConfigError(f"eval.metrics={path}: `evaluate` failed: {type(error).__name__}: {error}") from error
 
@@ -140,6 +142,8 @@ def load_metrics(path: str) -> UserMetrics:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+    except RlxfError:
+        raise  # a stop that the user asked for, among others
     except Exception as error:
         raise ConfigError(f"eval.metrics={path}: cannot be loaded: {type(error).__name__}: {error}") from error
     function: UserMetrics | None = getattr(module, "evaluate", None)

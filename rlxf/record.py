@@ -185,7 +185,7 @@ class SampleRecorder:
         """``max_rows``: pairs written per step, the first ones of the batch."""
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = file.open("a", encoding="utf-8")
+        self._file = file.open("w", encoding="utf-8")
         self._tokenizer = tokenizer
         self._max_rows = max_rows
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rlxf.checkpoint import file_digest, write_manifest
 from rlxf.config.schema import RunConfig
 from rlxf.pair.strategies import PairingResult
 from rlxf.record import RolloutRecorder, SampleRecorder
@@ -31,6 +30,9 @@ class RunFolder:
         self._run_dir = run_dir
         self._checkpoints = Path(config.actor_rollout.save or run_dir / "checkpoints")
         self._actor = actor
+        data = config.rollout.replay_path or config.actor_rollout.data_path
+        # Now and not in the first save, which a stop signal may be waiting for.
+        self._data = fingerprint(Path(data)) if data else None
 
     def save_checkpoint(self, state: State) -> Path:
         """``<checkpoints>/iter_0000020`` after 20 steps: what the actor writes, and ``driver.json``."""
@@ -39,6 +41,7 @@ class RunFolder:
             self._actor.save_checkpoint(folder)
             driver = {**asdict(state), "saved_step": state.step, "config": self._config.dump(), "data": self._data}
             write_json(folder / "driver.json", driver)
+            write_manifest(folder)
 
         folder = self._checkpoints / f"iter_{state.step:07d}"
         replace_folder(folder, fill)
@@ -50,11 +53,6 @@ class RunFolder:
         folder = self._run_dir / "policy"
         self._actor.save_hf(folder)
         return folder
-
-    @cached_property
-    def _data(self) -> dict[str, Any] | None:
-        path = self._config.rollout.replay_path or self._config.actor_rollout.data_path
-        return fingerprint(Path(path)) if path else None
 
 
 class Recorders:
@@ -79,11 +77,7 @@ def save_config(config: RunConfig, run_dir: Path) -> None:
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """What tells whether a data file is still the same."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return {"path": str(path), "num_bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"path": str(path), "num_bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -215,8 +215,19 @@ def _value_of(options: Sequence[str], arguments: Sequence[str]) -> str:
     return ""
 
 
-def report(error: RlxfError) -> int:
+def check(command: Command) -> None:
+    """What can be said before Hydra composes.
+
+    Raises:
+        ConfigError: there is no such recipe, or a command that only shows the recipe has wrong keys.
+    """
+    require_recipe(command.arguments)
+    if command.only_shows and command.problems:
+        raise ConfigError(*command.problems)
+
+
+def report(error: RlxfError | OSError) -> int:
     """Print an error as plain lines; its exit code."""
     logging.getLogger(__name__).debug("stopped", exc_info=error)
     sys.stderr.write(f"{error}\n")
-    return error.exit_code
+    return error.exit_code if isinstance(error, RlxfError) else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,21 @@ def folder_problems(config: RunConfig) -> Iterator[Problem]:
             other = named.path.exists() and f", but it is a {'file' if named.folder else 'folder'}"
             expected = f"expected a {kind}{other}" if other else f"no such {kind}; paths are relative to {Path.cwd()}"
             yield Problem((key,), f"{key} = {place}: {expected}")
+    yield from _save_folder(config)
     yield from _model_folders(config)
+
+
+def _save_folder(config: RunConfig) -> Iterator[Problem]:
+    """A run must not mix its checkpoints with another's, nor find out after hours that it cannot write."""
+    if config.actor_rollout.save is None or config.dry_run:
+        return
+    key, folder = "actor_rollout.save", Path(config.actor_rollout.save)
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        yield Problem((key,), f"{key} = {show(shown(folder))}: cannot be written; expected a folder of yours")
+    elif folder.is_dir() and (earlier := sorted(path.name for path in folder.glob("iter_*"))):
+        text = f"holds {earlier[-1]} of an earlier run; name another folder, or move it away"
+        yield Problem((key,), f"{key} = {show(shown(folder))}: {text}")
 
 
 def _model_folders(config: RunConfig) -> Iterator[Problem]:

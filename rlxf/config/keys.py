@@ -92,6 +92,7 @@ NOT_YET: dict[str, Any] = {
     "virtual_pipeline_model_parallel_size": 1,
     "expert_model_parallel_size": 1,
     "pref_ftx": 0,
+    "resume": "never",
 }
 
 # What other programs call our keys.

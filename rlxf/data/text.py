@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlxf.errors import DataError, ModelError
+from rlxf.errors import DataError, ModelError, RlxfError
 from rlxf.jsonl import Row, describe
 from rlxf.types import Messages, Text
 
@@ -91,6 +91,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, **templa
     """
     try:
         encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **template)
+    except RlxfError:
+        raise  # a stop that the user asked for, among others
     except Exception as error:  # a template is a program: it may raise anything on a conversation that it refuses
         raise DataError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from error
     return list(encoded["input_ids"])

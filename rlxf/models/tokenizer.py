@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlxf.errors import ModelError
+from rlxf.errors import ModelError, RlxfError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +33,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except RlxfError:
+        raise  # a stop that the user asked for, among others
     except Exception as error:  # transformers raises nearly any type on a damaged folder
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:

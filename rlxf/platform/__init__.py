@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlxf.config.devices import find_device
 from rlxf.errors import ConfigError
 from rlxf.platform.base import Platform, Process
 from rlxf.platform.cpu import CpuPlatform
@@ -24,7 +25,14 @@ def get_platform(name: str = "auto") -> Platform:
         ConfigError: the name is unknown, or the named device is not there.
     """
     if name == "auto":
-        return next(platform for kind in PLATFORMS.values() if (platform := kind()).is_available())
+        usable = next(platform for kind in PLATFORMS.values() if (platform := kind()).is_available())
+        present = find_device()
+        if usable.name != present:
+            raise ConfigError(
+                f"training.device = auto: this machine has a {present} device, but the installed PyTorch can use "
+                f"{usable.name} only; install the {present} lane, or set training.device={usable.name}"
+            )
+        return usable
     if name not in PLATFORMS:
         raise ConfigError(f'training.device = "{name}": expected one of auto, {", ".join(PLATFORMS)}')
     platform = PLATFORMS[name]()

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
-from rlxf.errors import ConfigError, SyncError
+from rlxf.errors import ConfigError, RlxfError, SyncError
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform.base import Platform
@@ -68,6 +68,8 @@ class VllmEngine:
             try:
                 # As an array: no copy in this process, and one plain buffer on the way to worker processes.
                 self._llm.collective_rpc("rlxf_load_bucket", args=(bucket, payload.cpu().numpy()))
+            except RlxfError:
+                raise  # a stop that the user asked for, among others
             except Exception as error:
                 names = f"{bucket.tensors[0].name} to {bucket.tensors[-1].name}"
                 raise SyncError(f"vLLM did not take the weights {names}: {type(error).__name__}: {error}") from error

@@ -122,8 +122,8 @@ class Actor:
         sums = sum_over_data_parallel(torch.stack(reports).sum(dim=0), self.layout)  # [len(_MEANS)]
         if not math.isfinite(float(sums[0])):
             raise TrainingError(
-                f"step {step + 1}: the loss is {float(sums[0])} on pairs {rows.tolist()[:8]} of the step; no parameter was "
-                "changed. Lower actor_rollout.lr, or look at the step's pairs in rollouts.jsonl (log.rollouts=true)"
+                f"step {step + 1}: the loss is {float(sums[0])} on pairs {rows.tolist()[:8]} of the step; no parameter "
+                "was changed. Lower actor_rollout.lr, or look at the step's pairs in rollouts.jsonl (log.rollouts=true)"
             )
         return sums
 
@@ -228,7 +228,7 @@ class Actor:
         dist.barrier()
 
     def save_checkpoint(self, folder: Path) -> None:
-        """Write parameters, optimizer and random states into ``folder``, which exists; another layout can load them."""
+        """Write parameters and optimizer state into ``folder``, which exists; another layout can load them."""
         from rlxf.models.megatron.checkpoint import save
 
         save(folder, self.trainable)

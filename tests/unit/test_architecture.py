@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tiny": BELOW_ROOMS,
     # What a run says and leaves behind; of the rooms they know pairs only.
     "metrics": FLOOR | {"pair"},
-    "run_folder": FLOOR | TOOLS | {"pair", "run"},
+    "run_folder": FLOOR | TOOLS | {"checkpoint", "pair", "run"},
     "report": FLOOR | TOOLS | {"metrics", "run_folder"},
     # The loop and the protocols of its members: no device, no model, nothing that builds a room.
     "run": FLOOR | TOOLS | {"pair", "rollout", "score", "sync"},
