@@ -175,6 +175,14 @@ def children(pid: int) -> list[psutil.Process]:
         return []
 
 
+def command_of(process: psutil.Process) -> str:
+    """Its command line; empty once it has ended, which may happen at any moment."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie is one, too
+        return ""
+
+
 def end(processes: list[psutil.Process]) -> None:
     """Wait for processes to go; kill what does not."""
     _, alive = psutil.wait_procs(processes, timeout=20)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from rlxf.metrics import read_jsonl
-from tests.cluster.conftest import RAY, Recipe, TwoNodes, children, environment
+from tests.cluster.conftest import RAY, Recipe, TwoNodes, children, command_of, environment
 
 pytestmark = pytest.mark.cluster
 
@@ -145,7 +145,7 @@ def wait_until(done: Callable[[], bool], seconds: float) -> None:
 
 def leftovers(processes: list[psutil.Process]) -> list[str]:
     _, alive = psutil.wait_procs(processes, timeout=10)
-    names = [" ".join(process.cmdline())[:100] for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    names = [command_of(process)[:100] for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     for process in alive:
         process.kill()
     return names
@@ -159,7 +159,7 @@ def test_a_signal_saves_and_leaves_no_process(
 ) -> None:
     process = started(recipe, tmp_path)
     family = children(process.pid)
-    assert any("raylet" in " ".join(child.cmdline()) for child in family)
+    assert any("raylet" in command_of(child) for child in family)
     begin = time.monotonic()
     os.killpg(process.pid, number)  # as Ctrl-C in a terminal does: to everything that the command started
     output = process.communicate(timeout=60)[0]
@@ -178,7 +178,7 @@ def test_a_signal_while_models_load_leaves_no_process(recipe: Recipe, tmp_path: 
     process = subprocess.Popen(
         recipe.command(tmp_path), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    wait_until(lambda: any("ActorWorker" in " ".join(child.cmdline()) for child in children(process.pid)), 120)
+    wait_until(lambda: any("ActorWorker" in command_of(child) for child in children(process.pid)), 120)
     family = children(process.pid)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=30)[0]
@@ -203,7 +203,7 @@ def test_a_second_signal_leaves_at_once_without_saving(recipe: Recipe, tmp_path:
 def test_a_lost_worker_ends_the_run_and_is_named(recipe: Recipe, tmp_path: Path) -> None:
     process = started(recipe, tmp_path)
     family = children(process.pid)
-    (reference,) = [child for child in family if "ReferenceWorker" in " ".join(child.cmdline())]
+    (reference,) = [child for child in family if "ReferenceWorker" in command_of(child)]
     begin = time.monotonic()
     reference.kill()
     output = process.communicate(timeout=60)[0]
