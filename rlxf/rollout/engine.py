@@ -120,6 +120,23 @@ class WeightState:
             )
 
 
+def sample_requests(
+    prompts: PromptBatch, sampling: Sampling, prompts_per_call: int | None
+) -> Iterator[list[tuple[list[int], int]]]:
+    """Prompt ids and seed of every completion, in the row order of ``pack_rollouts``; a list per call of the engine.
+
+    One request per sample: its seed must not depend on its siblings. ``prompts_per_call`` None: all in one call.
+    """
+    requests = [
+        (row, sample_seed(sampling.seed, sampling.step, prompt_id, k))
+        for row, prompt_id in zip(prompts.prompts.rows(), prompts.prompt_ids.tolist(), strict=True)
+        for k in range(sampling.num_samples)
+    ]
+    size = (prompts_per_call or max(len(prompts), 1)) * sampling.num_samples
+    for start in range(0, len(requests), size):
+        yield requests[start : start + size]
+
+
 def pack_rollouts(
     prompts: PromptBatch, num_samples: int, completions: Sequence[Completion], policy_version: int
 ) -> Rollouts:

@@ -14,7 +14,7 @@ from rlxf.errors import ConfigError, RlxfError, SyncError
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform.base import Platform
-from rlxf.rollout.engine import Completion, ProbeResult, Sampling, WeightState, pack_rollouts, sample_seed
+from rlxf.rollout.engine import Completion, ProbeResult, Sampling, WeightState, pack_rollouts, sample_requests
 from rlxf.sync.plan import Bucket
 from rlxf.types import PromptBatch, Rollouts, Tokens
 
@@ -46,16 +46,8 @@ class VllmEngine:
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         self._state.require_whole()
-        rows, ids = prompts.prompts.rows(), prompts.prompt_ids.tolist()
-        size = self._prompts_per_call or max(len(rows), 1)
         completions: list[Completion] = []
-        for start in range(0, len(rows), size):
-            chunk = slice(start, start + size)
-            requests = [
-                (row, sample_seed(sampling.seed, sampling.step, prompt_id, k))
-                for row, prompt_id in zip(rows[chunk], ids[chunk], strict=True)
-                for k in range(sampling.num_samples)  # a request per sample: its seed must not depend on its siblings
-            ]
+        for requests in sample_requests(prompts, sampling, self._prompts_per_call):
             completions += self._sample(requests, sampling, self._eos_ids)
         return pack_rollouts(prompts, sampling.num_samples, completions, self._state.version)
 
