@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def describe(config: RunConfig, plan: Plan) -> str:
 
 
 def _rows(config: RunConfig, plan: Plan) -> Iterator[tuple[str, ...]]:
-    yield ("role", "model", "pool", "devices", "per node", "TP", "weights per device")
+    yield ("role", "model", "pool", "devices", "per node", "layout", "weights per device")
     sections: dict[str, RoleConfig] = {
         "train": config.actor_rollout,
         "infer": config.actor_rollout,
@@ -52,9 +53,15 @@ def _rows(config: RunConfig, plan: Plan) -> Iterator[tuple[str, ...]]:
         others = [other.role for other in plan.roles if other is not role and _share(role, other)]
         devices = str(len(role.bundles)) + (f" (shared with {', '.join(others)})" if others else "")
         memory = _weights(config.model[role.model], role, sections[role.role])
-        yield (role.role, role.model, role.group, devices, str(per_node), str(role.tensor_parallel), memory)
+        yield (role.role, role.model, role.group, devices, str(per_node), _layout(role), memory)
     if config.reward.function is not None and not config.offline:
         yield ("reward", "function", "none", "0", "[]", "", Path(config.reward.function).name)
+
+
+def _layout(role: RolePlan) -> str:
+    """``TP4 DP2``: the sizes above 1, data parallel last."""
+    sizes = {**role.axes, "DP": len(role.bundles) // math.prod(role.axes.values())}
+    return " ".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1) or "-"
 
 
 def _share(first: RolePlan, second: RolePlan) -> bool:
@@ -63,7 +70,7 @@ def _share(first: RolePlan, second: RolePlan) -> bool:
 
 def _weights(shape: ModelConfig, role: RolePlan, section: RoleConfig) -> str:
     count = num_parameters(shape, output_head=role.role != "reward")
-    size = count * (2 if section.bf16 else 4) / role.tensor_parallel
+    size = count * (2 if section.bf16 else 4) / (role.axes.get("TP", 1) * role.axes.get("PP", 1))
     amount = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
     return f"{amount} {'bf16' if section.bf16 else 'fp32'}"
 

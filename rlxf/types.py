@@ -214,6 +214,12 @@ class OnlinePairs(Pairs):
     chosen_engine_logps: Tensor  # [sum chosen completion tokens] float32
     rejected_engine_logps: Tensor  # [sum rejected completion tokens] float32
 
+    def engine_logps(self, index: Tensor) -> Tensor:
+        """[sum completion tokens] float32 of the pairs named by ``index``: their chosen sides, then the rejected."""
+        sides = (self.chosen, self.chosen_engine_logps), (self.rejected, self.rejected_engine_logps)
+        rows = [torch.split(logps, side.completion_lengths.tolist()) for side, logps in sides]
+        return torch.cat([side[i] for side in rows for i in index.tolist()])
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairLogps:

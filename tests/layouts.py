@@ -1,4 +1,4 @@
-"""Run the product's actor and reference on several processes, and keep what they computed."""
+"""Run the product's actor, reference and reward model on several processes, and keep what they computed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from rlxf.models.backend import load_model, sequence_scores
+from rlxf.models.batching import Limits
 from rlxf.models.megatron.parallel import free_port
 from rlxf.platform import Process, get_platform
 from rlxf.reference.frozen import FrozenReference
@@ -22,10 +24,9 @@ NUM_STEPS = 3
 NUM_PAIRS = 7  # odd on purpose: no size divides it
 
 
-def train(folder: Path, rank: int, world_size: int, port: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Losses, gradient norms, log-probs and final weights of a few steps on this rank."""
-    config = run_config(folder, **settings)
-    process = Process(rank=rank, world_size=world_size, master_port=port)
+def train(folder: Path, reward: Path | None, process: Process, settings: dict[str, Any]) -> dict[str, Any]:
+    """Metrics, log-probs, scores and final weights of a few steps, on this rank; weights on rank 0 only."""
+    config = run_config(folder, reward=reward, **settings)
     platform = get_platform("cpu")
     actor = Actor(config, platform, process)
     reference = FrozenReference(config, platform, process)
@@ -34,28 +35,37 @@ def train(folder: Path, rank: int, world_size: int, port: int, settings: dict[st
         pairs = random_pairs(NUM_PAIRS, seed=step)
         metrics.append(actor.update(ReferencedPairs(pairs=pairs, reference=reference.logps(pairs)), step))
     names = [name for name, _ in actor.model.exported_shapes()]
+    rows = random_pairs(5, seed=9).chosen
+    scores = torch.zeros(0)
+    if reward is not None:
+        scores = sequence_scores(load_model(config, "reward", platform, process), rows, Limits.of(config.reward))
     return {
         "metrics": metrics,
-        "logps": actor.token_logps(random_pairs(5, seed=9).chosen),
+        "logps": actor.token_logps(rows),
+        "scores": scores,
         "weights": {name: value.clone() for name, value in actor.model.export(names)},
     }
 
 
-def _child(rank: int, world_size: int, port: int, folder: Path, settings: dict[str, Any], out: Path) -> None:
+def _child(
+    rank: int, world_size: int, port: int, folder: Path, reward: Path | None, settings: dict[str, Any], out: Path
+) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    result = train(folder, rank, world_size, port, settings)
+    process = Process(rank=rank, world_size=world_size, master_port=port)
+    result = train(folder, reward, process, settings)
     if rank == 0:
         torch.save(result, out)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def train_on(folder: Path, world_size: int, out: Path, **settings: Any) -> dict[str, Any]:
+def train_on(
+    folder: Path, world_size: int, out: Path, *, reward: Path | None = None, **settings: Any
+) -> dict[str, Any]:
     """What rank 0 of ``world_size`` fresh processes computed."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.start_processes(
-        _child, args=(world_size, free_port(), folder, settings, out), nprocs=world_size, start_method="spawn"
-    )
+    arguments = (world_size, free_port(), folder, reward, settings, out)
+    mp.start_processes(_child, args=arguments, nprocs=world_size, start_method="spawn")
     loaded: dict[str, Any] = torch.load(out, weights_only=True)
     return loaded

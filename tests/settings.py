@@ -12,6 +12,7 @@ from rlxf.config.schema import (
     ModelConfig,
     ReferenceConfig,
     RewardConfig,
+    RoleConfig,
     RunConfig,
     TrainingConfig,
 )
@@ -30,19 +31,21 @@ MODEL = ModelConfig(
 )
 
 
-def run_config(folder: Path, *, reward: Path | None = None, stage: str = "ray_online_dpo", **actor: Any) -> RunConfig:
-    """A recipe around the model in ``folder`` (see tests/tiny_models.py); ``actor`` are keys of actor_rollout."""
-    tp_size = actor.get("tensor_model_parallel_size", 1)
-    micro_batch_size = actor.get("micro_batch_size", 4)
-    settings = {"model": "tiny", "load": str(folder), "micro_batch_size": micro_batch_size, "lr": 1e-3} | actor
+def run_config(
+    folder: Path, *, reward: Path | None = None, stage: str = "ray_online_dpo", num_layers: int = 2, **actor: Any
+) -> RunConfig:
+    """A recipe around the model in ``folder`` (see tests/tiny_models.py).
+
+    ``actor`` are keys of actor_rollout; those that every role has are set for all roles.
+    """
+    settings = {"model": "tiny", "load": str(folder), "micro_batch_size": 4, "lr": 1e-3} | actor
+    role = {key: settings[key] for key in RoleConfig.model_fields if key in settings}
     return RunConfig(
         training=TrainingConfig(stage=stage, train_iters=10),  # type: ignore[arg-type]
-        model={"tiny": MODEL},
+        model={"tiny": MODEL.model_copy(update={"num_layers": num_layers})},
         actor_rollout=ActorConfig(**settings),
-        ref=ReferenceConfig(
-            model="tiny", load=str(folder), tensor_model_parallel_size=tp_size, micro_batch_size=micro_batch_size
-        ),
-        reward=RewardConfig(model="tiny", load=str(reward or folder), micro_batch_size=micro_batch_size),
+        ref=ReferenceConfig(**role),
+        reward=RewardConfig(**role | {"load": str(reward or folder)}),
     )
 
 

@@ -104,7 +104,7 @@ class Pools:
 
 def _process_devices(role: RolePlan) -> list[tuple[int, ...]]:
     """The devices of each process. A rollout engine is one process that owns all its tensor-parallel devices."""
-    size = role.tensor_parallel if role.role == "infer" else 1
+    size = role.axes["TP"] if role.role == "infer" else 1
     return [role.bundles[i : i + size] for i in range(0, len(role.bundles), size)]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from rlxf.config.devices import DEVICES, find_device
 from rlxf.config.folders import folder_problems
 from rlxf.config.keys import nearest
+from rlxf.config.parallel import layout_problems, rollout_layout_problems
 from rlxf.config.placement import placement_problems
 from rlxf.config.problems import Problem, wrong
 from rlxf.config.schema import ModelConfig, RoleConfig, RunConfig
@@ -138,48 +139,20 @@ def _placement(config: RunConfig) -> Problems:
         yield Problem((key, "resource_pool.actor_rollout", "resource_pool.colocate"), text)
 
 
-def _tensor_parallel(config: RunConfig) -> Problems:
-    actor, pool = config.actor_rollout, config.resource_pool
-    train = "actor_rollout.num_gpus_for_train", actor.num_gpus_for_train
-    owners = {"actor_rollout": train, "ref": ("resource_pool.ref", sum(pool.ref))}
-    owners["reward"] = ("resource_pool.reward", sum(pool.reward))
+def _layouts(config: RunConfig) -> Problems:
     for name, role in _roles(config):
-        size, (owner, count) = role.tensor_model_parallel_size, owners[name]
-        if count % size:
-            expected = f"expected a divisor of the {count} devices of {owner}"
-            yield wrong(f"{name}.tensor_model_parallel_size", size, expected, owner)
-    key, size = "actor_rollout.inference_tensor_model_parallel_size", actor.inference_tensor_model_parallel_size
-    if config.samples and actor.num_gpus_for_infer % size:
-        expected = f"expected a divisor of actor_rollout.num_gpus_for_infer = {actor.num_gpus_for_infer}"
-        yield wrong(key, size, expected, "actor_rollout.num_gpus_for_infer")
-    for name, role, shape in _shapes(config):
-        split = {
-            "num_attention_heads": shape.num_attention_heads,
-            "num_query_groups": shape.kv_heads,
-            "ffn_hidden_size": shape.ffn_hidden_size,
-            "vocab_size": shape.vocab_size,
-        }
-        yield from _divides(f"{name}.tensor_model_parallel_size", role.tensor_model_parallel_size, role.model, split)
-        if name == "actor_rollout" and config.samples:
-            heads = {"num_attention_heads": shape.num_attention_heads}
-            yield from _divides(key, size, role.model, heads)
-            if shape.kv_heads % size and size % shape.kv_heads:
-                expected = f"expected a divisor or a multiple of model.{role.model}.num_query_groups = {shape.kv_heads}"
-                yield wrong(key, size, expected, f"model.{role.model}.num_query_groups")
-
-
-def _divides(key: str, size: int, model: str, counts: dict[str, int]) -> Problems:
-    for name, count in counts.items():
-        if count % size:
-            yield wrong(key, size, f"expected a divisor of model.{model}.{name} = {count}", f"model.{model}.{name}")
+        yield from layout_problems(config, name, role, config.model.get(role.model))
+    if config.samples:
+        yield from rollout_layout_problems(config, config.model.get(config.actor_rollout.model))
 
 
 def _batches(config: RunConfig) -> Problems:
     actor = config.actor_rollout
-    ranks = actor.num_gpus_for_train // actor.tensor_model_parallel_size
+    ranks = actor.num_gpus_for_train // actor.devices_per_replica
     if config.training.global_batch_size < ranks:
         expected = (
-            f"expected at least {ranks}: each of the {ranks} data-parallel ranks needs a pair (num_gpus_for_train / TP)"
+            f"expected at least {ranks}: each of the {ranks} data-parallel ranks needs a pair "
+            f"(num_gpus_for_train / {actor.devices_per_replica} devices of each)"
         )
         yield wrong(
             "training.global_batch_size",
@@ -287,6 +260,9 @@ def _local(config: RunConfig) -> Problems:
 def _warn(config: RunConfig) -> None:
     if config.ref.load != config.actor_rollout.load:
         logger.warning("ref.load differs from actor_rollout.load: the policy starts away from its reference")
+    for name, role in _roles(config):
+        if role.sequence_parallel and role.tensor_model_parallel_size == 1:
+            logger.warning("%s.sequence_parallel has no effect: tensor_model_parallel_size is 1", name)
     if not config.samples and config.training.eval_interval:
         logger.warning("training.eval_interval has no effect: no rollout engine samples in this run")
 
@@ -299,7 +275,7 @@ _GROUPS: tuple[Callable[[RunConfig], Problems], ...] = (
     _sampling,
     _devices,
     _placement,
-    _tensor_parallel,
+    _layouts,
     _batches,
     _optimizer,
     _reward,

@@ -58,10 +58,10 @@ _LEGACY_ROLE = _words(
     clip_ratio entropy_coeff
 
     use_kv_cache use_mcore_models use_mc2 use_flash_attn use_fused_rmsnorm use_fused_swiglu use_fused_rotary_pos_emb
-    sequence_parallel use_distributed_optimizer overlap_grad_reduce overlap_param_gather reuse_fp32_param
+    use_distributed_optimizer overlap_grad_reduce overlap_param_gather reuse_fp32_param
     no_masked_softmax_fusion masked_softmax_fusion no_gradient_accumulation_fusion attention_softmax_in_fp32
     distributed_backend distributed_timeout_minutes initial_loss_scale loss_scale transformer_impl
-    recompute_granularity recompute_method recompute_num_layers
+    recompute_method recompute_num_layers
 
     use_rotary_position_embeddings position_embedding_type rotary_base rope_scaling_type rope_scaling_factor
     low_freq_factor high_freq_factor original_max_position_embeddings rope_scaling_low_freq_factor
@@ -88,8 +88,6 @@ NOT_YET: dict[str, Any] = {
     "lora_r": 0,
     "lora_load": None,
     "qlora": False,
-    "context_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": 1,
     "expert_model_parallel_size": 1,
     "pref_ftx": 0,
     "resume": "never",

@@ -108,8 +108,6 @@ def _problem(error: ErrorDetails, merged: Section, origins: Mapping[str, str]) -
 
 _LATER_STAGES = ("sft", "rm", "orm")
 _EXPLAINED = {
-    "pipeline_model_parallel_size": "expected 1: this version does not spread layers over devices; "
-    "use tensor_model_parallel_size for a model that is too large for one",
     "n_samples_per_prompt": "expected a whole number, at least 2: a pair needs two completions of a prompt",
 }
 

@@ -7,12 +7,12 @@ so a dry run, the check against a cluster and the launcher cannot disagree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 from rlxf.config.devices import device_facts
-from rlxf.config.schema import Role, RunConfig
+from rlxf.config.schema import Role, RoleConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +43,7 @@ class RolePlan:
     group: str
     bundles: tuple[int, ...]
     model: str
-    tensor_parallel: int  # neighbouring processes that share each layer
+    axes: Mapping[str, int]  # parallel sizes within one copy of the model, by their usual letters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,19 +75,24 @@ def make_plan(config: RunConfig) -> Plan:
     """The placement of a recipe that was checked."""
     groups, bundles, _ = _place(config)
     actor = config.actor_rollout
-    tensor_parallel: dict[Role, int] = {
-        "train": actor.tensor_model_parallel_size,
-        "infer": actor.inference_tensor_model_parallel_size,
-        "ref": config.ref.tensor_model_parallel_size,
-        "reward": config.reward.tensor_model_parallel_size,
+    axes: dict[Role, dict[str, int]] = {
+        "train": _axes(actor),
+        "infer": {"TP": actor.inference_tensor_model_parallel_size},
+        "ref": _axes(config.ref),
+        "reward": _axes(config.reward),
     }
     models: dict[Role, str] = {"train": actor.model, "infer": actor.model, "ref": config.ref.model}
     models["reward"] = config.reward.model or actor.model
     roles = tuple(
-        RolePlan(role=role, group=name, bundles=taken, model=models[role], tensor_parallel=tensor_parallel[role])
+        RolePlan(role=role, group=name, bundles=taken, model=models[role], axes=axes[role])
         for role, (name, taken) in bundles.items()
     )
     return Plan(resource=resource_name(config), groups=tuple(groups.values()), roles=roles)
+
+
+def _axes(role: RoleConfig) -> dict[str, int]:
+    sizes = role.tensor_model_parallel_size, role.pipeline_model_parallel_size, role.context_parallel_size
+    return dict(zip(("TP", "PP", "CP"), sizes, strict=True))
 
 
 def placement_problems(config: RunConfig) -> list[tuple[str, str]]:

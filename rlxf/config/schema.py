@@ -77,10 +77,20 @@ class RoleConfig(Strict):
     load: Folder | None = None  # Hugging Face folder with the weights; ref: unset = the actor's
     tokenizer_name_or_path: Folder | None = None  # folder with the tokenizer; unset = `load`
     tensor_model_parallel_size: Positive = 1  # devices that share each layer
-    pipeline_model_parallel_size: Literal[1] = 1  # devices that the layers are spread over
+    pipeline_model_parallel_size: Positive = 1  # devices that the layers are spread over
+    virtual_pipeline_model_parallel_size: Positive = 1  # pieces of layers per pipeline device; needs a token budget
+    context_parallel_size: Positive = 1  # devices that share the tokens of each forward pass
+    sequence_parallel: bool = False  # cut norms and residuals along the tokens over the tensor-parallel devices, too
     bf16: bool = False  # false: fp32
     seq_length: Positive = 1024  # longest prompt + completion, tokens
     micro_batch_size: Positive = 1  # pairs per forward/backward on one data-parallel rank
+    max_tokens_per_micro_batch: Positive | None = None  # tokens per forward/backward instead, whatever the pairs
+    share_prompts: bool = True  # compute a prompt once for the chosen and the rejected side, or for all its completions
+
+    @property
+    def devices_per_replica(self) -> int:
+        """Devices that hold one copy of the model and share its work; data parallel is how many of these there are."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
 
 class ActorConfig(RoleConfig):
@@ -115,6 +125,7 @@ class ActorConfig(RoleConfig):
     lr_warmup_fraction: Share | None = None  # share of train_iters
     weight_decay: Rate = 0.0  # of AdamW
     clip_grad: Rate = 1.0  # largest global gradient norm; 0 = no clipping
+    recompute_granularity: Literal["none", "selective", "full"] = "none"  # activations computed again in backward
     adam_beta1: BelowOne = 0.9  # decay of the mean of gradients
     adam_beta2: BelowOne = 0.999  # decay of the mean of squared gradients
     adam_eps: Finite = Field(1e-8, gt=0)  # added to the root of the mean of squared gradients

@@ -5,6 +5,7 @@ Rooms come through here, so that megatron-core is imported only in processes tha
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from rlxf.config.schema import RunConfig
 from rlxf.errors import ConfigError
-from rlxf.models.megatron.parallel import init_parallel, sum_over_data_parallel
+from rlxf.models.batching import Limits, my_batches, pair_units, prompt_units
+from rlxf.models.megatron.parallel import ParallelSizes, init_parallel, reduce_over_data_parallel
 from rlxf.platform.base import Platform, Process
-from rlxf.types import Sequences
+from rlxf.types import PairLogps, Pairs, Sequences
 
 if TYPE_CHECKING:
     from rlxf.models.megatron.model import MegatronModel
+    from rlxf.models.megatron.packing import Packed
 
 RoleName = Literal["actor_rollout", "ref", "reward"]
 
@@ -34,7 +37,7 @@ def load_model(config: RunConfig, role: RoleName, platform: Platform, process: P
     layout = init_parallel(
         platform,
         process,
-        tp_size=section.tensor_model_parallel_size,
+        sizes=ParallelSizes.of(section),
         seed=config.training.seed,
         timeout_s=config.training.stage_timeout_s,
     )
@@ -46,39 +49,87 @@ def load_model(config: RunConfig, role: RoleName, platform: Platform, process: P
         layout=layout,
         dtype=torch.bfloat16 if section.bf16 else torch.float32,
         reward=role == "reward",
+        recompute=config.actor_rollout.recompute_granularity if role == "actor_rollout" else "none",
         trust_remote_code=config.training.trust_remote_code,
     )
     check_shape(config.model[section.model], model.hf_config, role=role, name=section.model)
     return model
 
 
-@torch.no_grad()
-def token_logps(model: MegatronModel, sequences: Sequences, *, sequences_per_forward: int) -> Tensor:
-    """[sum completion tokens] float32 on the CPU, the same on every rank; the data-parallel ranks share the work."""
+def token_logps(model: MegatronModel, sequences: Sequences, limits: Limits) -> Tensor:
+    """[sum completion tokens] float32 log-probabilities of every completion token, on the CPU and on every rank.
+
+    Without gradient; the data-parallel ranks share the work.
+    """
     from rlxf.models.megatron.packing import pack_for_logps
 
     lengths = sequences.completion_lengths
-    result = torch.zeros(int(lengths.sum()))
-    places = torch.split(result, lengths.tolist())
-    for rows in _my_rows(model, len(sequences), sequences_per_forward):
-        part = sequences.select(rows)
-        packed = pack_for_logps(part, model.layout.device)
-        values = model.logps(model.gpt(packed), packed).cpu()
-        for row, value in zip(rows.tolist(), torch.split(values, part.completion_lengths.tolist()), strict=True):
-            places[row].copy_(value)
-    return sum_over_data_parallel(result, model.layout)  # every rank filled its own rows of a zero tensor
+    units = prompt_units(sequences, limits)
+    values = _over_rows(model, sequences, units, limits, pack_for_logps, model.logps, lengths)
+    return torch.cat(values) if values else torch.zeros(0)
 
 
-@torch.no_grad()
-def sequence_scores(model: MegatronModel, sequences: Sequences, *, sequences_per_forward: int) -> Tensor:
-    """[B] float32 reward-model scores on the CPU, the same on every rank; the data-parallel ranks share the work."""
+def pair_logps(model: MegatronModel, pairs: Pairs, limits: Limits) -> PairLogps:
+    """Log-probabilities of both sides, summed over the completion tokens; on the CPU and on every rank.
+
+    The same pairs in the same order and with the same limits give the same numbers as a training pass, to the bit.
+    """
+    from rlxf.models.megatron.packing import pack_for_logps
+
+    both = Sequences.concat([pairs.chosen, pairs.rejected])
+
+    def sums(hidden: Tensor, packed: Packed) -> Tensor:
+        return sum_rows(model.logps(hidden, packed), packed.lengths)
+
+    ones = torch.ones(len(both), dtype=torch.int64)
+    values = _over_rows(model, both, pair_units(len(pairs)), limits, pack_for_logps, sums, ones)
+    chosen, rejected = torch.cat(values).chunk(2)
+    return PairLogps(chosen=chosen, rejected=rejected)
+
+
+def sequence_scores(model: MegatronModel, sequences: Sequences, limits: Limits) -> Tensor:
+    """[B] float32 reward-model scores, on the CPU and on every rank; the data-parallel ranks share the work."""
     from rlxf.models.megatron.packing import pack_for_scores
 
-    result = torch.zeros(len(sequences))
-    for rows in _my_rows(model, len(sequences), sequences_per_forward):
-        packed = pack_for_scores(sequences.select(rows), model.layout.device)
-        result[rows] = model.scores(packed).cpu()
-    return sum_over_data_parallel(result, model.layout)
+    ones = torch.ones(len(sequences), dtype=torch.int64)
+    units = prompt_units(sequences, limits)
+    return torch.cat(_over_rows(model, sequences, units, limits, pack_for_scores, model.scores, ones))
+
+
+def _over_rows(
+    model: MegatronModel,
+    sequences: Sequences,
+    units: Sequence[Tensor],
+    limits: Limits,
+    pack: Callable[..., Packed],
+    compute: Callable[[Tensor, Packed], Tensor],
+    sizes: Tensor,
+) -> list[Tensor]:
+    """What ``compute`` gives for each sequence, ``sizes`` ([B]) numbers each, in the order of ``sequences``."""
+    from rlxf.models.megatron.passes import forward_all
+
+    layout = model.layout
+    batches = my_batches(sequences, units, limits, dp_rank=layout.dp_rank, dp_size=layout.dp_size)
+    chosen = [rows_of(units, batch) for batch in batches]
+    result = torch.zeros(int(sizes.sum()))
+    places = torch.split(result, sizes.tolist())
+    if chosen:
+        packs = [
+            pack(sequences.select(rows), layout, share_prompts=limits.share_prompts, num_tokens=limits.length)
+            for rows in chosen
+        ]
+        found = forward_all(model, packs, compute, [int(sizes[rows].sum()) for rows in chosen])
+        for rows, values in zip(chosen, found, strict=True):
+            for row, value in zip(rows.tolist(), torch.split(values.cpu(), sizes[rows].tolist()), strict=True):
+                places[row].copy_(value)
+    # Every rank filled its own rows of a zero tensor.
+    return list(torch.split(reduce_over_data_parallel(result, layout), sizes.tolist()))
+
+
+def rows_of(units: Sequence[Tensor], batch: Sequence[int]) -> Tensor:
+    """The rows of some units: all first members, then all second ones, so that a pass sees chosen before rejected."""
+    longest = max(len(units[i]) for i in batch)
+    return torch.tensor([int(units[i][k]) for k in range(longest) for i in batch if k < len(units[i])])
 
 
 def sum_rows(values: Tensor, lengths: Tensor) -> Tensor:
@@ -89,8 +140,3 @@ def sum_rows(values: Tensor, lengths: Tensor) -> Tensor:
     padded = values.new_zeros(len(lengths), int(lengths.max()))
     # One write per place: deterministic on every device, unlike an atomic scatter-add.
     return padded.index_put((row, column), values).sum(dim=1)
-
-
-def _my_rows(model: MegatronModel, num_rows: int, rows_per_forward: int) -> list[Tensor]:
-    mine = torch.arange(num_rows)[model.layout.dp_rank :: model.layout.dp_size]
-    return list(torch.split(mine, rows_per_forward)) if mine.numel() else []

@@ -37,13 +37,20 @@ class HfWeights:
         Raises:
             ModelError: no file of the folder holds it.
         """
+        tensor: Tensor = self._file(name).get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, without reading its data. Raises as ``read`` does."""
+        return tuple(self._file(name).get_slice(name).get_shape())
+
+    def _file(self, name: str) -> Any:
         if name not in self._file_of:
             raise ModelError(f"{self.folder}: no tensor {name!r}; the folder holds another kind of model")
         file = self._file_of[name]
         if file not in self._open:
             self._open[file] = _open_safetensors(self.folder / file)
-        tensor: Tensor = self._open[file].get_tensor(name)
-        return tensor
+        return self._open[file]
 
 
 def _open_safetensors(path: Path) -> Any:

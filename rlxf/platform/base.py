@@ -59,8 +59,20 @@ class Platform(Protocol):
         """Peak memory of this process on its device, bytes (cpu: peak resident memory)."""
         ...
 
-    def packed_attention(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-        """[T, heads, d] causal attention of packed sequences; key, value [T, kv_heads, d], cu_seqlens [B + 1] int32."""
+    def packed_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, scale: float
+    ) -> Tensor:
+        """[T, heads, d] causal attention of packed blocks, aligned at the end of each.
+
+        A block's last query sees all keys of the block, the one before all but the last, and so on.
+
+        Args:
+            query: [T, heads, d]; block ``i`` has rows ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]``.
+            key, value: [S, kv_heads, d]; block ``i`` has rows ``cu_seqlens_kv[i]`` to ``cu_seqlens_kv[i + 1]``, at
+                least as many as queries.
+            cu_seqlens_q, cu_seqlens_kv: [blocks + 1] int32.
+            scale: of the scores.
+        """
         ...
 
     def vllm_arguments(self, *, colocated: bool) -> dict[str, Any]:

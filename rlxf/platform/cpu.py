@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import resource
 from typing import Any
 
@@ -62,15 +62,26 @@ class CpuPlatform:
     def max_memory_allocated(self) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def packed_attention(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    def packed_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, scale: float
+    ) -> Tensor:
         # torch's varlen and nested-tensor attention have no CPU kernel; a loop of SDPA leaves all else packed.
-        bounds = cu_seqlens.tolist()
+        queries, keys = ((cu[1:] - cu[:-1]).tolist() for cu in (cu_seqlens_q, cu_seqlens_kv))
+        pieces = torch.split(query, queries), torch.split(key, keys), torch.split(value, keys)
         outputs = []
-        for start, stop in itertools.pairwise(bounds):
-            q, k, v = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        for q, k, v in zip(*pieces, strict=True):
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+            square = q.size(2) == k.size(2)
+            mask = None if square else _aligned_at_end(q.size(2), k.size(2))
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=square, scale=scale, enable_gqa=True)
             outputs.append(out.squeeze(0).transpose(0, 1))
         return torch.cat(outputs)
 
     def vllm_arguments(self, *, colocated: bool) -> dict[str, Any]:
         return {"enforce_eager": True}
+
+
+@functools.lru_cache(maxsize=32)
+def _aligned_at_end(queries: int, keys: int) -> Tensor:
+    """[queries, keys] bool: which keys each query sees."""
+    return torch.ones(queries, keys, dtype=torch.bool).tril(diagonal=keys - queries)

@@ -55,19 +55,21 @@ class CudaPlatform:
     def max_memory_allocated(self) -> int:
         return int(torch.cuda.max_memory_allocated())
 
-    def packed_attention(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    def packed_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, scale: float
+    ) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-        window = (-1, 0)  # causal: everything before, nothing after
+        longest_q, longest_kv = (int((cu[1:] - cu[:-1]).max()) for cu in (cu_seqlens_q, cu_seqlens_kv))
+        window = (-1, 0)  # causal, aligned at the end: everything before, nothing after
         out = varlen_attn(
             query,
             key,
             value,
-            cu_seqlens,
-            cu_seqlens,
-            longest,
-            longest,
+            cu_seqlens_q,
+            cu_seqlens_kv,
+            longest_q,
+            longest_kv,
             scale=scale,
             window_size=window,
             enable_gqa=True,

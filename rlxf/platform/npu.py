@@ -73,8 +73,9 @@ class NpuPlatform:
     def max_memory_allocated(self) -> int:
         return int(_torch_npu().npu.max_memory_allocated())
 
-    def packed_attention(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-        ends = cu_seqlens[1:].tolist()
+    def packed_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, scale: float
+    ) -> Tensor:
         out: Tensor = _torch_npu().npu_fusion_attention(
             query,
             key,
@@ -83,9 +84,9 @@ class NpuPlatform:
             "TND",
             atten_mask=_causal_mask(query.device),
             scale=scale,
-            actual_seq_qlen=ends,
-            actual_seq_kvlen=ends,
-            sparse_mode=3,
+            actual_seq_qlen=cu_seqlens_q[1:].tolist(),
+            actual_seq_kvlen=cu_seqlens_kv[1:].tolist(),
+            sparse_mode=3,  # causal, aligned at the end
         )[0]
         return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from rlxf.config.schema import RunConfig
 from rlxf.errors import ConfigError
 from rlxf.models.backend import load_model, sequence_scores
+from rlxf.models.batching import Limits
 from rlxf.models.tokenizer import load_tokenizer
 from rlxf.platform.base import Platform, Process
 from rlxf.types import Rollouts, Sequences, Text
@@ -27,8 +29,8 @@ class RewardModelScorer:
 
     def __init__(self, config: RunConfig, platform: Platform, process: Process) -> None:
         self.model = load_model(config, "reward", platform, process)
-        self.model.gpt.requires_grad_(False).eval()
-        self._per_forward = 2 * config.reward.micro_batch_size
+        self.model.requires_grad_(False)
+        self._limits = Limits.of(config.reward)
         trust = config.training.trust_remote_code
         self._own = load_tokenizer(_tokenizer_path(config, "reward"), trust_remote_code=trust)
         self._policy = load_tokenizer(_tokenizer_path(config, "actor_rollout"), trust_remote_code=trust)
@@ -36,8 +38,10 @@ class RewardModelScorer:
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """[B] float32 scores, read at the last token of prompt and completion."""
-        sequences = rollouts.sequences if self._same else self._reencode(rollouts)
-        return sequence_scores(self.model, sequences, sequences_per_forward=self._per_forward)
+        if self._same:
+            return sequence_scores(self.model, rollouts.sequences, self._limits)
+        # Where a prompt ends is not known in the other tokens, so there is none to share.
+        return sequence_scores(self.model, self._reencode(rollouts), replace(self._limits, share_prompts=False))
 
     def _reencode(self, rollouts: Rollouts) -> Sequences:
         texts = [rollouts.prompts.texts[row] for row in rollouts.prompt_index.tolist()]

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from rlxf.config.schema import RunConfig
 from rlxf.errors import TrainingError
 from rlxf.models.backend import load_model, sum_rows, token_logps
+from rlxf.models.batching import Limits, my_batches, pair_units
 from rlxf.models.hf_folder import save_hf_folder
-from rlxf.models.megatron.parallel import sum_over_data_parallel
+from rlxf.models.megatron.parallel import reduce_over_data_parallel
 from rlxf.platform.base import Platform, Process
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
 from rlxf.types import Metrics, OnlinePairs, PairLogps, ReferencedPairs, Sequences
-from rlxf.update.batches import micro_batches, mini_batches
+from rlxf.update.batches import mini_batches
 from rlxf.update.losses import LOSSES, reduction_of
 from rlxf.update.schedule import make_schedule
 
@@ -42,6 +44,10 @@ _MEANS = (
 )
 
 
+# Behind the means in a report: sum, number and largest of the differences to the engine's log-probs.
+_REPORT_SIZE = len(_MEANS) + 3
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
     """What one forward/backward needs: chosen rows first, then rejected rows, and which of them count."""
@@ -49,6 +55,7 @@ class MicroBatch:
     packed: Packed
     completion_lengths: Tensor  # [2n] int64, chosen then rejected
     reference: PairLogps  # n pairs
+    engine: Tensor | None  # [sum completion tokens] the engine's log-probs, while the weights are those that sampled
     counted: bool  # False: this rank has no pair, and computes one only to take part in the collective calls
 
 
@@ -75,6 +82,7 @@ class Actor:
             self.config.dpo_logp_reduction, loss_type=self.config.dpo_loss_type, offline=config.offline
         )
         self._bucket_bytes = config.sync.bucket_mb * 2**20
+        self._limits = Limits.of(self.config)
         from rlxf.models.megatron.optimizer import TrainableModel
 
         self.trainable = TrainableModel(self.model, self.config)
@@ -97,13 +105,15 @@ class Actor:
         sums = torch.zeros(len(_MEANS), dtype=torch.float64)
         norms: list[float] = []
         count = 0
-        drift = self._drift(batch)
+        drift: Metrics = {}
         for epoch in range(self.config.ppo_epochs):
             key = (self._seed, step, epoch) if self.config.shuffle_minibatch else None
             for rows in mini_batches(
                 len(batch), self.config.ppo_mini_batch_size * self.layout.dp_size, shuffle_key=key
             ):
-                sums += self._accumulate(batch, rows, step)
+                report = self._accumulate(batch, rows, step, fresh=not norms)
+                drift = drift or _drift(report)
+                sums += report[: len(_MEANS)]
                 norms.append(self._step(learning_rate, step))
                 count += len(rows)
         means = dict(zip(_MEANS, (sums / count).tolist(), strict=True))
@@ -115,17 +125,21 @@ class Actor:
             "beta": self.config.dpo_beta,
         }
 
-    def _accumulate(self, batch: ReferencedPairs, rows: Tensor, step: int) -> Tensor:
-        """Gradients of one mini-batch; [len(_MEANS)] float64 sums over its pairs, on all ranks."""
-        batches = list(self._micro_batches(batch, rows))
-        reports = self.trainable.accumulate(self._forward, batches)
-        sums = sum_over_data_parallel(torch.stack(reports).sum(dim=0), self.layout)  # [len(_MEANS)]
+    def _accumulate(self, batch: ReferencedPairs, rows: Tensor, step: int, *, fresh: bool) -> Tensor:
+        """Gradients of one mini-batch; [_REPORT_SIZE] float64 report of its pairs, on all ranks.
+
+        ``fresh``: the weights are still those that the pairs were sampled from.
+        """
+        batches = self._micro_batches(batch, rows, fresh=fresh)
+        reports = self.trainable.accumulate(self._forward, batches, _REPORT_SIZE)
+        sums = reduce_over_data_parallel(reports[:, :-1].sum(dim=0), self.layout)
+        largest = reduce_over_data_parallel(reports[:, -1].amax(dim=0, keepdim=True), self.layout, ReduceOp.MAX)
         if not math.isfinite(float(sums[0])):
             raise TrainingError(
                 f"step {step + 1}: the loss is {float(sums[0])} on pairs {rows.tolist()[:8]} of the step; no parameter "
                 "was changed. Lower actor_rollout.lr, or look at the step's pairs in rollouts.jsonl (log.rollouts=true)"
             )
-        return sums
+        return torch.cat([sums, largest])
 
     def _step(self, learning_rate: float, step: int) -> float:
         try:
@@ -133,32 +147,42 @@ class Actor:
         except TrainingError as error:
             raise TrainingError(f"step {step + 1}: {error}. Lower actor_rollout.lr") from error
 
-    def _micro_batches(self, batch: ReferencedPairs, rows: Tensor) -> Iterator[MicroBatch]:
-        pieces = micro_batches(
-            rows,
-            dp_rank=self.layout.dp_rank,
-            dp_size=self.layout.dp_size,
-            pairs_per_forward=self.config.micro_batch_size,
-        )
+    def _micro_batches(self, batch: ReferencedPairs, rows: Tensor, *, fresh: bool) -> list[MicroBatch]:
+        """This rank's share of a mini-batch; at least one, so that every rank makes the collective calls."""
+        from rlxf.models.megatron.passes import fill_up
+
+        pairs = batch.pairs.select(rows)
+        both = Sequences.concat([pairs.chosen, pairs.rejected])
+        units = pair_units(len(rows))
+        layout = self.layout
+        mine = my_batches(both, units, self._limits, dp_rank=layout.dp_rank, dp_size=layout.dp_size)
+        found = [self._micro_batch(batch, rows[part], fresh=fresh, counted=True) for part in map(torch.tensor, mine)]
+        filler = self._micro_batch(batch, rows[:1], fresh=False, counted=False)
+        return fill_up(found or [filler], layout, filler)
+
+    def _micro_batch(self, batch: ReferencedPairs, rows: Tensor, *, fresh: bool, counted: bool) -> MicroBatch:
         from rlxf.models.megatron.packing import pack_for_logps
 
-        for piece in pieces or [rows[:1]]:
-            pairs = batch.pairs.select(piece)
-            sequences = Sequences.concat([pairs.chosen, pairs.rejected])
-            yield MicroBatch(
-                packed=pack_for_logps(sequences, self.layout.device),
-                completion_lengths=sequences.completion_lengths,
-                reference=batch.reference.select(piece),
-                counted=bool(pieces),
-            )
+        online = batch.pairs if fresh and isinstance(batch.pairs, OnlinePairs) else None
+        pairs = batch.pairs.select(rows)
+        sequences = Sequences.concat([pairs.chosen, pairs.rejected])
+        limits = self._limits
+        return MicroBatch(
+            packed=pack_for_logps(sequences, self.layout, share_prompts=limits.share_prompts, num_tokens=limits.length),
+            completion_lengths=sequences.completion_lengths,
+            reference=batch.reference.select(rows),
+            engine=None if online is None else online.engine_logps(rows),
+            counted=counted,
+        )
 
-    def _forward(self, iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    def _forward(self, iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         micro = next(iterator)
-        return model(micro.packed), partial(self._loss_of, micro)
+        return chunk(micro.packed), partial(self._loss_of, micro)
 
     def _loss_of(self, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss summed over the pairs, their number, and [len(_MEANS)] float64 sums of what is logged."""
-        sums = sum_rows(self.model.logps(hidden, micro.packed), micro.completion_lengths)  # [2n]
+        """Loss summed over the pairs, their number, and the [_REPORT_SIZE] float64 report on the CPU."""
+        token_logps = self.model.logps(hidden, micro.packed)
+        sums = sum_rows(token_logps, micro.completion_lengths)  # [2n]
         summed = PairLogps(chosen=sums.chunk(2)[0], rejected=sums.chunk(2)[1])
         device = sums.device
         reference = PairLogps(chosen=micro.reference.chosen.to(device), rejected=micro.reference.rejected.to(device))
@@ -169,9 +193,12 @@ class Actor:
             beta=self.config.dpo_beta,
             label_smoothing=self.config.dpo_label_smoothing,
         )  # [n]
-        report = _report(losses, summed, reference, self.config.dpo_beta)
+        means = _report(losses, summed, reference, self.config.dpo_beta)
+        report = torch.cat([means, _difference(token_logps.detach(), micro.engine)])
         share = 1.0 if micro.counted else 0.0
-        count = torch.tensor(len(losses) if micro.counted else 0, dtype=torch.int, device=device)
+        # Every context-parallel rank has all losses: one of them counts the pairs.
+        counts = micro.counted and self.layout.cp_rank == 0
+        count = torch.tensor(len(losses) if counts else 0, dtype=torch.int, device=device)
         return losses.sum() * share, count, report * share
 
     def _reduced(self, logps: PairLogps, micro: MicroBatch) -> PairLogps:
@@ -180,25 +207,9 @@ class Actor:
         chosen, rejected = micro.completion_lengths.to(logps.chosen.device).chunk(2)
         return PairLogps(chosen=logps.chosen / chosen, rejected=logps.rejected / rejected)
 
-    def _drift(self, batch: ReferencedPairs) -> Metrics:
-        """How far the engine's own log-probs are from this model's, before any update of the step; a metric only."""
-        pairs = batch.pairs
-        if not isinstance(pairs, OnlinePairs):
-            return {}
-        engine = torch.cat([pairs.chosen_engine_logps, pairs.rejected_engine_logps])
-        if not bool(engine.isfinite().any()):
-            return {}
-        own = self.token_logps(Sequences.concat([pairs.chosen, pairs.rejected]))
-        difference = (own - engine).abs()
-        difference = difference[difference.isfinite()]
-        return {
-            "rollout/logp_diff_mean": float(difference.mean()),
-            "rollout/logp_diff_max": float(difference.max()),
-        }
-
     def token_logps(self, sequences: Sequences) -> Tensor:
         """[sum completion tokens] float32 log-probabilities of every completion token, without gradient."""
-        return token_logps(self.model, sequences, sequences_per_forward=2 * self.config.micro_batch_size)
+        return token_logps(self.model, sequences, self._limits)
 
     def sync_plan(self) -> tuple[Bucket, ...]:
         """The messages that carry all weights, by Hugging Face names; a tied head is not sent twice."""
@@ -258,3 +269,21 @@ def _report(losses: Tensor, actor: PairLogps, reference: PairLogps, beta: float)
         entropy.view(2, -1).mean(dim=0),
     )
     return torch.stack([column.detach().double().sum() for column in columns]).cpu()
+
+
+def _difference(own: Tensor, engine: Tensor | None) -> Tensor:
+    """[3] float64: sum, number and largest of |own - engine|, where the engine gave log-probs."""
+    if engine is None:
+        return torch.zeros(3, dtype=torch.float64)
+    difference = (own.cpu().double() - engine).abs()
+    difference = difference[difference.isfinite()]
+    largest = difference.max() if len(difference) else torch.tensor(0.0, dtype=torch.float64)
+    return torch.stack([difference.sum(), torch.tensor(float(len(difference)), dtype=torch.float64), largest])
+
+
+def _drift(report: Tensor) -> Metrics:
+    """How far the engine's log-probs are from the trainer's, over the pairs of the step's first optimizer step."""
+    total, count, largest = report[-3:].tolist()
+    if not count:
+        return {}
+    return {"rollout/logp_diff_mean": total / count, "rollout/logp_diff_max": largest}

@@ -1,4 +1,4 @@
-"""Which pairs go into which optimizer step, on which rank, in which micro-batch. Pure; a pair is never split."""
+"""Which pairs go into which optimizer step. Pure."""
 
 from __future__ import annotations
 
@@ -20,9 +20,3 @@ def mini_batches(num_pairs: int, pairs_per_step: int, *, shuffle_key: tuple[int,
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + epoch)
         order = torch.randperm(num_pairs, generator=generator)
     return list(torch.split(order, pairs_per_step))
-
-
-def micro_batches(rows: Tensor, *, dp_rank: int, dp_size: int, pairs_per_forward: int) -> list[Tensor]:
-    """This rank's share of one mini-batch, in pieces; empty when there are fewer pairs than ranks."""
-    mine = rows[dp_rank::dp_size]
-    return list(torch.split(mine, pairs_per_forward)) if mine.numel() else []

@@ -72,12 +72,11 @@ WRONG = [
     Wrong({"rollout": {"top_p": 1.5}}, "rollout.top_p", "expected at most 1"),
     Wrong(actor(adam_beta2=1.0), "actor_rollout.adam_beta2", "expected less than 1"),
     Wrong(actor(n_samples_per_prompt=1), "actor_rollout.n_samples_per_prompt", "a pair needs two completions"),
-    Wrong(actor(pipeline_model_parallel_size=2), "actor_rollout.pipeline_model_parallel_size", "tensor_model_parallel"),
+    Wrong(actor(pipeline_model_parallel_size=0), "actor_rollout.pipeline_model_parallel_size", "at least 1"),
     Wrong({"training": {"save_interval": -1}}, "training.save_interval", "expected at least 0"),
     Wrong({"training": {"train_iters": 0}}, "training.train_iters", "expected at least 1"),
     # features that are not there
     Wrong(actor(lora_r=8), "actor_rollout.lora_r", "not available in this version; leave it out or set it to 0"),
-    Wrong({"training": {"context_parallel_size": 2}}, "training.context_parallel_size", "not available"),
     Wrong(actor(lr="???"), "actor_rollout.lr", "the recipe leaves this value to you"),
     # several keys together
     Wrong(actor(do_sample=False), "actor_rollout.do_sample", "expected true: greedy decoding makes the 2 completions"),
@@ -110,14 +109,55 @@ WRONG = [
         "expected a divisor of the 3 devices of actor_rollout.num_gpus_for_train",
     ),
     Wrong(
-        {"ref": {"tensor_model_parallel_size": 4}, "resource_pool": {"ref": [4]}},
+        {"ref": {"tensor_model_parallel_size": 8}, "resource_pool": {"ref": [8]}},
         "ref.tensor_model_parallel_size",
-        "= 4: expected a divisor of model.tiny.num_query_groups = 2",
+        "= 8: expected a divisor of model.tiny.num_attention_heads = 4",
     ),
     Wrong(
-        {"ref": {"tensor_model_parallel_size": 2}, "resource_pool": {"ref": [2]}, **shape(vocab_size=259)},
+        {
+            "ref": {"tensor_model_parallel_size": 2},
+            "resource_pool": {"ref": [2]},
+            **shape(num_attention_heads=6, num_query_groups=3, kv_channels=32),
+        },
         "ref.tensor_model_parallel_size",
-        "expected a divisor of model.tiny.vocab_size = 259",
+        "expected a divisor or a multiple of model.tiny.num_query_groups = 3",
+    ),
+    Wrong(
+        {"ref": {"tensor_model_parallel_size": 2, "context_parallel_size": 2}, "resource_pool": {"ref": [3]}},
+        "ref.tensor_model_parallel_size",
+        "= 2 times ref.context_parallel_size = 2 makes 4 devices: expected a divisor of the 3 devices of",
+    ),
+    Wrong(
+        {"ref": {"pipeline_model_parallel_size": 4}, "resource_pool": {"ref": [4]}},
+        "ref.pipeline_model_parallel_size",
+        "expected a divisor of model.tiny.num_layers",
+    ),
+    Wrong(
+        {
+            "reward": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            "resource_pool": {"reward": [2]},
+            **shape(num_layers=4),
+        },
+        "reward.virtual_pipeline_model_parallel_size",
+        "varying lengths (they hang)",
+    ),
+    Wrong(
+        {
+            "ref": {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+                "max_tokens_per_micro_batch": 100,
+            },
+            "resource_pool": {"ref": [2]},
+            **shape(num_layers=4),
+        },
+        "ref.max_tokens_per_micro_batch",
+        "expected at least 2 * seq_length = 128, the longest pair",
+    ),
+    Wrong(
+        {"ref": {"virtual_pipeline_model_parallel_size": 2}, **shape(num_layers=4)},
+        "ref.virtual_pipeline_model_parallel_size",
+        "expected 1 without pipeline parallelism",
     ),
     Wrong(
         actor(num_gpus_for_infer=7, inference_tensor_model_parallel_size=2)

@@ -21,7 +21,8 @@ def save(folder: Path, trainable: TrainableModel) -> None:
 def load(folder: Path, trainable: TrainableModel) -> None:
     """Take over parameters and optimizer state that ``save`` wrote, whatever layout wrote them."""
     state = dist_checkpointing.load(_state(trainable, is_loading=True), str(folder))
-    trainable.ddp.module.load_state_dict(state["model"])
+    for name, chunk in _chunks(trainable):
+        chunk.load_state_dict(state[name])
     trainable.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -33,6 +34,12 @@ def _state(trainable: TrainableModel, *, is_loading: bool) -> dict[str, Any]:
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    model = trainable.ddp.module.sharded_state_dict(metadata=metadata)
+    model = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _chunks(trainable)}
     optimizer = trainable.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-    return {"model": model, "optimizer": optimizer}
+    return {**model, "optimizer": optimizer}
+
+
+def _chunks(trainable: TrainableModel) -> list[tuple[str, Any]]:
+    """Every chunk of this rank's model, by its name in the state."""
+    models = [chunk.module for chunk in trainable.chunks]
+    return [("model" if len(models) == 1 else f"model{i}", model) for i, model in enumerate(models)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -22,7 +27,7 @@ from rlxf.models.megatron.families import Family, family_of
 from rlxf.models.megatron.modules import PackedRotaryEmbedding, block_spec
 from rlxf.models.megatron.packing import Packed
 from rlxf.models.megatron.parallel import Layout
-from rlxf.models.megatron.weights import Entry, Geometry, entries, hf_shapes, load_entries, to_full
+from rlxf.models.megatron.weights import Entry, Geometry, entries, load_entries, to_full
 from rlxf.platform.base import Platform
 
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -35,10 +40,19 @@ class HiddenStates(GPTModel):  # type: ignore[misc]
         return hidden_states
 
     def forward(self, packed: Packed) -> Tensor:
-        """[T, 1, H] hidden states after the final norm, or this stage's output."""
+        """[T / cp, 1, H] final hidden states, or this stage's output; with sequence parallel [T / tp, 1, H]."""
         self.rotary_pos_emb.positions = packed.positions
         hidden: Tensor = super().forward(packed.tokens, None, None, packed_seq_params=packed.parameters())
         return hidden
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One parameter of the whole model: where it is, and what it holds."""
+
+    stage: int  # pipeline rank
+    chunk: int  # which of the stage's chunks
+    entry: Entry
 
 
 class MegatronModel:
@@ -50,6 +64,7 @@ class MegatronModel:
         layout: this rank's place.
         dtype: of the parameters.
         reward: a ``*ForSequenceClassification`` with one label instead of a causal LM.
+        recompute: activations that a backward pass computes again: ``none``, ``selective`` (attention), ``full``.
         trust_remote_code: let the folder's own code build its config.
 
     Raises:
@@ -64,6 +79,7 @@ class MegatronModel:
         layout: Layout,
         dtype: torch.dtype,
         reward: bool = False,
+        recompute: str = "none",
         trust_remote_code: bool = False,
     ) -> None:
         self.folder = Path(folder)
@@ -72,40 +88,55 @@ class MegatronModel:
         self.reward = reward
         self.hf_config = load_hf_config(folder, trust_remote_code=trust_remote_code)
         self.family = family_of(self.hf_config, folder)
-        _check_head(self.hf_config, HfWeights(folder), folder, reward=reward)
-        self.tied = bool(self.hf_config.tie_word_embeddings) or reward
-        self.gpt = self._build(platform)
+        self._weights = HfWeights(folder)
+        _check_head(self.hf_config, self._weights, folder, reward=reward)
+        self.tied = bool(self.hf_config.tie_word_embeddings) and not reward
+        self.config = transformer_config(self.hf_config, self.family, layout, dtype=dtype, recompute=recompute)
+        self.chunks = [self._build(platform, stage) for stage in range(layout.vp_size)]
         self._load()
 
-    def _build(self, platform: Platform) -> HiddenStates:
-        config = transformer_config(self.hf_config, self.family, dtype=self.dtype, tp_size=self.layout.tp_size)
+    def _build(self, platform: Platform, vp_stage: int) -> HiddenStates:
+        """The layers that this rank computes as one; a rank has several such chunks with virtual pipeline stages."""
+        stage = vp_stage if self.layout.vp_size > 1 else None
+        place = {"ignore_virtual": False, "vp_stage": stage}
         gpt = HiddenStates(
-            config=config,
-            transformer_layer_spec=block_spec(config, platform),
-            vocab_size=self.hf_config.vocab_size,
+            config=self.config,
+            transformer_layer_spec=block_spec(self.config, platform, vp_stage=stage),
+            vocab_size=self.padded_vocab_size,
             max_sequence_length=self.hf_config.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(**place),
+            post_process=parallel_state.is_pipeline_last_stage(**place),
             position_embedding_type="rope",
             share_embeddings_and_output_weights=self.tied,
+            vp_stage=stage,
         )
         gpt.rotary_pos_emb = PackedRotaryEmbedding(rope_frequencies(self.hf_config).to(self.layout.device))
-        if self.reward:
-            gpt.score = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=self.dtype))
+        if self.reward and gpt.post_process:
+            del gpt.output_layer
+            gpt.score = torch.nn.Parameter(torch.zeros(1, self.config.hidden_size, dtype=self.dtype))
         built: HiddenStates = gpt.to(self.layout.device)
         return built
 
     def _load(self) -> None:
-        weights = HfWeights(self.folder)
-        try:
-            load_entries(
-                self.table,
-                self.parameters,
-                weights.read,
-                self.geometry,
-                tp_rank=self.layout.tp_rank,
-                tp_size=self.layout.tp_size,
-            )
-        except ValueError as error:
-            raise ModelError(f"{self.folder}: {error}") from error
+        for chunk, gpt in enumerate(self.chunks):
+            own = [piece.entry for piece in self.pieces if (piece.stage, piece.chunk) == (self.layout.pp_rank, chunk)]
+            try:
+                load_entries(
+                    own,
+                    dict(gpt.named_parameters()),
+                    self._weights.read,
+                    self.geometry,
+                    tp_rank=self.layout.tp_rank,
+                    tp_size=self.layout.tp_size,
+                )
+            except ValueError as error:
+                raise ModelError(f"{self.folder}: {error}") from error
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of embedding and head: the vocabulary, filled up so that every tensor-parallel rank has as many."""
+        size: int = self.hf_config.vocab_size
+        return -(-size // self.layout.tp_size) * self.layout.tp_size
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -115,50 +146,124 @@ class MegatronModel:
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab_size=config.vocab_size,
+            padded_vocab_size=self.padded_vocab_size,
         )
 
     @cached_property
-    def table(self) -> list[Entry]:
-        """What this rank holds, in the order in which the model computes."""
-        layers = [layer.layer_number - 1 for layer in self.gpt.decoder.layers]
-        return list(entries(layers, self.family, first=True, last=True, tied=self.tied, reward=self.reward))
+    def pieces(self) -> list[Piece]:
+        """Every parameter of the whole model, in the order in which it computes; the same list on every rank."""
+        own = [[layer.layer_number - 1 for layer in gpt.decoder.layers] for gpt in self.chunks]
+        stages: list[list[list[int]]] = [own] * self.layout.pp_size
+        if self.layout.pp_size > 1:
+            stages = [[]] * self.layout.pp_size
+            dist.all_gather_object(stages, own, group=parallel_state.get_pipeline_model_parallel_group())
+        places = [(chunk, stage) for chunk in range(self.layout.vp_size) for stage in range(self.layout.pp_size)]
+        found = []
+        for chunk, stage in places:
+            ends = {"first": (chunk, stage) == places[0], "last": (chunk, stage) == places[-1]}
+            held = entries(stages[stage][chunk], self.family, **ends, tied=self.tied, reward=self.reward)
+            found += [Piece(stage, chunk, entry) for entry in held]
+        return found
 
-    @cached_property
-    def parameters(self) -> dict[str, Tensor]:
-        return dict(self.gpt.named_parameters())
+    def requires_grad_(self, wanted: bool) -> None:
+        for gpt in self.chunks:
+            gpt.requires_grad_(wanted)
+
+    @property
+    def last(self) -> HiddenStates:
+        """The chunk that holds the head on the last stage."""
+        return self.chunks[-1]
 
     @property
     def head(self) -> Tensor:
-        """[V / tp, H]: this rank's share of the output layer."""
-        weight: Tensor = self.gpt.embedding.word_embeddings.weight if self.tied else self.gpt.output_layer.weight
+        """[padded V / tp, H]: this rank's share of the output layer; the last stage has one."""
+        weight: Tensor = self.last.shared_embedding_or_output_weight() if self.tied else self.last.output_layer.weight
         return weight
 
     def logps(self, hidden: Tensor, packed: Packed) -> Tensor:
-        """[R] float32 log-probabilities of ``packed.targets`` from the hidden states of one forward pass."""
+        """[packed.num_values] float32 log-probabilities of the targets, from hidden states of the last stage."""
         group = parallel_state.get_tensor_model_parallel_group() if self.layout.tp_size > 1 else None
-        return target_logps(hidden[packed.rows, 0].to(self.dtype), self.head, packed.targets, group=group)
+        rows = self._whole(hidden)[packed.rows, 0].to(self.dtype)
+        values = target_logps(rows, self.head, packed.targets, group=group)
+        return self._of_all(values, packed)
 
-    def scores(self, packed: Packed) -> Tensor:
+    def scores(self, hidden: Tensor, packed: Packed) -> Tensor:
         """[B] float32 scores of a reward model, read at the last token of each sequence."""
-        hidden = self.gpt(packed)[packed.rows, 0]  # [B, H]
-        return torch.nn.functional.linear(hidden, self.gpt.score).squeeze(1).float()
+        rows = self._whole(hidden)[packed.rows, 0]  # [B, H]
+        return self._of_all(torch.nn.functional.linear(rows, self.last.score).squeeze(1).float(), packed)
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """[T / cp, 1, H]: hidden states of all tokens of this context rank."""
+        if not self.layout.sequence_parallel:
+            return hidden
+        whole: Tensor = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return whole
+
+    def _of_all(self, values: Tensor, packed: Packed) -> Tensor:
+        """The values of all context-parallel ranks; the gradient of each goes back to the rank that computed it."""
+        if packed.places is None:
+            return values
+        empty = values.new_zeros(packed.num_values)
+        whole: Tensor = reduce_from_tensor_model_parallel_region(
+            empty.index_copy(0, packed.places, values), group=parallel_state.get_context_parallel_group()
+        )
+        return whole
 
     def exported_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Hugging Face name and full shape of every tensor that ``export`` can give."""
-        for entry in self.table:
-            local = self.parameters[entry.parameter].shape
-            shapes = hf_shapes(entry, local, self.geometry, self.layout.tp_size)
-            yield from zip(entry.hf_names, shapes, strict=True)
+        for piece in self._exported():
+            for name in piece.entry.hf_names:
+                yield name, self._weights.shape(name)
 
     @torch.no_grad()
     def export(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named full tensors, one parameter at a time; every rank of the role must ask for the same names."""
+        """The named full tensors on rank 0, one parameter at a time; nothing on the other ranks.
+
+        Every rank of the role must ask for the same names and exhaust the iterator: the tensors' shares are collected
+        from the tensor-parallel ranks and passed to the first pipeline stage.
+        """
+        if not self.layout.is_first_replica:
+            return
         wanted = set(names)
-        for entry in self.table:
-            if not wanted.intersection(entry.hf_names):
+        for piece in self._exported():
+            if not wanted.intersection(piece.entry.hf_names):
                 continue
-            shards = _gather_tensor_parallel(self.parameters[entry.parameter].detach(), self.layout.tp_size)
-            yield from zip(entry.hf_names, to_full(entry.kind, shards, self.geometry), strict=True)
+            full = self._full(piece)
+            if self.layout.pp_rank == self.layout.tp_rank == 0:
+                yield from zip(piece.entry.hf_names, full, strict=True)
+
+    def _exported(self) -> Iterator[Piece]:
+        """All parameters but the copy of a tied embedding that the last of several stages holds."""
+        seen = set[tuple[str, ...]]()
+        for piece in self.pieces:
+            if piece.entry.hf_names not in seen:
+                seen.add(piece.entry.hf_names)
+                yield piece
+
+    def _full(self, piece: Piece) -> list[Tensor]:
+        """The full tensors of one parameter, on the first stage's first rank; elsewhere what happens to be there."""
+        layout, full = self.layout, list[Tensor]()
+        if piece.stage == layout.pp_rank:
+            own = self.local_weight(piece).detach()
+            full = to_full(piece.entry.kind, _gather_tensor_parallel(own, layout.tp_size), self.geometry)
+        if piece.stage == 0 or layout.tp_rank != 0:
+            return full
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if piece.stage == layout.pp_rank:
+            for tensor in full:
+                dist.send(tensor.contiguous(), group=group, group_dst=0)
+        elif layout.pp_rank == 0:
+            for name in piece.entry.hf_names:
+                tensor = torch.empty(self._weights.shape(name), dtype=self.dtype, device=layout.device)
+                dist.recv(tensor, group=group, group_src=piece.stage)
+                full.append(tensor)
+        return full
+
+    def local_weight(self, piece: Piece) -> Tensor:
+        """This rank's share of a parameter that its stage holds."""
+        weight: Tensor = self.chunks[piece.chunk].get_parameter(piece.entry.parameter)
+        return weight
 
 
 def _gather_tensor_parallel(shard: Tensor, tp_size: int) -> list[Tensor]:
@@ -169,9 +274,12 @@ def _gather_tensor_parallel(shard: Tensor, tp_size: int) -> list[Tensor]:
     return shards
 
 
-def transformer_config(hf_config: Any, family: Family, *, dtype: torch.dtype, tp_size: int) -> TransformerConfig:
+def transformer_config(
+    hf_config: Any, family: Family, layout: Layout, *, dtype: torch.dtype, recompute: str = "none"
+) -> TransformerConfig:
     """megatron-core's config of a Hugging Face model."""
     heads = hf_config.num_attention_heads
+    fixed_length = layout.vp_size > 1  # interleaved stages mix up the messages that carry varying shapes
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
@@ -188,7 +296,14 @@ def transformer_config(hf_config: Any, family: Family, *, dtype: torch.dtype, tp
         qk_layernorm=family.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=tp_size,
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        virtual_pipeline_model_parallel_size=layout.vp_size if layout.vp_size > 1 else None,
+        context_parallel_size=layout.cp_size,
+        sequence_parallel=layout.sequence_parallel,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -201,7 +316,7 @@ def transformer_config(hf_config: Any, family: Family, *, dtype: torch.dtype, tp
         persist_layer_norm=False,
         # False would leave the parameters without their tensor-parallel marks: gradient norms then count shards twice.
         perform_initialization=True,
-        variable_seq_lengths=True,
+        variable_seq_lengths=not fixed_length,
         moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, also in a dense model
         calculate_per_token_loss=True,  # gradients are sums, divided once by the number of pairs of all ranks
     )

@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from rlxf.models.megatron.packing import PackedStream
 from rlxf.platform.base import Platform
 
 
@@ -66,9 +69,16 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """``query`` [T, heads, d], ``key`` and ``value`` [T, kv_heads, d] -> [T, heads * d]."""
-        assert packed_seq_params is not None, "this backend computes packed sequences only"
-        out = self._attend(query, key, value, packed_seq_params.cu_seqlens_q, self._scale)
+        """``query`` [T / cp, heads, d], ``key`` and ``value`` [T / cp, kv_heads, d] -> [T / cp, heads * d]."""
+        assert isinstance(packed_seq_params, PackedStream), "this backend computes packed sequences only"
+        blocks = packed_seq_params.blocks
+        assert blocks is not None
+        if self.config.context_parallel_size > 1:
+            group = parallel_state.get_context_parallel_group()
+            key, value = (gather_from_sequence_parallel_region(x.contiguous(), group=group) for x in (key, value))
+        if blocks.kv_rows is not None:
+            key, value = key[blocks.kv_rows], value[blocks.kv_rows]
+        out = self._attend(query, key, value, blocks.cu_seqlens_q, blocks.cu_seqlens_kv, self._scale)
         return out.reshape(out.size(0), -1)
 
 
@@ -91,7 +101,9 @@ class PackedRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
         return torch.cat((freqs, freqs), dim=-1)[:, None, None, :]
 
 
-def block_spec(config: TransformerConfig, platform: Platform) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, platform: Platform, *, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage, built from the modules above."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     parts = layer.submodules
@@ -100,4 +112,5 @@ def block_spec(config: TransformerConfig, platform: Platform) -> TransformerBloc
     attention.core_attention = ModuleSpec(module=CoreAttention, params={"platform": platform})
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -5,26 +5,73 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlxf.config.schema import RoleConfig
 from rlxf.errors import ConfigError
 from rlxf.platform.base import Platform, Process
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelSizes:
+    """Ranks along each axis of a role; data parallel is what remains of its processes."""
+
+    tp: int = 1  # each layer's matrices
+    pp: int = 1  # the sequence of layers
+    vp: int = 1  # pieces of layers per pipeline rank, passed in turn
+    cp: int = 1  # each stream of tokens
+    sequence: bool = False  # norms and residuals between the matrices are cut along the tokens over tp, too
+
+    @classmethod
+    def of(cls, role: RoleConfig) -> ParallelSizes:
+        return cls(
+            tp=role.tensor_model_parallel_size,
+            pp=role.pipeline_model_parallel_size,
+            vp=role.virtual_pipeline_model_parallel_size,
+            cp=role.context_parallel_size,
+            sequence=role.sequence_parallel and role.tensor_model_parallel_size > 1,
+        )
+
+    @property
+    def processes(self) -> int:
+        """Processes of one data-parallel replica."""
+        return self.tp * self.pp * self.cp
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """This rank's place in its role: index and size of each parallel axis, and the device it works on."""
 
-    tp_rank: int
-    tp_size: int
-    pp_rank: int
-    pp_size: int
-    dp_rank: int
-    dp_size: int
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    vp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+    sequence_parallel: bool = False
     device: torch.device
+
+    @property
+    def stream_multiple(self) -> int:
+        """A stream of tokens must divide by this: two chunks per context rank, and a share per sequence rank."""
+        share = self.tp_size if self.sequence_parallel else 1
+        return 2 * self.cp_size * share if self.cp_size > 1 else share
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank's weights are the ones that an export reads; all replicas hold the same."""
+        return self.dp_rank == 0 and self.cp_rank == 0
 
 
 def free_port() -> int:
@@ -34,13 +81,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def init_parallel(platform: Platform, process: Process, *, tp_size: int, seed: int, timeout_s: int) -> Layout:
+def init_parallel(platform: Platform, process: Process, *, sizes: ParallelSizes, seed: int, timeout_s: int) -> Layout:
     """Join the role's process group and lay the parallel axes over it; a second role in one process reuses them.
 
     Args:
         platform: the device; its megatron bridge is installed here.
         process: rank and rendezvous of this process.
-        tp_size: tensor parallel size; must divide ``process.world_size``.
+        sizes: of the parallel axes; their product must divide ``process.world_size``.
         seed: of megatron's random states.
         timeout_s: longest wait in one collective call, seconds; a lost peer is noticed at the latest then.
 
@@ -51,9 +98,10 @@ def init_parallel(platform: Platform, process: Process, *, tp_size: int, seed: i
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    if process.world_size % tp_size:
+    if process.world_size % sizes.processes:
         raise ConfigError(
-            f"tensor_model_parallel_size = {tp_size} must divide the {process.world_size} processes of its pool"
+            f"tensor * pipeline * context parallel size = {sizes.tp} * {sizes.pp} * {sizes.cp} must divide the "
+            f"{process.world_size} processes of its pool"
         )
     device = platform.set_device(process.local_rank)
     if not dist.is_initialized():
@@ -66,24 +114,48 @@ def init_parallel(platform: Platform, process: Process, *, tp_size: int, seed: i
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tp_size, distributed_timeout_minutes=max(1, timeout_s // 60)
+            tensor_model_parallel_size=sizes.tp,
+            pipeline_model_parallel_size=sizes.pp,
+            virtual_pipeline_model_parallel_size=sizes.vp if sizes.vp > 1 else None,
+            context_parallel_size=sizes.cp,
+            distributed_timeout_minutes=max(1, timeout_s // 60),
         )
         model_parallel_cuda_manual_seed(seed)
-    if dist.get_world_size() != process.world_size or parallel_state.get_tensor_model_parallel_world_size() != tp_size:
+    present = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_context_parallel_world_size(),
+    )
+    if dist.get_world_size() != process.world_size or present != (sizes.tp, sizes.pp, sizes.vp, sizes.cp):
         raise ConfigError("roles that share one process must have the same number of processes and parallel sizes")
     return Layout(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tp_size=sizes.tp,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pp_size=sizes.pp,
+        vp_size=sizes.vp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=sizes.cp,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        sequence_parallel=sizes.sequence,
         device=device,
     )
 
 
-def sum_over_data_parallel(values: Tensor, layout: Layout) -> Tensor:
-    """``values`` summed over the data-parallel ranks, on the CPU.
+def from_last_stage(values: Tensor, layout: Layout) -> Tensor:
+    """``values`` of the last pipeline stage, on every stage; the others give a tensor of the same shape and dtype."""
+    if layout.pp_size > 1:
+        from megatron.core import parallel_state
+
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(values, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return values
+
+
+def reduce_over_data_parallel(values: Tensor, layout: Layout, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+    """``values`` summed (or reduced otherwise) over the data-parallel ranks, on the CPU.
 
     The sum runs on the CPU too: every platform's backend has gloo for it, and HCCL has no float64 sum.
     """
@@ -91,5 +163,5 @@ def sum_over_data_parallel(values: Tensor, layout: Layout) -> Tensor:
     if layout.dp_size > 1:
         from megatron.core import parallel_state
 
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(total, op=operation, group=parallel_state.get_data_parallel_group())
     return total

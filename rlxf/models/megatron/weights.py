@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlxf.models.megatron.families import Family
 
-Kind = Literal["replicated", "column", "row", "qkv", "gate_up"]
+Kind = Literal["replicated", "vocab", "row", "qkv", "gate_up"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,8 @@ class Geometry:
     kv_heads: int
     head_size: int
     heads: int
+    vocab_size: int
+    padded_vocab_size: int  # what every tensor-parallel rank has an equal share of
 
 
 def entries(
@@ -49,7 +51,7 @@ def entries(
         reward: the head is a score of one number, held outside the megatron model as ``score``.
     """
     if first:
-        yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "column")
+        yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab")
     for local, layer in enumerate(layers):
         yield from _layer_entries(f"decoder.layers.{local}.", f"model.layers.{layer}.", family)
     if last:
@@ -57,9 +59,9 @@ def entries(
         if reward:
             yield Entry("score", ("score.weight",), "replicated")
         elif not tied:
-            yield Entry("output_layer.weight", ("lm_head.weight",), "column")
+            yield Entry("output_layer.weight", ("lm_head.weight",), "vocab")
         elif not first:
-            yield Entry("output_layer.weight", ("model.embed_tokens.weight",), "column")
+            yield Entry("output_layer.weight", ("model.embed_tokens.weight",), "vocab")
 
 
 def _layer_entries(own: str, hf: str, family: Family) -> Iterator[Entry]:
@@ -85,8 +87,10 @@ def to_local(kind: Kind, tensors: Sequence[Tensor], geometry: Geometry, *, tp_ra
         return tensors[0].chunk(tp_size, dim=1)[tp_rank]
     if kind == "gate_up":
         return torch.cat([tensor.chunk(tp_size)[tp_rank] for tensor in tensors])
-    packed = _pack_qkv(tensors, geometry) if kind == "qkv" else tensors[0]
-    return packed.chunk(tp_size)[tp_rank]
+    if kind == "qkv":
+        return _pack_qkv(tensors, geometry).chunk(tp_size)[tp_rank]
+    missing = geometry.padded_vocab_size - geometry.vocab_size
+    return torch.nn.functional.pad(tensors[0], (0, 0, 0, missing)).chunk(tp_size)[tp_rank]
 
 
 def to_full(kind: Kind, shards: Sequence[Tensor], geometry: Geometry) -> list[Tensor]:
@@ -99,7 +103,7 @@ def to_full(kind: Kind, shards: Sequence[Tensor], geometry: Geometry) -> list[Te
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([gate for gate, _ in halves]), torch.cat([up for _, up in halves])]
     full = torch.cat(list(shards))
-    return _unpack_qkv(full, geometry) if kind == "qkv" else [full]
+    return _unpack_qkv(full, geometry) if kind == "qkv" else [full[: geometry.vocab_size]]
 
 
 def _pack_qkv(tensors: Sequence[Tensor], geometry: Geometry) -> Tensor:
@@ -113,21 +117,6 @@ def _unpack_qkv(packed: Tensor, geometry: Geometry) -> list[Tensor]:
     groups = packed.reshape(geometry.kv_heads, per_group + 2 * geometry.head_size, *packed.shape[1:])
     parts = torch.split(groups, [per_group, geometry.head_size, geometry.head_size], dim=1)
     return [part.reshape(-1, *packed.shape[1:]) for part in parts]
-
-
-def hf_shapes(entry: Entry, local_shape: Sequence[int], geometry: Geometry, tp_size: int) -> list[tuple[int, ...]]:
-    """Shapes of the full Hugging Face tensors of one entry, from the shape of this rank's share."""
-    rows, *tail = local_shape
-    if entry.kind == "replicated":
-        return [tuple(local_shape)]
-    if entry.kind == "row":
-        return [(rows, tail[0] * tp_size)]
-    if entry.kind == "column":
-        return [(rows * tp_size, *tail)]
-    if entry.kind == "gate_up":
-        return [(rows * tp_size // 2, *tail)] * 2
-    heads = (geometry.heads, geometry.kv_heads, geometry.kv_heads)
-    return [(count * geometry.head_size, *tail) for count in heads]
 
 
 def load_entries(

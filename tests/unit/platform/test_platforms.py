@@ -31,17 +31,20 @@ def test_a_device_that_is_not_there_is_refused_with_the_fix() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_packed_attention_equals_masked_softmax_per_sequence(kv_heads: int) -> None:
+def test_packed_attention_equals_masked_softmax_per_block(kv_heads: int) -> None:
     torch.manual_seed(0)
-    lengths, heads, size = [5, 1, 9], 4, 8
-    cu_seqlens = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
-    query, key, value = (torch.randn(15, n, size, dtype=torch.float64) for n in (heads, kv_heads, kv_heads))
-    out = get_platform("cpu").packed_attention(query, key, value, cu_seqlens, 0.3)
+    queries, keys, heads, size = [5, 1, 3, 9], [5, 6, 7, 9], 4, 8  # the second and third see keys before their own
+    cu_seqlens = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys)]
+    query, key, value = (
+        torch.randn(sum(lengths), n, size, dtype=torch.float64)
+        for lengths, n in ((queries, heads), (keys, kv_heads), (keys, kv_heads))
+    )
+    out = get_platform("cpu").packed_attention(query, key, value, *cu_seqlens, 0.3)
     expected = []
-    for q, k, v in zip(*(torch.split(x, lengths) for x in (query, key, value)), strict=True):
+    for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
         k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) * 0.3
-        mask = torch.ones(len(q), len(q), dtype=torch.bool).tril()
+        mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
         expected.append(torch.einsum("hqk,khd->qhd", F.softmax(scores.masked_fill(~mask, -torch.inf), -1), v))
     torch.testing.assert_close(out, torch.cat(expected))
 
@@ -73,9 +76,9 @@ def test_the_cpu_bridge_works_after_another_library_imported_megatron() -> None:
     code = """
 import megatron.core.tensor_parallel.random as early
 from rlxf.platform import get_platform, Process
-from rlxf.models.megatron.parallel import init_parallel
+from rlxf.models.megatron.parallel import ParallelSizes, init_parallel
 platform = get_platform("cpu")
-print(init_parallel(platform, Process(), tp_size=1, seed=1, timeout_s=60).device)
+print(init_parallel(platform, Process(), sizes=ParallelSizes(), seed=1, timeout_s=60).device)
 """
     assert run(code) == "cpu"
 
@@ -84,8 +87,8 @@ def test_a_fork_of_the_random_state_leaves_the_outer_state_alone() -> None:
     code = """
 import torch
 from rlxf.platform import get_platform, Process
-from rlxf.models.megatron.parallel import init_parallel
-init_parallel(get_platform("cpu"), Process(), tp_size=1, seed=1, timeout_s=60)
+from rlxf.models.megatron.parallel import ParallelSizes, init_parallel
+init_parallel(get_platform("cpu"), Process(), sizes=ParallelSizes(), seed=1, timeout_s=60)
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 torch.manual_seed(5); expected = torch.rand(3); torch.manual_seed(5)
 with get_cuda_rng_tracker().fork(): first = torch.rand(3)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlxf.update.batches import micro_batches, mini_batches
+from rlxf.update.batches import mini_batches
 from rlxf.update.schedule import Schedule, make_schedule
 from tests.settings import run_config
 
@@ -29,21 +29,6 @@ def test_linear_and_constant() -> None:
 def test_warm_up_fraction_counts_as_share_of_all_steps(tmp_path: Path) -> None:
     config = run_config(tmp_path, lr_warmup_fraction=0.25).actor_rollout
     assert make_schedule(config, 40).warmup_steps == 10
-
-
-@pytest.mark.parametrize("num_pairs", [1, 2, 5, 8, 13])
-@pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("shuffle_key", [None, (1, 7, 0)])
-def test_every_pair_is_counted_once_whatever_the_sizes(
-    num_pairs: int, dp_size: int, shuffle_key: tuple[int, int, int] | None
-) -> None:
-    seen: list[int] = []
-    for rows in mini_batches(num_pairs, 3 * dp_size, shuffle_key=shuffle_key):
-        for rank in range(dp_size):
-            for piece in micro_batches(rows, dp_rank=rank, dp_size=dp_size, pairs_per_forward=2):
-                assert 0 < len(piece) <= 2
-                seen += piece.tolist()
-    assert sorted(seen) == list(range(num_pairs))
 
 
 def test_the_order_depends_on_seed_step_and_pass() -> None:

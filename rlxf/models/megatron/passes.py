@@ -1,0 +1,78 @@
+"""Forward passes, with or without backward, through all pipeline stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from rlxf.models.megatron.model import MegatronModel
+from rlxf.models.megatron.packing import Packed
+from rlxf.models.megatron.parallel import Layout, from_last_stage
+
+T = TypeVar("T")
+ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, Callable[..., Any]]]
+
+
+@torch.no_grad()
+def forward_all(
+    model: MegatronModel,
+    batches: Sequence[Packed],
+    compute: Callable[[Tensor, Packed], Tensor],
+    sizes: Sequence[int],
+) -> list[Tensor]:
+    """What ``compute`` makes of the last stage's hidden states, for each batch, on every stage's rank.
+
+    Args:
+        model: this rank's share.
+        batches: at least one; the same on all ranks of a data-parallel replica.
+        compute: gives [size] float32.
+        sizes: length of each result.
+    """
+    if model.layout.pp_size == 1:
+        return [compute(model.last(packed), packed) for packed in batches]
+
+    def step(iterator: Iterator[Packed], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Tensor]]:
+        packed = next(iterator)
+
+        def collect(hidden: Tensor, non_loss_data: bool = False) -> Tensor:
+            return compute(hidden, packed)
+
+        return chunk(packed), collect
+
+    filled = fill_up(batches, model.layout, batches[0])
+    found = run_schedule(step, model.chunks, filled, model.layout, forward_only=True, collect_non_loss_data=True)
+    total = torch.zeros(sum(sizes), device=model.layout.device)
+    if model.layout.is_last_stage:
+        total = torch.cat(found[: len(batches)])
+    return list(torch.split(from_last_stage(total, model.layout), list(sizes)))
+
+
+def run_schedule(
+    step: ForwardStep, chunks: Sequence[torch.nn.Module], batches: Sequence[Any], layout: Layout, **options: Any
+) -> list[Any]:
+    """megatron's schedule of the layout over ``batches``: what the last stage's loss functions gave, elsewhere nothing.
+
+    ``batches`` are ``Packed`` or have one as ``packed``.
+    """
+    several = len(chunks) > 1
+    first = batches[0] if isinstance(batches[0], Packed) else batches[0].packed
+    results: list[Any] = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(batches) for _ in chunks] if several else iter(batches),
+        model=list(chunks) if several else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=first.positions.numel(),  # read where the length is fixed; else shapes travel with the tensors
+        micro_batch_size=1,
+        **options,
+    )
+    return results
+
+
+def fill_up(batches: Sequence[T], layout: Layout, filler: T) -> list[T]:
+    """As many batches as the schedule can handle: interleaved stages need a multiple of the pipeline size."""
+    missing = -len(batches) % layout.pp_size if layout.vp_size > 1 else 0
+    return [*batches, *([filler] * missing)]
