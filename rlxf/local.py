@@ -31,7 +31,7 @@ def launch(config: RunConfig, run_dir: Path) -> None:
         with stop.abandonable():
             data = load_data(config)
             save_config(config, run_dir)
-            platform = get_platform(config.training.device)
+            platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
             roles = build_roles(config, platform)
         report = make_report(config, run_dir, Console())
         try:

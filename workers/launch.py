@@ -50,7 +50,7 @@ def launch(config: RunConfig, run_dir: Path) -> None:
     stop = Stop()
     with stop.installed():
         data = load_data(config)  # before Ray starts: a wrong file is told at once
-        platform = get_platform(config.training.device)
+        platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
         plan = make_plan(config)
         save_config(config, run_dir)
         with connected(config, plan, platform, stop) as cluster:

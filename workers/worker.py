@@ -34,7 +34,7 @@ class Worker:
         process = Process(
             rank=self.rank, world_size=self.world_size, local_rank=0, master_addr=master[0], master_port=master[1]
         )
-        return get_platform(config.training.device), process
+        return get_platform(config.training.device, cpu_linear=config.training.cpu_linear), process
 
     def answer(self, value: T) -> T | None:
         """``value`` on rank 0; the others have nothing to send."""

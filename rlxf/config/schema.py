@@ -23,6 +23,7 @@ File = Annotated[str, LocalPath("file")]
 
 Stage = Literal["ray_online_dpo", "dpo"]
 Device = Literal["auto", "npu", "cuda", "cpu"]
+CpuLinear = Literal["auto", "mkl", "onednn"]
 LossType = Literal["sigmoid", "hinge", "ipo"]
 Role = Literal["train", "infer", "ref", "reward"]
 
@@ -38,6 +39,9 @@ class TrainingConfig(Strict):
 
     stage: Stage  # ray_online_dpo: sample, score, pair, train; dpo: the same driver on pairs from a file
     device: Device = "auto"  # auto: the first of npu, cuda, cpu that this machine has
+    cpu_linear: CpuLinear = (
+        "auto"  # cpu, fp32: library of the linear layers; auto: onednn on AMD with AVX-512, else mkl
+    )
     seed: int = Field(1, ge=0, lt=2**32)  # of sampling and shuffling
     global_batch_size: Positive = 32  # prompts (offline: pairs) per driver step
     train_iters: Positive = 100  # driver steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlxf.config.devices import find_device
+from rlxf.config.schema import CpuLinear
 from rlxf.errors import ConfigError
 from rlxf.platform.base import Platform, Process
 from rlxf.platform.cpu import CpuPlatform
@@ -18,14 +19,18 @@ PLATFORMS: dict[str, type[NpuPlatform] | type[CudaPlatform] | type[CpuPlatform]]
 }
 
 
-def get_platform(name: str = "auto") -> Platform:
+def get_platform(name: str = "auto", *, cpu_linear: CpuLinear = "auto") -> Platform:
     """The platform of that name; ``auto`` is the first of npu, cuda, cpu that this machine has.
+
+    Args:
+        name: ``training.device``.
+        cpu_linear: ``training.cpu_linear``; only the cpu platform reads it.
 
     Raises:
         ConfigError: the name is unknown, or the named device is not there.
     """
     if name == "auto":
-        usable = next(platform for kind in PLATFORMS.values() if (platform := kind()).is_available())
+        usable = next(platform for kind in PLATFORMS if (platform := _make(kind, cpu_linear)).is_available())
         present = find_device()
         if usable.name != present:
             raise ConfigError(
@@ -35,10 +40,14 @@ def get_platform(name: str = "auto") -> Platform:
         return usable
     if name not in PLATFORMS:
         raise ConfigError(f'training.device = "{name}": expected one of auto, {", ".join(PLATFORMS)}')
-    platform = PLATFORMS[name]()
+    platform = _make(name, cpu_linear)
     if not platform.is_available():
         raise ConfigError(
             f"training.device = {name}: this machine has no such device, or its PyTorch cannot use it; "
             f"install the {name} extra, or set training.device=auto"
         )
     return platform
+
+
+def _make(name: str, cpu_linear: CpuLinear) -> Platform:
+    return CpuPlatform(cpu_linear) if name == "cpu" else PLATFORMS[name]()

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlxf.platform.linear import Linear
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Process:
@@ -30,6 +32,7 @@ class Platform(Protocol):
     collective_backend: str  # of torch.distributed
     head_sizes: tuple[int, ...] | None  # that the rollout engine's attention has kernels for; None = any
     kv_block_size: int  # tokens per block of the rollout engine's KV cache
+    linear: Linear  # linear layers, and the products of hand-written backward passes
 
     def is_available(self) -> bool:
         """Whether this machine has such a device and the software for it."""

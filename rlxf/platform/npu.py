@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlxf.platform.linear import Linear
+
 _CAUSAL_MASK_SIZE = 2048  # the compressed causal mask that npu_fusion_attention expects with sparse_mode 3
 
 
@@ -25,6 +27,7 @@ class NpuPlatform:
     collective_backend = "cpu:gloo,npu:hccl"
     head_sizes: tuple[int, ...] | None = None
     kv_block_size = 128
+    linear = Linear()
 
     def is_available(self) -> bool:
         if importlib.util.find_spec("torch_npu") is None:

@@ -22,7 +22,7 @@ FAMILIES = [(kind, tied) for kind in ("llama", "qwen2", "qwen3") for tied in (Tr
 
 
 def load(config: RunConfig, role: Any = "actor_rollout") -> Any:
-    return load_model(config, role, get_platform("cpu"), Process())
+    return load_model(config, role, get_platform("cpu", cpu_linear="mkl"), Process())
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda p: f"{p[0]}-{'tied' if p[1] else 'untied'}")

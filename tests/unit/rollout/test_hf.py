@@ -30,7 +30,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def engine_of(config: RunConfig) -> HfEngine:
-    return HfEngine(config, get_platform("cpu"))
+    return HfEngine(config, get_platform("cpu", cpu_linear="mkl"))
 
 
 @pytest.fixture

@@ -1,0 +1,165 @@
+"""Linear layers and their three products, through the library that computes them fastest on this device."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlxf.config.schema import CpuLinear
+from rlxf.errors import ConfigError
+
+# benchmarks/cpu_linear.py: below these sizes the product is bound by memory, or by the call itself.
+MIN_ROWS = 4
+MIN_WEIGHT_ELEMENTS = 2**16
+
+
+class Linear:
+    """``x @ weight.T + bias`` as torch computes it: on an accelerator its own library, on a CPU MKL.
+
+    Called, it is differentiable. The three products by themselves record no gradient: they are for code that writes its
+    backward pass by hand.
+    """
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., N] from ``x`` [..., K], ``weight`` [N, K] and ``bias`` [N]."""
+        return F.linear(x, weight, bias)
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., N]: the same without a gradient."""
+        return F.linear(x, weight, bias)
+
+    def grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """[..., K]: ``grad @ weight`` from the output's gradient [..., N]."""
+        return grad @ weight
+
+    def grad_weight(self, grad: Tensor, x: Tensor) -> Tensor:
+        """[N, K]: ``grad.T @ x``, summed over all rows."""
+        return _rows(grad).t() @ _rows(x)
+
+
+class OneDnnLinear(Linear):
+    """fp32 products through oneDNN, everything else and small products as ``Linear`` does.
+
+    Same precision as MKL, another order of sums. oneDNN reads a transposed matrix as it lies, so no copy of a weight is
+    made and nothing can go stale when an optimizer or a weight sync changes it in place.
+    """
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.output(x, weight, bias)
+        if not _wins(x, weight):
+            return F.linear(x, weight, bias)
+        result: Tensor = _OneDnnFunction.apply(self, x, weight, bias)  # type: ignore[no-untyped-call]
+        return result
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _times_transposed(x, weight, bias) if _wins(x, weight) else super().output(x, weight, bias)
+
+    def grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return _times_transposed(grad, weight.t()) if _wins(grad, weight) else super().grad_input(grad, weight)
+
+    def grad_weight(self, grad: Tensor, x: Tensor) -> Tensor:
+        grad, x = _rows(grad), _rows(x)
+        if grad.dtype == torch.float32 and _is_large(len(x), grad.shape[1] * x.shape[1]):
+            return _times_transposed(grad.t(), x.t())
+        return super().grad_weight(grad, x)
+
+
+class _OneDnnFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, linear: Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.linear = linear
+        # A frozen weight needs no input, a detached input no weight: each is kept only for the other's gradient.
+        _, wants_x, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
+        return linear.output(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        _, wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            None,
+            ctx.linear.grad_input(grad, weight) if wants_x else None,
+            ctx.linear.grad_weight(grad, x) if wants_weight else None,
+            _rows(grad).sum(dim=0) if wants_bias else None,
+        )
+
+
+def cpu_linear(choice: CpuLinear = "auto") -> Linear:
+    """The linear layer that ``training.cpu_linear`` asks for: a rule, not a race, so that all processes agree.
+
+    Raises:
+        ConfigError: oneDNN is asked for, and this PyTorch is built without it.
+    """
+    built = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    present = built and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if choice == "onednn" and not present:
+        raise ConfigError(
+            "training.cpu_linear = onednn: this PyTorch is built without oneDNN's linear (torch.ops.mkldnn); "
+            "install the cpu extra's torch, or set training.cpu_linear=auto"
+        )
+    fast = choice == "onednn" or (choice == "auto" and present and _mkl_is_slow())
+    return OneDnnLinear() if fast else Linear()
+
+
+def route_linears(model: torch.nn.Module, linear: Linear) -> None:
+    """Let every ``nn.Linear`` of ``model`` compute through ``linear``; parameters, names and hooks stay as they are."""
+    if type(linear) is Linear:
+        return  # nothing to change
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.forward = _Forward(module, linear)  # type: ignore[method-assign]
+
+
+class _Forward:
+    """The parameters are read at each call: they may be replaced or tied after this was made."""
+
+    def __init__(self, module: torch.nn.Linear, linear: Linear) -> None:
+        self._module = module
+        self._linear = linear
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return self._linear(input, self._module.weight, self._module.bias)
+
+
+def _mkl_is_slow() -> bool:
+    """MKL keeps its AVX-512 kernels for Intel; on AMD it computes fp32 at half of what oneDNN reaches."""
+    has_mkl = bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
+    if not has_mkl or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    with contextlib.suppress(OSError):
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    return False
+
+
+def _wins(x: Tensor, weight: Tensor) -> bool:
+    if x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return False  # torch computes bf16 through oneDNN anyway
+    return _is_large(x.numel() // max(x.shape[-1], 1), weight.numel())
+
+
+def _is_large(num_rows: int, weight_elements: int) -> bool:
+    return num_rows >= MIN_ROWS and weight_elements >= MIN_WEIGHT_ELEMENTS
+
+
+def _times_transposed(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``a @ b.T + bias``; either may lie transposed in memory."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), bias, "none", [], "")
+    return result
+
+
+def _dense(x: Tensor) -> Tensor:
+    """oneDNN reads row after row or column after column; gaps and broadcast strides are copied away."""
+    return x if x.is_contiguous() or (x.dim() == 2 and x.t().is_contiguous()) else x.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
