@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from rlxf.models.megatron.linear import column_parallel, row_parallel
 from rlxf.models.megatron.packing import PackedStream
 from rlxf.platform.base import Platform
 
@@ -110,6 +111,9 @@ def block_spec(
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
     attention.core_attention = ModuleSpec(module=CoreAttention, params={"platform": platform})
+    attention.linear_qkv, attention.linear_proj = column_parallel(platform), row_parallel(platform)
+    mlp = parts.mlp.submodules
+    mlp.linear_fc1, mlp.linear_fc2 = column_parallel(platform), row_parallel(platform)
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
