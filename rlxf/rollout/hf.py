@@ -13,6 +13,7 @@ from rlxf.errors import ConfigError, SyncError
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform.base import Platform
+from rlxf.platform.linear import route_linears
 from rlxf.rollout.engine import Completion, ProbeResult, Sampling, WeightState, pack_rollouts, sample_requests
 from rlxf.sync.plan import Bucket
 from rlxf.types import PromptBatch, Rollouts, Tokens
@@ -31,6 +32,7 @@ class HfEngine:
         )  # a clear error for a wrong folder, before transformers' own
         self._device = platform.set_device(0)
         self._model = _load_model(actor.load, "bfloat16" if actor.bf16 else "float32", trust).to(self._device)
+        route_linears(self._model, platform.linear)
         tokenizer = load_tokenizer(actor.tokenizer_name_or_path or actor.load, trust_remote_code=trust)
         self._eos_ids = eos_token_ids(actor.load, tokenizer)
         self._prompts_per_call = actor.num_samples_per_step

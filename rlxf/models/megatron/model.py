@@ -84,6 +84,7 @@ class MegatronModel:
     ) -> None:
         self.folder = Path(folder)
         self.layout = layout
+        self.linear = platform.linear
         self.dtype = dtype
         self.reward = reward
         self.hf_config = load_hf_config(folder, trust_remote_code=trust_remote_code)
@@ -185,7 +186,9 @@ class MegatronModel:
         """[packed.num_values] float32 log-probabilities of the targets, from hidden states of the last stage."""
         group = parallel_state.get_tensor_model_parallel_group() if self.layout.tp_size > 1 else None
         rows = self._whole(hidden)[packed.rows, 0].to(self.dtype)
-        values = target_logps(rows, self.head, packed.targets, group=group)
+        values = target_logps(
+            rows, self.head, packed.targets, group=group, vocab_size=self.hf_config.vocab_size, linear=self.linear
+        )
         return self._of_all(values, packed)
 
     def scores(self, hidden: Tensor, packed: Packed) -> Tensor:

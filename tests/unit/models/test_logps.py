@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from torch import Tensor
 
 from rlxf.models.logps import target_logps
 from rlxf.models.megatron.parallel import free_port
+from rlxf.platform import get_platform, linear
 
 ROWS, HIDDEN, VOCABULARY = 40, 16, 24
+VOCABULARIES = (24, 23, 9)  # cut over ranks; 9 over 4 is 3, 3, 3 and a rank of padding only
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,15 +70,83 @@ def test_a_frozen_head_gets_no_gradient_tensor() -> None:
     assert hidden.grad is not None
 
 
-def _rank(rank: int, world_size: int, port: int, out: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+@pytest.mark.parametrize("rows_at_a_time", [2, ROWS])
+def test_padding_rows_of_the_head_take_no_part(rows_at_a_time: int) -> None:
     hidden, weight, targets, grad = inputs()
-    share = weight.chunk(world_size)[rank].clone().requires_grad_()
+    expected = full(hidden, weight, targets, grad)
+    padded = torch.cat([weight, torch.full((5, HIDDEN), 100.0)]).requires_grad_()  # would be the largest logits of all
     values = target_logps(
-        hidden.requires_grad_(), share, targets, group=dist.group.WORLD, chunk_elements=5 * VOCABULARY // world_size
+        hidden.requires_grad_(), padded, targets, vocab_size=VOCABULARY, chunk_elements=rows_at_a_time * VOCABULARY
     )
     values.backward(grad)
-    torch.save((values.detach(), hidden.grad, share.grad), out / f"{rank}.pt")
+    assert padded.grad is not None
+    for found, wanted in zip((values.detach(), hidden.grad, padded.grad[:VOCABULARY]), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
+    assert not padded.grad[VOCABULARY:].any()
+
+
+def test_logits_of_hundreds_neither_overflow_nor_vanish() -> None:
+    """The running maximum moves up from chunk to chunk, and down again; exp of a raw logit would be infinite."""
+    _, _, targets, grad = inputs()
+    hidden = torch.ones(ROWS, 1)
+    weight = torch.tensor([[400.0 * math.sin(column)] for column in range(VOCABULARY)])
+    expected = full(hidden.double(), weight.double(), targets, grad.double())
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    values = target_logps(hidden, weight, targets, chunk_elements=ROWS * 2)
+    values.backward(grad)
+    # A logit of 400 is exact to 3e-5 in fp32, so is a probability; the gradient of hidden adds 400 times that.
+    tolerances = (1e-4, 2e-2, 1e-4)
+    for found, wanted, tolerance in zip((values.detach(), hidden.grad, weight.grad), expected, tolerances, strict=True):
+        torch.testing.assert_close(found, wanted.float(), atol=tolerance, rtol=1e-5)
+
+
+def test_the_fast_linear_path_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "MIN_WEIGHT_ELEMENTS", 1)
+    hidden, weight, targets, grad = inputs()
+    expected = full(hidden, weight, targets, grad)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    values = target_logps(
+        hidden, weight, targets, chunk_elements=ROWS * 10, linear=get_platform("cpu", cpu_linear="onednn").linear
+    )
+    values.backward(grad)
+    for found, wanted in zip((values.detach(), hidden.grad, weight.grad), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
+
+
+def test_every_id_equals_hugging_face_forward_and_backward(tmp_path: Path) -> None:
+    import transformers  # here: the ranks of the tests below, which import this file, do without
+
+    from tests.tiny_models import save_causal_lm
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(save_causal_lm(tmp_path, tied=False))
+    vocabulary = model.config.vocab_size
+    tokens = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(1))[None]
+    targets = tokens[0].roll(-1)  # each id is a target once
+    model(tokens).logits[0].log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+    expected = model.lm_head.weight.grad.clone()
+    wanted = model(tokens).logits[0].detach().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    head = model.lm_head.weight.detach().requires_grad_()
+    hidden = model.model(tokens).last_hidden_state[0].detach()
+    values = target_logps(hidden, head, targets, chunk_elements=vocabulary * 50)
+    values.sum().backward()
+    torch.testing.assert_close(values.detach(), wanted, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(head.grad, expected, atol=1e-5, rtol=1e-5)
+
+
+def _rank(rank: int, world_size: int, port: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    for vocabulary in VOCABULARIES:
+        hidden, weight, targets, grad = inputs()
+        size = -(-vocabulary // world_size)  # rows of each rank, the last ones filled up with padding
+        padded = torch.cat([weight[:vocabulary], torch.full((size * world_size - vocabulary, HIDDEN), 100.0)])
+        share = padded.split(size)[rank].clone().requires_grad_()
+        values = target_logps(
+            hidden.requires_grad_(), share, targets % vocabulary, group=dist.group.WORLD, vocab_size=vocabulary,
+            chunk_elements=5 * size,
+        )  # fmt: skip
+        values.backward(grad)
+        torch.save((values.detach(), hidden.grad, share.grad), out / f"{vocabulary}_{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -82,12 +154,16 @@ def _rank(rank: int, world_size: int, port: int, out: Path) -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_vocabulary_cut_over_ranks_equals_the_whole_one(world_size: int, tmp_path: Path) -> None:
     """Every id is a target; a rank that does not hold one must still get its softmax gradient."""
-    expected_values, expected_hidden, expected_weight = full(*inputs())
     mp.start_processes(_rank, args=(world_size, free_port(), tmp_path), nprocs=world_size, start_method="spawn")
-    shares = []
-    for rank in range(world_size):
-        values, hidden_grad, share_grad = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(values, expected_values, atol=2e-6, rtol=1e-5)
-        torch.testing.assert_close(hidden_grad, expected_hidden, atol=2e-6, rtol=1e-5)
-        shares.append(share_grad)
-    torch.testing.assert_close(torch.cat(shares), expected_weight, atol=2e-6, rtol=1e-5)
+    for vocabulary in VOCABULARIES:
+        hidden, weight, targets, grad = inputs()
+        expected = full(hidden, weight[:vocabulary], targets % vocabulary, grad)
+        shares = []
+        for rank in range(world_size):
+            values, hidden_grad, share_grad = torch.load(tmp_path / f"{vocabulary}_{rank}.pt", weights_only=True)
+            torch.testing.assert_close(values, expected[0], atol=2e-6, rtol=1e-5)
+            torch.testing.assert_close(hidden_grad, expected[1], atol=2e-6, rtol=1e-5)
+            shares.append(share_grad)
+        weight_grad = torch.cat(shares)
+        torch.testing.assert_close(weight_grad[:vocabulary], expected[2], atol=2e-6, rtol=1e-5)
+        assert not weight_grad[vocabulary:].any()

@@ -14,6 +14,11 @@ from torch import Tensor
 
 from rlxf.models.megatron.parallel import free_port, init_parallel
 from rlxf.platform import Process, get_platform, linear
+from rlxf.reference.frozen import FrozenReference
+from rlxf.types import ReferencedPairs
+from rlxf.update.actor import Actor
+from tests.settings import random_pairs, run_config
+from tests.tiny_models import save_causal_lm
 
 ROWS, HIDDEN, FFN = 32, 512, 1024  # a rank's share is still large enough for the path
 
@@ -108,3 +113,25 @@ def test_where_torchs_product_is_used_the_layers_are_megatrons_own() -> None:
 
     platform = get_platform("cpu", cpu_linear="mkl")
     assert (column_parallel(platform), row_parallel(platform)) == (ColumnParallelLinear, RowParallelLinear)
+
+
+def test_an_actor_trains_the_same_on_either_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "MIN_WEIGHT_ELEMENTS", 1)  # a tiny model takes the path
+    folder = save_causal_lm(tmp_path / "model", "qwen2", tied=True)  # with a bias
+    reference = FrozenReference(run_config(folder), get_platform("cpu", cpu_linear="mkl"), Process())
+    found = []
+    for choice in ("onednn", "mkl"):
+        actor = Actor(run_config(folder), get_platform("cpu", cpu_linear=choice), Process())
+        steps = []
+        for step in range(3):
+            pairs = random_pairs(6, seed=step)
+            steps.append(actor.update(ReferencedPairs(pairs=pairs, reference=reference.logps(pairs)), step))
+        names = [name for name, _ in actor.model.exported_shapes()]
+        found.append((steps, {name: value.clone() for name, value in actor.model.export(names)}))
+    (fast_steps, fast), (plain_steps, plain) = found
+    for mine, other in zip(fast_steps, plain_steps, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-6)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+    assert any(not torch.equal(fast[name], plain[name]) for name in plain), "the path was not taken"
+    for name in plain:
+        torch.testing.assert_close(fast[name], plain[name], rtol=0, atol=2e-5)
