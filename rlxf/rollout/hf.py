@@ -1,4 +1,4 @@
-"""Rollouts by Hugging Face ``generate``: the exact twin of the vLLM engine, with nothing to install or to start."""
+"""Rollouts by a Hugging Face model: the exact twin of the vLLM engine, with nothing to install or to start."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class HfEngine:
             actor.load, trust_remote_code=trust
         )  # a clear error for a wrong folder, before transformers' own
         self._device = platform.set_device(0)
-        self._model = _load_model(actor.load, "bfloat16" if actor.bf16 else "float32", trust).to(self._device)
+        dtype = "bfloat16" if actor.bf16 else "float32"
+        self._model = _load_model(actor.load, dtype, trust, platform).to(self._device)
         route_linears(self._model, platform.linear)
         tokenizer = load_tokenizer(actor.tokenizer_name_or_path or actor.load, trust_remote_code=trust)
         self._eos_ids = eos_token_ids(actor.load, tokenizer)
@@ -75,89 +76,33 @@ class HfEngine:
         (completion,) = self._sample(prompt.rows(), [0], sampling, eos_ids=())
         return ProbeResult(completion=completion.tokens, logps=completion.logps, policy_version=self._state.version)
 
-    @torch.inference_mode()
     def _sample(
         self, rows: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, eos_ids: tuple[int, ...]
     ) -> list[Completion]:
-        from transformers import GenerationConfig, LogitsProcessorList
+        from rlxf.rollout.hf_sampling import Sampler, sample_completions
 
-        width = max(len(row) for row in rows)
-        pad = eos_ids[0] if eos_ids else 0
-        tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=self._device)  # [B, T]
-        lengths = torch.tensor([len(row) for row in rows], device=self._device)
-        mask = torch.arange(width, device=self._device) >= (width - lengths)[:, None]  # [B, T], padding on the left
-        sampler = _Sampler(seeds, sampling, self._model.config.get_text_config().vocab_size)
-        self._model.generate(
-            tokens,
-            attention_mask=mask.long(),
-            generation_config=GenerationConfig(
-                max_new_tokens=sampling.max_new_tokens, do_sample=False, use_cache=True, pad_token_id=pad,
-                eos_token_id=list(eos_ids) or None,
-            ),
-            logits_processor=LogitsProcessorList([sampler]),
-        )  # fmt: skip
-        return sampler.completions(eos_ids, sampling.max_new_tokens)
+        return sample_completions(
+            self._model,
+            rows,
+            Sampler(seeds, sampling),
+            max_new_tokens=sampling.max_new_tokens,
+            eos_ids=eos_ids,
+            device=self._device,
+        )
 
 
-class _Sampler:
-    """The one logits processor: decides each token by itself, so that ``generate`` only has to take the largest score.
-
-    Sampling is argmax(logits / temperature + Gumbel noise), the noise of a row from that row's own generator.
-    """
-
-    def __init__(self, seeds: Sequence[int], sampling: Sampling, vocab_size: int) -> None:
-        self._warpers = _warpers(sampling)
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds] if sampling.temperature > 0 else []
-        self._noise = torch.empty(len(self._generators), vocab_size)
-        self._tokens: list[Tensor] = []  # [B] int64 each
-        self._logps: list[Tensor] = []  # [B] float32 each
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        raw = scores  # [B, V] float32
-        for warper in self._warpers:
-            scores = warper(input_ids, scores)
-        if self._generators:
-            for row, generator in zip(self._noise, self._generators, strict=True):
-                row.exponential_(generator=generator)
-            scores = scores - self._noise.clamp_min(torch.finfo(torch.float32).tiny).log().to(scores.device)
-        chosen = scores.argmax(dim=-1)
-        self._tokens.append(chosen)
-        self._logps.append(raw.gather(1, chosen[:, None])[:, 0] - raw.logsumexp(dim=-1))
-        return scores
-
-    def completions(self, eos_ids: tuple[int, ...], max_new_tokens: int) -> list[Completion]:
-        """Each row up to its first EOS; what ``generate`` computed for a row after that is dropped."""
-        tokens = torch.stack(self._tokens, dim=1)[:, :max_new_tokens].tolist()
-        logps = torch.stack(self._logps, dim=1).tolist()
-        rows = []
-        for row, row_logps in zip(tokens, logps, strict=True):
-            stop = next((i + 1 for i, token in enumerate(row) if token in eos_ids), len(row))
-            rows.append(Completion(tokens=row[:stop], logps=row_logps[:stop]))
-        return rows
-
-
-def _warpers(sampling: Sampling) -> list[Any]:
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    if sampling.temperature == 0:
-        return []
-    warpers: list[Any] = []
-    if sampling.temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.top_k > 0:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    return warpers
-
-
-def _load_model(folder: str, dtype: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM, GenerationConfig
+def _load_model(folder: str, dtype: str, trust_remote_code: bool, platform: Platform) -> Any:
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
+
+    from rlxf.rollout.hf_sampling import register_attention
 
     transformers_logging.disable_progress_bar()  # under runtime=local it would stand among the run's own lines
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, local_files_only=True
+        folder,
+        dtype=getattr(torch, dtype),
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+        attn_implementation=register_attention(platform),
     )
-    model.generation_config = GenerationConfig()  # the folder's own defaults (penalties, stop ids) must not mix in
     return model.eval().requires_grad_(False)

@@ -79,8 +79,8 @@ def test_a_layout_equals_one_process(
     tmp_path: Path, name: str, world_size: int, layout: dict[str, Any], kind: str, tied: bool
 ) -> None:
     # A vocabulary that no number of ranks divides evenly.
-    folder = save_causal_lm(tmp_path / "model", kind, tied=tied, num_hidden_layers=4, vocab_size=260)
-    reward = save_reward_model(tmp_path / "reward", kind, num_hidden_layers=4, vocab_size=260)
+    folder = save_causal_lm(tmp_path / "model", kind, tied=tied, num_hidden_layers=4)
+    reward = save_reward_model(tmp_path / "reward", kind, num_hidden_layers=4)
     one = train(folder, reward, Process(), SETTINGS)
     found = train_on(folder, world_size, tmp_path / "found.pt", reward=reward, **(SETTINGS | layout))
     assert_equal_runs(found, one, loss=1e-6, weights=2e-5)

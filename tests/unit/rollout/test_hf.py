@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from rlxf.config.schema import RunConfig
 from rlxf.errors import ConfigError, SyncError
@@ -16,7 +18,7 @@ from rlxf.rollout.engine import Sampling
 from rlxf.sync.plan import Bucket, TensorSpec
 from rlxf.types import Tokens
 from tests.rollout_world import HfActor, greedy, load_model, prompt_batch, random_prompts, run_config
-from tests.tiny_models import EOS, randomize, save_causal_lm
+from tests.tiny_models import EOS, VOCAB, randomize, save_causal_lm
 
 LENGTHS = (1, 4, 9, 30, 150)
 GREEDY = Sampling(num_samples=1, max_new_tokens=12, temperature=0)
@@ -127,6 +129,49 @@ def test_the_folders_generation_settings_give_stop_tokens_and_nothing_else(tmp_p
     rows = engine_of(run_config(tmp_path)).generate(prompt_batch(prompts), GREEDY).sequences.completion_rows()
     assert rows == [greedy(model, prompt, 12, stop=[EOS, second]) for prompt in prompts]
     assert rows[0][-1] == second
+
+
+def ending_engine(folder: Path) -> HfEngine:
+    """Every fifth token ends a completion, so that rows leave a batch one by one."""
+    save_causal_lm(folder, seed=1)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, *range(5, VOCAB, 5)]}))
+    return engine_of(run_config(folder))
+
+
+def test_rows_that_go_on_are_not_disturbed_by_rows_that_end(tmp_path: Path) -> None:
+    engine = ending_engine(tmp_path)
+    model, prompts = load_model(tmp_path), random_prompts(LENGTHS * 4)
+    rows = engine.generate(prompt_batch(prompts), GREEDY).sequences.completion_rows()
+    assert rows == [greedy(model, prompt, 12, stop=[EOS, *range(5, VOCAB, 5)]) for prompt in prompts]
+    assert len({len(row) for row in rows}) >= 5
+
+
+def test_a_prompt_is_computed_once_and_a_row_that_has_ended_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    forward = transformers.LlamaModel.forward
+
+    def counting(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        computed.append(input_ids.numel())
+        return forward(self, input_ids, *args, **kwargs)
+
+    engine = ending_engine(tmp_path)
+    monkeypatch.setattr(transformers.LlamaModel, "forward", counting)
+    batch = prompt_batch(random_prompts(LENGTHS))
+    lengths = engine.generate(batch, RANDOM).sequences.completion_lengths
+    assert len(set(lengths.tolist())) > 3
+    # The last token of a completion is never an input.
+    assert sum(computed) == sum(LENGTHS) + int((lengths - 1).sum())
+
+
+def test_prompts_may_take_several_forward_passes(engine: HfEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = prompt_batch(random_prompts(LENGTHS))
+    whole = engine.generate(batch, RANDOM)
+    monkeypatch.setattr("rlxf.rollout.hf_sampling.PREFILL_TOKENS", 10)
+    parts = engine.generate(batch, RANDOM)
+    assert parts.sequences.rows() == whole.sequences.rows()
+    torch.testing.assert_close(parts.engine_logps, whole.engine_logps, rtol=0, atol=1e-5)
 
 
 def test_after_an_update_the_engine_follows_the_new_weights(engine: HfEngine, folder: Path) -> None:
