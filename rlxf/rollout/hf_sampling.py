@@ -53,7 +53,7 @@ def grouped_attention(
     """
     if cu_seq_lens_q is not None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return platform.packed_attention(q, k, v, cu_seq_lens_q, scaling).unsqueeze(0), None
+        return platform.packed_attention(q, k, v, cu_seq_lens_q, cu_seq_lens_q, scaling).unsqueeze(0), None
     # The query heads of a group read the same keys: as rows of one query they need no copy of them.
     grouped = query.view(len(query), key.size(1), -1, query.size(-1))  # [B, kv_heads, heads / kv_heads, d]
     out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)

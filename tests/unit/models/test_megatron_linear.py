@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from rlxf.models.megatron.parallel import free_port, init_parallel
+from rlxf.models.megatron.parallel import ParallelSizes, free_port, init_parallel
 from rlxf.platform import Process, get_platform, linear
 from rlxf.reference.frozen import FrozenReference
 from rlxf.types import ReferencedPairs
@@ -91,7 +91,7 @@ def _child(rank: int, world_size: int, port: int, out: Path, sequence_parallel: 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     process = Process(rank=rank, world_size=world_size, master_port=port)
-    init_parallel(get_platform("cpu"), process, tp_size=world_size, seed=1, timeout_s=60)
+    init_parallel(get_platform("cpu"), process, sizes=ParallelSizes(tp=world_size), seed=1, timeout_s=60)
     _compare(out, rank, world_size, sequence_parallel)
     dist.barrier()
     dist.destroy_process_group()
