@@ -74,7 +74,8 @@ def kind(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(annotation) is Literal:
         return " / ".join(f"`{value}`" for value in inner)
     if marks:
-        return "path of a folder" if marks[0].kind == "output" else f"path of a {marks[0].kind}"
+        place = "path of a folder" if marks[0].kind == "output" else f"path of a {marks[0].kind}"
+        return " / ".join([*(f"`{word}`" for word in marks[0].words), place])
     if get_origin(annotation) is tuple:
         return f"list of {kind(inner[0], [])}" if get_origin(inner[0]) is Literal else "int or list of int, each >= 1"
     words = {int: "int", float: "float", bool: "bool", str: "text"}[annotation]

@@ -179,6 +179,27 @@ def _optimizer(config: RunConfig) -> Problems:
         )
 
 
+def _checkpoints(config: RunConfig) -> Problems:
+    """Keeping the best needs a number of each checkpoint."""
+    training, key = config.training, "training.keep_best"
+    if not training.keep_best:
+        return
+    if not training.keep_latest:
+        expected = "expected 0 with training.keep_latest = 0, which keeps every checkpoint; set training.keep_latest"
+        yield wrong(key, training.keep_best, expected, "training.keep_latest")
+        return
+    evaluated = training.keep_best_metric.startswith("eval/")
+    if evaluated and not (config.samples and training.eval_interval):
+        expected = "nothing is evaluated in this run; set training.eval_interval, or judge by a metric of every step"
+        yield wrong("training.keep_best_metric", training.keep_best_metric, expected, "training.eval_interval")
+    elif evaluated and training.save_interval % training.eval_interval:
+        expected = (
+            f"expected a multiple of training.eval_interval = {training.eval_interval}: "
+            "training.keep_best judges a checkpoint by its own evaluation"
+        )
+        yield wrong("training.save_interval", training.save_interval, expected, "training.eval_interval")
+
+
 def _reward(config: RunConfig) -> Problems:
     reward = config.reward
     if config.offline:
@@ -278,6 +299,7 @@ _GROUPS: tuple[Callable[[RunConfig], Problems], ...] = (
     _layouts,
     _batches,
     _optimizer,
+    _checkpoints,
     _reward,
     _engine,
     _local,

@@ -11,10 +11,11 @@ from typing import Any, Literal
 class LocalPath:
     """Marks a field that names something on disk; ``load.py`` makes it absolute, ``folders.py`` checks that it exists.
 
-    ``output`` need not exist.
+    ``output`` need not exist. ``words``: values that are no path.
     """
 
     kind: Literal["file", "folder", "output"]
+    words: tuple[str, ...] = ()
 
 
 def finite(value: Any) -> Any:

@@ -47,6 +47,7 @@ def named_paths(config: RunConfig) -> list[NamedPath]:
         "ref.load": config.ref.load,
         "reward.load": None if config.offline else reward.load,
         "reward.tokenizer_name_or_path": reward.tokenizer_name_or_path if config.scores else None,
+        "training.resume": None if config.training.resume in ("auto", "never") else config.training.resume,
     }
     files: dict[str, tuple[str | None, tuple[str, ...]]] = {
         "actor_rollout.data_path": (actor.data_path if live or config.offline else None, _DATA_SUFFIXES),
@@ -80,16 +81,19 @@ def folder_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _save_folder(config: RunConfig) -> Iterator[Problem]:
-    """A run must not mix its checkpoints with another's, nor find out after hours that it cannot write."""
+    """A new run must not mix its checkpoints with another's, and none find out after hours that it cannot write."""
     if config.actor_rollout.save is None or config.dry_run:
         return
     key, folder = "actor_rollout.save", Path(config.actor_rollout.save)
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         yield Problem((key,), f"{key} = {show(shown(folder))}: cannot be written; expected a folder of yours")
-    elif folder.is_dir() and (earlier := sorted(path.name for path in folder.glob("iter_*"))):
-        text = f"holds {earlier[-1]} of an earlier run; name another folder, or move it away"
-        yield Problem((key,), f"{key} = {show(shown(folder))}: {text}")
+    elif config.training.resume == "never" and (earlier := sorted(path.name for path in folder.glob("iter_*"))):
+        text = (
+            f"holds {earlier[-1]} of an earlier run, and training.resume = never; name another folder, or set "
+            "training.resume=auto to go on"
+        )
+        yield Problem((key, "training.resume"), f"{key} = {show(shown(folder))}: {text}")
 
 
 def _model_folders(config: RunConfig) -> Iterator[Problem]:

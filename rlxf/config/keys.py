@@ -90,7 +90,6 @@ NOT_YET: dict[str, Any] = {
     "qlora": False,
     "expert_model_parallel_size": 1,
     "pref_ftx": 0,
-    "resume": "never",
 }
 
 # What other programs call our keys.
@@ -111,6 +110,13 @@ _SYNONYMS: dict[str, str] = {
     "train_batch_size": "training.global_batch_size",
     "save_steps": "training.save_interval",
     "eval_steps": "training.eval_interval",
+    "resume_from_checkpoint": "training.resume",
+    "resume_mode": "training.resume",
+    "save_total_limit": "training.keep_latest",
+    "max_actor_ckpt_to_keep": "training.keep_latest",
+    "save_top_k": "training.keep_best",
+    "metric_for_best_model": "training.keep_best_metric",
+    "greater_is_better": "training.keep_best_mode",
     "tp": "actor_rollout.tensor_model_parallel_size",
     "padded_vocab_size": "model.<name>.vocab_size",
     "num_hidden_layers": "model.<name>.num_layers",

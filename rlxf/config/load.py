@@ -135,11 +135,11 @@ def _without(merged: Section, errors: Sequence[ErrorDetails]) -> Section:
     return rest
 
 
-def path_fields(schema: type[Strict]) -> Iterator[tuple[str, str]]:
-    """The fields of a section that name something on disk, each with the kind of thing: file, folder or output."""
+def path_fields(schema: type[Strict]) -> Iterator[tuple[str, LocalPath]]:
+    """The fields of a section that name something on disk."""
     for name, field in schema.model_fields.items():
         candidates = [*field.metadata, *_metadata(field.annotation)]
-        yield from ((name, mark.kind) for mark in candidates if isinstance(mark, LocalPath))
+        yield from ((name, mark) for mark in candidates if isinstance(mark, LocalPath))
 
 
 def _metadata(annotation: Any) -> Iterator[Any]:
@@ -153,8 +153,8 @@ def _with_absolute_paths(merged: Section) -> Section:
     located = dict(merged)
     for section, schema in SECTIONS.items():
         values = dict(merged.get(section, {}))
-        for key, _ in path_fields(schema):
-            if isinstance(values.get(key), str):
+        for key, mark in path_fields(schema):
+            if isinstance(values.get(key), str) and values[key] not in mark.words:
                 values[key] = str(Path(values[key]).expanduser().absolute())
         located[section] = values
     return located

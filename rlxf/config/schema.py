@@ -20,6 +20,7 @@ Finite = Annotated[float, BeforeValidator(finite)]
 Pool = Annotated[tuple[Positive, ...], BeforeValidator(as_pool)]
 Folder = Annotated[str, LocalPath("folder")]
 File = Annotated[str, LocalPath("file")]
+Checkpoint = Annotated[str, LocalPath("folder", words=("auto", "never"))]
 
 Stage = Literal["ray_online_dpo", "dpo"]
 Device = Literal["auto", "npu", "cuda", "cpu"]
@@ -45,7 +46,14 @@ class TrainingConfig(Strict):
     seed: int = Field(1, ge=0, lt=2**32)  # of sampling and shuffling
     global_batch_size: Positive = 32  # prompts (offline: pairs) per driver step
     train_iters: Positive = 100  # driver steps
-    save_interval: int = Field(0, ge=0)  # driver steps between checkpoints; 0 = only at the end
+    resume: Checkpoint = "auto"  # auto: from the newest whole checkpoint, if there is one; or a checkpoint's folder
+    save_interval: int = Field(0, ge=0)  # driver steps between checkpoints; 0 = only at the end and when stopped
+    save_hf_interval: int = Field(0, ge=0)  # driver steps between `hf_*` folders beside the checkpoints; 0 = none
+    async_save: bool = False  # write checkpoints while training goes on; holds a copy of the state in memory
+    keep_latest: int = Field(0, ge=0)  # newest checkpoints that are kept; 0 = all
+    keep_best: int = Field(0, ge=0)  # best checkpoints that are kept besides the newest
+    keep_best_metric: str = "eval/reward"  # what decides, measured at the checkpoint's own step
+    keep_best_mode: Literal["max", "min"] = "max"  # whether more or less of it is better
     eval_interval: int = Field(0, ge=0)  # driver steps between evaluations; 0 = never
     stage_timeout_s: Positive = 3600  # longest time that one remote stage may take, seconds
     start_timeout_s: Positive = 600  # longest time that loading a model may take, seconds

@@ -75,6 +75,9 @@ WRONG = [
     Wrong(actor(pipeline_model_parallel_size=0), "actor_rollout.pipeline_model_parallel_size", "at least 1"),
     Wrong({"training": {"save_interval": -1}}, "training.save_interval", "expected at least 0"),
     Wrong({"training": {"train_iters": 0}}, "training.train_iters", "expected at least 1"),
+    Wrong({"training": {"keep_latest": -1}}, "training.keep_latest", "expected at least 0"),
+    Wrong({"training": {"keep_best_mode": "largest"}}, "training.keep_best_mode", "expected one of max, min"),
+    Wrong({"training": {"resume": True}}, "training.resume", "expected text"),
     # features that are not there
     Wrong(actor(lora_r=8), "actor_rollout.lora_r", "not available in this version; leave it out or set it to 0"),
     Wrong(actor(lr="???"), "actor_rollout.lr", "the recipe leaves this value to you"),
@@ -202,6 +205,17 @@ WRONG = [
         "algorithm.missing_eos_penalty",
         "keep actor_rollout.missing_eos_penalty",
     ),
+    Wrong({"training": {"keep_best": 1}}, "training.keep_best", "set training.keep_latest"),
+    Wrong(
+        {"training": {"keep_best": 1, "keep_latest": 1}},
+        "training.keep_best_metric",
+        '= "eval/reward": nothing is evaluated in this run; set training.eval_interval',
+    ),
+    Wrong(
+        {"training": {"keep_best": 1, "keep_latest": 1, "save_interval": 10, "eval_interval": 4}},
+        "training.save_interval",
+        "= 10: expected a multiple of training.eval_interval = 4",
+    ),
     # what a run needs
     Wrong({"reward": {"load": None}}, "reward.load", "is required: a reward model's folder; or give reward.function"),
     Wrong({"reward": {"function": "f.py"}}, "reward.load and reward.function", "are both set"),
@@ -294,6 +308,7 @@ def test_a_recipe_whose_files_are_there_is_accepted(files: Path) -> None:
     [
         ("actor_rollout", "data_path", "other.jsonl", '= "./other.jsonl": no such file; paths are relative to'),
         ("actor_rollout", "tokenizer_name_or_path", "other", '= "./other": no such folder'),
+        ("training", "resume", "other", '= "./other": no such folder'),
         ("ref", "load", "other", '= "./other": no such folder'),
         ("ref", "load", "prompts.jsonl", "expected a folder, but it is a file"),
         ("reward", "load", "sft", "is a LlamaForCausalLM, which has no score head"),
@@ -304,6 +319,14 @@ def test_a_path_that_cannot_be_used_is_named(files: Path, section: str, key: str
     line = only_problem(**{section: {key: value}})
     assert line.startswith(f"{section}.{key}")
     assert says in line
+
+
+def test_checkpoints_of_an_earlier_run_are_gone_on_with_unless_the_recipe_says_never(files: Path) -> None:
+    (files / "ckpt" / "iter_0000010").mkdir(parents=True)
+    load_config(recipe(dry_run=False, actor_rollout={"save": "ckpt"}))
+    line = only_problem(actor_rollout={"save": "ckpt"}, training={"resume": "never"})
+    assert line.startswith('actor_rollout.save = "./ckpt": holds iter_0000010 of an earlier run')
+    assert "training.resume=auto" in line
 
 
 def test_a_data_folder_is_no_data_file(files: Path) -> None:

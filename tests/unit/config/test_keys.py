@@ -101,6 +101,8 @@ def test_a_word_without_a_value_is_reported() -> None:
         ("actor_rollout.beta", "actor_rollout.dpo_beta"),
         ("training.learning_rate", "actor_rollout.lr"),
         ("training.num_generations", "actor_rollout.n_samples_per_prompt"),
+        ("training.save_total_limit", "training.keep_latest"),
+        ("training.resume_from_checkpoint", "training.resume"),
         ("model.tiny.num_hidden_layers", "model.tiny.num_layers"),
         ("model.tiny.head_dim", "model.tiny.kv_channels"),
         ("rollout.enigne", "rollout.engine"),
@@ -144,7 +146,7 @@ def test_every_path_of_the_schema_is_known_as_one() -> None:
     assert found == {
         *(f"{role}.{key}" for role in ROLES for key in ("load", "tokenizer_name_or_path")),
         *("actor_rollout.data_path", "actor_rollout.save", "reward.function", "rollout.replay_path"),
-        *("eval.data_path", "eval.metrics"),
+        *("eval.data_path", "eval.metrics", "training.resume"),
     }
 
 

@@ -1,0 +1,128 @@
+"""What differs between the recipe of a checkpoint and the one that goes on with it, and what that does to the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlxf.config.problems import show
+from rlxf.config.schema import RunConfig
+
+ROLES = ("actor_rollout", "ref", "reward")
+
+# Where a run writes, how often, how long it waits and what it tells: the numbers stay the same.
+_HARMLESS_SECTIONS = ("log", "sync", "eval")
+_HARMLESS = {
+    *(f"training.{key}" for key in ("resume", "save_interval", "save_hf_interval", "async_save", "eval_interval")),
+    *(f"training.{key}" for key in ("keep_latest", "keep_best", "keep_best_metric", "keep_best_mode")),
+    *(f"training.{key}" for key in ("stage_timeout_s", "start_timeout_s", "trust_remote_code")),
+    *("actor_rollout.save", "rollout.gpu_memory_utilization", "rollout.cpu_kv_cache_gib"),
+    *("actor_rollout.data_path", "rollout.replay_path"),  # their content is what counts, and is compared
+    *("runtime", "dry_run", "rollout.engine"),  # the engine that they come to is compared
+    *("training.train_iters", "actor_rollout.ppo_mini_batch_size"),  # compared with what they depend on
+    *(f"{role}.model" for role in ROLES),  # a name; the shapes are compared
+}
+# How the same sums are split: other bits, the same run to float tolerance.
+_LAYOUT_SECTIONS = ("resource_pool",)
+_LAYOUT = {
+    *("training.device", "actor_rollout.num_samples_per_step", "rollout.max_num_seqs"),
+    *("actor_rollout.num_gpus_for_train", "actor_rollout.num_gpus_for_infer"),
+    "actor_rollout.inference_tensor_model_parallel_size",
+    *(
+        f"{role}.{key}"
+        for role in ROLES
+        for key in (
+            *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+            *("context_parallel_size", "sequence_parallel", "micro_batch_size", "max_tokens_per_micro_batch"),
+            *("recompute_granularity", "recompute_method", "recompute_num_layers"),
+        )
+    ),
+}
+# Of a model's shape: it bounds the recipe, and no tensor depends on it.
+_NO_TENSOR = ("max_position_embeddings",)
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Each as ``key old -> new``."""
+
+    shape: list[str] = field(default_factory=list)  # the policy's tensors do not fit
+    curve: list[str] = field(default_factory=list)  # the run goes on as another one
+    layout: list[str] = field(default_factory=list)  # the run goes on to float tolerance
+
+
+def compare(before: Mapping[str, Any], config: RunConfig) -> Changes:
+    """The changes from a dumped recipe to ``config``; a key that one of the two does not have is left out."""
+    changes, now = Changes(), config.dump()
+    old, new = dict(_flat(before)), dict(_flat(now))
+    for key in old.keys() & new.keys():
+        if old[key] == new[key] or key in _HARMLESS or key.startswith(tuple(f"{s}." for s in _HARMLESS_SECTIONS)):
+            continue
+        layout = key in _LAYOUT or key.startswith(tuple(f"{section}." for section in _LAYOUT_SECTIONS))
+        (changes.layout if layout else changes.curve).append(_said(key, old[key], new[key]))
+    for role in ROLES:
+        found = _shape_changes(before, now, role)
+        (changes.shape if role == "actor_rollout" else changes.curve).extend(found)
+    changes.curve.extend(_derived(before, now))
+    for said in (changes.shape, changes.curve, changes.layout):
+        said.sort()
+    return changes
+
+
+def _said(key: str, old: Any, new: Any) -> str:
+    return f"{key} {show(old)} -> {show(new)}"
+
+
+def _flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """``section.key`` and value of every key but the models', which are compared role by role."""
+    for section, values in recipe.items():
+        if section == "model":
+            continue
+        if isinstance(values, Mapping):
+            yield from ((f"{section}.{key}", value) for key, value in values.items())
+        else:
+            yield section, values
+
+
+def _shape_changes(before: Mapping[str, Any], now: Mapping[str, Any], role: str) -> Iterator[str]:
+    old, new = (recipe["model"].get(recipe[role]["model"], {}) for recipe in (before, now))
+    for key in old.keys() & new.keys() - set(_NO_TENSOR):
+        if old[key] != new[key]:
+            yield _said(f"model.{now[role]['model']}.{key}", old[key], new[key])
+
+
+def _derived(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What follows from several keys."""
+    for name, value_of in _DERIVED.items():
+        old, new = value_of(before), value_of(now)
+        if old != new:
+            yield _said(name, old, new)
+
+
+def _engine(recipe: Mapping[str, Any]) -> Any:
+    return recipe["rollout"]["engine"] or ("vllm" if recipe["runtime"] == "ray" else "hf")
+
+
+def _mini_batch(recipe: Mapping[str, Any]) -> int:
+    """Pairs per optimizer step on all data-parallel ranks."""
+    actor = recipe["actor_rollout"]
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    ranks = actor["num_gpus_for_train"]
+    for size in sizes:
+        ranks //= actor.get(size) or 1
+    return int(actor["ppo_mini_batch_size"] * ranks)
+
+
+def _length_of_schedule(recipe: Mapping[str, Any]) -> int:
+    """The number of steps, if the learning rate of a step depends on it."""
+    actor = recipe["actor_rollout"]
+    depends = actor["lr_decay_style"] != "constant" or actor["lr_warmup_fraction"]
+    return int(recipe["training"]["train_iters"]) if depends else 0
+
+
+_DERIVED = {
+    "rollout.engine": _engine,
+    "actor_rollout.ppo_mini_batch_size x data-parallel ranks": _mini_batch,
+    "training.train_iters (the learning-rate schedule ends there)": _length_of_schedule,
+}
