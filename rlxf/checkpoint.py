@@ -1,14 +1,16 @@
 """Which checkpoint to go on from: a manifest with a hash of every file, and the newest folder that still fits its own.
 
-A folder is made under a temporary name and renamed last (``run_folder.replace_folder``), so a crash leaves no half of
-one. The manifest is for what comes later: a truncated copy, a flipped bit, a deleted shard, which no loader notices.
+A folder is made under a temporary name and renamed last (``publish``), so a crash leaves no half of one. The manifest
+is for what comes later: a truncated copy, a flipped bit, a deleted shard, which no loader notices.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,10 @@ from typing import Any
 from rlxf.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+DRIVER = "driver.json"
+LATEST = "latest_checkpointed_iteration.txt"  # megatron's tracker: the step of the newest checkpoint
 _NAME = re.compile(r"iter_(\d{7,})")
+_LEFTOVER = re.compile(r"\.(iter|hf)_\d{7,}\..+")  # what a killed run was writing or deleting
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,29 +52,58 @@ def write_manifest(folder: Path) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+    (folder / MANIFEST).write_text(_as_text({"files": files}))
 
 
 def find_problems(folder: Path) -> list[str]:
     """What keeps a checkpoint from being used, each naming its file; empty if every file is what was written."""
     try:
-        files: dict[str, Any] = json.loads((folder / MANIFEST).read_text())["files"]
+        files = _manifest(folder)
     except FileNotFoundError:
         return [f"no {MANIFEST}"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{MANIFEST} cannot be read ({error})"]
-    if not isinstance(files, dict) or not files:
-        return [f"{MANIFEST} names no file"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
+    if DRIVER not in files:
+        return [f"{MANIFEST} names no {DRIVER}"]
     problems = []
-    for name, expected in files.items():
+    for name, (num_bytes, sha256) in files.items():
         path = folder / name
         if not path.is_file():
             problems.append(f"{name} is missing")
-        elif path.stat().st_size != expected["num_bytes"]:
-            problems.append(f"{name} has {path.stat().st_size} bytes, {expected['num_bytes']} were written")
-        elif file_digest(path) != expected["sha256"]:
+        elif path.stat().st_size != num_bytes:
+            problems.append(f"{name} has {path.stat().st_size} bytes, {num_bytes} were written")
+        elif file_digest(path) != sha256:
             problems.append(f"{name} is not what was written (SHA-256 differs)")
     return problems
+
+
+def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file that was written."""
+    text = (folder / MANIFEST).read_text()
+    content: dict[str, Any] = json.loads(text)
+    if text != _as_text(content):
+        raise ValueError("not as it was written")
+    return {name: (written["num_bytes"], written["sha256"]) for name, written in content["files"].items()}
+
+
+def _as_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def num_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's files, as far as they are there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, from its name; -1 if it is not named like one."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match else -1
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """``<root>/iter_0000020`` for step 20."""
+    return root / f"iter_{step:07d}"
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -87,22 +121,37 @@ def newest_good(root: Path) -> tuple[Path | None, list[Damaged]]:
         (None, []) if there is no checkpoint at all: a run then starts at the beginning.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is whole. Starting anew must be asked for, it never just
-            happens.
+        CheckpointError: there are checkpoints, or there were, and none is whole. Starting anew must be asked for, it
+            never just happens.
     """
+    found: Path | None = None
     damaged: list[Damaged] = []
     for folder in reversed(list_checkpoints(root)):
         problems = find_problems(folder)
         if not problems:
-            return folder, damaged
+            found = folder
+            break
         damaged.append(Damaged(folder, problems))
-    if damaged:
-        listed = "\n".join(f"  {item}" for item in damaged)
+    tracked = _tracked(root)
+    newest = max([step_of(item.folder) for item in damaged] + [step_of(found) if found else -1])
+    if tracked is not None and tracked > newest:
+        damaged.insert(0, Damaged(folder_of(root, tracked), [f"is missing, though {LATEST} names it"]))
+    if found is None and (damaged or (root / LATEST).exists()):
+        listed = "\n".join(f"  {item}" for item in damaged) or f"  {root / LATEST}: there was one"
         raise CheckpointError(
             f"no checkpoint below {root} is whole:\n{listed}\n"
-            "restore one, or start from the beginning with training.resume=never"
+            "restore one; or start from the beginning with training.resume=never and another folder in "
+            "actor_rollout.save (or hydra.run.dir)"
         )
-    return None, damaged
+    return found, damaged
+
+
+def _tracked(root: Path) -> int | None:
+    """The step that the tracker file names; None without a readable one: the folders speak for themselves."""
+    try:
+        return int((root / LATEST).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def require_good(folder: Path) -> None:
@@ -117,16 +166,79 @@ def require_good(folder: Path) -> None:
         raise CheckpointError(f"training.resume = {Damaged(folder, problems)}; name another one, or `auto`")
 
 
-def prune(root: Path, keep_latest: int, *, keep: frozenset[Path] = frozenset()) -> list[Path]:
+def best(root: Path, metric: str, count: int, *, largest: bool) -> list[Path]:
+    """The ``count`` checkpoints with the best value of a metric at their own step, best first.
+
+    One without a value, or whose ``driver.json`` cannot be read, is not among them. Of equal ones the newer is better.
+    """
+    values: list[tuple[float, int, Path]] = []
+    for folder in list_checkpoints(root):
+        try:
+            value = json.loads((folder / DRIVER).read_text())["metrics"][metric]
+            values.append((float(value) if largest else -float(value), step_of(folder), folder))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return [folder for _, _, folder in sorted(values, reverse=True)[:count]]
+
+
+def prune(root: Path, keep_latest: int, *, newest: int, keep: frozenset[Path] = frozenset()) -> list[Path]:
     """Delete all but the ``keep_latest`` newest checkpoints (0 = keep all) and those in ``keep``; the deleted ones.
 
-    Only folders that this program made are touched: named like a checkpoint, with a manifest, and no link.
+    Only folders that this program made are touched: named like a checkpoint, with a manifest, and no link. Those of
+    steps after ``newest`` neither count nor go: they are damaged, and a run that fell back behind them replaces them.
     """
     if keep_latest == 0:
         return []
     deleted = []
-    for folder in list_checkpoints(root)[:-keep_latest]:
+    for folder in [folder for folder in list_checkpoints(root) if step_of(folder) <= newest][:-keep_latest]:
         if folder not in keep and not folder.is_symlink() and (folder / MANIFEST).is_file():
-            shutil.rmtree(folder)
+            remove(folder)
             deleted.append(folder)
     return deleted
+
+
+def temporary_for(folder: Path) -> Path:
+    """A new empty folder beside ``folder``, for what will be published under its name.
+
+    No two have the same name: a process that a killed run has left behind cannot write into the next run's.
+    """
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Give a complete folder its name, once it is on disk. One of that name stays until then, and is deleted."""
+    for path in sorted(temporary.rglob("*")):
+        fsync(path)
+    fsync(temporary)
+    old = _put_aside(folder) if folder.exists() else None
+    temporary.rename(folder)
+    fsync(folder.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder whose name nobody sees half deleted."""
+    shutil.rmtree(_put_aside(folder), ignore_errors=True)
+
+
+def _put_aside(folder: Path) -> Path:
+    return folder.rename(folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old"))
+
+
+def remove_leftovers(root: Path) -> None:
+    """Delete what a killed run was writing or deleting below ``root``."""
+    for path in root.iterdir() if root.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
