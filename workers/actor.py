@@ -37,8 +37,14 @@ class ActorWorker(Worker):
     def save_hf(self, folder: Path) -> None:
         self.room.save_hf(folder)
 
-    def save_checkpoint(self, folder: Path) -> None:
-        self.room.save_checkpoint(folder)
+    def save_checkpoint(self, folder: Path, background: bool) -> None:
+        self.room.save_checkpoint(folder, background)
+
+    def checkpoint_written(self, wait: bool) -> bool | None:
+        return self.answer(self.room.checkpoint_written(wait))
+
+    def load_checkpoint(self, folder: Path) -> None:
+        self.room.load_checkpoint(folder)
 
 
 class RemoteActor:
@@ -69,5 +75,12 @@ class RemoteActor:
     def save_hf(self, folder: Path) -> None:
         self._group.call("save_hf", folder)
 
-    def save_checkpoint(self, folder: Path) -> None:
-        self._group.call("save_checkpoint", folder)
+    def save_checkpoint(self, folder: Path, background: bool = False) -> None:
+        self._group.call("save_checkpoint", folder, background)
+
+    def checkpoint_written(self, wait: bool) -> bool:
+        written: bool = self._group.call("checkpoint_written", wait)
+        return written
+
+    def load_checkpoint(self, folder: Path) -> None:
+        self._group.call("load_checkpoint", folder)

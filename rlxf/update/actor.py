@@ -28,6 +28,7 @@ from rlxf.update.losses import LOSSES, reduction_of
 from rlxf.update.schedule import make_schedule
 
 if TYPE_CHECKING:
+    from rlxf.models.megatron.checkpoint import Write
     from rlxf.models.megatron.packing import Packed
 
 # Summed over pairs, then divided by their number.
@@ -70,6 +71,8 @@ class Actor:
     Raises:
         ModelError: ``actor_rollout.load`` does not hold a causal language model.
     """
+
+    _write: Write | None = None  # the newest checkpoint
 
     def __init__(self, config: RunConfig, platform: Platform, process: Process) -> None:
         self.config = config.actor_rollout
@@ -238,14 +241,28 @@ class Actor:
                 continue
         dist.barrier()
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Write parameters and optimizer state into ``folder``, which exists; another layout can load them."""
-        from rlxf.models.megatron.checkpoint import save
+    def save_checkpoint(self, folder: Path, background: bool = False) -> None:
+        """Write parameters, optimizer state and random states into ``folder``, which exists; any layout can load them.
 
-        save(folder, self.trainable)
+        ``background``: return when the state is copied, and write the copy while training goes on; then
+        ``checkpoint_written`` must be called until it says so.
+        """
+        from rlxf.models.megatron.checkpoint import Write
+
+        self._write = Write(folder, self.trainable, background=background)
+        if not background:
+            self.checkpoint_written(wait=True)
+
+    def checkpoint_written(self, wait: bool) -> bool:
+        """Whether every rank has written the checkpoint; ``wait``: return when they have.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        return self._write is None or self._write.finish(wait=wait)
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Take over what ``save_checkpoint`` wrote."""
+        """Take over what ``save_checkpoint`` wrote; random states only if the layout is the same."""
         from rlxf.models.megatron.checkpoint import load
 
         load(folder, self.trainable)

@@ -1,29 +1,126 @@
-"""Training state on disk: megatron's distributed checkpoint, which any other layout can load."""
+"""Training state on disk: megatron's distributed checkpoint, which any other layout can load.
+
+Written by each rank's own process, in a thread if in the background. megatron-core's writer forks, which is not safe
+beside the threads of Ray or of a device, and spawns an interpreter for the queue in which its children answer.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import queue
+import random
+import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.tensor_parallel import random as megatron_random
+from torch.distributed.checkpoint.api import CheckpointException
 
+from rlxf.errors import CheckpointError
 from rlxf.models.megatron.optimizer import TrainableModel
 
+log = logging.getLogger(__name__)
 
-def save(folder: Path, trainable: TrainableModel) -> None:
-    """Write parameters and optimizer state into ``folder``, which exists; every rank of the role calls it.
+LAYOUT = "layout.json"  # the sizes of the parallel axes that wrote a checkpoint
 
-    The entry script needs an ``if __name__ == "__main__"`` guard: the writer spawns a process.
-    """
-    dist_checkpointing.save(_state(trainable, is_loading=False), str(folder))
+
+class Write:
+    """A checkpoint that is being written; every rank of the role makes one, and asks it at the same places."""
+
+    def __init__(self, folder: Path, trainable: TrainableModel, *, background: bool) -> None:
+        """Copy the state (``background``), or only look at it, and begin to write it into ``folder``, which exists."""
+        self._folder = folder
+        # As a megatron writer that runs in this process needs it; unset, the first save spawns an interpreter.
+        filesystem_async._results_queue = queue.Queue()
+        state = _state(trainable, is_loading=False) | {"rng": _sharded_rng(_rng_state())}
+        self._request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+        if dist.get_rank() == 0:
+            (folder / LAYOUT).write_text(json.dumps(_layout()) + "\n")
+        self._buckets: list[Any] = self._request.async_fn_args[1] if self._request.async_fn else []
+        self._thread: threading.Thread | None = None
+        if background:
+            self._buckets = [_copied(bucket) for bucket in self._buckets]
+            self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._buckets = self._request.preload_fn() if self._request.async_fn else []
+            self._write()
+        self._finished = False
+
+    def finish(self, *, wait: bool) -> bool:
+        """Whether all ranks have written their part; then the checkpoint is complete.
+
+        Raises:
+            CheckpointError: a rank could not write.
+        """
+        if self._finished:
+            return True
+        if wait and self._thread is not None:
+            self._thread.join()
+        busy = torch.tensor(int(self._thread is not None and self._thread.is_alive()))
+        dist.all_reduce(busy)
+        if int(busy):
+            return False
+        self._finished, self._buckets = True, []  # the copy's memory is free again
+        try:
+            for finalize in self._request.finalize_fns:
+                finalize()
+        except CheckpointException as error:
+            reasons = "; ".join(f"rank {rank}: {_cause(failure)}" for rank, failure in error.failures.items())
+            raise CheckpointError(f"{self._folder}: the checkpoint could not be written: {reasons}") from error
+        return True
+
+    def _write(self) -> None:
+        """This rank's files. What goes wrong is an answer, which ``finish`` makes an error of on every rank."""
+        if not self._request.async_fn:
+            return
+        _, _, answers = self._request.async_fn_args
+        transforms = self._request.async_fn.args[0]  # the first argument of megatron's own writer
+        written: dict[int, Any] = {}
+        for index, bucket in enumerate(self._buckets):
+            results, count = queue.Queue[Any](), queue.Queue[int]()
+            count.put(index)
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+                transforms, index, bucket, results, count, use_fsync=True
+            )
+            _, result = results.get()
+            if isinstance(result, Exception):
+                answers.put(result)
+                return
+            written[index] = result
+        answers.put(written)
 
 
 def load(folder: Path, trainable: TrainableModel) -> None:
-    """Take over parameters and optimizer state that ``save`` wrote, whatever layout wrote them."""
-    state = dist_checkpointing.load(_state(trainable, is_loading=True), str(folder))
+    """Take over what a ``Write`` wrote, whatever layout wrote it; random states only from the same layout."""
+    layout = json.loads((folder / LAYOUT).read_text())
+    state = _state(trainable, is_loading=True)
+    same = layout == _layout()
+    if same:
+        state["rng"] = _sharded_rng(None)
+    # A checkpoint's groups hold the recipe of then; what counts is the recipe of now.
+    settings = [(group["betas"], group["eps"]) for group in trainable.optimizer.param_groups]
+    with warnings.catch_warnings():
+        # megatron-core 0.16 loads by names that torch 2.13 has renamed; remove with the next megatron-core.
+        warnings.simplefilter("ignore", FutureWarning)
+        loaded = dist_checkpointing.load(state, str(folder))
     for name, chunk in _chunks(trainable):
-        chunk.load_state_dict(state[name])
-    trainable.optimizer.load_state_dict(state["optimizer"])
+        chunk.load_state_dict(loaded[name])
+    trainable.optimizer.load_state_dict(loaded["optimizer"])
+    for group, (betas, eps) in zip(trainable.optimizer.param_groups, settings, strict=True):
+        group["betas"], group["eps"] = betas, eps
+    if same:
+        _set_rng_state(loaded["rng"])
+    elif dist.get_rank() == 0:
+        log.info("%s was written by %s, and is resharded to %s", folder, layout, _layout())
 
 
 def _state(trainable: TrainableModel, *, is_loading: bool) -> dict[str, Any]:
@@ -43,3 +140,51 @@ def _chunks(trainable: TrainableModel) -> list[tuple[str, Any]]:
     """Every chunk of this rank's model, by its name in the state."""
     models = [chunk.module for chunk in trainable.chunks]
     return [("model" if len(models) == 1 else f"model{i}", model) for i, model in enumerate(models)]
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "world_size": dist.get_world_size(),
+    }
+
+
+def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:
+    """Every rank has its own; there are as many as ranks, so another layout cannot take them over."""
+    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _rng_state() -> dict[str, Any]:
+    """The random states of this rank, as tensors and plain numbers, which are loaded without running code."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "device": megatron_random._get_cuda_rng_state(),
+        "tracker": megatron_random.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    megatron_random._set_cuda_rng_state(state["device"])
+    megatron_random.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _copied(bucket: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A file to write, its tensors as copies on the host that training does not change."""
+    path, key, (objects, tensors) = bucket
+    return path, key, (objects, [(item, tensor.detach().to("cpu", copy=True)) for item, tensor in tensors])
+
+
+def _cause(failure: Any) -> str:
+    """The first error behind one that torch has wrapped."""
+    error: BaseException = failure[0] if isinstance(failure, tuple) else failure
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
