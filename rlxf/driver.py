@@ -5,7 +5,6 @@ from __future__ import annotations
 from rlxf.errors import StopRequested, TrainingError
 from rlxf.metrics import pair_metrics, pair_tokens, rollout_metrics, version_lag
 from rlxf.pair.strategies import make_pairs
-from rlxf.rollout.engine import Sampling
 from rlxf.run import Online, Run
 from rlxf.score.penalty import with_scores
 from rlxf.types import Metrics, Pairs, ReferencedPairs
@@ -17,20 +16,33 @@ def train(run: Run) -> None:
     try:
         with run.stop.abandonable():
             run.sync.push(state.policy_version)  # rollout starts from the actor's weights
-            run.report.evaluated(state.step, run.evaluate(state.step))
+        begin(run)
         while state.step < run.config.training.train_iters:
             run.clock.start(state.step)
             with run.stop.abandonable():
                 pairs, metrics = collect_pairs(run)
             metrics |= learn(run, pairs) if len(pairs) else skip(run)
             state.step += 1
-            finish_step(run, metrics)
-        save(run)
+            metrics |= {"epoch": run.source.epoch(state.step - 1), "num_tokens": float(state.num_tokens)}
+            state.metrics, state.unevaluated = metrics | run.clock.timings(), True
+            finish_step(run)
+        save(run, wait=True)
         run.report.finished(run.folder.save_policy())
     except StopRequested:
         if not run.stop.overdue():  # else a stage was cut, and the actor's state is not that of a whole step
-            save(run)
+            save(run, wait=True)
         raise
+    except TrainingError:
+        run.folder.wait()  # of the steps before
+        raise
+
+
+def begin(run: Run) -> None:
+    """The evaluation before the first step; a resumed run finishes the one that a stop cut off."""
+    if run.state.unevaluated:
+        finish_step(run)
+    with run.stop.abandonable():
+        run.report.evaluated(run.state.step, {} if run.state.step else run.evaluate(0))
 
 
 def collect_pairs(run: Run) -> tuple[Pairs, Metrics]:
@@ -40,7 +52,7 @@ def collect_pairs(run: Run) -> tuple[Pairs, Metrics]:
         return source.next_batch(step), {}
     with run.clock("gen"):
         prompts = source.prompts.next_batch(step)  # P prompts
-        rollouts = source.rollout.generate(prompts, training_sampling(run))  # B = P * K completions
+        rollouts = source.rollout.generate(prompts, run.training_sampling())  # B = P * K completions
     with run.clock("adv"):
         penalty = run.config.actor_rollout.missing_eos_penalty
         raw_scores = source.scorer.score(rollouts)
@@ -51,20 +63,6 @@ def collect_pairs(run: Run) -> tuple[Pairs, Metrics]:
     return pairing.pairs, rollout_metrics(scored, run.clock.seconds["gen"]) | pair_metrics(pairing)
 
 
-def training_sampling(run: Run) -> Sampling:
-    """The recipe's sampling for the current step: its seeds depend on run, step, prompt and sample, nothing else."""
-    actor, rollout = run.config.actor_rollout, run.config.rollout
-    return Sampling(
-        num_samples=actor.n_samples_per_prompt,
-        max_new_tokens=run.config.max_new_tokens,
-        temperature=rollout.temperature if actor.do_sample else 0.0,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        seed=run.config.training.seed,
-        step=run.state.step,
-    )
-
-
 def learn(run: Run, pairs: Pairs) -> Metrics:
     """One update on the step's pairs, and the new weights in every rollout engine."""
     state = run.state
@@ -72,9 +70,7 @@ def learn(run: Run, pairs: Pairs) -> Metrics:
         batch = ReferencedPairs(pairs=pairs, reference=run.reference.logps(pairs))
     metrics = version_lag(pairs, state.policy_version)
     with run.clock("update_actor"):
-        metrics |= run.actor.update(
-            batch, state.step
-        )  # all mini-batches and passes; stops at a loss that is not finite
+        metrics |= run.actor.update(batch, state.step)  # all mini-batches and passes
     state.policy_version += 1
     state.empty_steps = 0
     state.num_tokens += pair_tokens(pairs) * run.config.actor_rollout.ppo_epochs
@@ -96,23 +92,27 @@ def skip(run: Run) -> Metrics:
     return {}
 
 
-def finish_step(run: Run, metrics: Metrics) -> None:
-    """Numbers, evaluation and checkpoint of a step that is complete."""
-    state = run.state
-    metrics |= {"epoch": run.source.epoch(state.step - 1), "num_tokens": float(state.num_tokens)} | run.clock.timings()
+def finish_step(run: Run) -> None:
+    """What a complete step leaves: its numbers, and an evaluation, checkpoint and Hugging Face folder if one is due."""
+    state, training = run.state, run.config.training
     try:
         with run.stop.abandonable():
-            metrics |= run.evaluate(state.step)
+            state.metrics |= run.evaluate(state.step)
+        state.unevaluated = False
     finally:
-        run.report.stepped(state.step, metrics)
-    interval = run.config.training.save_interval
-    if interval and state.step % interval == 0:
+        run.report.stepped(state.step, state.metrics)
+    if training.save_hf_interval and state.step % training.save_hf_interval == 0:
+        run.folder.save_hf(state.step)
+    if training.save_interval and state.step % training.save_interval == 0:
         save(run)
+    run.folder.poll()
 
 
-def save(run: Run) -> None:
+def save(run: Run, *, wait: bool = False) -> None:
     """A checkpoint of the steps that are complete, unless there is one."""
-    state = run.state
-    if state.step > state.saved_step:
-        run.report.saved(run.folder.save_checkpoint(state))
-        state.saved_step = state.step
+    with run.stop.patient():
+        if run.state.step > run.state.saved_step:
+            run.state.saved_step = run.state.step
+            run.folder.save_checkpoint(run.state)
+        if wait:
+            run.folder.wait()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +25,8 @@ from rlxf.types import Metrics, PromptBatch, ScoredRollouts, Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 UserMetrics = Callable[[list[Any], list[str], list[str]], dict[str, float]]
 _SIGNATURE = "def evaluate(prompts, completions, initial_completions) -> dict[str, float]"
@@ -51,6 +56,14 @@ class Samples:
     texts: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What the initial policy said to the evaluation prompts."""
+
+    scores: Tensor  # [num_prompts] float32, NaN where missing
+    texts: list[str]
+
+
 class Evaluation:
     """``eval/*`` every ``training.eval_interval`` steps, before the first and after the last one.
 
@@ -72,25 +85,52 @@ class Evaluation:
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._user_metrics = load_metrics(config.eval.metrics) if config.eval.metrics else None
-        self._initial: Samples | None = None
+        self._baseline: Baseline | None = None
+
+    def restore(self, found: dict[str, Any] | None) -> None:
+        """Take over the ``baseline`` of the run that is resumed; call while engine and actor hold the initial policy.
+
+        If it does not answer this run's prompts (another ``eval`` section, or no evaluations so far), the initial
+        policy is sampled now.
+        """
+        if found is not None and found["prompts"] == self._prompts_digest():
+            scores = [math.nan if score is None else score for score in found["scores"]]
+            self._baseline = Baseline(torch.tensor(scores, dtype=torch.float32), found["texts"])
+            return
+        log.warning("the checkpoint has no evaluation of these prompts: the initial policy is sampled again")
+        self._baseline = self._sample_baseline()
+
+    def describe_baseline(self) -> dict[str, Any] | None:
+        """The baseline as JSON data, for ``restore``; None before the first evaluation."""
+        if self._baseline is None:
+            return None
+        scores = [score if math.isfinite(score) else None for score in self._baseline.scores.tolist()]
+        return {"prompts": self._prompts_digest(), "scores": scores, "texts": self._baseline.texts}
+
+    def _prompts_digest(self) -> str:
+        return hashlib.sha256(json.dumps(self._prompts.prompts.rows()).encode()).hexdigest()
+
+    def _sample_baseline(self) -> Baseline:
+        samples = self._sample(_BASELINE_STEP)
+        return Baseline(samples.scored.scores, samples.texts)
 
     def __call__(self, step: int) -> Metrics:
-        """Evaluate after ``step`` complete steps, if one is due; the first call must be at step 0."""
+        """Evaluate after ``step`` complete steps, if one is due; the first call is at step 0, or after ``restore``."""
         training = self._config.training
         if step % training.eval_interval and step != training.train_iters:
             return {}
-        if self._initial is None:
-            self._initial = self._sample(_BASELINE_STEP)
+        if self._baseline is None:
+            self._baseline = self._sample_baseline()
         samples = self._sample(_BASELINE_STEP - 1 - step)
         scored = samples.scored
         known = scored.scores[scored.scores.isfinite()].double()
         return {
             "eval/reward": _mean(known),
-            "eval/win_rate": win_rate(scored.scores, self._initial.scored.scores),
+            "eval/win_rate": win_rate(scored.scores, self._baseline.scores),
             "eval/kl": self._kl(scored.rollouts.sequences),
             "eval/length": _mean(scored.rollouts.sequences.completion_lengths.double()),
             "eval/eos_rate": _mean(scored.contains_eos.double()),
-            **self._from_user(samples, self._initial),
+            **self._from_user(samples.texts, self._baseline.texts),
         }
 
     def _sample(self, step: int) -> Samples:
@@ -110,12 +150,12 @@ class Evaluation:
         difference = self._rooms.actor.token_logps(sequences) - self._rooms.reference.token_logps(sequences)
         return float(difference.double().sum()) / len(sequences)
 
-    def _from_user(self, samples: Samples, initial: Samples) -> Metrics:
+    def _from_user(self, texts: list[str], initial_texts: list[str]) -> Metrics:
         if self._user_metrics is None:
             return {}
         path = self._config.eval.metrics
         try:
-            found = self._user_metrics(list(self._prompts.texts), samples.texts, initial.texts)
+            found = self._user_metrics(list(self._prompts.texts), texts, initial_texts)
             return {f"eval/{name}": float(value) for name, value in found.items()}
         except RlxfError:
             raise  # a stop that the user asked for, among others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ Check = Callable[[Row], str | None]  # what is wrong with a row, or None
 MAX_LINE_BYTES = 4 * 2**20
 MAX_SHOWN = 10
 _BOM = b"\xef\xbb\xbf"
+_STEP = re.compile(rb'\{"step": ?(\d+)[,}]')
 
 
 class Problems:
@@ -101,6 +103,34 @@ class JsonLines:
         problems.raise_any(len(self))
         if not len(self):
             raise DataError(f"{self.path}: holds no rows; expected one JSON object per line")
+
+
+def open_after(path: Path, step: int | None) -> BinaryIO:
+    """A file of rows that begin with their ``step``, opened to append: with the rows up to ``step``, or empty if None.
+
+    What is behind them, also the half row of a killed run, is cut off.
+
+    Raises:
+        DataError: the file holds other rows.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = 0 if step is None or not path.exists() else _bytes_up_to(path, step)
+    file = path.open("ab")
+    file.truncate(kept)
+    return file
+
+
+def _bytes_up_to(path: Path, step: int) -> int:
+    size = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            match = _STEP.match(line)
+            if match is None and line.endswith(b"\n"):
+                raise DataError(f"{path}:{number}: begins with no step; a run cannot go on in this file, move it away")
+            if match is None or int(match.group(1)) > step or not line.endswith(b"\n"):
+                break
+            size += len(line)
+    return size
 
 
 def require_file(path: str | Path) -> Path:

@@ -16,7 +16,8 @@ from rlxf.driver import train
 from rlxf.platform import Platform, Process, get_platform
 from rlxf.prepare import Roles, build_run, load_data, needs_scorer
 from rlxf.report import make_report
-from rlxf.run_folder import save_config
+from rlxf.resume import find_resume, is_complete
+from rlxf.run_folder import owned_checkpoints, save_config
 from rlxf.stop import Stop
 from rlxf.sync.push import LocalSink
 
@@ -27,15 +28,23 @@ def launch(config: RunConfig, run_dir: Path) -> None:
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     stop = Stop(interrupt=True)
-    with stop.installed():
+    with stop.installed(), owned_checkpoints(config, run_dir):
         with stop.abandonable():
+            resume = find_resume(config, run_dir)
+            if resume is not None and is_complete(resume, config, run_dir):
+                return
             data = load_data(config)
             save_config(config, run_dir)
             platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
             roles = build_roles(config, platform)
-        report = make_report(config, run_dir, Console())
+        report = make_report(config, run_dir, Console(), resume)
         try:
-            train(build_run(config, run_dir, data, roles, platform=platform, report=report, clock=Clock(), stop=stop))
+            train(
+                build_run(
+                    config, run_dir, data, roles,
+                    platform=platform, report=report, clock=Clock(), stop=stop, resume=resume,
+                )
+            )  # fmt: skip
         finally:
             report.close()
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from rlxf.jsonl import open_after
 from rlxf.pair.strategies import PairingResult
 from rlxf.types import Metrics, OnlinePairs, Pairs, ScoredRollouts
 
@@ -27,12 +28,13 @@ class Sink(Protocol):
 class JsonlSink:
     """One object per step, ``step`` first, numbers at full precision; what is not finite becomes null."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8", buffering=1)  # line by line: a killed run keeps what it wrote
+    def __init__(self, path: Path, *, after: int | None = None) -> None:
+        """``after``: the step after which a resumed run goes on; its row and those before stay."""
+        self._file = open_after(path, after)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        self._file.write(json.dumps({"step": step, **finite_or_null(metrics)}) + "\n")
+        self._file.write((json.dumps({"step": step, **finite_or_null(metrics)}) + "\n").encode())
+        self._file.flush()  # line by line: a killed run keeps what it wrote
 
     def close(self) -> None:
         self._file.close()
@@ -41,10 +43,11 @@ class JsonlSink:
 class TensorBoardSink:
     """TensorBoard event files. Imported late: TensorBoard takes a second to import."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, after: int | None = None) -> None:
+        """``after``: the step after which a resumed run goes on; TensorBoard hides what is there of later steps."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
 
     def write(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -52,6 +55,11 @@ class TensorBoardSink:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def from_json(values: Mapping[str, float | None]) -> Metrics:
+    """Metrics that were written with ``finite_or_null``; null is NaN again."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def finite_or_null(metrics: Mapping[str, float]) -> dict[str, float | None]:

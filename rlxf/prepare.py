@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlxf.assemble import policy_folder, policy_tokenizer
 from rlxf.clock import Clock
@@ -16,8 +17,9 @@ from rlxf.models.tokenizer import eos_token_ids
 from rlxf.platform.base import Platform
 from rlxf.record import RolloutRecorder, SampleRecorder
 from rlxf.report import RunReport
+from rlxf.resume import Resume
 from rlxf.rollout.replay import ReplayEngine
-from rlxf.run import Actor, Evaluate, Online, PairSource, Reference, Rollout, Run, State, Sync
+from rlxf.run import Actor, Online, PairSource, Reference, Rollout, Run, State, Sync
 from rlxf.run_folder import Recorders, RunFolder
 from rlxf.score.recorded import RecordedScorer, has_scores
 from rlxf.score.scorer import Scorer
@@ -28,6 +30,9 @@ from rlxf.types import PromptBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
 
 
 def needs_scorer(config: RunConfig) -> bool:
@@ -92,34 +97,58 @@ def build_run(
     report: RunReport,
     clock: Clock,
     stop: Stop,
+    resume: Resume | None = None,
 ) -> Run:
-    """The run that the driver trains."""
+    """The run that the driver trains; with ``resume`` its actor and state are those of the checkpoint."""
+    evaluation = _evaluation(config, data, roles)
+
+    def describe(state: State) -> dict[str, Any]:
+        return {
+            "prompt_ids": data.training.prompt_ids(state.step - 1),
+            "epoch": data.training.epoch(state.step - 1),
+            "report": report.describe(),
+            "baseline": evaluation.describe_baseline() if evaluation else None,
+        }
+
+    folder = RunFolder(config, run_dir, roles.actor, describe=describe, saved=report.saved)
+    if resume is not None:
+        with stop.abandonable():
+            _restore(resume, data, roles, evaluation)
+        folder.prune(resume.state.step)
     return Run(
         config=config,
-        source=_source(config, run_dir, data, roles),
+        source=_source(config, run_dir, data, roles, after=resume.state.step if resume else None),
         reference=roles.reference,
         actor=roles.actor,
         sync=_sync(config, data, roles, platform),
-        evaluate=_evaluation(config, data, roles),
+        evaluate=evaluation or no_evaluation,
         report=report,
-        folder=RunFolder(config, run_dir, roles.actor),
+        folder=folder,
         clock=clock,
         stop=stop,
-        state=State(),
+        state=resume.state if resume else State(),
     )
 
 
-def _source(config: RunConfig, run_dir: Path, data: Data, roles: Roles) -> Online | PairSource:
+def _restore(resume: Resume, data: Data, roles: Roles, evaluation: Evaluation | None) -> None:
+    if data.training.prompt_ids(resume.state.step - 1) != resume.prompt_ids:
+        log.warning("the rows of step %d are not those that %s saw", resume.state.step, resume.folder)
+    if evaluation is not None:
+        evaluation.restore(resume.baseline)  # before the actor leaves the initial policy
+    roles.actor.load_checkpoint(resume.folder)
+
+
+def _source(config: RunConfig, run_dir: Path, data: Data, roles: Roles, *, after: int | None) -> Online | PairSource:
     if isinstance(data.training, PreferenceFile):
         return data.training
     rollout = data.training if isinstance(data.training, ReplayEngine) else roles.rollout
     scorer = roles.scorer or RecordedScorer(str(config.rollout.replay_path))
     assert rollout is not None  # a run that samples has an engine
-    log = config.log
+    logs = config.log
     recorder = Recorders(
-        RolloutRecorder(run_dir / "rollouts.jsonl") if log.rollouts else None,
-        SampleRecorder(run_dir / "samples.jsonl", data.tokenizer) if log.samples_interval else None,
-        log.samples_interval,
+        RolloutRecorder(run_dir / "rollouts.jsonl", after=after) if logs.rollouts else None,
+        SampleRecorder(run_dir / "samples.jsonl", data.tokenizer, after=after) if logs.samples_interval else None,
+        logs.samples_interval,
     )
     eos_ids = _eos_ids(config, data)
     return Online(prompts=data.training, rollout=rollout, scorer=scorer, eos_ids=eos_ids, recorder=recorder)
@@ -137,9 +166,9 @@ def _sync(config: RunConfig, data: Data, roles: Roles, platform: Platform) -> Sy
     return WeightSync(roles.actor, roles.sink, config.sync, probe)
 
 
-def _evaluation(config: RunConfig, data: Data, roles: Roles) -> Evaluate:
+def _evaluation(config: RunConfig, data: Data, roles: Roles) -> Evaluation | None:
     if data.evaluation is None or roles.rollout is None or roles.scorer is None:
-        return no_evaluation
+        return None
     rooms = Rooms(rollout=roles.rollout, scorer=roles.scorer, actor=roles.actor, reference=roles.reference)
     eos_ids = _eos_ids(config, data)
     return Evaluation(config, data.evaluation, rooms, tokenizer=data.tokenizer, eos_ids=eos_ids)

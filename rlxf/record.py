@@ -1,9 +1,11 @@
 """Recorded rollouts (`rollouts.jsonl`), written by a live run and read by a replay; sampled pairs (`samples.jsonl`).
 
 A row of `rollouts.jsonl` is one prompt:
-``{"prompt_ids": [...], "completions": [{"token_ids": [...], "score": number or null}, ...], "policy_version": n}``.
-``token_ids`` include the EOS that was sampled, ``score`` is the raw score (penalties apply on replay as they do live),
-and rows stand in the order in which the run saw the prompts: with the run's batch size, a replay makes the same steps.
+``{"step": n, "prompt_ids": [...], "completions": [{"token_ids": [...], "score": number or null}, ...],
+"policy_version": n}``.
+``step`` counts from 1, and a replay does not need it. ``token_ids`` include the EOS that was sampled, ``score`` is the
+raw score (penalties apply on replay as they do live), and rows stand in the order in which the run saw the prompts:
+with the run's batch size, a replay makes the same steps.
 """
 
 from __future__ import annotations
@@ -17,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlxf.errors import DataError
-from rlxf.jsonl import JsonLines, Row, describe
+from rlxf.jsonl import JsonLines, Row, describe, open_after
 from rlxf.types import ScoredRollouts
 
 if TYPE_CHECKING:
@@ -122,17 +123,14 @@ def _is_count(value: Any) -> bool:
 class RolloutRecorder:
     """Writes `rollouts.jsonl`, a step at a time and only whole lines, so that a killed run leaves whole rows."""
 
-    def __init__(self, path: str | Path, *, keep_rows: int = 0) -> None:
-        """``keep_rows``: rows of a run's earlier part that stay when it is resumed; what is behind them is cut off."""
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        kept = _first_lines(file, keep_rows) if keep_rows else 0
-        self._file = file.open("ab")
-        self._file.truncate(kept)
+    def __init__(self, path: str | Path, *, after: int | None = None) -> None:
+        """``after``: the step after which a resumed run goes on; its rows and those before stay."""
+        self._file = open_after(Path(path), after)
 
-    def write(self, scored: ScoredRollouts) -> None:
+    def write(self, step: int, scored: ScoredRollouts) -> None:
         """Append the prompts of one step, in batch order, each with its completions by sample index."""
-        lines = [json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in _record(scored)]
+        rows = ({"step": step, **row} for row in _record(scored))
+        lines = [json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in rows]
         self._file.write("".join(lines).encode())
         self._file.flush()
 
@@ -166,26 +164,14 @@ def _or_null(score: float) -> float | None:
     return score if math.isfinite(score) else None
 
 
-def _first_lines(file: Path, count: int) -> int:
-    """Bytes of the first ``count`` lines."""
-    size = 0
-    with file.open("rb") as handle:
-        for number in range(count):
-            line = handle.readline()
-            if not line.endswith(b"\n"):
-                raise DataError(f"{file}: holds {number} whole rows, but the run that is resumed had written {count}")
-            size += len(line)
-    return size
-
-
 class SampleRecorder:
     """Writes `samples.jsonl`: what the model said, as text, for people to read."""
 
-    def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_rows: int = 16) -> None:
-        """``max_rows``: pairs written per step, the first ones of the batch."""
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = file.open("w", encoding="utf-8")
+    def __init__(
+        self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_rows: int = 16, after: int | None = None
+    ) -> None:
+        """``max_rows``: pairs written per step, the first ones of the batch. ``after``: as `RolloutRecorder` has it."""
+        self._file = open_after(Path(path), after)
         self._tokenizer = tokenizer
         self._max_rows = max_rows
 
@@ -212,7 +198,7 @@ class SampleRecorder:
                     "rejected_eos": bool(scored.contains_eos[rejected]),
                 }
             )
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table))
+        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table).encode())
         self._file.flush()
         return table
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from rlxf.config.schema import RunConfig
 from rlxf.console import Progressbar, duration, final_table
 from rlxf.metrics import JsonlSink, Sink, TensorBoardSink, finite_or_null
+from rlxf.resume import Resume
 from rlxf.run_folder import write_json
 from rlxf.types import Metrics
 
@@ -35,21 +37,29 @@ ROWS = (
 class RunReport:
     """Everything that a run says about itself."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, sinks: Sequence[Sink], console: Console) -> None:
+    def __init__(
+        self, config: RunConfig, run_dir: Path, sinks: Sequence[Sink], console: Console, resume: Resume | None = None
+    ) -> None:
+        after, first_step = _steps_of(resume)
         self._run_dir = run_dir
         self._sinks = sinks
-        self._evaluations = JsonlSink(run_dir / "eval.jsonl") if config.training.eval_interval else None
+        evaluates = config.training.eval_interval > 0
+        self._evaluations = JsonlSink(run_dir / "eval.jsonl", after=after) if evaluates else None
         self._console = console
         self._title = "offline DPO" if config.offline else "online DPO"
         self._num_steps = config.training.train_iters
-        self._bar = Progressbar(console, 0, self._num_steps, config.log.interval)
+        self._bar = Progressbar(console, first_step, self._num_steps, config.log.interval)
         self._started = time.monotonic()
-        self._step = 0
-        self._start: Metrics = {}  # the first evaluation and the first step
-        self._end: Metrics = {}  # the newest ones
+        self._step = first_step
+        self._start: Metrics = dict(resume.start) if resume else {}  # the first evaluation and the first step
+        self._end: Metrics = dict(resume.end) if resume else {}  # the newest ones
+
+    def describe(self) -> dict[str, Any]:
+        """What the report of a resumed run needs, as JSON data."""
+        return {"start": finite_or_null(self._start), "end": finite_or_null(self._end)}
 
     def evaluated(self, step: int, metrics: Metrics) -> None:
-        """The evaluation before the first step; later ones come with their step's metrics."""
+        """The evaluation before the first step, empty if none was due; later ones come with their step's metrics."""
         for sink in self._sinks:
             if metrics and not isinstance(sink, JsonlSink):  # metrics.jsonl holds steps only
                 sink.write(step, metrics)
@@ -106,9 +116,15 @@ class RunReport:
             self._evaluations.write(step, evaluation)
 
 
-def make_report(config: RunConfig, run_dir: Path, console: Console) -> RunReport:
-    """The report that a recipe asks for."""
-    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl")]
+def make_report(config: RunConfig, run_dir: Path, console: Console, resume: Resume | None = None) -> RunReport:
+    """The report that a recipe asks for; a resumed run's files go on after the step of its checkpoint."""
+    after, _ = _steps_of(resume)
+    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", after=after)]
     if config.log.tensorboard:
-        sinks.append(TensorBoardSink(run_dir / "tensorboard"))
-    return RunReport(config, run_dir, sinks, console)
+        sinks.append(TensorBoardSink(run_dir / "tensorboard", after=after))
+    return RunReport(config, run_dir, sinks, console, resume)
+
+
+def _steps_of(resume: Resume | None) -> tuple[int | None, int]:
+    """The last step whose numbers are in the files of a resumed run, and the steps that are done."""
+    return (resume.state.reported_step, resume.state.step) if resume else (None, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -59,7 +59,13 @@ class Actor(Protocol):
 
     def token_logps(self, sequences: Sequences) -> Tensor: ...
 
-    def save_checkpoint(self, folder: Path) -> None: ...
+    def save_checkpoint(self, folder: Path, background: bool = False) -> None:
+        """``background``: return when the state is copied; ``checkpoint_written`` says when it is in the folder."""
+        ...
+
+    def checkpoint_written(self, wait: bool) -> bool: ...
+
+    def load_checkpoint(self, folder: Path) -> None: ...
 
     def save_hf(self, folder: Path) -> None: ...
 
@@ -87,7 +93,9 @@ class Evaluate(Protocol):
 class Report(Protocol):
     """Tells people and files how the run goes. ``step``: complete driver steps."""
 
-    def evaluated(self, step: int, metrics: Metrics) -> None: ...
+    def evaluated(self, step: int, metrics: Metrics) -> None:
+        """The evaluation before the first step, empty if none was due; steps begin now."""
+        ...
 
     def stepped(self, step: int, metrics: Metrics) -> None: ...
 
@@ -105,12 +113,31 @@ class State:
     empty_steps: int = 0  # steps without a pair, in a row
     num_tokens: int = 0  # trained on so far
     saved_step: int = 0  # of the newest checkpoint
+    metrics: Metrics = field(default_factory=dict)  # of the last complete step
+    unevaluated: bool = False  # a stop cut the evaluation after that step off; it is due before the next one
+
+    @property
+    def reported_step(self) -> int:
+        """The last step whose numbers are all there."""
+        return self.step - 1 if self.unevaluated else self.step
 
 
 class Folder(Protocol):
     """What a run leaves on disk."""
 
-    def save_checkpoint(self, state: State) -> Path: ...
+    def save_checkpoint(self, state: State) -> None:
+        """Save the complete steps; with ``training.async_save`` the rest of it happens while training goes on."""
+        ...
+
+    def save_hf(self, step: int) -> None: ...
+
+    def poll(self) -> None:
+        """Finish a checkpoint that has been written in the background, if there is one."""
+        ...
+
+    def wait(self) -> None:
+        """Return when no checkpoint is being written."""
+        ...
 
     def save_policy(self) -> Path: ...
 
@@ -144,3 +171,16 @@ class Run:
     clock: Clock
     stop: Stop
     state: State
+
+    def training_sampling(self) -> Sampling:
+        """The recipe's sampling for the current step: seeds depend on run, step, prompt and sample only."""
+        actor, rollout = self.config.actor_rollout, self.config.rollout
+        return Sampling(
+            num_samples=actor.n_samples_per_prompt,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=rollout.temperature if actor.do_sample else 0.0,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            seed=self.config.training.seed,
+            step=self.state.step,
+        )

@@ -2,51 +2,204 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlxf.checkpoint import file_digest, write_manifest
+from rlxf.checkpoint import (
+    DRIVER,
+    LATEST,
+    best,
+    file_digest,
+    folder_of,
+    fsync,
+    list_checkpoints,
+    num_bytes,
+    prune,
+    publish,
+    remove_leftovers,
+    step_of,
+    temporary_for,
+    write_manifest,
+)
 from rlxf.config.schema import RunConfig
+from rlxf.errors import CheckpointError
+from rlxf.metrics import finite_or_null
 from rlxf.pair.strategies import PairingResult
 from rlxf.record import RolloutRecorder, SampleRecorder
 from rlxf.run import Actor, State
 from rlxf.types import ScoredRollouts
 
-LATEST = "latest_checkpointed_iteration.txt"
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of driver.json
+
+
+@dataclass(slots=True)
+class Saving:
+    """A checkpoint on its way."""
+
+    folder: Path
+    temporary: Path
+    published: Future[None] | None = None  # None: the actor is still writing
 
 
 class RunFolder:
-    """The folders of one run. A checkpoint is complete or not there: temporary folder, fsync, rename."""
+    """The folders of one run. A checkpoint is complete or not there: temporary folder, fsync, manifest, rename.
 
-    def __init__(self, config: RunConfig, run_dir: Path, actor: Actor) -> None:
+    Args:
+        config: the recipe.
+        run_dir: the run's folder.
+        actor: who writes parameters and optimizer state.
+        describe: what else a resumed run needs, for ``driver.json``.
+        saved: told of each complete checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        actor: Actor,
+        *,
+        describe: Callable[[State], dict[str, Any]] = lambda state: {},
+        saved: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
         self._config = config
         self._run_dir = run_dir
-        self._checkpoints = Path(config.actor_rollout.save or run_dir / "checkpoints")
+        self._checkpoints = checkpoints_folder(config, run_dir)
         self._actor = actor
-        data = config.rollout.replay_path or config.actor_rollout.data_path
+        self._describe = describe
+        self._saved = saved
+        path = data_file(config)
         # Now and not in the first save, which a stop signal may be waiting for.
-        self._data = fingerprint(Path(data)) if data else None
+        self._data = fingerprint(path) if path else None
+        self._saving: Saving | None = None
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._require_space()
 
-    def save_checkpoint(self, state: State) -> Path:
-        """``<checkpoints>/iter_0000020`` after 20 steps: what the actor writes, and ``driver.json``."""
+    def save_checkpoint(self, state: State) -> None:
+        """``<checkpoints>/iter_0000020`` after 20 steps: what the actor writes, and ``driver.json``.
 
-        def fill(folder: Path) -> None:
-            self._actor.save_checkpoint(folder)
-            driver = {**asdict(state), "saved_step": state.step, "config": self._config.dump(), "data": self._data}
-            write_json(folder / "driver.json", driver)
-            write_manifest(folder)
+        Returns when it is complete; with ``training.async_save`` when the state is copied, and ``poll`` does the rest.
 
-        folder = self._checkpoints / f"iter_{state.step:07d}"
-        replace_folder(folder, fill)
-        write_text(self._checkpoints / LATEST, f"{state.step}\n")
-        return folder
+        Raises:
+            CheckpointError: there is not enough space, or it could not be written; those before are untouched.
+        """
+        self.wait()  # never two at a time
+        self._require_space()
+        background = self._config.training.async_save
+        folder = folder_of(self._checkpoints, state.step)
+        self._saving = Saving(folder, temporary_for(folder))
+        with self._discarded_on_failure():
+            self._actor.save_checkpoint(self._saving.temporary, background)
+            write_json(self._saving.temporary / DRIVER, self._driver(state))
+            self._sync_logs()
+            if not background:
+                self._publish(self._saving)
+                self._complete()
+
+    def poll(self) -> None:
+        """Finish a checkpoint that has been written in the background, without waiting."""
+        self._advance(wait=False)
+
+    def wait(self) -> None:
+        """Return when no checkpoint is being written."""
+        self._advance(wait=True)
+
+    def _advance(self, *, wait: bool) -> None:
+        saving = self._saving
+        if saving is None:
+            return
+        with self._discarded_on_failure():
+            if saving.published is None and self._actor.checkpoint_written(wait):
+                saving.published = self._publisher.submit(self._publish, saving)  # hashing takes its time
+            if saving.published is not None and (wait or saving.published.done()):
+                saving.published.result()
+                self._complete()
+
+    def _publish(self, saving: Saving) -> None:
+        write_manifest(saving.temporary)
+        publish(saving.temporary, saving.folder)
+        write_text(self._checkpoints / LATEST, f"{step_of(saving.folder)}\n")
+
+    def _complete(self) -> None:
+        assert self._saving is not None
+        folder, self._saving = self._saving.folder, None
+        self._saved(folder)
+        self.prune(step_of(folder))
+
+    def prune(self, step: int) -> None:
+        """Delete the checkpoints up to ``step`` that are not kept; at the start those that a killed run did not."""
+        training, root = self._config.training, self._checkpoints
+        if not training.keep_latest:
+            return
+        largest = training.keep_best_mode == "max"
+        kept = best(root, training.keep_best_metric, training.keep_best, largest=largest) if training.keep_best else []
+        try:
+            prune(root, training.keep_latest, newest=step, keep=frozenset(kept))
+        except OSError as error:  # the run does not depend on it
+            log.warning("an old checkpoint could not be deleted: %s", error)
+
+    @contextmanager
+    def _discarded_on_failure(self) -> Iterator[None]:
+        """A checkpoint that could not be written leaves nothing behind."""
+        try:
+            yield
+        except BaseException as error:
+            if self._saving is not None:
+                shutil.rmtree(self._saving.temporary, ignore_errors=True)
+                self._saving = None
+            if isinstance(error, OSError):
+                raise CheckpointError(f"{self._checkpoints}: the checkpoint could not be written: {error}") from error
+            raise
+
+    def _driver(self, state: State) -> dict[str, Any]:
+        training = self._config.training
+        return {
+            "format": FORMAT,
+            **asdict(state),
+            "metrics": finite_or_null(state.metrics),
+            "sampling": {"seed": training.seed, "step": state.step},
+            "reported_step": state.reported_step,
+            "run_folder": str(self._run_dir.absolute()),
+            **self._describe(state),
+            "data": self._data,
+            "config": self._config.dump(),
+        }
+
+    def _sync_logs(self) -> None:
+        """A resumed run cuts these files to the checkpoint's step, so they must reach at least as far on disk."""
+        for path in self._run_dir.glob("*.jsonl"):
+            fsync(path)
+
+    def _require_space(self) -> None:
+        """Before the first step, and before each save: a full disk is found out while the last checkpoint is whole."""
+        root = next(path for path in (self._checkpoints, *self._checkpoints.parents) if path.exists())
+        earlier, actor = list_checkpoints(self._checkpoints), self._config.actor_rollout
+        needed = int(1.1 * num_bytes(earlier[-1])) if earlier else _least_bytes(self._config)
+        free = shutil.disk_usage(root).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self._checkpoints}: a checkpoint takes about {needed:,} bytes, but {free:,} are free; make room, "
+                f"lower training.keep_latest = {self._config.training.keep_latest} (0 keeps all), or name a folder on "
+                f"another disk in {'actor_rollout.save' if actor.save else 'hydra.run.dir'}"
+            )
+
+    def save_hf(self, step: int) -> None:
+        """``<checkpoints>/hf_0000020``: the policy after 20 steps as a folder that transformers loads."""
+        self._actor.save_hf(self._checkpoints / f"hf_{step:07d}")
 
     def save_policy(self) -> Path:
         """``<run folder>/policy``: the policy and its tokenizer as a folder that transformers loads."""
@@ -65,9 +218,59 @@ class Recorders:
 
     def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult) -> None:
         if self._rollouts is not None:
-            self._rollouts.write(scored)
+            self._rollouts.write(step, scored)
         if self._samples is not None and (step == 1 or step % self._interval == 0):
             self._samples.write(step, scored, pairing.chosen_rows, pairing.rejected_rows)
+
+
+@contextmanager
+def owned_checkpoints(config: RunConfig, run_dir: Path) -> Iterator[None]:
+    """The run's checkpoint folder, for this run alone; what a killed one left half written there is deleted.
+
+    Raises:
+        CheckpointError: another run writes there now.
+    """
+    root = checkpoints_folder(config, run_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    lock = root / ".lock"
+    with lock.open("a+") as file:  # let go by the system when this process ends, however it does
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CheckpointError(
+                f"{root}: another run writes its checkpoints there ({file.read().strip() or 'unknown'}); wait for it, "
+                "or name another folder in actor_rollout.save (or hydra.run.dir)"
+            ) from None
+        except OSError as error:  # a file system without locks
+            log.warning("%s: cannot be locked (%s); start no second run with it", root, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        remove_leftovers(root)
+        try:
+            yield
+        finally:
+            if [path.name for path in root.iterdir()] == [lock.name]:  # a run that did not start leaves nothing
+                shutil.rmtree(root)
+
+
+def checkpoints_folder(config: RunConfig, run_dir: Path) -> Path:
+    """Where the run's checkpoints go: ``actor_rollout.save``, or ``checkpoints`` in the run folder."""
+    return Path(config.actor_rollout.save or run_dir / "checkpoints").absolute()
+
+
+def data_file(config: RunConfig) -> Path | None:
+    """What the run trains on."""
+    path = config.rollout.replay_path if config.engine == "replay" else config.actor_rollout.data_path
+    return Path(path) if path else None
+
+
+def _least_bytes(config: RunConfig) -> int:
+    """A lower bound of a checkpoint's size before there is one: fp32 weights, their master copy and two moments."""
+    files = Path(config.actor_rollout.load or "").glob("*.safetensors") if config.actor_rollout.load else ()
+    weights = sum(path.stat().st_size for path in files)
+    return weights if getattr(config.actor_rollout, "lora_r", 0) else 4 * weights
 
 
 def save_config(config: RunConfig, run_dir: Path) -> None:
@@ -77,29 +280,14 @@ def save_config(config: RunConfig, run_dir: Path) -> None:
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """What tells whether a data file is still the same."""
-    return {"path": str(path), "num_bytes": path.stat().st_size, "sha256": file_digest(path)}
+    status = path.stat()
+    return {"path": str(path), "num_bytes": status.st_size, "sha256": _digest(path, status.st_size, status.st_mtime_ns)}
 
 
-def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Make ``folder`` what ``fill`` writes, on disk before it gets its name.
-
-    A crash leaves no half-written ``folder``. One that exists stays until the new one is complete, as ``.<name>.old``
-    for the moment between two renames.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    fill(temporary)
-    for path in sorted(temporary.rglob("*")):
-        _fsync(path)
-    _fsync(temporary)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    temporary.rename(folder)
-    _fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+@cache
+def _digest(path: Path, num_bytes: int, modified_ns: int) -> str:
+    """The hash of a file that may be large, and is asked for twice in a resumed run."""
+    return file_digest(path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -111,14 +299,6 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
+    fsync(temporary)
     temporary.rename(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(path.parent)

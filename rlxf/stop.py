@@ -13,7 +13,7 @@ from types import FrameType
 from rlxf.errors import StopRequested
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE_S = 18.0  # how long the first signal lets a stage finish that must not be cut (an update, a sync, a checkpoint)
+GRACE_S = 18.0  # how long the first signal lets a stage finish that must not be cut (an update, a sync)
 LEAVE_S = 6.0  # how long the second signal waits for the clean-up
 
 
@@ -40,6 +40,7 @@ class Stop:
         self._signal: int | None = None
         self._requested_at = 0.0
         self._depth = 0
+        self._patience = 0
 
     @property
     def requested(self) -> bool:
@@ -60,13 +61,22 @@ class Stop:
         finally:
             self._depth -= 1
 
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Work that the first signal waits for, however long it takes: a checkpoint. The second one still ends it."""
+        self._patience += 1
+        try:
+            yield
+        finally:
+            self._patience -= 1
+
     def abandon_now(self) -> bool:
         """Whether a wait has to give up: at once for abandonable work, after a grace period for the rest."""
         return self.requested and (self._depth > 0 or self.overdue())
 
     def overdue(self) -> bool:
         """Whether the stage that must not be cut took longer than the grace period."""
-        return self.requested and time.monotonic() - self._requested_at > GRACE_S
+        return self.requested and not self._patience and time.monotonic() - self._requested_at > GRACE_S
 
     def error(self, what: str) -> StopRequested:
         number = self._signal or signal.SIGTERM

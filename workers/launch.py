@@ -22,7 +22,8 @@ from rlxf.plan import Plan, make_plan
 from rlxf.platform import Platform, get_platform
 from rlxf.prepare import Roles, build_run, load_data, needs_scorer
 from rlxf.report import make_report
-from rlxf.run_folder import save_config
+from rlxf.resume import find_resume, is_complete
+from rlxf.run_folder import owned_checkpoints, save_config
 from rlxf.stop import Stop
 from workers.actor import ActorWorker, RemoteActor
 from workers.cluster import Cluster, connect
@@ -48,8 +49,11 @@ def launch(config: RunConfig, run_dir: Path) -> None:
     """Run the recipe on Ray; what it leaves is under ``run_dir``, and in ``actor_rollout.save`` if set."""
     run_dir = run_dir.absolute()  # workers have other working folders
     stop = Stop()
-    with stop.installed():
-        data = load_data(config)  # before Ray starts: a wrong file is told at once
+    with stop.installed(), owned_checkpoints(config, run_dir):
+        resume = find_resume(config, run_dir)  # before Ray starts: what is wrong is told at once
+        if resume is not None and is_complete(resume, config, run_dir):
+            return
+        data = load_data(config)
         platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
         plan = make_plan(config)
         save_config(config, run_dir)
@@ -59,10 +63,14 @@ def launch(config: RunConfig, run_dir: Path) -> None:
             with stop.abandonable():
                 groups, loading = start_workers(config, plan, platform, waiter)
                 waiter.gather(loading, config.training.start_timeout_s)
-            report = make_report(config, run_dir, Console())
+            report = make_report(config, run_dir, Console(), resume)
             try:
-                roles = make_roles(groups)
-                train(build_run(config, run_dir, data, roles, platform=platform, report=report, clock=clock, stop=stop))
+                train(
+                    build_run(
+                        config, run_dir, data, make_roles(groups),
+                        platform=platform, report=report, clock=clock, stop=stop, resume=resume,
+                    )
+                )  # fmt: skip
             finally:
                 report.close()
 

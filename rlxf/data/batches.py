@@ -69,10 +69,14 @@ class Batches(Generic[T]):
     def batch(self, step: int) -> list[T]:
         """The items of a step, always ``batch_size`` of them."""
         made: dict[int, T] = {}
+        rows = self.rows(step, made)
+        return [made[row] if row in made else self._item(row) for row in rows]
+
+    def rows(self, step: int, made: dict[int, T] | None = None) -> list[int]:
+        """The row numbers of a step's items. Items that are made on the way are put into ``made``."""
         while len(self._cursors) <= step:
             self._rows_of_step(len(self._cursors) - 1, {})
-        rows = self._rows_of_step(step, made)
-        return [made[row] if row in made else self._item(row) for row in rows]
+        return self._rows_of_step(step, {} if made is None else made)
 
     def epoch(self, step: int) -> float:
         """Passes over the file at the end of a step."""

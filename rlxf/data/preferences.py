@@ -73,6 +73,10 @@ class PreferenceFile:
             rejected=Sequences.from_rows(prompts, [rejected for _, _, rejected in items]),
         )
 
+    def prompt_ids(self, step: int) -> list[int]:
+        """The rows of the file that a step is made of."""
+        return self._batches.rows(step)
+
     def epoch(self, step: int) -> float:
         """Passes over the file at the end of a step; dropped rows are part of a pass."""
         return self._batches.epoch(step)

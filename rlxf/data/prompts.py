@@ -94,6 +94,10 @@ class PromptSource:
         """The prompts of a step; the same for the same step, whatever was asked for before."""
         return self._file.batch(self._batches.batch(step))
 
+    def prompt_ids(self, step: int) -> list[int]:
+        """The rows of the file that a step is made of."""
+        return self._batches.rows(step)
+
     def epoch(self, step: int) -> float:
         """Passes over the file at the end of a step; dropped rows are part of a pass."""
         return self._batches.epoch(step)

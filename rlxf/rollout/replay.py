@@ -49,20 +49,23 @@ class ReplayEngine:
         """Prompts in the file."""
         return len(self._rows)
 
+    def prompt_ids(self, step: int) -> list[int]:
+        """The rows of the file that a step is made of."""
+        return list(range(step * self._batch_size, (step + 1) * self._batch_size))
+
     def epoch(self, step: int) -> float:
         """Passes over the file at the end of a step."""
         return (step + 1) * self._batch_size / len(self._rows)
 
     def next_batch(self, step: int) -> PromptBatch:
         """The prompts of a step. A recording holds no texts: they are the decoded tokens, and there are no columns."""
-        start = step * self._batch_size
-        numbers = range(start, start + self._batch_size)
-        if numbers.stop > len(self._rows):
-            raise ConfigError(f"step {step} needs prompts up to {numbers.stop}, but only {len(self)} are recorded")
+        numbers = self.prompt_ids(step)
+        if numbers[-1] >= len(self._rows):
+            raise ConfigError(f"step {step} needs prompts up to {numbers[-1] + 1}, but only {len(self)} are recorded")
         prompts = [self._rows[number].prompt for number in numbers]
         return PromptBatch(
             prompts=Tokens.from_rows(prompts),
-            prompt_ids=torch.tensor(list(numbers), dtype=torch.int64),
+            prompt_ids=torch.tensor(numbers, dtype=torch.int64),
             texts=tuple(self._tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts),
             columns={},
         )

@@ -118,8 +118,20 @@ class SmallActor(Bigram):
             self.logits -= self._config.lr * gradient
         return {"loss": float(losses.detach().mean())}
 
-    def save_checkpoint(self, folder: Path) -> None:
-        torch.save(self.logits, folder / "logits.pt")
+    def save_checkpoint(self, folder: Path, background: bool = False) -> None:
+        self._copy = (folder / "logits.pt", self.logits.detach().clone())
+        if not background:
+            self.checkpoint_written(wait=True)
+
+    def checkpoint_written(self, wait: bool) -> bool:
+        """In the background it takes until somebody waits."""
+        if wait:
+            torch.save(self._copy[1], self._copy[0])
+        return wait
+
+    def load_checkpoint(self, folder: Path) -> None:
+        with torch.no_grad():
+            self.logits.copy_(torch.load(folder / "logits.pt", weights_only=True))
 
     def save_hf(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -218,11 +230,13 @@ class LastRecord:
     """Keeps what it was told to write."""
 
     def __init__(self) -> None:
+        self.steps: list[int] = []
         self.pairings: list[PairingResult] = []
         self.scored: list[ScoredRollouts] = []
 
     def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult) -> None:
-        assert step == len(self.pairings) + 1
+        assert not self.steps or step == self.steps[-1] + 1
+        self.steps.append(step)
         self.scored.append(scored)
         self.pairings.append(pairing)
 
@@ -253,10 +267,20 @@ class SavedSteps:
 
     def __init__(self) -> None:
         self.saved: list[tuple[int, int]] = []
+        self.hf: list[int] = []
+        self.waits = 0
 
-    def save_checkpoint(self, state: State) -> Path:
+    def save_checkpoint(self, state: State) -> None:
         self.saved.append((state.step, state.policy_version))
-        return Path(f"iter_{state.step}")
+
+    def save_hf(self, step: int) -> None:
+        self.hf.append(step)
+
+    def poll(self) -> None:
+        return None
+
+    def wait(self) -> None:
+        self.waits += 1
 
     def save_policy(self) -> Path:
         return Path("policy")
@@ -285,10 +309,15 @@ def small_run(
     offline: PairSource | None = None,
     evaluate: Evaluate = no_evaluation,
     deliver: Callable[[int], bool] = lambda version: True,
+    state: State | None = None,
+    logits: Tensor | None = None,
 ) -> SmallRun:
-    """A run of the rooms above; ``offline`` replaces prompts, engine and scorer."""
+    """A run of the rooms above; ``offline`` replaces prompts, engine and scorer, ``state`` and ``logits`` the start."""
     trace: Trace = []
     actor, engine, reference = SmallActor(config, trace), SmallEngine(trace), SmallReference(trace)
+    if logits is not None:
+        with torch.no_grad():
+            actor.logits.copy_(logits)
     sync, recorder = SmallSync(actor, engine, trace, deliver=deliver), LastRecord()
     notes, folder, stop = Notes(), SavedSteps(), Stop(interrupt=True)
     online = Online(
@@ -309,6 +338,6 @@ def small_run(
         folder=folder,
         clock=Clock(),
         stop=stop,
-        state=State(),
+        state=state or State(),
     )
     return SmallRun(run, actor, reference, engine, sync, recorder, notes, folder, stop, trace)

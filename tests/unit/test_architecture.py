@@ -20,7 +20,7 @@ ROOMS = {"data", "rollout", "score", "pair", "reference", "update", "sync"}
 FLOOR = {"types", "config", "errors"}
 TOOLS = {"clock", "console", "jsonl", "record", "stop"}  # files and terminals; they know no room
 BELOW_ROOMS = FLOOR | TOOLS | {"models", "platform"}
-ASSEMBLY = {"run", "evaluate", "assemble", "prepare", "driver", "metrics", "report", "run_folder"}
+ASSEMBLY = {"run", "evaluate", "assemble", "prepare", "driver", "metrics", "report", "resume", "run_folder"}
 
 # What each part of rlxf may import besides itself. A new part needs a line here: decide where it stands.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -36,9 +36,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(ROOMS, BELOW_ROOMS),
     "tiny": BELOW_ROOMS,
     # What a run says and leaves behind; of the rooms they know pairs only.
-    "metrics": FLOOR | {"pair"},
-    "run_folder": FLOOR | TOOLS | {"checkpoint", "pair", "run"},
-    "report": FLOOR | TOOLS | {"metrics", "run_folder"},
+    "metrics": FLOOR | {"jsonl", "pair"},
+    "run_folder": FLOOR | TOOLS | {"checkpoint", "metrics", "pair", "run"},
+    "resume": FLOOR | TOOLS | {"checkpoint", "metrics", "run", "run_folder"},
+    "report": FLOOR | TOOLS | {"metrics", "resume", "run_folder"},
     # The loop and the protocols of its members: no device, no model, nothing that builds a room.
     "run": FLOOR | TOOLS | {"pair", "rollout", "score", "sync"},
     "driver": FLOOR | TOOLS | {"run", "metrics", "pair", "rollout", "score"},

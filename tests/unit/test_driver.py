@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlxf.driver import train
 from rlxf.errors import StopRequested, TrainingError
+from rlxf.run import State
 from rlxf.types import Metrics, Pairs, Rollouts, Sequences
 from tests.unit.small_run import EOS, LIKED, Constant, SmallRun, TokenCounter, small_config, small_run
 
@@ -219,6 +220,62 @@ def test_a_signal_during_an_update_lets_the_step_end_and_saves_it() -> None:
     assert small.folder.saved == [(3, 3)]
     assert small.trace[-2:] == ["update", "sync"]
     assert list(small.notes.steps) == [1, 2, 3]  # the step's numbers are not lost
+
+
+def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run() -> None:
+    stopping = [True]
+
+    def evaluate(step: int) -> Metrics:
+        if step == 2 and stopping.pop():
+            interrupt()
+        return {"eval/reward": float(step)}
+
+    changes = {"training__save_hf_interval": 2, "training__train_iters": 3}
+    small = small_run(small_config(**changes), evaluate=evaluate)
+    with small.stop.installed(), pytest.raises(StopRequested):
+        train(small.run)
+    assert "eval/reward" not in small.notes.steps[2]
+    assert (small.run.state.unevaluated, small.run.state.reported_step) == (True, 1)
+    assert (small.folder.saved, small.folder.hf) == ([(2, 2)], [])
+    stopping.append(False)
+    again = small_run(small_config(**changes), evaluate=evaluate, state=small.run.state)
+    train(again.run)
+    assert again.notes.steps[2] == small.notes.steps[2] | {"eval/reward": 2.0}
+    assert list(again.notes.steps) == [2, 3]
+    assert again.notes.evaluations == {2: {}}  # none before the first step: that was the first run's
+    assert (again.folder.saved, again.folder.hf) == ([(3, 3)], [2])
+
+
+def test_a_resumed_run_goes_on_at_its_step_with_its_version() -> None:
+    whole = small_run(small_config())
+    train(whole.run)
+    first = small_run(small_config(training__train_iters=2))
+    train(first.run)
+    again = small_run(small_config(), state=first.run.state, logits=first.actor.logits)
+    train(again.run)
+    assert again.sync.versions == [2, 3, 4]
+    assert [sampling.step for sampling in again.engine.samplings] == [2, 3]
+    unclocked = [
+        {name: value for name, value in steps[4].items() if not name.startswith(("timing/", "rollout/"))}
+        for steps in (again.notes.steps, whole.notes.steps)
+    ]
+    assert unclocked[0] == unclocked[1]
+    assert bool((again.actor.logits == whole.actor.logits).all())
+
+
+def test_a_run_whose_steps_are_done_only_writes_its_policy() -> None:
+    small = small_run(small_config(), state=State(step=4, policy_version=4, saved_step=4))
+    train(small.run)
+    assert small.trace == ["sync"]
+    assert small.folder.saved == []
+    assert small.notes.policy is not None
+
+
+def test_a_run_that_fails_waits_for_the_checkpoint_that_is_being_written() -> None:
+    small = small_run(small_config(algorithm__max_empty_steps=1), scorer=Constant())
+    with pytest.raises(TrainingError):
+        train(small.run)
+    assert small.folder.waits == 1
 
 
 def test_a_signal_before_the_first_step_saves_nothing() -> None:

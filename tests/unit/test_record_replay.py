@@ -48,10 +48,10 @@ def step_of(step: int, num_prompts: int = 4, samples: int = 3) -> ScoredRollouts
     return with_scores(rollouts, raw_scores, eos_ids=(EOS,), missing_eos_penalty=0.3)
 
 
-def record(path: Path, *steps: ScoredRollouts, **options: Any) -> Path:
-    recorder = RolloutRecorder(path, **options)
-    for scored in steps:
-        recorder.write(scored)
+def record(path: Path, *steps: ScoredRollouts, after: int | None = None) -> Path:
+    recorder = RolloutRecorder(path, after=after)
+    for step, scored in enumerate(steps, start=(after or 0) + 1):
+        recorder.write(step, scored)
     recorder.close()
     return path
 
@@ -97,11 +97,13 @@ def test_the_file_is_as_documented(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in record(tmp_path / "rollouts.jsonl", scored).read_text().splitlines()]
     assert rows == [
         {
+            "step": 1,
             "prompt_ids": [5, 6],
             "completions": [{"token_ids": [8, EOS], "score": 0.5}, {"token_ids": [9], "score": None}],
             "policy_version": 4,
         },
         {
+            "step": 1,
             "prompt_ids": [7],
             "completions": [{"token_ids": [10], "score": -1.0}, {"token_ids": [11, EOS], "score": 2.0}],
             "policy_version": 4,
@@ -127,19 +129,27 @@ def test_scores_keep_every_bit(tmp_path_factory: pytest.TempPathFactory, scores:
     assert [struct.pack("f", score) for score in again] == [struct.pack("f", score) for score in scores]
 
 
-def test_a_resumed_run_continues_after_the_rows_that_it_keeps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("half_row", ['{"step":3,"prompt_ids": [1', '{"st', ""])
+def test_a_resumed_run_goes_on_after_the_step_of_its_checkpoint(tmp_path: Path, half_row: str) -> None:
     whole = record(tmp_path / "whole.jsonl", step_of(0), step_of(1), step_of(2))
     killed = record(tmp_path / "killed.jsonl", step_of(0), step_of(1))
     with killed.open("a") as file:
-        file.write('{"prompt_ids": [1')  # the machine stopped here; the last checkpoint was after step 0
-    record(killed, step_of(1), step_of(2), keep_rows=4)
+        file.write(half_row)  # the machine stopped here; the last checkpoint was after step 1
+    record(killed, step_of(1), step_of(2), after=1)
     assert killed.read_bytes() == whole.read_bytes()
 
 
-def test_rows_that_should_be_kept_must_be_there(tmp_path: Path) -> None:
-    path = record(tmp_path / "rollouts.jsonl", step_of(0))
-    with pytest.raises(DataError, match="holds 4 whole rows, but the run that is resumed had written 8"):
-        RolloutRecorder(path, keep_rows=8)
+def test_a_resumed_run_in_a_new_folder_begins_a_file(tmp_path: Path) -> None:
+    path = record(tmp_path / "new" / "rollouts.jsonl", step_of(7), after=7)
+    assert {json.loads(line)["step"] for line in path.read_text().splitlines()} == {8}
+
+
+def test_a_file_of_other_rows_is_not_cut(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rollouts.jsonl", [ROW])
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=r"rollouts\.jsonl:1: begins with no step"):
+        RolloutRecorder(path, after=1)
+    assert path.read_bytes() == before
 
 
 def test_a_new_run_does_not_append_to_an_old_file(tmp_path: Path) -> None:

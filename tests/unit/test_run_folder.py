@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
+import shutil
+from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from rlxf.checkpoint import find_problems, list_checkpoints, newest_good
+from rlxf.errors import CheckpointError
 from rlxf.run import State
-from rlxf.run_folder import RunFolder, fingerprint, replace_folder, save_config, write_text
+from rlxf.run_folder import RunFolder, fingerprint, owned_checkpoints, save_config
 from tests.unit.small_run import SmallActor, small_config
 
 
@@ -20,46 +27,143 @@ def folder(run_dir: Path, **changes: object) -> RunFolder:
     return RunFolder(config, run_dir, SmallActor(config, []))
 
 
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
 def test_a_checkpoint_holds_the_actor_and_the_drivers_state(tmp_path: Path) -> None:
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "a"}\n')
-    state = State(step=20, policy_version=18, empty_steps=1, num_tokens=500)
-    made = folder(tmp_path, actor_rollout__data_path=str(data)).save_checkpoint(state)
-    assert made == tmp_path / "checkpoints" / "iter_0000020"
-    assert torch.load(made / "logits.pt", weights_only=True).shape == (6, 6)
-    driver = json.loads((made / "driver.json").read_text())
-    assert {name: driver[name] for name in ("step", "policy_version", "empty_steps", "num_tokens", "saved_step")} == {
-        "step": 20,
-        "policy_version": 18,
-        "empty_steps": 1,
-        "num_tokens": 500,
-        "saved_step": 20,
-    }
+    state = State(step=20, policy_version=18, empty_steps=1, num_tokens=500, metrics={"loss": 0.5, "kl": float("nan")})
+    config = small_config(actor_rollout__data_path=str(data))
+    told: list[Path] = []
+    describe = lambda state: {"prompt_ids": [3, 1]}  # noqa: E731
+    made = RunFolder(config, tmp_path, SmallActor(config, []), describe=describe, saved=told.append)
+    made.save_checkpoint(state)
+    assert told == [tmp_path / "checkpoints" / "iter_0000020"]
+    assert find_problems(told[0]) == []
+    assert torch.load(told[0] / "logits.pt", weights_only=True).shape == (6, 6)
+    driver = json.loads((told[0] / "driver.json").read_text(), parse_constant=pytest.fail)
+    expected = {
+        "format": 1, "step": 20, "policy_version": 18, "empty_steps": 1, "num_tokens": 500,
+        "metrics": {"loss": 0.5, "kl": None}, "sampling": {"seed": 7, "step": 20}, "reported_step": 20,
+        "prompt_ids": [3, 1], "run_folder": str(tmp_path),
+    }  # fmt: skip
+    assert {name: driver[name] for name in expected} == expected
     assert driver["config"]["training"]["seed"] == 7
     assert driver["data"]["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
+    assert names(tmp_path) == ["iter_0000020", "latest_checkpointed_iteration.txt"]
     assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "20\n"
 
 
 def test_checkpoints_go_where_the_recipe_says(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
-    made = folder(tmp_path / "run", actor_rollout__save=str(elsewhere)).save_checkpoint(State(step=1))
-    assert made.parent == elsewhere
+    made = folder(tmp_path / "run", actor_rollout__save=str(elsewhere))
+    made.save_checkpoint(State(step=1))
+    made.save_hf(1)
+    assert sorted(path.name for path in elsewhere.glob("*_*1")) == ["hf_0000001", "iter_0000001"]
 
 
-def test_a_crash_while_writing_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    target = tmp_path / "iter_0000001"
-    replace_folder(target, lambda path: write_text(path / "file", "old"))
+class FullDisk(SmallActor):
+    """Writes half of its file."""
 
-    def crash(path: Path) -> None:
-        write_text(path / "file", "new")
-        raise OSError("disk full")
+    def save_checkpoint(self, folder: Path, background: bool = False) -> None:
+        (folder / "logits.pt").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="disk full"):
-        replace_folder(target, crash)
-    assert (target / "file").read_text() == "old"
-    replace_folder(target, lambda path: write_text(path / "file", "newer"))
-    assert (target / "file").read_text() == "newer"
-    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001"]
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    config = small_config()
+    RunFolder(config, tmp_path, SmallActor(config, [])).save_checkpoint(State(step=1))
+    with pytest.raises(CheckpointError, match=r"could not be written: .*No space left on device"):
+        RunFolder(config, tmp_path, FullDisk(config, [])).save_checkpoint(State(step=2))
+    assert names(tmp_path) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+    assert newest_good(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints" / "iter_0000001"
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = folder(tmp_path, training__keep_latest=3)
+    made.save_checkpoint(State(step=1))
+    size = sum(path.stat().st_size for path in (tmp_path / "checkpoints" / "iter_0000001").iterdir())
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, size))  # it fits, but not with a margin
+    with pytest.raises(CheckpointError) as caught:
+        made.save_checkpoint(State(step=2))
+    for part in (f"about {int(1.1 * size):,} bytes", f"{size:,} are free", "training.keep_latest = 3", "hydra.run.dir"):
+        assert part in str(caught.value)
+    assert names(tmp_path) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+
+
+def test_the_first_checkpoint_needs_four_times_the_models_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(1000))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 3999))
+    with pytest.raises(CheckpointError, match="about 4,000 bytes, but 3,999 are free"):
+        folder(tmp_path, actor_rollout__load=str(tmp_path / "model"))
+
+
+def test_in_the_background_a_checkpoint_has_its_name_when_it_is_written(tmp_path: Path) -> None:
+    config = small_config(training__async_save=True)
+    actor, told = SmallActor(config, []), list[Path]()
+    made = RunFolder(config, tmp_path, actor, saved=told.append)
+    made.save_checkpoint(State(step=1))
+    with torch.no_grad():
+        actor.logits += 1.0  # training goes on
+    made.poll()
+    assert told == []
+    assert list_checkpoints(tmp_path / "checkpoints") == []
+    made.wait()
+    (checkpoint,) = told
+    assert find_problems(checkpoint) == []
+    assert float(torch.load(checkpoint / "logits.pt", weights_only=True).abs().sum()) == 0.0  # the state of step 1
+    made.poll()
+    assert told == [checkpoint]
+
+
+def test_two_checkpoints_are_never_written_at_once(tmp_path: Path) -> None:
+    config, told = small_config(training__async_save=True), list[Path]()
+    made = RunFolder(config, tmp_path, SmallActor(config, []), saved=told.append)
+    made.save_checkpoint(State(step=1))
+    made.save_checkpoint(State(step=2))
+    assert [path.name for path in told] == ["iter_0000001"]
+    made.wait()
+    assert [path.name for path in told] == ["iter_0000001", "iter_0000002"]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    made = folder(tmp_path, training__keep_latest=2, training__keep_best=1, training__keep_best_metric="reward")
+    for step, reward in enumerate((0.1, 0.9, 0.3, 0.2, 0.4), start=1):
+        made.save_checkpoint(State(step=step, metrics={"reward": reward}))
+    assert names(tmp_path)[:-1] == ["iter_0000002", "iter_0000004", "iter_0000005"]
+
+
+def _hold(save: str, ready: Any, leave: Any) -> None:
+    with owned_checkpoints(small_config(actor_rollout__save=save), Path("run")):
+        ready.set()
+        leave.wait(60)
+
+
+def test_two_runs_never_write_into_one_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready, leave, config = context.Event(), context.Event(), small_config(actor_rollout__save=str(tmp_path))
+    other = context.Process(target=_hold, args=(str(tmp_path), ready, leave))
+    other.start()
+    assert ready.wait(60)
+    with (
+        pytest.raises(CheckpointError, match=rf"process {other.pid} on .*actor_rollout\.save"),
+        owned_checkpoints(config, Path("run")),
+    ):
+        pass
+    os.kill(other.pid or 0, 9)  # however it ends, the folder is free
+    other.join()
+    with owned_checkpoints(config, Path("run")):
+        pass
+    assert not tmp_path.exists()  # nothing was saved
 
 
 def test_the_merged_recipe_is_readable_yaml(tmp_path: Path) -> None:

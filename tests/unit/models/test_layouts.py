@@ -81,9 +81,9 @@ HALF = Tolerance(loss=1e-3, weights=8e-3, logps=5e-2)
 def assert_equal_runs(found: dict[str, Any], expected: dict[str, Any], tolerance: Tolerance) -> None:
     for step, (ours, theirs) in enumerate(zip(found["metrics"], expected["metrics"], strict=True)):
         for name, value in theirs.items():
-            # Before the first update every margin is 0, so the sign that accuracies count is rounding; sums of about
-            # 100 nats carry an error of 1e-5.
-            if not (step == 0 and name == "rewards/accuracies"):
+            # Before the first update every margin is 0, so the sign that accuracies count is rounding; in bf16 it
+            # often is later, too.
+            if name != "rewards/accuracies" or (step > 0 and tolerance is FP32):
                 near = pytest.approx(value, rel=10 * tolerance.loss, abs=max(10 * tolerance.loss, tolerance.logps))
                 assert ours[name] == near, f"{name} in step {step}"
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=tolerance.loss), f"loss in step {step}"

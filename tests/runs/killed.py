@@ -1,0 +1,171 @@
+"""Runs in processes of their own that die at a chosen moment, and whether a resumed run is the undisturbed one.
+
+A server process imports torch and megatron once and forks each run, which saves five seconds a run.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.runs.small import Finished, Recipe
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.runs.warm"])
+
+
+@dataclass(frozen=True)
+class Call:
+    """The moment before (or after) the n-th call of a function, ``module:attribute.path``."""
+
+    target: str
+    number: int = 1
+    after: bool = False
+    signal: signal.Signals = signal.SIGKILL
+
+    def arm(self) -> None:
+        module, _, path = self.target.partition(":")
+        *owners, name = path.split(".")
+        owner: Any = importlib.import_module(module)
+        for part in owners:
+            owner = getattr(owner, part)
+        function, count = getattr(owner, name), [0]
+
+        def counted(*args: Any, **options: Any) -> Any:
+            count[0] += 1
+            due = count[0] == self.number
+            if due and not self.after:
+                os.kill(os.getpid(), self.signal)
+            result = function(*args, **options)
+            if due and self.after:
+                os.kill(os.getpid(), self.signal)
+            return result
+
+        setattr(owner, name, counted)
+
+
+@dataclass(frozen=True)
+class File:
+    """The moment before the n-th time that a file or folder is opened to write, renamed to, or deleted."""
+
+    event: str  # "open", "rename" or "rmtree"
+    pattern: str  # of its path
+    number: int = 1
+    signal: signal.Signals = signal.SIGKILL
+
+    def arm(self) -> None:
+        count = [0]
+
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            path = self._path(event, args)
+            if path is not None and fnmatch.fnmatch(path, self.pattern):
+                count[0] += 1
+                if count[0] == self.number:
+                    os.kill(os.getpid(), self.signal)
+
+        sys.addaudithook(hook)
+
+    def _path(self, event: str, args: tuple[Any, ...]) -> str | None:
+        if event == "open" == self.event and isinstance(args[0], str | Path) and _writes(args[1]):
+            return str(args[0])
+        if event == "os.rename" and self.event == "rename":
+            return str(args[1])
+        return str(args[0]) if event == "shutil.rmtree" and self.event == "rmtree" else None
+
+
+def _writes(mode: Any) -> bool:
+    return isinstance(mode, str) and mode[:1] in "wax"
+
+
+@dataclass(frozen=True)
+class After:
+    """Some time after the run has begun."""
+
+    seconds: float
+    signal: signal.Signals = signal.SIGKILL
+
+    def arm(self) -> None:
+        timer = threading.Timer(self.seconds, os.kill, (os.getpid(), self.signal))
+        timer.daemon = True
+        timer.start()
+
+
+Moment = Call | File | After
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended."""
+
+    code: int  # exit code; minus the signal that killed it
+    output: str
+
+
+def run_in_child(recipe: Recipe, run_dir: Path, moment: Moment | None = None) -> Ended:
+    """Run the recipe in a process that dies at ``moment``; again in the same folder it is resumed."""
+    log = run_dir.with_name(f"{run_dir.name}.log")
+    process = _CONTEXT.Process(target=_child, args=(recipe, run_dir, moment, log))
+    process.start()
+    process.join(timeout=120)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError(f"the run did not end in 120 s:\n{log.read_text()[-4000:]}")
+    assert process.exitcode is not None
+    return Ended(process.exitcode, log.read_text())
+
+
+def _child(recipe: Recipe, run_dir: Path, moment: Moment | None, log: Path) -> None:
+    import logging
+
+    from rlxf.config.load import load_config
+    from rlxf.errors import RlxfError
+    from rlxf.local import launch
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", force=True)
+    code = 0
+    try:
+        config = load_config({"runtime": "local", **recipe})
+        if moment is not None:
+            moment.arm()
+        launch(config, run_dir)
+    except RlxfError as error:
+        sys.stderr.write(f"{error}\n")
+        code = error.exit_code
+    except BaseException:  # noqa: BLE001  the parent reads it from the log
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def assert_same_run(run_dir: Path, undisturbed: Finished) -> None:
+    """Every number, pair, prompt and weight is that of the undisturbed run, bit for bit."""
+    resumed = Finished(run_dir)
+    assert resumed.numbers == undisturbed.numbers
+    for name in ("rollouts.jsonl", "samples.jsonl", "eval.jsonl"):
+        assert (run_dir / name).read_bytes() == (undisturbed.folder / name).read_bytes(), name
+    assert resumed.weights.keys() == undisturbed.weights.keys()
+    assert all(resumed.weights[name].equal(value) for name, value in undisturbed.weights.items())
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run_dir, undisturbed.folder)]
+    for key in ("steps", "start", "end"):
+        assert _unclocked(summaries[0][key]) == _unclocked(summaries[1][key]), key
+
+
+def _unclocked(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {name: value for name, value in values.items() if not name.startswith(("timing/", "rollout/tokens_per_s"))}
