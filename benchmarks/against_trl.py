@@ -184,7 +184,8 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
                 cpu, ratio = side["cpu_s_per_step"], side.get("times_trl")
                 times = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio else "-"
                 seconds = f"{cpu['median']:.3f} ({cpu['min']:.3f}-{cpu['max']:.3f})"
-                yield f"| {size}, {workload} | {name} | {seconds} | {side['tokens_per_cpu_s']['median']:.0f} | {times} |"
+                tokens = f"{side['tokens_per_cpu_s']['median']:.0f}"
+                yield f"| {size}, {workload} | {name} | {seconds} | {tokens} | {times} |"
     yield ""
     yield "| model, workload, program | " + " | ".join(f"{s}: CPU s (GF/s)" for s in STAGES) + " |"
     yield "|---" * (1 + len(STAGES)) + "|"

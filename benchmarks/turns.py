@@ -1,4 +1,4 @@
-"""Programs that train step by step in processes of their own, and take turns, so that a machine that slows down slows all.
+"""Programs that train step by step in processes of their own, and take turns: a machine that slows down slows all.
 
 A program calls ``Gate.begin_step`` before each of its steps. At the first step of a turn it waits there until the
 benchmark lets it go on; what it costs from then until it waits again is one turn: whole steps, with all that belongs to
@@ -26,7 +26,7 @@ from rlxf.clock import Clock
 TURN_TIMEOUT_S, START_TIMEOUT_S = 300.0, 300.0
 
 
-class Finished(Exception):  # noqa: N818 - the benchmark has had enough turns; nothing is wrong
+class Finished(Exception):
     """Ends a program at the beginning of a step."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def test_log_probs_and_scores_do_not_depend_on_what_shares_a_pass(folder: Path, 
     prompts = [row for row in random_rows(4, 1, 25, generator) for _ in range(3)]
     sequences = Sequences.from_rows(prompts, random_rows(12, 1, 30, generator))
     order = torch.randperm(12, generator=generator)
-    reward = save_reward_model(tmp_path / "rm", Path(folder).parent.name.rstrip("0"))
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    reward = save_reward_model(tmp_path / "rm", kind)
     config = run_config(folder, reward=reward)
     model, scorer = (load_model(config, role, get_platform("cpu"), Process()) for role in ("ref", "reward"))
     alone = Limits(num_sequences=1, share_prompts=False)
