@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -70,6 +71,47 @@ def test_samples_are_fresh_and_never_those_of_training() -> None:
     assert len(set(steps)) == len(steps) == 5  # the initial policy's, and four evaluations
     assert max(steps) < 0
     assert {(s.temperature, s.top_p, s.num_samples) for s in run.engine.samplings} == {(1.0, 1.0, 1)}
+
+
+def test_a_resumed_run_compares_with_what_the_initial_policy_said() -> None:
+    first = small()
+    evaluate = evaluation(first)
+    evaluate(0)
+    baseline = json.loads(json.dumps(evaluate.describe_baseline(), allow_nan=False))
+    with torch.no_grad():
+        first.actor.logits[:, LIKED] += 3.0
+    first.sync.push(1)
+    expected = evaluate(2)
+    again = small()
+    resumed = evaluation(again)
+    resumed.restore(baseline)
+    assert again.engine.samplings == []  # nothing is sampled anew
+    again.engine.logits = first.engine.logits
+    with torch.no_grad():
+        again.actor.logits.copy_(first.actor.logits)
+    assert resumed(2) == expected
+
+
+@pytest.mark.parametrize("found", [None, {"prompts": "of another run", "scores": [1.0], "texts": ["a"]}])
+def test_without_a_baseline_of_these_prompts_the_initial_policy_is_sampled(
+    found: dict[str, object] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, again = small(), small()
+    evaluate, resumed = evaluation(first), evaluation(again)
+    evaluate(0)
+    resumed.restore(found)
+    assert "sampled again" in caplog.text
+    assert resumed.describe_baseline() == evaluate.describe_baseline()
+
+
+def test_missing_scores_of_a_baseline_stay_missing() -> None:
+    evaluate = evaluation(small())
+    evaluate(0)
+    baseline = evaluate.describe_baseline()
+    assert baseline is not None
+    baseline["scores"][0] = None
+    evaluate.restore(baseline)
+    assert evaluate.describe_baseline() == baseline
 
 
 def test_ties_win_half_and_missing_scores_do_not_count() -> None:

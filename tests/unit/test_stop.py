@@ -27,6 +27,19 @@ def test_without_a_signal_nothing_stops() -> None:
     assert not stop.abandon_now()
 
 
+def test_a_checkpoint_may_take_longer_than_the_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_module, "GRACE_S", 0.0)
+    stop = Stop()
+    with stop.installed():
+        send()
+        time.sleep(0.01)
+        assert stop.abandon_now()
+        with stop.patient():
+            assert not stop.abandon_now()
+            assert not stop.overdue()
+        assert stop.abandon_now()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_cuts_abandonable_work_in_this_process(number: int, code: int) -> None:
     stop = Stop(interrupt=True)

@@ -40,6 +40,7 @@ class Write:
         self._folder = folder
         # As a megatron writer that runs in this process needs it; unset, the first save spawns an interpreter.
         filesystem_async._results_queue = queue.Queue()
+        _make_moments(trainable)
         state = _state(trainable, is_loading=False) | {"rng": _sharded_rng(_rng_state())}
         self._request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
         if dist.get_rank() == 0:
@@ -140,6 +141,15 @@ def _chunks(trainable: TrainableModel) -> list[tuple[str, Any]]:
     """Every chunk of this rank's model, by its name in the state."""
     models = [chunk.module for chunk in trainable.chunks]
     return [("model" if len(models) == 1 else f"model{i}", model) for i, model in enumerate(models)]
+
+
+def _make_moments(trainable: TrainableModel) -> None:
+    """An optimizer that has made no step (of a run whose first steps had no pair) is saved as one with zero moments."""
+    for part in trainable.optimizer.chained_optimizers:
+        for parameter in (parameter for group in part.optimizer.param_groups for parameter in group["params"]):
+            moments = part.optimizer.state[parameter]
+            if not moments:
+                moments |= {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
 def _layout() -> dict[str, int]:
