@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from rlxf.config.devices import DEVICES, find_device
 from rlxf.config.folders import folder_problems
 from rlxf.config.keys import nearest
+from rlxf.config.lora import lora_problems, warn_of_unused
 from rlxf.config.parallel import layout_problems, rollout_layout_problems
 from rlxf.config.placement import placement_problems
 from rlxf.config.problems import Problem, wrong
@@ -257,7 +258,15 @@ def _local(config: RunConfig) -> Problems:
             yield wrong(key, count, "expected 1 with runtime=local, which is one process; use runtime=ray", "runtime")
 
 
+def _not_wired(config: RunConfig) -> Problems:
+    """LoRA until the actor trains adapters: accepting the key and training everything would be silently wrong."""
+    if config.actor_rollout.lora_r:
+        expected = "not available in this version; leave it out or set it to 0"
+        yield wrong("actor_rollout.lora_r", config.actor_rollout.lora_r, expected)
+
+
 def _warn(config: RunConfig) -> None:
+    warn_of_unused(config)
     if config.ref.load != config.actor_rollout.load:
         logger.warning("ref.load differs from actor_rollout.load: the policy starts away from its reference")
     for name, role in _roles(config):
@@ -278,6 +287,8 @@ _GROUPS: tuple[Callable[[RunConfig], Problems], ...] = (
     _layouts,
     _batches,
     _optimizer,
+    lora_problems,
+    _not_wired,
     _reward,
     _engine,
     _local,
