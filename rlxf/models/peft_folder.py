@@ -223,4 +223,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder / WEIGHTS}: not a readable safetensors file ({error})") from error
+    other = sorted(name for name in tensors if not re.search(r"\.lora_[AB]\.weight$", name))
+    if other:
+        raise ModelError(f"{folder}: holds {other[0]}, which is no matrix A or B; merge it into a model first")
     return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
