@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,15 @@ def train(rank: int, world_size: int, port: int, folder: Path, settings: dict[st
 
     from rlxf.config.schema import ActorConfig
     from rlxf.models.megatron import model as megatron_model
+    from rlxf.models.megatron.checkpoint import load, save
+    from rlxf.models.megatron.lora import seed_dropout
     from rlxf.models.megatron.optimizer import TrainableModel
     from rlxf.models.megatron.packing import pack_for_logps
     from tests.lora_model import adapted_model, adapter_tensors, merged_tensors
 
     is_split = settings.pop("sequence_parallel", False)
+    start, checkpoint = settings.pop("start", None), settings.pop("checkpoint", None)
+    steps = settings.pop("steps", range(NUM_STEPS))
     build = megatron_model.transformer_config
     megatron_model.transformer_config = lambda *a, **k: replace(build(*a, **k), sequence_parallel=is_split)  # type: ignore[assignment]
     process = Process(rank=rank, world_size=world_size, master_port=port)
@@ -57,9 +63,16 @@ def train(rank: int, world_size: int, port: int, folder: Path, settings: dict[st
         return values, lambda losses: (losses.sum(), count, float(losses.detach().sum()) / len(losses))
 
     losses, norms = [], []
-    for _ in range(NUM_STEPS):
+    if start:
+        with checkpointing_adapters(trainable, model):
+            load(Path(start), trainable)
+    for step in steps:
+        seed_dropout(1, step)
         losses.append(trainable.accumulate(forward, [even_sequences(1), even_sequences(2)]))
         norms.append(trainable.step(1e-2))
+    if checkpoint:
+        with checkpointing_adapters(trainable, model):
+            save(Path(checkpoint), trainable)
     return {
         "losses": losses,
         "norms": norms,
@@ -67,6 +80,19 @@ def train(rank: int, world_size: int, port: int, folder: Path, settings: dict[st
         "merged": merged_tensors(model),
         "local": {name: p.detach().clone() for name, p in model.gpt.named_parameters() if p.requires_grad},
     }
+
+
+@contextmanager
+def checkpointing_adapters(trainable: Any, model: Any) -> Iterator[None]:
+    """The checkpoint takes the adapters for the whole model."""
+    from rlxf.models.megatron.lora import sharded_adapters
+
+    gpt = trainable.ddp.module
+    load_state_dict = gpt.load_state_dict
+    gpt.sharded_state_dict = lambda metadata: sharded_adapters(gpt, model.table)
+    gpt.load_state_dict = lambda state: load_state_dict(state, strict=False)
+    yield
+    del gpt.sharded_state_dict, gpt.load_state_dict
 
 
 def _child(rank: int, world_size: int, port: int, folder: Path, settings: dict[str, Any], out: Path) -> None:

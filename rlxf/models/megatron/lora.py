@@ -32,6 +32,8 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from rlxf.config.schema import ActorConfig
@@ -222,3 +224,27 @@ def adapter_entries(table: Sequence[Entry], gpt: Any) -> Iterator[Entry]:
         second = tuple(f"{module}.lora_B.weight" for module in modules)
         yield Entry(f"{place}.adapter.lora_A", first, "row" if is_row else "replicated")
         yield Entry(f"{place}.adapter.lora_B", second, "replicated" if is_row else entry.kind)
+
+
+def sharded_adapters(gpt: Any, table: Sequence[Entry]) -> dict[str, Any]:
+    """The adapters' matrices as megatron's distributed checkpoint takes them: parameter name -> its place in the whole.
+
+    On disk they have Hugging Face names, which count layers over all pipeline stages; any layout can load them.
+    """
+    state: dict[str, Any] = {}
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    parameters = dict(gpt.named_parameters())
+    for entry in adapter_entries(table, gpt):
+        parameter = parameters[entry.parameter]
+        name = entry.hf_names[0]
+        axes = {name: parameter.partition_dim} if getattr(parameter, "tensor_model_parallel", False) else {}
+        (value,) = make_sharded_tensors_for_checkpoint(
+            {name: parameter},
+            "",
+            axes,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=group,
+        ).values()
+        # Each rank holds a share of gate and one of up, which are not neighbours in the whole.
+        state[entry.parameter] = apply_swiglu_sharded_factory(value, ()) if entry.kind == "gate_up" else value
+    return state

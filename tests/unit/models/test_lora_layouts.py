@@ -44,3 +44,21 @@ def test_dropout_keeps_what_both_processes_hold_the_same(folder: Path, tmp_path:
     for name, value in first["local"].items():
         is_whole = name.endswith("lora_A") == any(part in name for part in ("linear_qkv", "linear_fc1"))
         assert torch.equal(value, second["local"][name]) == is_whole, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 2)])
+def test_a_checkpoint_goes_on_in_any_layout(
+    folder: Path, one: dict[str, Any], tmp_path: Path, before: int, after: int
+) -> None:
+    """Adapters and optimizer state; in one layout bit for bit, with dropout."""
+    (tmp_path / "saved").mkdir()
+    dropout = {"lora_dropout": 0.3} if before == after else {}
+    train_on(before, folder, tmp_path / "a", checkpoint=str(tmp_path / "saved"), steps=range(2), **dropout)
+    resumed = train_on(after, folder, tmp_path / "b", start=str(tmp_path / "saved"), steps=range(2, 4), **dropout)[0]
+    whole = train_on(before, folder, tmp_path / "c", **dropout)[0] if dropout else one
+    tolerance = 0 if dropout else 1e-5
+    for expected, found in zip(whole["losses"][2:], resumed["losses"], strict=True):
+        assert found == pytest.approx(expected, abs=tolerance)
+    for name, value in whole["adapters"].items():
+        torch.testing.assert_close(resumed["adapters"][name], value, atol=tolerance, rtol=0)
