@@ -38,6 +38,7 @@ def test_two_processes_equal_one(folder: Path, one: dict[str, Any], tmp_path: Pa
         assert torch.equal(value, second["local"][name]) == is_whole, name  # halves that both hold stay the same
 
 
+@pytest.mark.slow
 def test_dropout_keeps_what_both_processes_hold_the_same(folder: Path, tmp_path: Path) -> None:
     first, second = train_on(2, folder, tmp_path / "out", lora_dropout=0.4)
     assert first["norms"] == second["norms"]
@@ -62,3 +63,13 @@ def test_a_checkpoint_goes_on_in_any_layout(
         assert found == pytest.approx(expected, abs=tolerance)
     for name, value in whole["adapters"].items():
         torch.testing.assert_close(resumed["adapters"][name], value, atol=tolerance, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_4_bit_base_computes_the_same_with_and_without_a_split_sequence(folder: Path, tmp_path: Path) -> None:
+    plain = train_on(2, folder, tmp_path / "a", qlora=True)[0]
+    split = train_on(2, folder, tmp_path / "b", qlora=True, sequence_parallel=True)[0]
+    assert split["norms"] == pytest.approx(plain["norms"], rel=1e-5)
+    assert plain["losses"][-1][0] < plain["losses"][0][0] - 0.02
+    for name, value in plain["adapters"].items():
+        torch.testing.assert_close(split["adapters"][name], value, atol=1e-5, rtol=0)
