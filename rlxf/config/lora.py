@@ -46,6 +46,18 @@ def warn_of_unused(config: RunConfig) -> None:
         logger.warning("no effect with actor_rollout.lora_r = 0, which trains all parameters: %s", ", ".join(unused))
 
 
+def say_which_reference(config: RunConfig) -> None:
+    """Whether a LoRA run has a reference model of its own, where a recipe may have meant something else."""
+    if not config.actor_rollout.lora_r:
+        return
+    if not config.reference_is_base:
+        logger.warning(
+            "ref.load or ref.bf16 differs from the actor's: the reference is a second model, on its own devices"
+        )
+    elif "ref" in config.resource_pool.model_fields_set:
+        logger.warning("no effect with LoRA: resource_pool.ref; the reference is the actor with its adapters off")
+
+
 def _qlora(config: RunConfig) -> Iterator[Problem]:
     device = config.training.device
     if config.dry_run and device == "auto":

@@ -260,6 +260,12 @@ class RunConfig(Strict):
         return not self.offline and self.reward.load is not None
 
     @property
+    def reference_is_base(self) -> bool:
+        """Whether the reference is the actor with its LoRA adapters off: no second model, no devices of its own."""
+        actor, ref = self.actor_rollout, self.ref
+        return actor.lora_r > 0 and (ref.load, ref.bf16) == (actor.load, actor.bf16)
+
+    @property
     def engine(self) -> Literal["vllm", "hf", "replay"]:
         return self.rollout.engine or ("vllm" if self.runtime == "ray" else "hf")
 

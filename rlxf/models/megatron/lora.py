@@ -17,7 +17,7 @@ lets ``finalize_model_grads`` add the gradients up, as for a norm's weight.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,8 +32,6 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from rlxf.config.schema import ActorConfig
@@ -109,38 +107,40 @@ def _key(*parts: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def attach(
-    gpt: Any, table: Sequence[Entry], config: ActorConfig, *, seed: int, ranks: Mapping[str, int] | None = None
-) -> None:
-    """Freeze a model and give its target linears fresh adapters; call it before the gradient buffers are made.
+def attach(gpt: Any, table: Iterable[Entry], config: ActorConfig, *, ranks: Mapping[str, int], seed: int) -> None:
+    """Freeze a chunk of a model and give linears fresh adapters; call it before the gradient buffers are made.
 
     Args:
-        gpt: a GPTModel, or the part of one that this rank holds.
+        gpt: the chunk.
         table: its parameters.
-        config: ``lora_r`` > 0, ``lora_alpha``, ``lora_dropout`` and ``lora_target_modules``.
+        config: ``lora_r`` > 0, ``lora_alpha`` and ``lora_dropout``.
+        ranks: Hugging Face name of a linear (of the first where several are fused) -> the rank of its adapter.
         seed: of the run.
-        ranks: Hugging Face name of a linear (of the first where several are fused) -> its rank, if not ``lora_r``.
     """
     for parameter in gpt.parameters():
         parameter.requires_grad_(False)
     for entry in table:
         place, _, kind = entry.parameter.rpartition(".")
-        if kind != "weight" or place.rpartition(".")[2] not in config.lora_target_modules:
+        name = linear_name(entry)
+        if kind != "weight" or name not in ranks:
             continue
-        name = entry.hf_names[0].removesuffix(".weight")  # counts layers over all pipeline stages
         linear = gpt.get_submodule(place)
         linear.adapter = Adapter(
             linear,
-            rank=(ranks or {}).get(name, config.lora_r),
+            rank=ranks[name],
             scale=config.lora_alpha / config.lora_r,
             dropout=config.lora_dropout,
             seed=_key(seed, name),
         )
         linear.register_forward_hook(_add_adapter)
-    if getattr(gpt, "embedding", None) is not None:
+    if gpt.pre_process:
         # A recomputed layer hands gradients back only if its input asks for one, which a frozen embedding's does not.
         gpt.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
-    seed_dropout(seed, 0)
+
+
+def linear_name(entry: Entry) -> str:
+    """Hugging Face name of the linear that holds a parameter, of the first where several are fused."""
+    return entry.hf_names[0].rpartition(".")[0]  # counts layers over all pipeline stages
 
 
 def _add_adapter(linear: Any, inputs: tuple[Tensor], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
@@ -150,14 +150,15 @@ def _add_adapter(linear: Any, inputs: tuple[Tensor], output: tuple[Tensor, Any])
     return product + linear.adapter(inputs[0]), bias
 
 
-def adapters(gpt: Any) -> Iterator[Adapter]:
-    return (module for module in gpt.modules() if isinstance(module, Adapter))
+def adapters(chunks: Iterable[Any]) -> Iterator[Adapter]:
+    """All adapters of a model's chunks on this rank."""
+    return (module for gpt in chunks for module in gpt.modules() if isinstance(module, Adapter))
 
 
 @contextmanager
-def adapter_off(gpt: Any) -> Iterator[None]:
+def adapters_off(chunks: Sequence[Any]) -> Iterator[None]:
     """Compute with the base alone, bit for bit what the model computes without adapters."""
-    before = [(adapter, adapter.enabled) for adapter in adapters(gpt)]
+    before = [(adapter, adapter.enabled) for adapter in adapters(chunks)]
     for adapter, _ in before:
         adapter.enabled = False
     try:
@@ -209,42 +210,18 @@ def exported_parameter(gpt: Any, name: str) -> Tensor:
     return value.detach()
 
 
-def adapter_entries(table: Sequence[Entry], gpt: Any) -> Iterator[Entry]:
+def adapter_entries(table: Iterable[Entry], ranks: Mapping[str, int]) -> Iterator[Entry]:
     """The adapters' matrices among ``table``'s linears: name here, names in a PEFT folder, how they are cut.
 
     Query, key and value share one A, as gate and up do; it stands under the name of the first of them.
     """
     for entry in table:
         place, _, kind = entry.parameter.rpartition(".")
-        if kind != "weight" or not hasattr(gpt.get_submodule(place), "adapter"):
+        if kind != "weight" or linear_name(entry) not in ranks:
             continue
-        modules = [name.removesuffix(".weight") for name in entry.hf_names]
         is_row = entry.kind == "row"
-        first = (f"{modules[0]}.lora_A.weight",)
-        second = tuple(f"{module}.lora_B.weight" for module in modules)
-        yield Entry(f"{place}.adapter.lora_A", first, "row" if is_row else "replicated")
+        second = tuple(f"{name.removesuffix('.weight')}.lora_B.weight" for name in entry.hf_names)
+        yield Entry(
+            f"{place}.adapter.lora_A", (f"{linear_name(entry)}.lora_A.weight",), "row" if is_row else "replicated"
+        )
         yield Entry(f"{place}.adapter.lora_B", second, "replicated" if is_row else entry.kind)
-
-
-def sharded_adapters(gpt: Any, table: Sequence[Entry]) -> dict[str, Any]:
-    """The adapters' matrices as megatron's distributed checkpoint takes them: parameter name -> its place in the whole.
-
-    On disk they have Hugging Face names, which count layers over all pipeline stages; any layout can load them.
-    """
-    state: dict[str, Any] = {}
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    parameters = dict(gpt.named_parameters())
-    for entry in adapter_entries(table, gpt):
-        parameter = parameters[entry.parameter]
-        name = entry.hf_names[0]
-        axes = {name: parameter.partition_dim} if getattr(parameter, "tensor_model_parallel", False) else {}
-        (value,) = make_sharded_tensors_for_checkpoint(
-            {name: parameter},
-            "",
-            axes,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            dp_cp_group=group,
-        ).values()
-        # Each rank holds a share of gate and one of up, which are not neighbours in the whole.
-        state[entry.parameter] = apply_swiglu_sharded_factory(value, ()) if entry.kind == "gate_up" else value
-    return state

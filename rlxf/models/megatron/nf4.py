@@ -6,7 +6,7 @@ block of 64 values of this rank's share has its own scale, so layouts that cut r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class Nf4Linear(torch.nn.Module):
         return product
 
 
-def quantize_base(gpt: Any, table: Sequence[Entry]) -> None:
+def quantize_base(gpt: Any, table: Iterable[Entry]) -> None:
     """Put the linears of all layers, loaded already, into 4 bits; embedding, head and norms stay as they are.
 
     Raises:

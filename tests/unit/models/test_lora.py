@@ -9,13 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlxf.models.backend import load_model, token_logps
-from rlxf.models.megatron.lora import adapter_off, adapters, seed_dropout
+from rlxf.models.megatron.lora import adapters, adapters_off, seed_dropout
 from rlxf.models.megatron.weights import load_entries
-from rlxf.platform import Process, get_platform
 from rlxf.types import Sequences
-from tests.lora_model import TARGETS, adapted_model, gradients, logps, merged_tensors, randomize_adapters
-from tests.settings import random_pairs, run_config
+from tests.lora_model import TARGETS, adapted_model, gradients, loaded, logps, merged_tensors, randomize_adapters
+from tests.settings import random_pairs
 from tests.tiny_models import save_causal_lm
 
 
@@ -29,21 +27,16 @@ def sequences() -> Sequences:
     return random_pairs(5, seed=3).chosen
 
 
-def base_logps(folder: Path, sequences: Sequences) -> Tensor:
-    model = load_model(run_config(folder), "actor_rollout", get_platform("cpu"), Process())
-    return token_logps(model, sequences, sequences_per_forward=5)
-
-
 def test_fresh_adapters_change_nothing(folder: Path, sequences: Sequences) -> None:
-    assert torch.equal(logps(adapted_model(folder), sequences), base_logps(folder, sequences))
+    assert torch.equal(logps(adapted_model(folder), sequences), logps(loaded(folder), sequences))
 
 
 def test_switched_off_adapters_leave_the_base_bit_for_bit(folder: Path, sequences: Sequences) -> None:
     model = adapted_model(folder)
     randomize_adapters(model)
-    base = base_logps(folder, sequences)
+    base = logps(loaded(folder), sequences)
     assert float((logps(model, sequences) - base).abs().max()) > 0.1
-    with adapter_off(model.gpt):
+    with adapters_off(model.chunks):
         assert torch.equal(logps(model, sequences), base)
     assert float((logps(model, sequences) - base).abs().max()) > 0.1
 
@@ -53,7 +46,7 @@ def test_only_the_target_linears_adapters_train(folder: Path, sequences: Sequenc
     model = adapted_model(folder, lora_target_modules=targets)
     randomize_adapters(model)
     trained = gradients(model, sequences)
-    assert set(trained) == {name for name, p in model.gpt.named_parameters() if p.requires_grad}
+    assert set(trained) == {name for name, p in model.last.named_parameters() if p.requires_grad}
     assert {name.split(".")[-3] for name in trained} == set(targets)
     assert len(trained) == 2 * 2 * len(targets)  # layers, A and B
     assert all(bool(gradient.any()) for gradient in trained.values())
@@ -65,15 +58,18 @@ def test_merged_weights_compute_what_the_adapters_compute(tmp_path: Path, kind: 
     folder = save_causal_lm(tmp_path / "model", kind)
     model = adapted_model(folder)
     randomize_adapters(model)
-    plain = load_model(run_config(folder), "actor_rollout", get_platform("cpu"), Process())
-    load_entries(plain.table, plain.parameters, merged_tensors(model).__getitem__, plain.geometry, tp_rank=0, tp_size=1)
+    plain = loaded(folder)
+    parameters = dict(plain.last.named_parameters())
+    load_entries(
+        plain.entries_of(0), parameters, merged_tensors(model).__getitem__, plain.geometry, tp_rank=0, tp_size=1
+    )
     torch.testing.assert_close(logps(plain, sequences), logps(model, sequences), atol=2e-5, rtol=0)
 
 
 def test_a_merged_bf16_weight_is_rounded_once(folder: Path) -> None:
     model = adapted_model(folder, bf16=True)
     randomize_adapters(model)
-    linear = model.gpt.decoder.layers[0].mlp.linear_fc2
+    linear = model.last.decoder.layers[0].mlp.linear_fc2
     adapter = linear.adapter
     exact = linear.weight.double() + 2.0 * adapter.lora_B.double() @ adapter.lora_A.double()  # alpha / r = 2
     merged = merged_tensors(model)["model.layers.0.mlp.down_proj.weight"]
@@ -84,7 +80,7 @@ def test_a_merged_bf16_weight_is_rounded_once(folder: Path) -> None:
 
 def test_the_start_depends_on_seed_and_place_alone(folder: Path) -> None:
     def first(model: Any) -> list[Tensor]:
-        return [adapter.lora_A.detach().clone() for adapter in adapters(model.gpt)]
+        return [adapter.lora_A.detach().clone() for adapter in adapters(model.chunks)]
 
     start, same = first(adapted_model(folder)), first(adapted_model(folder))
     torch.manual_seed(99)
@@ -117,7 +113,7 @@ def test_dropout_is_drawn_from_the_key_of_the_step(folder: Path, sequences: Sequ
 
 def test_dropout_zeroes_its_share_of_the_inputs_and_scales_the_rest(folder: Path) -> None:
     model = adapted_model(folder, lora_dropout=0.25)
-    adapter = next(adapters(model.gpt))
+    adapter = next(adapters(model.chunks))
     with torch.no_grad():
         adapter.lora_A.zero_()
         adapter.lora_A[:4, :4] = torch.eye(4)
@@ -128,20 +124,20 @@ def test_dropout_zeroes_its_share_of_the_inputs_and_scales_the_rest(folder: Path
     assert float((passed == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
 
 
-def test_no_dropout_when_the_model_is_not_training(folder: Path, sequences: Sequences) -> None:
+def test_no_dropout_without_gradients(folder: Path, sequences: Sequences) -> None:
     model = adapted_model(folder, lora_dropout=0.5)
     randomize_adapters(model)
     plain = adapted_model(folder)
     randomize_adapters(plain)
-    model.gpt.eval()
     assert torch.equal(logps(model, sequences), logps(plain, sequences))
+    assert all(adapter.training for adapter in adapters(model.chunks))
 
 
 def test_recomputed_layers_give_the_same_gradients(folder: Path, sequences: Sequences) -> None:
     """Also with dropout: the second forward pass draws what the first one drew."""
     model = adapted_model(folder, lora_dropout=0.3)
     randomize_adapters(model)
-    config = model.gpt.config
+    config = model.last.config
     config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     seed_dropout(1, 0)
     recomputed = gradients(model, sequences)

@@ -28,11 +28,11 @@ def sequences() -> Sequences:
 
 
 def nf4_linears(model: Any) -> list[Any]:
-    return [module for module in model.gpt.modules() if isinstance(module, Nf4Linear)]
+    return [module for module in model.last.modules() if isinstance(module, Nf4Linear)]
 
 
 def adapted_linears(model: Any) -> list[Any]:
-    return [module for module in model.gpt.modules() if hasattr(module, "adapter")]
+    return [module for module in model.last.modules() if hasattr(module, "adapter")]
 
 
 def test_a_4_bit_base_computes_with_its_dequantized_weights(folder: Path, sequences: Sequences) -> None:
@@ -73,7 +73,7 @@ def test_a_4_bit_weight_is_near_the_weight(folder: Path) -> None:
 def test_merging_writes_a_4_bit_base_out(folder: Path) -> None:
     model = adapted_model(folder, qlora=True)
     randomize_adapters(model)
-    linear = model.gpt.decoder.layers[1].self_attention.linear_proj
+    linear = model.last.decoder.layers[1].self_attention.linear_proj
     merged = merged_tensors(model)["model.layers.1.self_attn.o_proj.weight"]
     expected = base_weight(linear) + 2.0 * linear.adapter.lora_B @ linear.adapter.lora_A
     torch.testing.assert_close(merged, expected, atol=1e-6, rtol=0)

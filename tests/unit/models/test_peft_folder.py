@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlxf.errors import ModelError
+from rlxf.errors import ConfigError, ModelError
 from rlxf.models.peft_folder import CONFIG, WEIGHTS, read_adapter, save_adapter
 from rlxf.types import Sequences
 from tests.lora_model import adapted_model, adapter_tensors, logps, merged_tensors, randomize_adapters
@@ -100,8 +100,9 @@ def test_our_own_folder_comes_back_exactly(tmp_path: Path, folder: Path, targets
     expected = adapter_tensors(model)
     assert set(adapter.tensors) == set(expected)
     assert all(torch.equal(adapter.tensors[name], value) for name, value in expected.items())
-    loaded = adapted_model(folder, given=adapter, seed=99, lora_target_modules=targets)
-    again = adapter_tensors(loaded)
+    again = adapter_tensors(
+        adapted_model(folder, lora_load=str(tmp_path / "adapter"), seed=99, lora_target_modules=targets)
+    )
     assert all(torch.equal(again[name], value) for name, value in expected.items())
 
 
@@ -121,7 +122,7 @@ def test_an_adapter_that_peft_trained_computes_the_same_here(
     adapter = read_adapter(tmp_path / "adapter", shapes_of(folder))
     assert adapter.targets == ours
     assert max(adapter.ranks.values()) == rank
-    model = adapted_model(folder, given=adapter, lora_target_modules=ours)
+    model = adapted_model(folder, lora_load=str(tmp_path / "adapter"), lora_target_modules=ours)
     torch.testing.assert_close(logps(model, Sequences.from_rows(*rows)), hf_logps(theirs, rows), atol=2e-5, rtol=0)
 
 
@@ -193,6 +194,18 @@ def test_matrices_that_do_not_fit_are_refused(tmp_path: Path, folder: Path) -> N
     save_file(tensors, adapter / WEIGHTS)
     with pytest.raises(ModelError, match="expected matrices A and B"):
         read_adapter(adapter, shapes_of(folder))
+
+
+def test_a_recipe_with_other_target_modules_is_refused(tmp_path: Path, folder: Path) -> None:
+    trained_by_peft(folder, tmp_path / "adapter", ["q_proj", "down_proj"])
+    with pytest.raises(ConfigError, match=r"lora_target_modules = .* names has \['linear_qkv', 'linear_fc2'\]; set it"):
+        adapted_model(folder, lora_load=str(tmp_path / "adapter"))
+
+
+def test_layers_without_an_adapter_start_fresh(tmp_path: Path, folder: Path, rows: Any) -> None:
+    theirs = trained_by_peft(folder, tmp_path / "adapter", ALL, layers_to_transform=[1])
+    model = adapted_model(folder, lora_load=str(tmp_path / "adapter"))
+    torch.testing.assert_close(logps(model, Sequences.from_rows(*rows)), hf_logps(theirs, rows), atol=2e-5, rtol=0)
 
 
 def test_damaged_folders_are_named(tmp_path: Path, folder: Path) -> None:
