@@ -35,7 +35,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from rlxf.config.schema import ActorConfig
-from rlxf.models.megatron.nf4 import base_weight
+from rlxf.models.megatron.nf4 import Nf4Linear, base_weight
 from rlxf.models.megatron.weights import Entry
 
 # Random states of dropout in megatron's tracker, which recomputation and checkpoints know: one for what all
@@ -205,8 +205,8 @@ def exported_parameter(gpt: Any, name: str) -> Tensor:
     """
     place, _, kind = name.rpartition(".")
     owner = gpt.get_submodule(place)
-    merged = kind == "weight" and hasattr(owner, "adapter")
-    value: Tensor = merged_weight(owner) if merged else getattr(owner, kind)
+    written_out = kind == "weight" and (hasattr(owner, "adapter") or isinstance(owner, Nf4Linear))
+    value: Tensor = merged_weight(owner) if written_out else getattr(owner, kind)
     return value.detach()
 
 
