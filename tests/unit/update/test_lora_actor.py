@@ -167,3 +167,42 @@ def test_the_probe_sees_an_engine_without_the_adapters(folder: Path, monkeypatch
     monkeypatch.setattr(trained, "export_bucket", plain.export_bucket)
     with pytest.raises(SyncError, match="does not hold the actor's weights at version 1"):
         sync.push(1)
+
+
+# Against PEFT
+
+
+def test_five_steps_equal_training_with_peft(folder: Path, tmp_path: Path) -> None:
+    """Linears whose A is not shared, so that both train the same matrices; from PEFT's own start."""
+    torch.manual_seed(3)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["o_proj", "down_proj"])
+    policy = peft.get_peft_model(base, settings)
+    policy.save_pretrained(tmp_path / "adapter")
+    trained = actor(
+        folder, lora_load=str(tmp_path / "adapter"), lora_target_modules=("linear_proj", "linear_fc2"), lr=5e-3
+    )
+    reference = AdapterOffReference(trained)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
+    for step in range(5):
+        pairs = random_pairs(6, seed=step)
+        metrics = trained.update(ReferencedPairs(pairs=pairs, reference=reference.logps(pairs)), step)
+        with torch.no_grad(), policy.disable_adapter():
+            start = peft_sums(policy, pairs.chosen) - peft_sums(policy, pairs.rejected)
+        margin = 0.1 * (peft_sums(policy, pairs.chosen) - peft_sums(policy, pairs.rejected) - start)
+        loss = -torch.nn.functional.logsigmoid(margin).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=2e-5)
+        assert metrics["grad_norm"] == pytest.approx(float(norm), rel=2e-4)
+        assert metrics["rewards/margins"] == pytest.approx(margin.mean().item(), rel=1e-3, abs=1e-5)
+
+
+def peft_sums(model: Any, sequences: Sequences) -> Tensor:
+    sums = []
+    for prompt, completion in zip(sequences.prompt_rows(), sequences.completion_rows(), strict=True):
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        sums.append(logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum())
+    return torch.stack(sums)
