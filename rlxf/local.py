@@ -15,6 +15,7 @@ from rlxf.config.schema import RunConfig
 from rlxf.driver import train
 from rlxf.platform import Platform, Process, get_platform
 from rlxf.prepare import Roles, build_run, load_data, needs_scorer
+from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.report import make_report
 from rlxf.resume import find_resume, is_complete
 from rlxf.run_folder import owned_checkpoints, save_config
@@ -54,9 +55,11 @@ def build_roles(config: RunConfig, platform: Platform) -> Roles:
     process = Process()
     scorer = build_scorer(config, platform, process) if needs_scorer(config) else None
     engine = build_engine(config, platform) if config.samples else None
+    actor = build_actor(config, platform, process)
+    is_base = config.reference_is_base
     return Roles(
-        actor=build_actor(config, platform, process),
-        reference=build_reference(config, platform, process),
+        actor=actor,
+        reference=AdapterOffReference(actor) if is_base else build_reference(config, platform, process),
         scorer=scorer,
         rollout=engine,
         sink=LocalSink(engine) if engine is not None else None,

@@ -54,6 +54,8 @@ def _rows(config: RunConfig, plan: Plan) -> Iterator[tuple[str, ...]]:
         devices = str(len(role.bundles)) + (f" (shared with {', '.join(others)})" if others else "")
         memory = _weights(config.model[role.model], role, sections[role.role])
         yield (role.role, role.model, role.group, devices, str(per_node), _layout(role), memory)
+    if config.reference_is_base:
+        yield ("ref", config.ref.model, "actor_rollout", "0", "[]", "", "none: the actor with its adapters off")
     if config.reward.function is not None and not config.offline:
         yield ("reward", "function", "none", "0", "[]", "", Path(config.reward.function).name)
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from rlxf.models.backend import load_model, sequence_scores
 from rlxf.models.batching import Limits
 from rlxf.models.megatron.parallel import free_port
 from rlxf.platform import Process, get_platform
+from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.frozen import FrozenReference
 from rlxf.types import ReferencedPairs
 from rlxf.update.actor import Actor
@@ -25,15 +28,26 @@ NUM_PAIRS = 7  # odd on purpose: no size divides it
 
 
 def train(folder: Path, reward: Path | None, process: Process, settings: dict[str, Any]) -> dict[str, Any]:
-    """Metrics, log-probs, scores and final weights of a few steps, on this rank; weights on rank 0 only."""
+    """Metrics, log-probs, scores and final weights of a few steps, on this rank; weights on rank 0 only.
+
+    ``settings`` are those of ``run_config``, and ``steps``, ``start`` and ``checkpoint``: folders to go on from and to
+    leave behind.
+    """
+    steps, start, checkpoint = (settings.get(key) for key in ("steps", "start", "checkpoint"))
+    settings = {key: value for key, value in settings.items() if key not in ("steps", "start", "checkpoint")}
     config = run_config(folder, reward=reward, **settings)
     platform = get_platform("cpu")
     actor = Actor(config, platform, process)
-    reference = FrozenReference(config, platform, process)
+    is_base = config.reference_is_base
+    reference = AdapterOffReference(actor) if is_base else FrozenReference(config, platform, process)
     metrics = []
-    for step in range(NUM_STEPS):
+    if start:
+        actor.load_checkpoint(Path(start))
+    for step in steps or range(NUM_STEPS):
         pairs = random_pairs(NUM_PAIRS, seed=step)
         metrics.append(actor.update(ReferencedPairs(pairs=pairs, reference=reference.logps(pairs)), step))
+    if checkpoint:
+        actor.save_checkpoint(Path(checkpoint))
     names = [name for name, _ in actor.model.exported_shapes()]
     rows = random_pairs(5, seed=9).chosen
     scores = torch.zeros(0)
@@ -44,7 +58,14 @@ def train(folder: Path, reward: Path | None, process: Process, settings: dict[st
         "logps": actor.token_logps(rows),
         "scores": scores,
         "weights": {name: value.clone() for name, value in actor.model.export(names)},
+        "adapters": {name: value.detach().clone() for name, value in _export_adapters(actor)},
     }
+
+
+def _export_adapters(actor: Actor) -> Iterator[tuple[str, Tensor]]:
+    from rlxf.models.megatron.adapters import export_adapters
+
+    return export_adapters(actor.model)
 
 
 def _child(

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlxf import assemble
 from rlxf.config.schema import RunConfig
 from rlxf.sync.plan import Bucket
-from rlxf.types import Metrics, ReferencedPairs, Sequences
+from rlxf.types import Metrics, PairLogps, Pairs, ReferencedPairs, Sequences
 from workers.group import WorkerGroup
 from workers.remote import Pending
 from workers.worker import Worker
@@ -27,6 +27,12 @@ class ActorWorker(Worker):
 
     def token_logps(self, sequences: Sequences) -> Tensor | None:
         return self.answer(self.room.token_logps(sequences))
+
+    def base_token_logps(self, sequences: Sequences) -> Tensor | None:
+        return self.answer(self.room.base_token_logps(sequences))
+
+    def base_logps(self, pairs: Pairs) -> PairLogps | None:
+        return self.answer(self.room.base_logps(pairs))
 
     def sync_plan(self) -> tuple[Bucket, ...] | None:
         return self.answer(self.room.sync_plan())
@@ -60,6 +66,14 @@ class RemoteActor:
 
     def token_logps(self, sequences: Sequences) -> Tensor:
         logps: Tensor = self._group.call("token_logps", sequences)
+        return logps
+
+    def base_token_logps(self, sequences: Sequences) -> Tensor:
+        logps: Tensor = self._group.call("base_token_logps", sequences)
+        return logps
+
+    def base_logps(self, pairs: Pairs) -> PairLogps:
+        logps: PairLogps = self._group.call("base_logps", pairs)
         return logps
 
     def sync_plan(self) -> tuple[Bucket, ...]:

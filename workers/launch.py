@@ -21,6 +21,7 @@ from rlxf.driver import train
 from rlxf.plan import Plan, make_plan
 from rlxf.platform import Platform, get_platform
 from rlxf.prepare import Roles, build_run, load_data, needs_scorer
+from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.report import make_report
 from rlxf.resume import find_resume, is_complete
 from rlxf.run_folder import owned_checkpoints, save_config
@@ -155,7 +156,7 @@ def make_roles(groups: dict[Role, WorkerGroup]) -> Roles:
     engines = RemoteEngines(groups["infer"], actor) if "infer" in groups else None
     return Roles(
         actor=actor,
-        reference=RemoteReference(groups["ref"]),
+        reference=RemoteReference(groups["ref"]) if "ref" in groups else AdapterOffReference(actor),
         scorer=RemoteScorer(groups["reward"]) if "reward" in groups else None,
         rollout=engines,
         sink=engines,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from rlxf.config.devices import DEVICES, find_device
 from rlxf.config.folders import folder_problems
 from rlxf.config.keys import nearest
+from rlxf.config.lora import lora_problems, say_which_reference, warn_of_unused
 from rlxf.config.parallel import layout_problems, rollout_layout_problems
 from rlxf.config.placement import placement_problems
 from rlxf.config.problems import Problem, wrong
@@ -32,7 +33,8 @@ def check(config: RunConfig) -> list[Problem]:
 def _roles(config: RunConfig) -> Iterator[tuple[str, RoleConfig]]:
     """The roles of this run that hold a model."""
     yield "actor_rollout", config.actor_rollout
-    yield "ref", config.ref
+    if not config.reference_is_base:
+        yield "ref", config.ref
     if config.scores:
         yield "reward", config.reward
 
@@ -268,7 +270,9 @@ def _local(config: RunConfig) -> Problems:
     actor, pool = config.actor_rollout, config.resource_pool
     if config.runtime != "local":
         return
-    counts = {"actor_rollout.num_gpus_for_train": actor.num_gpus_for_train, "resource_pool.ref": sum(pool.ref)}
+    counts = {"actor_rollout.num_gpus_for_train": actor.num_gpus_for_train}
+    if not config.reference_is_base:
+        counts["resource_pool.ref"] = sum(pool.ref)
     if config.samples:
         counts["actor_rollout.num_gpus_for_infer"] = actor.num_gpus_for_infer
     if config.scores:
@@ -279,6 +283,8 @@ def _local(config: RunConfig) -> Problems:
 
 
 def _warn(config: RunConfig) -> None:
+    warn_of_unused(config)
+    say_which_reference(config)
     if config.ref.load != config.actor_rollout.load:
         logger.warning("ref.load differs from actor_rollout.load: the policy starts away from its reference")
     for name, role in _roles(config):
@@ -300,6 +306,7 @@ _GROUPS: tuple[Callable[[RunConfig], Problems], ...] = (
     _batches,
     _optimizer,
     _checkpoints,
+    lora_problems,
     _reward,
     _engine,
     _local,

@@ -14,13 +14,18 @@ class DeviceFacts:
     device_files: tuple[str, ...]  # the driver makes the first of them; none for the kind that every machine has
     ray_start_option: str  # declares `{count}` of them to `ray start`
     vllm_is_one_process: bool = False  # then nothing else may run in that process
+    has_bitsandbytes: bool = True  # kernels for 4-bit weights
     head_sizes: tuple[int, ...] | None = None  # that vLLM's attention has kernels for; None = any
 
 
 DEVICES = {
-    "npu": DeviceFacts("NPU", ("/dev/davinci0", "/dev/davinci_manager"), """--resources='{{"NPU": {count}}}'"""),
+    "npu": DeviceFacts(
+        "NPU", ("/dev/davinci0", "/dev/davinci_manager"), """--resources='{{"NPU": {count}}}'""", has_bitsandbytes=False
+    ),
     "cuda": DeviceFacts("GPU", ("/dev/nvidia0", "/dev/dxg"), "--num-gpus={count}"),
-    "cpu": DeviceFacts("CPU", (), "--num-cpus={count}", True, (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)),
+    "cpu": DeviceFacts(
+        "CPU", (), "--num-cpus={count}", True, head_sizes=(32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+    ),
 }
 
 SYNONYMS = {"gpu": "cuda", "nvidia": "cuda", "ascend": "npu"}  # what people write for `training.device`

@@ -44,6 +44,7 @@ def named_paths(config: RunConfig) -> list[NamedPath]:
     folders: dict[str, str | None] = {
         "actor_rollout.load": actor.load,
         "actor_rollout.tokenizer_name_or_path": actor.tokenizer_name_or_path,
+        "actor_rollout.lora_load": actor.lora_load,
         "ref.load": config.ref.load,
         "reward.load": None if config.offline else reward.load,
         "reward.tokenizer_name_or_path": reward.tokenizer_name_or_path if config.scores else None,

@@ -71,7 +71,7 @@ _LEGACY_ROLE = _words(
 
     tokenizer_type tokenizer_not_use_fast is_instruction_dataset is_pairwise_dataset variable_seq_lengths
     pad_to_multiple_of split finetune no_load_optim no_load_rng no_save_optim no_save_rng no_shared_storage
-    log_interval eval_iters refer_model_iter lora_alpha lora_dropout lora_target_modules lora_fusion
+    log_interval eval_iters refer_model_iter lora_fusion
     """
 )
 LEGACY: dict[str, frozenset[str]] = {
@@ -85,9 +85,6 @@ LEGACY: dict[str, frozenset[str]] = {
 
 # Keys of features that this version does not have: only the value that switches them off is accepted.
 NOT_YET: dict[str, Any] = {
-    "lora_r": 0,
-    "lora_load": None,
-    "qlora": False,
     "expert_model_parallel_size": 1,
     "pref_ftx": 0,
 }
@@ -118,6 +115,9 @@ _SYNONYMS: dict[str, str] = {
     "metric_for_best_model": "training.keep_best_metric",
     "greater_is_better": "training.keep_best_mode",
     "tp": "actor_rollout.tensor_model_parallel_size",
+    "lora_rank": "actor_rollout.lora_r",
+    "target_modules": "actor_rollout.lora_target_modules",
+    "load_in_4bit": "actor_rollout.qlora",
     "padded_vocab_size": "model.<name>.vocab_size",
     "num_hidden_layers": "model.<name>.num_layers",
     "intermediate_size": "model.<name>.ffn_hidden_size",

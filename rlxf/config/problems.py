@@ -14,6 +14,14 @@ from rlxf.config.keys import nearest
 
 _LONGEST_VALUE = 80
 
+# Values that other programs use; query, key and value are one matrix here, as gate and up are.
+_VALUE_SYNONYMS = SYNONYMS | {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "linear_qkv"),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "linear_fc1"),
+    "o_proj": "linear_proj",
+    "down_proj": "linear_fc2",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -81,7 +89,7 @@ def _unquoted(value: str) -> str:
 def _one_of(value: Any, expected: str) -> str:
     """``expected`` is pydantic's list of the allowed values, quoted."""
     choices = [choice.strip("'") for choice in expected.replace(" or ", ", ").split(", ")]
-    near = nearest(SYNONYMS.get(value, value), choices) if isinstance(value, str) else None
+    near = nearest(_VALUE_SYNONYMS.get(value, value), choices) if isinstance(value, str) else None
     only = "only " if len(choices) == 1 else "one of "
     return f"expected {only}{', '.join(choices)}" + (f'; did you mean "{near}"?' if near else "")
 

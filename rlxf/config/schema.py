@@ -26,6 +26,7 @@ Stage = Literal["ray_online_dpo", "dpo"]
 Device = Literal["auto", "npu", "cuda", "cpu"]
 CpuLinear = Literal["auto", "mkl", "onednn"]
 LossType = Literal["sigmoid", "hinge", "ipo"]
+LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 Role = Literal["train", "infer", "ref", "reward"]
 
 
@@ -141,6 +142,17 @@ class ActorConfig(RoleConfig):
     adam_beta1: BelowOne = 0.9  # decay of the mean of gradients
     adam_beta2: BelowOne = 0.999  # decay of the mean of squared gradients
     adam_eps: Finite = Field(1e-8, gt=0)  # added to the root of the mean of squared gradients
+    lora_r: int = Field(0, ge=0)  # rank of the LoRA adapters; 0 = train all parameters
+    lora_alpha: Finite = Field(32.0, gt=0)  # the adapters' output is scaled by lora_alpha / lora_r
+    lora_dropout: BelowOne = 0.0  # share of the adapters' inputs that is zeroed while training
+    lora_target_modules: Annotated[tuple[LoraTarget, ...], BeforeValidator(as_tuple)] = (  # that get an adapter
+        "linear_qkv",
+        "linear_proj",
+        "linear_fc1",
+        "linear_fc2",
+    )
+    lora_load: Folder | None = None  # PEFT folder that the adapters start from; unset = fresh ones
+    qlora: bool = False  # hold the frozen base in 4 bits (NF4); needs lora_r and bitsandbytes
     num_gpus_for_train: Positive = 1  # devices of actor_rollout that train
     num_gpus_for_infer: Positive = 1  # devices of actor_rollout that sample
     inference_tensor_model_parallel_size: Positive = 1  # devices of one rollout engine
@@ -254,6 +266,12 @@ class RunConfig(Strict):
     def scores(self) -> bool:
         """Whether a reward model, which needs devices, scores this run's completions."""
         return not self.offline and self.reward.load is not None
+
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the reference is the actor with its LoRA adapters off: no second model, no devices of its own."""
+        actor, ref = self.actor_rollout, self.ref
+        return actor.lora_r > 0 and (ref.load, ref.bf16) == (actor.load, actor.bf16)
 
     @property
     def engine(self) -> Literal["vllm", "hf", "replay"]:

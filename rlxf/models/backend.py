@@ -53,6 +53,10 @@ def load_model(config: RunConfig, role: RoleName, platform: Platform, process: P
         trust_remote_code=config.training.trust_remote_code,
     )
     check_shape(config.model[section.model], model.hf_config, role=role, name=section.model)
+    if role == "actor_rollout" and config.actor_rollout.lora_r:
+        from rlxf.models.megatron.adapters import add_adapters
+
+        add_adapters(model, config.actor_rollout, seed=config.training.seed)
     return model
 
 

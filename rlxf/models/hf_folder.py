@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,14 @@ def load_hf_config(folder: str | Path, *, trust_remote_code: bool = False) -> An
         raise ModelError(f"{path}/config.json: {str(error).splitlines()[0]}") from error
 
 
-def save_hf_folder(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, like: Path, dtype: str) -> None:
+def save_hf_folder(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    like: Path,
+    dtype: str,
+    extra: Callable[[Path], None] | None = None,
+) -> None:
     """Write weights with the config and tokenizer of ``like``; complete or not there at all.
 
     Args:
@@ -104,6 +111,7 @@ def save_hf_folder(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, like:
         tensors: Hugging Face names and full tensors, one at a time.
         like: the model folder that the run started from.
         dtype: written into ``config.json``.
+        extra: adds files of its own to the folder that it is given.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -116,6 +124,8 @@ def save_hf_folder(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, like:
     for pattern in _COPIED:
         for source in like.glob(pattern):
             shutil.copy2(source, temporary / source.name)
+    if extra is not None:
+        extra(temporary)
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)

@@ -16,13 +16,14 @@ from torch.distributed import ReduceOp
 
 from rlxf.config.schema import RunConfig
 from rlxf.errors import TrainingError
-from rlxf.models.backend import load_model, sum_rows, token_logps
+from rlxf.models.backend import load_model, pair_logps, sum_rows, token_logps
 from rlxf.models.batching import Limits, my_batches, pair_units
 from rlxf.models.hf_folder import save_hf_folder
 from rlxf.models.megatron.parallel import reduce_over_data_parallel
+from rlxf.models.peft_folder import save_adapter
 from rlxf.platform.base import Platform, Process
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
-from rlxf.types import Metrics, OnlinePairs, PairLogps, ReferencedPairs, Sequences
+from rlxf.types import Metrics, OnlinePairs, PairLogps, Pairs, ReferencedPairs, Sequences
 from rlxf.update.batches import mini_batches
 from rlxf.update.losses import LOSSES, reduction_of
 from rlxf.update.schedule import make_schedule
@@ -104,6 +105,10 @@ class Actor:
         Raises:
             TrainingError: the loss or the gradient norm is not finite; that optimizer step was not made.
         """
+        if self.config.lora_dropout:
+            from rlxf.models.megatron.lora import seed_dropout
+
+            seed_dropout(self._seed, step)
         learning_rate = self.schedule(step)
         sums = torch.zeros(len(_MEANS), dtype=torch.float64)
         norms: list[float] = []
@@ -214,6 +219,23 @@ class Actor:
         """[sum completion tokens] float32 log-probabilities of every completion token, without gradient."""
         return token_logps(self.model, sequences, self._limits)
 
+    def base_token_logps(self, sequences: Sequences) -> Tensor:
+        """``token_logps`` with LoRA adapters off."""
+        from rlxf.models.megatron.lora import adapters_off
+
+        with adapters_off(self.model.chunks):
+            return token_logps(self.model, sequences, self._limits)
+
+    def base_logps(self, pairs: Pairs) -> PairLogps:
+        """Log-probabilities of both sides with LoRA adapters off, summed over the completion tokens.
+
+        The micro-batches are those of ``update``, so that fresh adapters have a margin of exactly 0.
+        """
+        from rlxf.models.megatron.lora import adapters_off
+
+        with adapters_off(self.model.chunks):
+            return pair_logps(self.model, pairs, self._limits)
+
     def sync_plan(self) -> tuple[Bucket, ...]:
         """The messages that carry all weights, by Hugging Face names; a tied head is not sent twice."""
         dtype = str(self.model.dtype).removeprefix("torch.")
@@ -230,16 +252,37 @@ class Actor:
         return payload
 
     def save_hf(self, folder: Path) -> None:
-        """Write the policy as a folder that ``transformers`` loads; complete or not there at all."""
+        """Write the policy as a folder that ``transformers`` loads; complete or not there at all.
+
+        With LoRA the weights are merged, and ``adapter`` in it is what PEFT loads.
+        """
         names = [name for name, _ in self.model.exported_shapes()]
         tensors = self.model.export(names)
         if dist.get_rank() == 0:
             dtype = str(self.model.dtype).removeprefix("torch.")
-            save_hf_folder(folder, tensors, like=self.model.folder, dtype=dtype)
+            extra = self._save_adapter if self.config.lora_r else None
+            save_hf_folder(folder, tensors, like=self.model.folder, dtype=dtype, extra=extra)
         else:
             for _ in tensors:
                 continue
+            if self.config.lora_r:
+                self._save_adapter(folder)
         dist.barrier()
+
+    def _save_adapter(self, folder: Path) -> None:
+        from rlxf.models.megatron.adapters import export_adapters
+
+        tensors = dict(export_adapters(self.model))
+        if dist.get_rank() == 0:
+            config = self.config
+            save_adapter(
+                folder / "adapter",
+                tensors.items(),
+                rank=config.lora_r,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                base=str(self.model.folder),
+            )
 
     def save_checkpoint(self, folder: Path, background: bool = False) -> None:
         """Write parameters, optimizer state and random states into ``folder``, which exists; any layout can load them.

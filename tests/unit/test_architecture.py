@@ -57,6 +57,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "vllm": ("rlxf/rollout/vllm.py", "rlxf/rollout/vllm_worker.py"),  # the engine, and what runs inside it
     "torch_npu": ("rlxf/platform/npu.py",),
     "megatron": ("rlxf/models/megatron/", "rlxf/platform/"),
+    "bitsandbytes": ("rlxf/models/megatron/nf4.py",),
     "ray": ("workers/", "ray_gpt.py", "scripts/", "benchmarks/"),
     "hydra": ("ray_gpt.py", "workers/cli.py"),
     "omegaconf": ("ray_gpt.py", "workers/cli.py"),

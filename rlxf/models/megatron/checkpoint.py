@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rlxf.errors import CheckpointError
+from rlxf.models.megatron.adapters import sharded_adapters
 from rlxf.models.megatron.optimizer import TrainableModel
 
 log = logging.getLogger(__name__)
@@ -113,8 +114,8 @@ def load(folder: Path, trainable: TrainableModel) -> None:
         # megatron-core 0.16 loads by names that torch 2.13 has renamed; remove with the next megatron-core.
         warnings.simplefilter("ignore", FutureWarning)
         loaded = dist_checkpointing.load(state, str(folder))
-    for name, chunk in _chunks(trainable):
-        chunk.load_state_dict(loaded[name])
+    for name, _, chunk in _chunks(trainable):
+        chunk.load_state_dict(loaded[name], strict=not trainable.model.adapter_ranks)
     trainable.optimizer.load_state_dict(loaded["optimizer"])
     for group, (betas, eps) in zip(trainable.optimizer.param_groups, settings, strict=True):
         group["betas"], group["eps"] = betas, eps
@@ -132,15 +133,20 @@ def _state(trainable: TrainableModel, *, is_loading: bool) -> dict[str, Any]:
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    model = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _chunks(trainable)}
+    model: dict[str, Any] = {}
+    for name, index, chunk in _chunks(trainable):
+        if trainable.model.adapter_ranks:  # the base is frozen: it is the folder that the recipe loads
+            model[name] = sharded_adapters(trainable.model, index)
+        else:
+            model[name] = chunk.sharded_state_dict(metadata=metadata)
     optimizer = trainable.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {**model, "optimizer": optimizer}
 
 
-def _chunks(trainable: TrainableModel) -> list[tuple[str, Any]]:
-    """Every chunk of this rank's model, by its name in the state."""
+def _chunks(trainable: TrainableModel) -> list[tuple[str, int, Any]]:
+    """Every chunk of this rank's model: its name in the state, its number, and the module."""
     models = [chunk.module for chunk in trainable.chunks]
-    return [("model" if len(models) == 1 else f"model{i}", model) for i, model in enumerate(models)]
+    return [("model" if len(models) == 1 else f"model{i}", i, model) for i, model in enumerate(models)]
 
 
 def _make_moments(trainable: TrainableModel) -> None:

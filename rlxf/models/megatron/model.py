@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from rlxf.errors import ConfigError, ModelError
 from rlxf.models.hf_folder import HfWeights, load_hf_config
 from rlxf.models.logps import target_logps
 from rlxf.models.megatron.families import Family, family_of
+from rlxf.models.megatron.lora import exported_parameter
 from rlxf.models.megatron.modules import PackedRotaryEmbedding, block_spec
 from rlxf.models.megatron.packing import Packed
 from rlxf.models.megatron.parallel import Layout
@@ -89,10 +91,11 @@ class MegatronModel:
         self.reward = reward
         self.hf_config = load_hf_config(folder, trust_remote_code=trust_remote_code)
         self.family = family_of(self.hf_config, folder)
-        self._weights = HfWeights(folder)
-        _check_head(self.hf_config, self._weights, folder, reward=reward)
+        self.weights = HfWeights(folder)
+        _check_head(self.hf_config, self.weights, folder, reward=reward)
         self.tied = bool(self.hf_config.tie_word_embeddings) and not reward
         self.config = transformer_config(self.hf_config, self.family, layout, dtype=dtype, recompute=recompute)
+        self.adapter_ranks: dict[str, int] = {}  # Hugging Face name of a linear with a LoRA adapter -> its rank
         self.chunks = [self._build(platform, stage) for stage in range(layout.vp_size)]
         self._load()
 
@@ -120,12 +123,11 @@ class MegatronModel:
 
     def _load(self) -> None:
         for chunk, gpt in enumerate(self.chunks):
-            own = [piece.entry for piece in self.pieces if (piece.stage, piece.chunk) == (self.layout.pp_rank, chunk)]
             try:
                 load_entries(
-                    own,
+                    self.entries_of(chunk),
                     dict(gpt.named_parameters()),
-                    self._weights.read,
+                    self.weights.read,
                     self.geometry,
                     tp_rank=self.layout.tp_rank,
                     tp_size=self.layout.tp_size,
@@ -166,6 +168,21 @@ class MegatronModel:
             held = entries(stages[stage][chunk], self.family, **ends, tied=self.tied, reward=self.reward)
             found += [Piece(stage, chunk, entry) for entry in held]
         return found
+
+    def entries_of(self, chunk: int) -> list[Entry]:
+        """The parameters of one of this rank's chunks."""
+        return [piece.entry for piece in self.pieces if (piece.stage, piece.chunk) == (self.layout.pp_rank, chunk)]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without dropout."""
+        for gpt in self.chunks:
+            gpt.eval()
+        try:
+            yield
+        finally:
+            for gpt in self.chunks:
+                gpt.train()
 
     def requires_grad_(self, wanted: bool) -> None:
         for gpt in self.chunks:
@@ -217,22 +234,27 @@ class MegatronModel:
         """Hugging Face name and full shape of every tensor that ``export`` can give."""
         for piece in self._exported():
             for name in piece.entry.hf_names:
-                yield name, self._weights.shape(name)
+                yield name, self.weights.shape(name)
 
     @torch.no_grad()
     def export(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named full tensors on rank 0, one parameter at a time; nothing on the other ranks.
+        """The named full tensors on rank 0, one parameter at a time, LoRA merged; nothing on the other ranks.
 
         Every rank of the role must ask for the same names and exhaust the iterator: the tensors' shares are collected
         from the tensor-parallel ranks and passed to the first pipeline stage.
         """
+        wanted = set(names)
+        pieces = (piece for piece in self._exported() if wanted.intersection(piece.entry.hf_names))
+        yield from self.collect(pieces, self.weights.shape)
+
+    def collect(
+        self, pieces: Iterable[Piece], shape_of: Callable[[str], tuple[int, ...]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The full tensors of some parameters, as ``export`` gives them; ``shape_of``: name -> full shape."""
         if not self.layout.is_first_replica:
             return
-        wanted = set(names)
-        for piece in self._exported():
-            if not wanted.intersection(piece.entry.hf_names):
-                continue
-            full = self._full(piece)
+        for piece in pieces:
+            full = self._full(piece, shape_of)
             if self.layout.pp_rank == self.layout.tp_rank == 0:
                 yield from zip(piece.entry.hf_names, full, strict=True)
 
@@ -244,7 +266,7 @@ class MegatronModel:
                 seen.add(piece.entry.hf_names)
                 yield piece
 
-    def _full(self, piece: Piece) -> list[Tensor]:
+    def _full(self, piece: Piece, shape_of: Callable[[str], tuple[int, ...]]) -> list[Tensor]:
         """The full tensors of one parameter, on the first stage's first rank; elsewhere what happens to be there."""
         layout, full = self.layout, list[Tensor]()
         if piece.stage == layout.pp_rank:
@@ -258,15 +280,14 @@ class MegatronModel:
                 dist.send(tensor.contiguous(), group=group, group_dst=0)
         elif layout.pp_rank == 0:
             for name in piece.entry.hf_names:
-                tensor = torch.empty(self._weights.shape(name), dtype=self.dtype, device=layout.device)
+                tensor = torch.empty(shape_of(name), dtype=self.dtype, device=layout.device)
                 dist.recv(tensor, group=group, group_src=piece.stage)
                 full.append(tensor)
         return full
 
     def local_weight(self, piece: Piece) -> Tensor:
-        """This rank's share of a parameter that its stage holds."""
-        weight: Tensor = self.chunks[piece.chunk].get_parameter(piece.entry.parameter)
-        return weight
+        """This rank's share of a parameter that its stage holds, LoRA merged."""
+        return exported_parameter(self.chunks[piece.chunk], piece.entry.parameter)
 
 
 def _gather_tensor_parallel(shard: Tensor, tp_size: int) -> list[Tensor]:

@@ -32,9 +32,18 @@ def forward_all(
         compute: gives [size] float32.
         sizes: length of each result.
     """
-    if model.layout.pp_size == 1:
-        return [compute(model.last(packed), packed) for packed in batches]
+    with model.evaluating():
+        if model.layout.pp_size == 1:
+            return [compute(model.last(packed), packed) for packed in batches]
+        return _through_stages(model, batches, compute, sizes)
 
+
+def _through_stages(
+    model: MegatronModel,
+    batches: Sequence[Packed],
+    compute: Callable[[Tensor, Packed], Tensor],
+    sizes: Sequence[int],
+) -> list[Tensor]:
     def step(iterator: Iterator[Packed], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Tensor]]:
         packed = next(iterator)
 
