@@ -79,7 +79,8 @@ WRONG = [
     Wrong({"training": {"keep_best_mode": "largest"}}, "training.keep_best_mode", "expected one of max, min"),
     Wrong({"training": {"resume": True}}, "training.resume", "expected text"),
     # features that are not there
-    Wrong(actor(lora_r=8), "actor_rollout.lora_r", "not available in this version; leave it out or set it to 0"),
+    Wrong(actor(qlora=True), "actor_rollout.qlora", "needs actor_rollout.lora_r > 0; set it, or set qlora to false"),
+    Wrong(actor(lora_rank=8), "actor_rollout.lora_rank", 'did you mean "actor_rollout.lora_r"?'),
     Wrong(actor(lr="???"), "actor_rollout.lr", "the recipe leaves this value to you"),
     # several keys together
     Wrong(actor(do_sample=False), "actor_rollout.do_sample", "expected true: greedy decoding makes the 2 completions"),

@@ -111,5 +111,17 @@ def test_keys_without_a_rank_are_named_in_a_warning(caplog: pytest.LogCaptureFix
     assert "lora" not in caplog.text
 
 
+def test_which_reference_a_lora_run_has_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_config(recipe(actor_rollout={"lora_r": 8}))
+    assert not caplog.text
+    with caplog.at_level(logging.WARNING):
+        load_config(recipe(actor_rollout={"lora_r": 8}, resource_pool={"ref": 2}))
+    assert "no effect with LoRA: resource_pool.ref; the reference is the actor with its adapters off" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        load_config(recipe(actor_rollout={"lora_r": 8}, ref={"load": "another"}))
+    assert "the reference is a second model, on its own devices" in caplog.text
+
+
 def test_a_whole_number_for_alpha_is_a_number() -> None:
     assert load_config(recipe(actor_rollout={"lora_alpha": 16})).actor_rollout.lora_alpha == 16.0

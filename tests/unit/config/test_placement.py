@@ -83,6 +83,31 @@ def test_offline_needs_neither_rollout_nor_reward_devices() -> None:
     assert plan.group("actor_rollout").nodes == (1,)
 
 
+LORA = {"lora_r": 8}
+
+
+def test_with_lora_the_reference_needs_no_device() -> None:
+    plan = plan_of(actor_rollout=LORA)
+    assert set(taken(plan)) == {"train", "infer", "reward"}
+    assert plan.num_devices == 3
+    plan = plan_of(actor_rollout=LORA, resource_pool={"actor_rollout": 1, "colocate": ["train", "infer", "ref"]})
+    assert taken(plan)["train"] == taken(plan)["infer"] == ("actor_rollout", (0,))
+    config = load_config(recipe(actor_rollout=LORA))
+    assert "ref     tiny   actor_rollout  0" in describe(config, make_plan(config))
+    assert "none: the actor with its adapters off" in describe(config, make_plan(config))
+
+
+@pytest.mark.parametrize("ref", [{"load": "another"}, {"bf16": True}])
+def test_with_lora_another_reference_is_a_model_of_its_own(ref: dict[str, Any]) -> None:
+    assert taken(plan_of(actor_rollout=LORA, ref=ref))["ref"] == ("ref", (0,))
+
+
+def test_a_layout_of_a_reference_that_is_not_there_is_no_mistake() -> None:
+    plan_of(actor_rollout=LORA, ref={"tensor_model_parallel_size": 3})
+    with pytest.raises(ConfigError, match=r"ref\.tensor_model_parallel_size = 3"):
+        plan_of(ref={"tensor_model_parallel_size": 3})
+
+
 def test_a_reward_function_needs_no_device() -> None:
     raw = recipe()
     raw["reward"] = {"function": "reward.py"}

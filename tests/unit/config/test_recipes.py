@@ -13,6 +13,7 @@ from tests.unit.config.recipes import NAMES, compose
 
 EXPECTED = {
     *(f"online_dpo_trainer_{model}" for model in ("tiny", "smollm2_135m", "llama32_1b", "llama3_8b", "qwen25_7b")),
+    *(f"online_dpo_trainer_{model}_lora" for model in ("tiny", "llama3_8b")),
     *(f"offline_dpo_trainer_{model}" for model in ("tiny", "llama3_8b")),
 }
 
@@ -55,6 +56,11 @@ def test_an_8b_recipe_fits_two_nodes_of_eight_npus_and_no_less(name: str) -> Non
     nodes = [NodeResources(name=f"n{i}", total={"NPU": 8}, free={"NPU": 8}) for i in range(2)]
     assert fit(plan, nodes) == []
     assert fit(plan, nodes[:1])
+
+
+def test_the_8b_recipe_with_lora_fits_one_node_of_eight() -> None:
+    plan = make_plan(load_config(compose("online_dpo_trainer_llama3_8b_lora", "dry_run=true", "training.device=npu")))
+    assert fit(plan, [NodeResources(name="n", total={"NPU": 8}, free={"NPU": 8})]) == []
 
 
 def test_the_1b_recipe_fits_one_node_of_four() -> None:
