@@ -11,10 +11,11 @@ from torch import Tensor
 from rlxf.config.schema import RunConfig
 from rlxf.errors import ConfigError, SyncError
 from rlxf.models.hf_folder import load_hf_config
+from rlxf.models.megatron.families import family_of
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform.base import Platform
-from rlxf.platform.linear import route_linears
 from rlxf.rollout.engine import Completion, ProbeResult, Sampling, WeightState, pack_rollouts, sample_requests
+from rlxf.rollout.hf_decoder import Decoder
 from rlxf.sync.plan import Bucket
 from rlxf.types import PromptBatch, Rollouts, Tokens
 
@@ -27,17 +28,17 @@ class HfEngine:
         if actor.load is None:
             raise ConfigError("actor_rollout.load is not set; rollout.engine=hf needs a Hugging Face model folder")
         trust = config.training.trust_remote_code
-        load_hf_config(
-            actor.load, trust_remote_code=trust
-        )  # a clear error for a wrong folder, before transformers' own
+        # A clear error for a wrong folder, before transformers' own, and for a model that the decoder does not compute.
+        family_of(load_hf_config(actor.load, trust_remote_code=trust), actor.load)
         self._device = platform.set_device(0)
         dtype = "bfloat16" if actor.bf16 else "float32"
-        self._model = _load_model(actor.load, dtype, trust, platform).to(self._device)
-        route_linears(self._model, platform.linear)
+        model = _load_model(actor.load, dtype, trust).to(self._device)
+        self._decoder = Decoder(model, platform.linear)
+        self._platform = platform
         tokenizer = load_tokenizer(actor.tokenizer_name_or_path or actor.load, trust_remote_code=trust)
         self._eos_ids = eos_token_ids(actor.load, tokenizer)
         self._prompts_per_call = actor.num_samples_per_step
-        self._parameters = dict(self._model.named_parameters())  # a tied head is in it once, as the embedding
+        self._parameters = dict(model.named_parameters())  # a tied head is in it once, as the embedding
         self._missing: set[str] = set()
         self._state = WeightState()
 
@@ -68,6 +69,7 @@ class HfEngine:
         with self._state.receiving():
             if self._missing:
                 raise SyncError(f"an update ended without {len(self._missing)} weights: {min(self._missing)}, ...")
+            self._decoder.refresh()
         self._state.end(version)
 
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
@@ -82,27 +84,22 @@ class HfEngine:
         from rlxf.rollout.hf_sampling import Sampler, sample_completions
 
         return sample_completions(
-            self._model,
+            self._decoder,
             rows,
             Sampler(seeds, sampling),
             max_new_tokens=sampling.max_new_tokens,
             eos_ids=eos_ids,
+            platform=self._platform,
             device=self._device,
         )
 
 
-def _load_model(folder: str, dtype: str, trust_remote_code: bool, platform: Platform) -> Any:
+def _load_model(folder: str, dtype: str, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    from rlxf.rollout.hf_sampling import register_attention
-
     transformers_logging.disable_progress_bar()  # under runtime=local it would stand among the run's own lines
     model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=getattr(torch, dtype),
-        trust_remote_code=trust_remote_code,
-        local_files_only=True,
-        attn_implementation=register_attention(platform),
+        folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, local_files_only=True
     )
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Sampling from a Hugging Face causal LM, as a loop of our own around its forward pass.
+"""Sampling from a Hugging Face causal LM by a loop of our own.
 
 ``generate`` computes a prompt once per sample, pads prompts, copies the cache for every token and goes on with rows
 that have ended. Here equal prompts are computed once, end to end; the cache is allocated once; a row leaves the batch
@@ -8,120 +8,75 @@ with its last token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, Cache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rlxf.platform.base import Platform
 from rlxf.rollout.engine import Completion, Sampling
+from rlxf.rollout.hf_decoder import Decoder
 
-ATTENTION = "rlxf_grouped"  # the name under which ``transformers`` finds ``grouped_attention``
 PREFILL_TOKENS = 8192  # prompt tokens of one forward pass
 
 
-def register_attention(platform: Platform) -> str:
-    """Make ``attn_implementation=ATTENTION`` known to ``transformers``; the name."""
-    AttentionInterface.register(ATTENTION, partial(grouped_attention, platform))
-    return ATTENTION
-
-
-def grouped_attention(
-    platform: Platform,
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    cu_seq_lens_q: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of whole prompts laid end to end, or of one new token per row.
-
-    Args:
-        query: [1, heads, T, d] with ``cu_seq_lens_q``, else [B, heads, 1, d].
-        key: [1, kv_heads, T, d] or [B, kv_heads, columns, d]; ``value`` likewise.
-        attention_mask: [B, 1, 1, columns] bool, true where a row may look; None: everywhere.
-        cu_seq_lens_q: [P + 1] int32 bounds of the prompts.
-
-    Returns:
-        [1 or B, T or 1, heads, d], in the form that ``transformers`` expects.
-    """
-    if cu_seq_lens_q is not None:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return platform.packed_attention(q, k, v, cu_seq_lens_q, cu_seq_lens_q, scaling).unsqueeze(0), None
-    # The query heads of a group read the same keys: as rows of one query they need no copy of them.
-    grouped = query.view(len(query), key.size(1), -1, query.size(-1))  # [B, kv_heads, heads / kv_heads, d]
-    out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(len(query), 1, -1, query.size(-1)), None
-
-
-class KeyValueCache(Cache):  # type: ignore[misc]
+class KeyValueCache:
     """Keys and values of rows whose prompts all end in the same column; allocated once, written in place.
 
     Args:
-        num_rows: rows at the beginning.
-        num_columns: longest prompt plus completion, tokens.
-        prompt_columns: longest prompt, tokens.
+        lengths: [B] int64 tokens of each row's prompt.
+        max_new_tokens: room for as many more.
+        decoder: of which number, size and type of the states are taken.
     """
 
-    def __init__(self, num_rows: int, num_columns: int, prompt_columns: int) -> None:
-        super().__init__(layers=[])
-        self.num_rows = num_rows
-        self.num_columns = num_columns
-        self.used = prompt_columns  # columns that are filled
-        self._states: list[tuple[Tensor, Tensor]] = []  # of each layer, [rows, kv_heads, columns, d]
-        self._places: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def fill(self, rows: Tensor, columns: Tensor, sources: Tensor) -> None:
-        """The next forward pass computes prompts: its token ``sources[i]`` belongs to ``rows[i], columns[i]``."""
-        self._places = (rows, columns, sources)
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """What ``transformers`` calls in each layer: takes the new states, gives those that attention reads."""
-        new = (key_states, value_states)
-        if layer_idx == len(self._states):
-            self._states.append((self._allocate(key_states), self._allocate(value_states)))
-        if self._places is not None:
-            rows, columns, sources = self._places
-            for states, added in zip(self._states[layer_idx], new, strict=True):
-                states[rows, :, columns] = added[0].transpose(0, 1)[sources]
-            return new
-        for states, added in zip(self._states[layer_idx], new, strict=True):
-            states[: self.num_rows, :, self.used] = added[:, :, 0]
-        return tuple(states[: self.num_rows, :, : self.used + 1] for states in self._states[layer_idx])
-
-    def _allocate(self, like: Tensor) -> Tensor:
+    def __init__(self, lengths: Tensor, max_new_tokens: int, decoder: Decoder) -> None:
+        self.num_rows = len(lengths)
+        self.used = int(lengths.max())  # columns that are filled: the longest prompt, then a column per token
+        columns = torch.arange(self.used + max_new_tokens, device=lengths.device)
+        shape = (self.num_rows, decoder.kv_heads, len(columns), decoder.head_size)
         # Zeros, because a masked column still counts as 0 times its content, which must not be NaN.
-        return like.new_zeros(self.num_rows, like.size(1), self.num_columns, like.size(-1))
+        self._states = [
+            tuple(torch.zeros(shape, dtype=decoder.dtype, device=lengths.device) for _ in range(2))
+            for _ in range(decoder.num_layers)
+        ]
+        self._mask = (columns >= (self.used - lengths)[:, None])[:, None, None]  # [B, 1, 1, columns]: a row's own
 
-    def start_decoding(self) -> None:
-        self._places = None
+    def put_prompts(self, layer: int, rows: Tensor, columns: Tensor, key: Tensor, value: Tensor) -> None:
+        """``key[i]`` and ``value[i]`` ([kv_heads, d]) belong to ``rows[i], columns[i]``."""
+        for states, new in zip(self._states[layer], (key, value), strict=True):
+            states[rows, :, columns] = new
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """[n, heads, d] attention of one new token per row; its own ``key`` and ``value`` go into the cache."""
+        rows, end = self.num_rows, self.used + 1
+        keys, values = self._states[layer]
+        keys[:rows, :, self.used] = key
+        values[:rows, :, self.used] = value
+        # The query heads of a group read the same keys: as rows of one query they need no copy of them.
+        grouped = query.view(rows, key.size(1), -1, query.size(-1))  # [n, kv_heads, heads / kv_heads, d]
+        mask = self._mask[:rows, ..., :end]
+        out = F.scaled_dot_product_attention(grouped, keys[:rows, :, :end], values[:rows, :, :end], mask, scale=scale)
+        return out.reshape(query.shape)
 
     def advance(self) -> None:
-        """A forward pass of one token per row is over: its column counts as filled."""
+        """All layers have their states of one more token per row."""
         self.used += 1
 
     def drop(self, ended: Tensor) -> Tensor:
-        """Remove the rows where ``ended`` ([rows] bool); the old index of each row that is left, in the new order."""
+        """Remove the rows where ``ended`` ([n] bool); the old index of each row that is left, in the new order."""
         alive = int((~ended).sum())
         order = torch.arange(alive, device=ended.device)
         holes = ended[:alive].nonzero()[:, 0]
         movers = (~ended[alive:]).nonzero()[:, 0] + alive  # rows from the end take the free places: few copies
         order[holes] = movers
         if holes.numel():
-            for layer in self._states:
-                for states in layer:
-                    states[holes, :, : self.used] = states[movers, :, : self.used]
+            for states in (states for layer in self._states for states in layer):
+                states[holes, :, : self.used] = states[movers, :, : self.used]
+        self._mask = self._mask[order]
         self.num_rows = alive
         return order
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.used
 
 
 class Sampler:
@@ -163,27 +118,22 @@ def warpers(sampling: Sampling) -> list[Any]:
 
 @torch.inference_mode()
 def sample_completions(
-    model: Any,
+    decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     sampler: Sampler,
     *,
     max_new_tokens: int,
     eos_ids: Sequence[int],
+    platform: Platform,
     device: torch.device,
 ) -> list[Completion]:
-    """A completion of each prompt, up to its first EOS or ``max_new_tokens``; equal prompts are computed once.
-
-    ``model`` must have been loaded with ``attn_implementation=ATTENTION``.
-    """
+    """A completion of each prompt, up to its first EOS or ``max_new_tokens``; equal prompts are computed once."""
     distinct = {row: number for number, row in enumerate(dict.fromkeys(map(tuple, prompts)))}
     source = torch.tensor([distinct[tuple(row)] for row in prompts], device=device)  # [B] distinct prompt of each row
-    lengths = torch.tensor([len(row) for row in prompts], device=device)  # [B]
-    width = int(lengths.max())
-    cache = KeyValueCache(len(prompts), width + max_new_tokens, width)
-    logits = _prefill(model, list(distinct), source, cache, device)[source]  # [B, V] float32
-    columns = torch.arange(cache.num_columns, device=device)
-    mask = (columns >= (width - lengths)[:, None])[:, None, None]  # [B, 1, 1, columns], prompts end in one column
-    rows, positions = torch.arange(len(prompts), device=device), lengths
+    positions = torch.tensor([len(row) for row in prompts], device=device)  # [B] of the next token
+    cache = KeyValueCache(positions, max_new_tokens, decoder)
+    logits = _prefill(decoder, list(distinct), source, cache, platform)[source]  # [B, V] float32
+    rows = torch.arange(len(prompts), device=device)
     tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)
     logps = torch.zeros(len(prompts), max_new_tokens, device=device)
     counts = torch.zeros(len(prompts), dtype=torch.int64, device=device)
@@ -196,55 +146,48 @@ def sample_completions(
         ended = torch.isin(chosen, eos)
         if bool(ended.any()):
             order = cache.drop(ended)
-            rows, positions, mask, chosen = rows[order], positions[order], mask[order], chosen[order]
+            rows, positions, chosen = rows[order], positions[order], chosen[order]
         if index + 1 == max_new_tokens or not len(rows):
             break
-        logits = _decode(model, chosen, positions, mask, cache)
+        logits = decoder.next_logits(chosen, positions, cache.attend)
+        cache.advance()
         positions = positions + 1
     sampled = zip(tokens.tolist(), logps.tolist(), counts.tolist(), strict=True)
     return [Completion(tokens=row[:count], logps=row_logps[:count]) for row, row_logps, count in sampled]
 
 
-def _decode(model: Any, tokens: Tensor, positions: Tensor, mask: Tensor, cache: KeyValueCache) -> Tensor:
-    """[n, V] float32 logits after one more token of each row."""
-    output = model(
-        input_ids=tokens[:, None],
-        position_ids=positions[:, None],
-        attention_mask=mask[..., : cache.used + 1],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    cache.advance()
-    logits: Tensor = output.logits[:, -1].float()
-    return logits
-
-
 def _prefill(
-    model: Any, prompts: list[tuple[int, ...]], source: Tensor, cache: KeyValueCache, device: torch.device
+    decoder: Decoder, prompts: list[tuple[int, ...]], source: Tensor, cache: KeyValueCache, platform: Platform
 ) -> Tensor:
     """[P, V] float32 logits after each prompt; their keys and values go into every row of the cache that has them."""
-    logits = []
+    device, logits = source.device, []
     for first, part in _parts(prompts):
         lengths = torch.tensor([len(prompt) for prompt in part], device=device)
         bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])  # [P + 1]
         rows = ((source >= first) & (source < first + len(part))).nonzero()[:, 0]
         mine = source[rows] - first  # [rows] prompt of this part
-        of_row = torch.arange(len(rows), device=device).repeat_interleave(lengths[mine])  # an entry per token and row
+        of_row = torch.arange(len(rows), device=device).repeat_interleave(lengths[mine])  # an entry per row and token
         inside = torch.arange(len(of_row), device=device) - (lengths[mine].cumsum(0) - lengths[mine])[of_row]
-        cache.fill(rows[of_row], (cache.used - lengths[mine])[of_row] + inside, bounds[mine][of_row] + inside)
-        total = int(bounds[-1])
-        positions = torch.arange(total, device=device) - bounds[:-1].repeat_interleave(lengths)
-        output = model(
-            input_ids=torch.tensor([[token for prompt in part for token in prompt]], device=device),
-            position_ids=positions[None],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=bounds[1:] - 1,
-            cu_seq_lens_q=bounds.int(),
-        )
-        logits.append(output.logits[0].float())
-    cache.start_decoding()
+        columns, places = (cache.used - lengths[mine])[of_row] + inside, bounds[mine][of_row] + inside
+        attend = _PromptAttention(cache, platform, bounds.int(), rows[of_row], columns, places)
+        tokens = torch.tensor([token for prompt in part for token in prompt], device=device)
+        positions = torch.arange(len(tokens), device=device) - bounds[:-1].repeat_interleave(lengths)
+        logits.append(decoder.logits(decoder.hidden_states(tokens, positions, attend)[bounds[1:] - 1]))
     return torch.cat(logits)
+
+
+class _PromptAttention:
+    """Attention inside prompts that lie end to end; token ``places[i]`` also goes to ``rows[i], columns[i]``."""
+
+    def __init__(
+        self, cache: KeyValueCache, platform: Platform, bounds: Tensor, rows: Tensor, columns: Tensor, places: Tensor
+    ) -> None:
+        self._cache, self._attention, self._bounds = cache, platform.packed_attention, bounds
+        self._rows, self._columns, self._places = rows, columns, places
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self._cache.put_prompts(layer, self._rows, self._columns, key[self._places], value[self._places])
+        return self._attention(query, key, value, self._bounds, self._bounds, scale)
 
 
 def _parts(prompts: list[tuple[int, ...]]) -> Iterator[tuple[int, list[tuple[int, ...]]]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlxf.errors import ConfigError
 from rlxf.platform import get_platform, linear
-from rlxf.platform.linear import Linear, OneDnnLinear, cpu_linear, route_linears
+from rlxf.platform.linear import Linear, OneDnnLinear, cpu_linear
 
 SHAPES = [(4, 256, 256), (37, 512, 384), (64, 384, 1000), (513, 256, 320)]  # rows, inputs, outputs: all on the path
 SMALL = [(1, 512, 512), (3, 512, 512), (200, 64, 192), (0, 512, 512)]  # left to MKL
@@ -195,14 +195,15 @@ def test_onednn_without_onednn_is_refused_with_the_fix(monkeypatch: pytest.Monke
     assert type(cpu_linear("auto")) is Linear
 
 
-def test_a_routed_model_keeps_its_state_and_follows_its_weights(calls: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 16, 70])
+def test_a_frozen_weight_gives_what_it_gave_when_it_was_asked_for(rows: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(384, 512), torch.nn.GELU(), torch.nn.Linear(512, 320, bias=False))
-    x = torch.randn(9, 384)
-    names, expected = list(model.state_dict()), model(x)
-    route_linears(model, OneDnnLinear())
-    torch.testing.assert_close(model(x), expected)
-    assert calls == [(9, 512), (9, 320)]
-    assert list(model.state_dict()) == names
-    model[2].weight = torch.nn.Parameter(torch.zeros(320, 512))  # replaced, as a tied head is
-    assert not model(x).any()
+    x, weight, bias = (torch.randn(size, dtype=dtype) for size in ((rows, 96), (64, 96), (64,)))
+    expected = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(Linear().frozen(weight, bias)(x), expected)
+    frozen = OneDnnLinear().frozen(weight, bias)
+    torch.testing.assert_close(frozen(x), expected)
+    weight.zero_()
+    torch.testing.assert_close(frozen(x), expected)  # a copy does not follow: its reader has to ask for a new one
+    torch.testing.assert_close(OneDnnLinear().frozen(weight, bias)(x), bias.expand(rows, -1))

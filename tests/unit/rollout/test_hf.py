@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from rlxf.config.schema import RunConfig
 from rlxf.errors import ConfigError, SyncError
 from rlxf.platform import get_platform, linear
 from rlxf.rollout import HfEngine
 from rlxf.rollout.engine import Sampling
+from rlxf.rollout.hf_decoder import Decoder
 from rlxf.sync.plan import Bucket, TensorSpec
 from rlxf.types import Tokens
 from tests.rollout_world import HfActor, greedy, load_model, prompt_batch, random_prompts, run_config
@@ -150,14 +150,14 @@ def test_a_prompt_is_computed_once_and_a_row_that_has_ended_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[int] = []
-    forward = transformers.LlamaModel.forward
+    hidden_states = Decoder.hidden_states
 
-    def counting(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        computed.append(input_ids.numel())
-        return forward(self, input_ids, *args, **kwargs)
+    def counting(self: Decoder, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        computed.append(len(tokens))
+        return hidden_states(self, tokens, *args, **kwargs)
 
     engine = ending_engine(tmp_path)
-    monkeypatch.setattr(transformers.LlamaModel, "forward", counting)
+    monkeypatch.setattr(Decoder, "hidden_states", counting)
     batch = prompt_batch(random_prompts(LENGTHS))
     lengths = engine.generate(batch, RANDOM).sequences.completion_lengths
     assert len(set(lengths.tolist())) > 3
