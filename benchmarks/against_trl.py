@@ -93,7 +93,7 @@ def measure_size(made: list[Program], work: Work, arguments: argparse.Namespace)
     """Turns of each program, from the first: the workloads alternate."""
     found: dict[str, list[Turn]] = {program.name: [] for program in made}
     with turns.running(made):
-        for program in turns.in_turn(made, len(work.workloads) * (arguments.repeats + 1)):
+        for program in turns.in_turn(made, len(work.workloads) * (arguments.repeats + 1), len(work.workloads)):
             turn = program.turn()
             number = len(found[program.name])
             if turn.tokens not in (0, work.turn_tokens(number)):  # Ray's driver process does not count
@@ -184,8 +184,8 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
                 cpu, ratio = side["cpu_s_per_step"], side.get("times_trl")
                 times = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio else "-"
                 seconds = f"{cpu['median']:.3f} ({cpu['min']:.3f}-{cpu['max']:.3f})"
-                tokens = f"{side['tokens_per_cpu_s']['median']:.0f}"
-                yield f"| {size}, {workload} | {name} | {seconds} | {tokens} | {times} |"
+                tokens = side["tokens_per_cpu_s"]["median"]
+                yield f"| {size}, {workload} | {name} | {seconds} | {tokens:.0f} | {times} |"
     yield ""
     yield "| model, workload, program | " + " | ".join(f"{s}: CPU s (GF/s)" for s in STAGES) + " |"
     yield "|---" * (1 + len(STAGES)) + "|"

@@ -127,6 +127,29 @@ def run_ours(gate: Gate, side: Ours, folder: Path) -> None:
     launcher.launch(config, folder / "run")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A shipped recipe as it is."""
+
+    name: str
+    runtime: str
+    engine: str
+    overrides: tuple[str, ...] = ()
+
+
+def run_recipe(gate: Gate, side: Recipe, folder: Path) -> None:
+    """The command that a user types, in this process."""
+    os.chdir(ROOT)
+    options = (f"runtime={side.runtime}", f"rollout.engine={side.engine}", f"hydra.run.dir={folder / 'run'}")
+    sys.argv = ["ray_gpt.py", "--config-name", side.name, *options, *side.overrides]
+    import ray_gpt
+    from rlxf import local
+    from workers import launch
+
+    local.Clock = launch.Clock = lambda: GatedClock(gate)  # type: ignore[attr-defined, assignment, misc]
+    ray_gpt.main()
+
+
 def fix_lengths_of_hf(work: Work, gate: Gate | None = None) -> None:
     """Completions of the HF engine of this process get the lengths of ``work``; those of a sync probe do not."""
     from rlxf.rollout import hf_sampling

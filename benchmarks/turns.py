@@ -1,4 +1,4 @@
-"""Programs that train step by step in processes of their own, and take turns: a machine that slows down slows all.
+"""Programs that train step by step in processes of their own and take turns, so that a slow machine slows all.
 
 A program calls ``Gate.begin_step`` before each of its steps. At the first step of a turn it waits there until the
 benchmark lets it go on; what it costs from then until it waits again is one turn: whole steps, with all that belongs to
@@ -178,10 +178,10 @@ def running(programs: list[Program]) -> Iterator[None]:
                 program.stop()
 
 
-def in_turn(programs: list[Program], repeats: int) -> Iterator[Program]:
-    """Every program once per repeat, the order turned round each time."""
-    for repeat in range(repeats):
-        yield from programs if repeat % 2 == 0 else reversed(programs)
+def in_turn(programs: list[Program], rounds: int, before_reversal: int) -> Iterator[Program]:
+    """Every program once per round; the order is turned round every ``before_reversal`` rounds."""
+    for number in range(rounds):
+        yield from programs if number // before_reversal % 2 == 0 else reversed(programs)
 
 
 def gemm_peak(repeats: int = 5) -> dict[str, float]:
