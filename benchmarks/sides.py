@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -142,12 +143,11 @@ def run_recipe(gate: Gate, side: Recipe, folder: Path) -> None:
     os.chdir(ROOT)
     options = (f"runtime={side.runtime}", f"rollout.engine={side.engine}", f"hydra.run.dir={folder / 'run'}")
     sys.argv = ["ray_gpt.py", "--config-name", side.name, *options, *side.overrides]
-    import ray_gpt
     from rlxf import local
     from workers import launch
 
     local.Clock = launch.Clock = lambda: GatedClock(gate)  # type: ignore[attr-defined, assignment, misc]
-    ray_gpt.main()
+    runpy.run_path("ray_gpt.py", run_name="__main__")
 
 
 def fix_lengths_of_hf(work: Work, gate: Gate | None = None) -> None:
