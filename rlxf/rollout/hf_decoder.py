@@ -43,6 +43,7 @@ class Decoder:
     def refresh(self) -> None:
         """Take note that the weights have changed."""
         modules = [module for module in self._body.modules() if isinstance(module, torch.nn.Linear)]
+        self._few.clear()  # first, so that the new copies can have the old ones' memory
         self._few = {module: self._linear.frozen(module.weight, module.bias) for module in (*modules, self._head)}
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, attend: Attention, *, few_rows: bool = False) -> Tensor:
