@@ -41,7 +41,8 @@ def load_model(config: RunConfig, role: RoleName, platform: Platform, process: P
         seed=config.training.seed,
         timeout_s=config.training.stage_timeout_s,
     )
-    from rlxf.models.megatron.model import MegatronModel, check_shape
+    from rlxf.models.megatron.hf_config import check_shape
+    from rlxf.models.megatron.model import MegatronModel
 
     model = MegatronModel(
         section.load,
