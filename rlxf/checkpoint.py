@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ MANIFEST = "manifest.json"
 DRIVER = "driver.json"
 LATEST = "latest_checkpointed_iteration.txt"  # megatron's tracker: the step of the newest checkpoint
 _NAME = re.compile(r"iter_(\d{7,})")
-_LEFTOVER = re.compile(r"\.(iter|hf)_\d{7,}\..+")  # what a killed run was writing or deleting
+_LEFTOVER = re.compile(r"\.((iter|hf)_\d{7,}|policy)\..+")  # what a killed run was writing or deleting
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,12 @@ def file_digest(path: Path) -> str:
 
 def write_manifest(folder: Path) -> None:
     """``manifest.json``: size and SHA-256 of every other file below ``folder``."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        digests = list(pool.map(file_digest, paths))
     files = {
-        str(path.relative_to(folder)): {"num_bytes": path.stat().st_size, "sha256": file_digest(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        str(path.relative_to(folder)): {"num_bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, digests, strict=True)
     }
     (folder / MANIFEST).write_text(_as_text({"files": files}))
 
@@ -65,16 +68,17 @@ def find_problems(folder: Path) -> list[str]:
         return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     if DRIVER not in files:
         return [f"{MANIFEST} names no {DRIVER}"]
-    problems = []
-    for name, (num_bytes, sha256) in files.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != num_bytes:
-            problems.append(f"{name} has {path.stat().st_size} bytes, {num_bytes} were written")
-        elif file_digest(path) != sha256:
-            problems.append(f"{name} is not what was written (SHA-256 differs)")
-    return problems
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda item: _file_problem(folder / item[0], item[0], *item[1]), files.items())
+        return [problem for problem in found if problem is not None]
+
+
+def _file_problem(path: Path, name: str, num_bytes: int, sha256: str) -> str | None:
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != num_bytes:
+        return f"{name} has {path.stat().st_size} bytes, {num_bytes} were written"
+    return None if file_digest(path) == sha256 else f"{name} is not what was written (SHA-256 differs)"
 
 
 def _manifest(folder: Path) -> dict[str, tuple[int, str]]:

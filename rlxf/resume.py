@@ -31,6 +31,7 @@ class Resume:
     start: Metrics  # of the report: the first evaluation and the first step
     end: Metrics  # and the newest ones
     baseline: dict[str, Any] | None  # what the initial policy said to the evaluation's prompts
+    changes: list[str]  # of the recipe since then, that change the curve
 
 
 def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
@@ -51,7 +52,7 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
     driver = json.loads((folder / DRIVER).read_text())
     if driver.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: written by another version (format {driver.get('format')}, not {FORMAT})")
-    _check(config, folder, driver)
+    changes = _check(config, folder, driver)
     return Resume(
         folder=folder,
         state=_state(driver),
@@ -60,14 +61,25 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         start=from_json(driver["report"]["start"]),
         end=from_json(driver["report"]["end"]),
         baseline=driver["baseline"],
+        changes=changes,
     )
 
 
 def is_complete(resume: Resume, config: RunConfig, run_dir: Path) -> bool:
-    """Whether nothing is left to do: every step is trained, and the policy is in its folder. Says how it is."""
+    """Whether nothing is left to do: every step is trained, and the policy is in its folder. Says how it is.
+
+    Raises:
+        CheckpointError: nothing is left to do, but the recipe has changed: it asks for another run.
+    """
     step, steps = resume.state.step, config.training.train_iters
     for folder in (run_dir, resume.run_folder) if step >= steps else ():
         if _summarised_steps(folder) == step and (folder / "policy").is_dir():
+            if resume.changes:
+                raise CheckpointError(
+                    f"{resume.folder}: that run is complete, and the recipe has changed since: "
+                    f"{'; '.join(resume.changes)}; name another folder in actor_rollout.save (or hydra.run.dir) for a "
+                    "new run, or raise training.train_iters to go on with this one"
+                )
             log.info(
                 "the run is complete: %d of %d steps (%s), its policy is %s; raise training.train_iters to go on",
                 step,
@@ -116,7 +128,8 @@ def _named(path: Path) -> tuple[Path, list[Damaged]]:
     )
 
 
-def _check(config: RunConfig, folder: Path, driver: dict[str, Any]) -> None:
+def _check(config: RunConfig, folder: Path, driver: dict[str, Any]) -> list[str]:
+    """Refuses what does not fit and warns of what has changed; the changes of the curve."""
     changes = compare(driver["config"], config)
     other = "name that one, or start a new run with another folder in actor_rollout.save (or hydra.run.dir)"
     if changes.shape:
@@ -137,6 +150,7 @@ def _check(config: RunConfig, folder: Path, driver: dict[str, Any]) -> None:
             folder.name,
             "; ".join(changes.layout),
         )
+    return changes.curve
 
 
 def _data(found: dict[str, Any] | None) -> str:

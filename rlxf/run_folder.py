@@ -248,6 +248,7 @@ def owned_checkpoints(config: RunConfig, run_dir: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         remove_leftovers(root)
+        remove_leftovers(run_dir)
         try:
             yield
         finally:

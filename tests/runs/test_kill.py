@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from rlxf.checkpoint import find_problems, list_checkpoints, newest_good
+from rlxf.checkpoint import find_problems, list_checkpoints, newest_good, step_of
 from tests.runs.killed import After, Call, File, Moment, assert_same_run, run_in_child
 from tests.runs.small import NUM_PROMPTS, Finished, Recipe, World
 
@@ -50,10 +50,14 @@ def assert_survives(recipe: Recipe, run_dir: Path, undisturbed: Finished, *momen
         ended = run_in_child(recipe, run_dir, moment)
         assert ended.code in (-signal.SIGKILL, 128 + signal.SIGTERM), f"{moment} did not come\n{ended.output}"
         assert "Traceback" not in ended.output
+        if ended.code > 0:  # a signal that asks: every complete step is saved
+            newest = list_checkpoints(run_dir / "checkpoints")[-1]
+            assert step_of(newest) == Finished(run_dir).rows[-1]["step"], f"{moment}\n{ended.output}"
     ended = run_in_child(recipe, run_dir)
     assert ended.code == 0, ended.output
     assert "damaged" not in ended.output  # a killed save leaves the checkpoint before it, and no half of the new one
     assert_same_run(run_dir, undisturbed)
+    assert not list(run_dir.glob(".*"))
     left = [path.name for path in (run_dir / "checkpoints").iterdir()]
     assert not [name for name in left if name.startswith(".") and name != ".lock"]
     assert {"hf_0000003", "hf_0000006", "iter_0000006"} <= set(left)

@@ -228,4 +228,7 @@ def test_a_run_is_complete_when_its_policy_is_there(tmp_path: Path, caplog: pyte
     assert is_complete(find(tmp_path), config(tmp_path), tmp_path)
     assert is_complete(find(tmp_path), config(tmp_path), tmp_path / "another")
     assert "complete: 4 of 4 steps" in caplog.text
+    other = {"actor_rollout__lr": 0.25}  # a sweep that saves into one folder: its second run must not end at once
+    with pytest.raises(CheckpointError, match=r"complete, and the recipe has changed .*lr 0\.5 -> 0\.25"):
+        is_complete(find(tmp_path, **other), config(tmp_path, **other), tmp_path)
     assert not is_complete(find(tmp_path), config(tmp_path, training__train_iters=5), tmp_path)

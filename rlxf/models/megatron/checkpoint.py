@@ -49,7 +49,8 @@ class Write:
         self._buckets: list[Any] = self._request.async_fn_args[1] if self._request.async_fn else []
         self._thread: threading.Thread | None = None
         if background:
-            self._buckets = [_copied(bucket) for bucket in self._buckets]
+            live = _live_storages(trainable)
+            self._buckets = [_snapshot(bucket, live) for bucket in self._buckets]
             self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
             self._thread.start()
         else:
@@ -192,10 +193,24 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     megatron_random.get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def _copied(bucket: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A file to write, its tensors as copies on the host that training does not change."""
+def _live_storages(trainable: TrainableModel) -> set[int]:
+    """Addresses of the memory that the next optimizer step writes to."""
+    tensors = [*trainable.ddp.module.parameters(), *trainable.ddp.module.buffers()]
+    for part in trainable.optimizer.chained_optimizers:
+        tensors += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+        tensors += [value for state in part.optimizer.state.values() for value in state.values()]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor)}
+
+
+def _snapshot(bucket: tuple[Any, ...], live: set[int]) -> tuple[Any, ...]:
+    """A file to write, its tensors on the host where training does not change them; megatron has copied most."""
     path, key, (objects, tensors) = bucket
-    return path, key, (objects, [(item, tensor.detach().to("cpu", copy=True)) for item, tensor in tensors])
+
+    def owned(tensor: torch.Tensor) -> torch.Tensor:
+        is_live = tensor.untyped_storage().data_ptr() in live
+        return tensor.detach().to("cpu", copy=is_live)
+
+    return path, key, (objects, [(item, owned(tensor)) for item, tensor in tensors])
 
 
 def _cause(failure: Any) -> str:

@@ -102,6 +102,21 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
 
 
+def test_a_copy_is_made_of_what_training_changes_and_of_nothing_else(folder: Path) -> None:
+    trained = actor(folder)
+    update(trained, 0)
+    live = checkpoint_module._live_storages(trained.trainable)
+    parameter = next(trained.model.gpt.parameters()).detach()
+    own = torch.ones(3)
+    bucket = ("path", "key", ([], [("view of a parameter", parameter), ("own", own)]))
+    (_, copied), (_, kept) = checkpoint_module._snapshot(bucket, live)[2][1]
+    before = copied.clone()
+    update(trained, 1)
+    assert torch.equal(copied, before)
+    assert not torch.equal(parameter, before)
+    assert kept.data_ptr() == own.data_ptr()
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_a_file_that_cannot_be_written_is_an_error_with_its_reason(
     folder: Path, tmp_path: Path, background: bool
