@@ -39,6 +39,8 @@ _LAYOUT = {
         )
     ),
 }
+# What decides which tensors a LoRA checkpoint holds.
+_SHAPE = ("actor_rollout.lora_r", "actor_rollout.lora_target_modules")
 # Of a model's shape: it bounds the recipe, and no tensor depends on it.
 _NO_TENSOR = ("max_position_embeddings",)
 
@@ -60,7 +62,8 @@ def compare(before: Mapping[str, Any], config: RunConfig) -> Changes:
         if old[key] == new[key] or key in _HARMLESS or key.startswith(tuple(f"{s}." for s in _HARMLESS_SECTIONS)):
             continue
         layout = key in _LAYOUT or key.startswith(tuple(f"{section}." for section in _LAYOUT_SECTIONS))
-        (changes.layout if layout else changes.curve).append(_said(key, old[key], new[key]))
+        kind = changes.shape if key in _SHAPE else changes.layout if layout else changes.curve
+        kind.append(_said(key, old[key], new[key]))
     for role in ROLES:
         found = _shape_changes(before, now, role)
         (changes.shape if role == "actor_rollout" else changes.curve).extend(found)

@@ -219,6 +219,17 @@ def test_a_model_may_have_another_name_but_not_another_shape() -> None:
     assert changed.curve == [f"model.deep.num_layers {SHAPE['num_layers']} -> {SHAPE['num_layers'] + 1}"]
 
 
+def test_adapters_of_another_rank_or_place_do_not_fit() -> None:
+    before = small_config(model__bigram=SHAPE, actor_rollout__lora_r=8).dump()
+    for change, said in (
+        ({"lora_r": 4}, ["actor_rollout.lora_r 8 -> 4"]),
+        ({"lora_r": 0}, ["actor_rollout.lora_r 8 -> 0"]),
+        ({"lora_r": 8, "lora_alpha": 1.0}, []),
+    ):
+        keys = {f"actor_rollout__{key}": value for key, value in change.items()}
+        assert compare(before, small_config(model__bigram=SHAPE, **keys)).shape == said
+
+
 def test_a_run_is_complete_when_its_policy_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     save(tmp_path, 4)

@@ -145,7 +145,8 @@ def test_every_path_of_the_schema_is_known_as_one() -> None:
     found = {f"{section}.{key}" for section, schema in SECTIONS.items() for key, _ in path_fields(schema)}
     assert found == {
         *(f"{role}.{key}" for role in ROLES for key in ("load", "tokenizer_name_or_path")),
-        *("actor_rollout.data_path", "actor_rollout.save", "reward.function", "rollout.replay_path"),
+        *("actor_rollout.data_path", "actor_rollout.save", "actor_rollout.lora_load"),
+        *("reward.function", "rollout.replay_path"),
         *("eval.data_path", "eval.metrics", "training.resume"),
     }
 
