@@ -145,7 +145,8 @@ class Program:
                 return report
             problem = f"did not answer within {timeout_s:g} s"
         except EOFError:
-            problem = "ended"
+            self._process.join(5)
+            problem = f"ended with exit code {self._process.exitcode}"
         text = (self.folder / "output.txt").read_text(errors="replace")
         raise SystemExit(f"{self.name} {problem}:\n" + "\n".join(text.splitlines()[-30:]))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,13 @@ class Linear:
         """[..., N]: the same without a gradient."""
         return F.linear(x, weight, bias)
 
-    def frozen(self, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-        """``output`` as a function of ``x`` alone, for weights that many calls with few rows read.
+    def frozen(self, *layers: tuple[Tensor, Tensor | None]) -> Callable[[Tensor], Tensor]:
+        """[..., sum of N]: outputs of layers (weight, bias) of one input, as a function of it alone.
 
-        It may read a copy, so after a change of ``weight`` it is out of date: ask for a new one.
+        For weights that many calls with few rows read. It may read copies, so after a change of a weight it is out of
+        date: ask for a new one.
         """
-        return partial(self.output, weight=weight, bias=bias)
+        return lambda x: torch.cat([self.output(x, *layer) for layer in layers], dim=-1)
 
     def grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
         """[..., K]: ``grad @ weight`` from the output's gradient [..., N]."""
@@ -71,9 +71,13 @@ class OneDnnLinear(Linear):
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _times_transposed(x, weight, bias) if _wins(x, weight) else super().output(x, weight, bias)
 
-    def frozen(self, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    def frozen(self, *layers: tuple[Tensor, Tensor | None]) -> Callable[[Tensor], Tensor]:
         # In oneDNN's own layout a few rows cost 1.5 to 2 times less: it would lay the weight out anew in each call.
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _FEW_ROWS)
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat([w.detach() for w, _ in layers]), _FEW_ROWS)
+        given = [bias for _, bias in layers if bias is not None]
+        if given and len(given) < len(layers):
+            return super().frozen(*layers)
+        bias = torch.cat(given).detach() if given else None
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
     def grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:

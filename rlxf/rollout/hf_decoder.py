@@ -15,6 +15,8 @@ from torch import Tensor
 
 from rlxf.platform.linear import Linear
 
+Linears = tuple[torch.nn.Linear, ...]  # layers that read the same input
+
 
 class Attention(Protocol):
     """[T, heads, d] from layer number, [T, heads, d] query, [T, kv_heads, d] key and value, and the scores' scale."""
@@ -37,14 +39,17 @@ class Decoder:
         self.head_size: int = attention.head_dim
         self.kv_heads: int = attention.k_proj.out_features // self.head_size
         self.dtype: torch.dtype = attention.k_proj.weight.dtype
-        self._few: dict[Any, Callable[[Tensor], Tensor]] = {}
+        self._few: dict[Linears, Callable[[Tensor], Tensor]] = {}
         self.refresh()
 
     def refresh(self) -> None:
         """Take note that the weights have changed."""
-        modules = [module for module in self._body.modules() if isinstance(module, torch.nn.Linear)]
         self._few.clear()  # first, so that the new copies can have the old ones' memory
-        self._few = {module: self._linear.frozen(module.weight, module.bias) for module in (*modules, self._head)}
+        groups = [
+            group for layer in self._body.layers for group in (_qkv(layer), _out(layer), _gate_up(layer), _down(layer))
+        ]
+        for group in (*groups, (self._head,)):
+            self._few[group] = self._linear.frozen(*((module.weight, module.bias) for module in group))
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, attend: Attention, *, few_rows: bool = False) -> Tensor:
         """[T, H] after the final norm, of ``tokens`` [T] at ``positions`` [T].
@@ -56,38 +61,53 @@ class Decoder:
         half = self.head_size // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # the sign of "rotate half", once for all layers
         for number, layer in enumerate(self._body.layers):
-            h = _norm(layer.input_layernorm, x)
-            x = x + self._attention(number, layer.self_attn, h, (cos, sin), attend, few_rows)
-            h = _norm(layer.post_attention_layernorm, x)
-            mlp = layer.mlp
-            gate, up = (self._apply(module, h, few_rows) for module in (mlp.gate_proj, mlp.up_proj))
-            x = x + self._apply(mlp.down_proj, F.silu(gate) * up, few_rows)
+            qkv = self._apply(_qkv(layer), _norm(layer.input_layernorm, x), few_rows).view(len(x), -1, self.head_size)
+            both, value = qkv[:, : -self.kv_heads], qkv[:, -self.kv_heads :]  # queries and keys, [T, heads, d]
+            if hasattr(layer.self_attn, "q_norm"):
+                both = _head_norms(layer.self_attn, both, self.kv_heads)
+            both = both * cos + both.roll(half, dims=-1) * sin
+            query, key = both[:, : -self.kv_heads], both[:, -self.kv_heads :]
+            out = attend(number, query, key, value, layer.self_attn.scaling)
+            x = x + self._apply(_out(layer), out.flatten(1), few_rows)
+            h = self._apply(_gate_up(layer), _norm(layer.post_attention_layernorm, x), few_rows)
+            gate, up = h.chunk(2, dim=-1)
+            x = x + self._apply(_down(layer), F.silu(gate) * up, few_rows)
         return _norm(self._body.norm, x)
-
-    def _attention(
-        self, number: int, module: Any, h: Tensor, angles: tuple[Tensor, Tensor], attend: Attention, few_rows: bool
-    ) -> Tensor:
-        query, key, value = (
-            self._apply(projection, h, few_rows).view(len(h), -1, self.head_size)
-            for projection in (module.q_proj, module.k_proj, module.v_proj)
-        )
-        if hasattr(module, "q_norm"):
-            query, key = _norm(module.q_norm, query), _norm(module.k_norm, key)
-        both = torch.cat([query, key], dim=1)
-        both = both * angles[0] + both.roll(self.head_size // 2, dims=-1) * angles[1]
-        out = attend(number, both[:, : query.size(1)], both[:, query.size(1) :], value, module.scaling)
-        return self._apply(module.o_proj, out.flatten(1), few_rows)
 
     def logits(self, hidden: Tensor, *, few_rows: bool = False) -> Tensor:
         """[T, V] float32."""
-        return self._apply(self._head, hidden, few_rows).float()
+        return self._apply((self._head,), hidden, few_rows).float()
 
     def next_logits(self, tokens: Tensor, positions: Tensor, attend: Attention) -> Tensor:
         """[n, V] float32 after one token of each of a few rows."""
         return self.logits(self.hidden_states(tokens, positions, attend, few_rows=True), few_rows=True)
 
-    def _apply(self, module: torch.nn.Linear, x: Tensor, few_rows: bool) -> Tensor:
-        return self._few[module](x) if few_rows else self._linear.output(x, module.weight, module.bias)
+    def _apply(self, modules: Linears, x: Tensor, few_rows: bool) -> Tensor:
+        """[T, sum of N] outputs of layers with the same input, side by side."""
+        if few_rows:
+            return self._few[modules](x)
+        return torch.cat([self._linear.output(x, module.weight, module.bias) for module in modules], dim=-1)
+
+
+def _qkv(layer: Any) -> Linears:
+    return layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
+
+
+def _out(layer: Any) -> Linears:
+    return (layer.self_attn.o_proj,)
+
+
+def _gate_up(layer: Any) -> Linears:
+    return layer.mlp.gate_proj, layer.mlp.up_proj
+
+
+def _down(layer: Any) -> Linears:
+    return (layer.mlp.down_proj,)
+
+
+def _head_norms(module: Any, both: Tensor, kv_heads: int) -> Tensor:
+    query, key = both[:, :-kv_heads], both[:, -kv_heads:]
+    return torch.cat([_norm(module.q_norm, query), _norm(module.k_norm, key)], dim=1)
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:

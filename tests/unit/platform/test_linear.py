@@ -201,9 +201,20 @@ def test_a_frozen_weight_gives_what_it_gave_when_it_was_asked_for(rows: int, dty
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(size, dtype=dtype) for size in ((rows, 96), (64, 96), (64,)))
     expected = torch.nn.functional.linear(x, weight, bias)
-    torch.testing.assert_close(Linear().frozen(weight, bias)(x), expected)
-    frozen = OneDnnLinear().frozen(weight, bias)
+    torch.testing.assert_close(Linear().frozen((weight, bias))(x), expected)
+    frozen = OneDnnLinear().frozen((weight, bias))
     torch.testing.assert_close(frozen(x), expected)
     weight.zero_()
     torch.testing.assert_close(frozen(x), expected)  # a copy does not follow: its reader has to ask for a new one
-    torch.testing.assert_close(OneDnnLinear().frozen(weight, bias)(x), bias.expand(rows, -1))
+    torch.testing.assert_close(OneDnnLinear().frozen((weight, bias))(x), bias.expand(rows, -1))
+
+
+@pytest.mark.parametrize("linear", [Linear(), OneDnnLinear()])
+@pytest.mark.parametrize("biases", [(True, True), (False, False), (True, False)])
+def test_frozen_layers_of_one_input_give_their_outputs_side_by_side(linear: Linear, biases: tuple[bool, bool]) -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(96, size, bias=bias) for size, bias in zip((64, 32), biases, strict=True)]
+    x = torch.randn(5, 96)
+    with torch.no_grad():
+        found = linear.frozen(*((layer.weight, layer.bias) for layer in layers))(x)
+        torch.testing.assert_close(found, torch.cat([layer(x) for layer in layers], dim=-1))

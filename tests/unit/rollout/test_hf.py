@@ -25,9 +25,9 @@ GREEDY = Sampling(num_samples=1, max_new_tokens=12, temperature=0)
 RANDOM = Sampling(num_samples=3, max_new_tokens=12, seed=5, step=2)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tied Llama and an untied Qwen2."""
+    """A tied Llama, an untied Qwen2 (biases), an untied Qwen3 (norms of queries and keys)."""
     return save_causal_lm(tmp_path_factory.mktemp("hf"), request.param, tied=request.param == "llama", seed=1)
 
 
