@@ -195,7 +195,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 def _live_storages(trainable: TrainableModel) -> set[int]:
     """Addresses of the memory that the next optimizer step writes to."""
-    tensors = [*trainable.ddp.module.parameters(), *trainable.ddp.module.buffers()]
+    tensors = [tensor for _, _, chunk in _chunks(trainable) for tensor in (*chunk.parameters(), *chunk.buffers())]
     for part in trainable.optimizer.chained_optimizers:
         tensors += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
         tensors += [value for state in part.optimizer.state.values() for value in state.values()]
