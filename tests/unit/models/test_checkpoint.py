@@ -106,7 +106,7 @@ def test_a_copy_is_made_of_what_training_changes_and_of_nothing_else(folder: Pat
     trained = actor(folder)
     update(trained, 0)
     live = checkpoint_module._live_storages(trained.trainable)
-    parameter = next(trained.model.gpt.parameters()).detach()
+    parameter = next(trained.model.last.parameters()).detach()
     own = torch.ones(3)
     bucket = ("path", "key", ([], [("view of a parameter", parameter), ("own", own)]))
     (_, copied), (_, kept) = checkpoint_module._snapshot(bucket, live)[2][1]
