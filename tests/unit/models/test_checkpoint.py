@@ -163,7 +163,10 @@ def on_two(folder: Path, settings: dict[str, Any], **job: Any) -> dict[str, Any]
 
 LAYOUTS = [
     pytest.param({"tensor_model_parallel_size": 2}, id="tp2"),
+    pytest.param({"pipeline_model_parallel_size": 2}, id="pp2"),
     pytest.param({"ppo_mini_batch_size": NUM_PAIRS // 2}, id="dp2", marks=pytest.mark.slow),
+    pytest.param({"context_parallel_size": 2}, id="cp2", marks=pytest.mark.slow),
+    pytest.param({"tensor_model_parallel_size": 2, "sequence_parallel": True}, id="tp2-sp", marks=pytest.mark.slow),
 ]
 
 
