@@ -128,7 +128,7 @@ def test_in_the_background_too(recipe: Recipe, undisturbed: Finished, tmp_path: 
         undisturbed,
         File("open", "*.distcp", 2),
         Call(f"{FOLDER}:publish"),
-        Call(f"{FOLDER}:publish", 2, signal=signal.SIGTERM),  # ends with all of it written
+        Call(f"{FOLDER}:publish", signal=signal.SIGTERM),  # ends with all of it written
         Call(f"{OPTIMIZER}:TrainableModel.step", 2),
     )
 
