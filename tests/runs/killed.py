@@ -134,7 +134,8 @@ def _child(recipe: Recipe, run_dir: Path, moment: Moment | None, log: Path) -> N
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    logging.getLogger("rlxf").setLevel(logging.INFO)
     code = 0
     try:
         config = load_config({"runtime": "local", **recipe})

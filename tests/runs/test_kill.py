@@ -128,9 +128,19 @@ def test_in_the_background_too(recipe: Recipe, undisturbed: Finished, tmp_path: 
         undisturbed,
         File("open", "*.distcp", 2),
         Call(f"{FOLDER}:publish"),
-        Call(f"{FOLDER}:publish", 2, signal=signal.SIGTERM),  # ends with all of it written
+        Call(f"{FOLDER}:publish", signal=signal.SIGTERM),  # ends with all of it written
         Call(f"{OPTIMIZER}:TrainableModel.step", 2),
     )
+
+
+def test_adapters_and_their_dropout_go_on_too(recipe: Recipe, tmp_path: Path) -> None:
+    """Dropout draws from the random states that a checkpoint holds."""
+    adapters = {**recipe["actor_rollout"], "lora_r": 4, "lora_dropout": 0.2, "lr": 1e-2}
+    lora = {**recipe, "actor_rollout": adapters}
+    ended = run_in_child(lora, tmp_path / "whole")
+    assert ended.code == 0, ended.output
+    moments = Call(f"{OPTIMIZER}:TrainableModel.step", 6), Call(f"{ACTOR}:Actor.update", 2, after=True)
+    assert_survives(lora, tmp_path / "run", Finished(tmp_path / "whole"), *moments)
 
 
 def truncate(path: Path) -> None:
