@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import measure, random_world, turns  # noqa: E402 - the root must be importable first
 from benchmarks.sides import SAMPLES, Ours, Trl, Work, run_ours, run_trl  # noqa: E402
 from benchmarks.turns import Program, Turn  # noqa: E402
+from rlxf.metrics import read_jsonl  # noqa: E402
 
 STEPS_PER_TURN = {"2.5M": 4, "26M": 1}
 SIDES = ("trl", "local_hf", "local_hf_mkl", "ray_vllm")
@@ -96,13 +97,23 @@ def measure_size(made: list[Program], work: Work, arguments: argparse.Namespace)
         for program in turns.in_turn(made, len(work.workloads) * (arguments.repeats + 1), len(work.workloads)):
             turn = program.turn()
             number = len(found[program.name])
-            if turn.tokens not in (0, work.turn_tokens(number)):  # Ray's driver process does not count
+            if turn.tokens not in (0, work.turn_tokens(number)):  # 0: sampled in a worker process of Ray
                 raise SystemExit(
                     f"{program.name}: {turn.tokens} tokens in turn {number}, not {work.turn_tokens(number)}"
                 )
             found[program.name].append(turn)
             print(f"  {program.name}: {turn.cpu_s / work.steps_per_turn:.3f} CPU s per step", flush=True)
+        for program in made:
+            check_lengths(program, work)
     return found
+
+
+def check_lengths(program: Program, work: Work) -> None:
+    """What this project's metrics say of every step's completions, against what was asked for."""
+    path = program.folder / "run" / "metrics.jsonl"
+    for step, row in enumerate(read_jsonl(path) if path.exists() else []):
+        if abs(row["response_length/mean"] - work.lengths(step).mean()) > 1e-3:
+            raise SystemExit(f"{program.name}: {row['response_length/mean']} tokens per completion in step {step + 1}")
 
 
 def summarize(found: Mapping[str, list[Turn]], work: Work, world: random_world.World) -> dict[str, Any]:

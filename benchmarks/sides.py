@@ -160,12 +160,12 @@ def fix_lengths_of_hf(work: Work, gate: Gate | None = None) -> None:
             super().__init__(seeds, sampling)
             self._index = 0
             self._lengths = torch.from_numpy(work.lengths(sampling.step)).flatten() if sampling.temperature else None
-            if gate is not None and self._lengths is not None:
-                gate.tokens += int(self._lengths.sum())
 
         def choose(self, logits: Tensor, rows: list[int]) -> Tensor:
             if self._lengths is not None:
                 logits = end_at(logits, self._lengths[rows], self._index)
+                if gate is not None:
+                    gate.tokens += len(rows)
             self._index += 1
             return super().choose(logits, rows)
 

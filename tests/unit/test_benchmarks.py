@@ -1,0 +1,54 @@
+"""What the benchmarks of speed rest on: lengths that both programs get, and tokens that are told apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from benchmarks.random_world import EOS, SIZES, word_tokenizer
+from benchmarks.sides import Work, end_at
+from tests.tiny_models import config
+
+
+def test_lengths_are_lognormal_where_the_workload_says_so_and_the_same_for_every_caller() -> None:
+    work = Work(prompts=500, max_new_tokens=100_000, steps_per_turn=2)
+    assert [work.workload(step) for step in range(6)] == ["fixed", "fixed", "lognormal", "lognormal", "fixed", "fixed"]
+    assert set(work.lengths(0).flatten()) == {64}
+    drawn = work.lengths(2)
+    assert drawn.shape == (500, 2)
+    assert abs(np.log(drawn).std() - 0.8) < 0.05
+    assert abs(drawn.mean() - 64) < 4
+    assert (Work(prompts=500, max_new_tokens=100_000, steps_per_turn=2).lengths(2) == drawn).all()
+    assert (work.lengths(3) != drawn).any()
+
+
+def test_a_row_ends_where_its_length_says_and_nowhere_else() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(3, 9)
+    scores[:, EOS] = 50.0
+    for index in range(5):
+        chosen = end_at(scores, torch.tensor([2, 4, 5]), index).argmax(dim=1)
+        assert (chosen == EOS).tolist() == [index == 1, index == 3, index == 4]
+
+
+def test_a_completion_survives_decoding_and_encoding() -> None:
+    """TRL scores texts: the reward model must see as many tokens as were sampled."""
+    tokenizer = word_tokenizer(512)
+    ids = [5, 2, 511, 77]
+    text = "w9 w8 " + tokenizer.decode(ids, skip_special_tokens=True)
+    assert tokenizer(text)["input_ids"] == [9, 8, *ids]
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    for shape in SIZES.values():
+        with torch.device("meta"):
+            from transformers import LlamaForCausalLM
+
+            model = LlamaForCausalLM(
+                config(
+                    tied=True, vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.ffn,
+                    num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+                )
+            )  # fmt: skip
+        matrices = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
+        assert matrices == shape.body + shape.head
