@@ -37,7 +37,7 @@ def test_a_reference_of_its_own_gives_the_same_run(world: World, tmp_path: Path)
 def test_a_killed_run_goes_on_bit_for_bit_with_dropout(world: World, tmp_path: Path) -> None:
     recipe = recipe_of(world, lora_dropout=0.3)
     recipe["training"] |= {"train_iters": 4, "save_interval": 2}
-    recipe["log"] |= {"rollouts": True}
+    recipe["log"] |= {"rollouts": True, "samples_interval": 2}
     assert run_in_child(recipe, tmp_path / "whole").code == 0
     update = Call("rlxf.update.actor:Actor.update", 4)
     assert run_in_child(recipe, tmp_path / "killed", update).code == -signal.SIGKILL
