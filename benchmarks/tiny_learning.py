@@ -2,6 +2,7 @@
 
     python benchmarks/tiny_learning.py                    # Ray and vLLM, seeds 1 2 3: results/tiny_learning.json
     python benchmarks/tiny_learning.py --runtime local    # one process, Hugging Face engine
+    python benchmarks/tiny_learning.py --recipe online_dpo_trainer_tiny_lora
 
 What comes after ``--`` goes to ``ray_gpt.py`` as it is, for example ``-- actor_rollout.lr=5e-4``.
 """
@@ -23,11 +24,15 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import measure  # noqa: E402 - the repository's root must be importable first
 from rlxf.metrics import read_jsonl  # noqa: E402
 
-RECIPE = "online_dpo_trainer_tiny"
+RECIPE, LORA = "online_dpo_trainer_tiny", "online_dpo_trainer_tiny_lora"
 SHOWN = ("positive", "win_truth", "valid", "kl", "reward", "win_rate", "eos_rate", "length")  # of eval/*
 # What the last evaluation of every seed must reach. Read together: a policy that pleases the reward model with text
 # that is no longer in the grammar has failed, whatever its score.
-AT_LEAST = {"positive": 0.95, "win_truth": 0.92, "valid": 0.82}
+AT_LEAST = {
+    RECIPE: {"positive": 0.95, "win_truth": 0.92, "valid": 0.82},
+    # Adapters leave the embedding alone, which is the head, too, and where most of the full run's gain lies.
+    LORA: {"positive": 0.55, "win_truth": 0.55, "valid": 0.6},
+}
 AT_MOST = {"kl": 9.0}
 
 Evaluation = Mapping[str, float]
@@ -49,13 +54,19 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=(RECIPE, LORA), default=RECIPE)
     parser.add_argument("--runtime", choices=("ray", "local"), default="ray", help="ray rolls out with vLLM")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, help="instead of the recipe's; then no bar is enforced")
     parser.add_argument("--output", type=Path, help="default: results/tiny_learning.json, or ..._local.json")
     parser.add_argument("overrides", nargs="*", help="for ray_gpt.py, after --")
     arguments = parser.parse_args()
-    name = "tiny_learning.json" if arguments.runtime == "ray" else f"tiny_learning_{arguments.runtime}.json"
+    parts = [
+        "tiny_learning",
+        "lora" if arguments.recipe == LORA else "",
+        "local" if arguments.runtime == "local" else "",
+    ]
+    name = "_".join(part for part in parts if part) + ".json"
     arguments.output = arguments.output or ROOT / "benchmarks" / "results" / name
     return arguments
 
@@ -64,12 +75,12 @@ def run_seed(seed: int, run_dir: Path, arguments: argparse.Namespace) -> dict[st
     overrides = [f"training.seed={seed}", f"runtime={arguments.runtime}", *arguments.overrides]
     if arguments.steps:
         overrides.append(f"training.train_iters={arguments.steps}")
-    print(f"seed {seed}: {RECIPE} {' '.join(overrides)}", flush=True)
-    done = measure.run(RECIPE, *overrides, run_dir=run_dir)
+    print(f"seed {seed}: {arguments.recipe} {' '.join(overrides)}", flush=True)
+    done = measure.run(arguments.recipe, *overrides, run_dir=run_dir)
     found = evaluations(run_dir)
     return {
         "evaluations": found,
-        "missed": [f"seed {seed}: {line}" for line in missed(found[-1])],
+        "missed": [f"seed {seed}: {line}" for line in missed(found[-1], arguments.recipe)],
         "losses": [row.get("loss") for row in done.steps],
         "wall_s": round(done.wall_s, 2),
         "cpu_s": round(done.cpu_s, 2),
@@ -87,9 +98,13 @@ def evaluations(run_dir: Path) -> list[dict[str, float]]:
     return found
 
 
-def missed(evaluation: Evaluation) -> list[str]:
+def missed(evaluation: Evaluation, recipe: str = RECIPE) -> list[str]:
     """The bars that an evaluation does not reach, each with its value."""
-    low = [f"{name} {evaluation[name]:.3f}, at least {bar}" for name, bar in AT_LEAST.items() if evaluation[name] < bar]
+    low = [
+        f"{name} {evaluation[name]:.3f}, at least {bar}"
+        for name, bar in AT_LEAST[recipe].items()
+        if evaluation[name] < bar
+    ]
     high = [f"{name} {evaluation[name]:.3f}, at most {bar}" for name, bar in AT_MOST.items() if evaluation[name] > bar]
     return low + high
 
@@ -105,10 +120,10 @@ def summarize(runs: Mapping[int, dict[str, Any]], arguments: argparse.Namespace)
         for index, step in enumerate(steps)
     }
     return {
-        "recipe": RECIPE,
+        "recipe": arguments.recipe,
         "runtime": arguments.runtime,
         "overrides": arguments.overrides,
-        "bars": {"at_least": AT_LEAST, "at_most": AT_MOST},
+        "bars": {"at_least": AT_LEAST[arguments.recipe], "at_most": AT_MOST},
         "passed": not any(run["missed"] for run in runs.values()),
         "over_seeds": over_seeds,
         "seeds": runs,

@@ -65,6 +65,19 @@ def test_offline_on_ray_gives_the_numbers_of_one_process(recipe: Recipe, tmp_pat
     assert rows == numbers(tmp_path / "local")
 
 
+def test_with_lora_the_actors_processes_are_the_reference(recipe: Recipe, tmp_path: Path) -> None:
+    lora = ("actor_rollout.lora_r=4", "actor_rollout.lora_dropout=0.2", "actor_rollout.lr=0.01", "sync.verify_first=3")
+    common = (*lora, "training.eval_interval=2", "eval.num_prompts=4")
+    text = succeed(recipe.run(tmp_path / "ray", *common))
+    assert "with 3 logical CPU" in text
+    assert "train rank 0, infer rank 0, reward rank 0" in text
+    succeed(recipe.run(tmp_path / "local", "runtime=local", *common))
+    rows = numbers(tmp_path / "ray")
+    assert rows == numbers(tmp_path / "local")
+    assert rows[0]["objective/kl"] == 0.0 != rows[-1]["objective/kl"]
+    assert (tmp_path / "ray" / "policy" / "adapter" / "adapter_model.safetensors").is_file()
+
+
 REWARD = """
 def reward(prompts, completions, completion_ids, number, **columns):
     return [len(set(ids)) + n / 10 for ids, n in zip(completion_ids, number)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tiny_learning import evaluations, missed
+from benchmarks.tiny_learning import LORA, evaluations, missed
 from tests.runs import tiny
 from tests.runs.small import Finished
 
@@ -33,6 +33,16 @@ def test_online_dpo_learns_what_the_truth_likes_and_stays_in_the_grammar(online:
     assert found[0]["positive"] < 0.5  # it has something to learn
     assert found[0]["win_truth"] == pytest.approx(0.5, abs=0.1)
     assert missed(found[-1]) == []
+
+
+@pytest.mark.slow
+def test_adapters_learn_what_they_can(tmp_path: Path) -> None:
+    """One seed; ``tiny_learning.py --recipe online_dpo_trainer_tiny_lora`` runs three."""
+    done = tiny.run_tiny(tmp_path / "lora", recipe=LORA)
+    first, *_, last = evaluations(done.folder)
+    assert missed(last, LORA) == []
+    assert last["reward"] > first["reward"] + 1.0
+    assert (done.folder / "policy" / "adapter" / "adapter_config.json").is_file()
 
 
 def test_the_loss_stays_where_it_is_when_online_dpo_is_healthy(online: Finished) -> None:
