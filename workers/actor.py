@@ -10,6 +10,7 @@ from torch import Tensor
 from rlxf import assemble
 from rlxf.config.schema import RunConfig
 from rlxf.sync.plan import Bucket
+from rlxf.sync.transport import Address, SharedBuckets
 from rlxf.types import Metrics, PairLogps, Pairs, ReferencedPairs, Sequences
 from workers.group import WorkerGroup
 from workers.remote import Pending
@@ -18,6 +19,8 @@ from workers.worker import Worker
 
 class ActorWorker(Worker):
     """One rank of the actor."""
+
+    shared: SharedBuckets | None = None  # where rank 0 writes buckets; None: they travel by value
 
     def build(self, config: RunConfig, master: tuple[str, int]) -> None:
         self.room = assemble.build_actor(config, *self.place(config, master))
@@ -37,8 +40,18 @@ class ActorWorker(Worker):
     def sync_plan(self) -> tuple[Bucket, ...] | None:
         return self.answer(self.room.sync_plan())
 
-    def export_bucket(self, index: int) -> Any:
-        return self.answer(self.room.export_bucket(index).numpy())  # an array travels without a copy
+    def share_buckets(self) -> Address | None:
+        """Allocate the memory through which all buckets travel from now on; rank 0 says where it is."""
+        if self.rank == 0:
+            self.shared = SharedBuckets.allocate(self.room.sync_plan())
+        return self.shared.address if self.shared is not None else None
+
+    def export_bucket(self, index: int) -> tuple[None, Any]:
+        """Nothing, for those who wait; and the payload, for the engines: the bucket's number, or its bytes."""
+        if self.shared is None:
+            return None, self.answer(self.room.export_bucket(index).numpy())  # an array travels without a copy
+        self.room.export_bucket(index, self.shared.slot(index, self.room.sync_plan()[index].num_bytes))
+        return None, index
 
     def save_hf(self, folder: Path) -> None:
         self.room.save_hf(folder)
@@ -80,11 +93,24 @@ class RemoteActor:
         plan: tuple[Bucket, ...] = self._group.call("sync_plan")
         return plan
 
+    def machine(self) -> str:
+        """Of rank 0, which holds the buckets."""
+        name: str = self._group.call("machine")
+        return name
+
+    def share_buckets(self) -> Address:
+        """Let all buckets travel through memory that rank 0 allocates now; where it is."""
+        address: Address = self._group.call("share_buckets")
+        return address
+
     def export_bucket(self, index: int) -> Any:
-        """A reference to the bucket's bytes: they go from the actor to the engines without passing through here."""
-        calls = self._group.send("export_bucket", index)
-        self.exports += calls
-        return calls[0].ref
+        """A reference to the payload: the bytes go from the actor to the engines without passing through here."""
+        payloads = []
+        for member in self._group.members:
+            done, payload = member.handle.export_bucket.options(num_returns=2).remote(index)
+            self.exports.append(Pending(done, member.name, "export_bucket"))
+            payloads.append(payload)
+        return payloads[0]
 
     def save_hf(self, folder: Path) -> None:
         self._group.call("save_hf", folder)

@@ -68,7 +68,7 @@ def launch(config: RunConfig, run_dir: Path) -> None:
             try:
                 train(
                     build_run(
-                        config, run_dir, data, make_roles(groups),
+                        config, run_dir, data, make_roles(config, platform, groups),
                         platform=platform, report=report, clock=clock, stop=stop, resume=resume,
                     )
                 )  # fmt: skip
@@ -150,10 +150,10 @@ def _environment(config: RunConfig, role: Role, platform: Platform) -> dict[str,
     return {**platform.worker_environment(threads), "PYTHONPATH": path}
 
 
-def make_roles(groups: dict[Role, WorkerGroup]) -> Roles:
+def make_roles(config: RunConfig, platform: Platform, groups: dict[Role, WorkerGroup]) -> Roles:
     """The roles as the driver sees them."""
     actor = RemoteActor(groups["train"])
-    engines = RemoteEngines(groups["infer"], actor) if "infer" in groups else None
+    engines = _connect(config, platform, RemoteEngines(groups["infer"], actor)) if "infer" in groups else None
     return Roles(
         actor=actor,
         reference=RemoteReference(groups["ref"]) if "ref" in groups else AdapterOffReference(actor),
@@ -161,3 +161,11 @@ def make_roles(groups: dict[Role, WorkerGroup]) -> Roles:
         rollout=engines,
         sink=engines,
     )
+
+
+def _connect(config: RunConfig, platform: Platform, engines: RemoteEngines) -> RemoteEngines:
+    """The engines, which new weights reach in the best way that recipe, device and placement allow."""
+    wanted = config.sync.transport == "auto" and platform.weights_in_host_memory
+    shared = wanted and engines.share_memory()
+    log.info("weights travel through %s", "shared memory" if shared else "Ray's object store")
+    return engines

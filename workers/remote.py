@@ -15,6 +15,7 @@ from rlxf.errors import RlxfError, StageTimeout, WorkerLost
 from rlxf.stop import Stop
 
 TICK_S = 0.5  # how often a wait looks at the stop request
+DEATHS = (RayActorError, ObjectLostError)
 BLAME_S = 2.0  # when one rank fails, how long to look for a worker whose death is the cause
 
 
@@ -90,9 +91,10 @@ class Waiter:
         return self._translate(*next((f for f in failures if _is_death(f[0])), failures[0]))
 
     def _translate(self, error: RayError, call: Pending) -> Exception:
-        if _is_death(error):
+        if isinstance(error, DEATHS):
+            who = call.worker if _is_death(error) else f"a worker that {call.worker} needed an answer from"
             return WorkerLost(
-                f"{self.clock.place}: lost {call.worker} during {call.call}: {_first_lines(error)} Logs: {self._logs}"
+                f"{self.clock.place}: lost {who} during {call.call}: {_first_lines(error)} Logs: {self._logs}"
             )
         if isinstance(error, GetTimeoutError):
             return StageTimeout(f"{self.clock.place}: the result of {call.call} from {call.worker} did not arrive")
@@ -109,7 +111,8 @@ class Waiter:
 
 
 def _is_death(error: RayError) -> bool:
-    return isinstance(error, RayActorError | ObjectLostError)
+    """Whether the worker itself is lost. A task error of that kind tells of another one, whose answer it was given."""
+    return isinstance(error, DEATHS) and not isinstance(error, RayTaskError)
 
 
 def _first_lines(error: RayError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -12,17 +13,18 @@ from rlxf.rollout.engine import ProbeResult, Sampling
 from rlxf.rollout.shares import join, split_evenly
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer
+from rlxf.sync.transport import MAX_SLOTS, Address, SharedBuckets
 from rlxf.types import PromptBatch, Rollouts, Tokens
 from workers.actor import RemoteActor
 from workers.group import WorkerGroup
 from workers.remote import Pending
 from workers.worker import Worker
 
-MAX_BUCKETS_IN_FLIGHT = 2  # bounds the object store's memory; two overlap one bucket's export with another's load
-
 
 class RolloutWorker(Worker):
     """One rollout engine; alone in its process."""
+
+    shared: SharedBuckets | None = None  # where the actor writes buckets; None: they travel by value
 
     def build(self, config: RunConfig, master: tuple[str, int]) -> None:
         platform, _ = self.place(config, master)
@@ -34,8 +36,15 @@ class RolloutWorker(Worker):
     def begin_update(self) -> None:
         self.engine.begin_update()
 
+    def open_buckets(self, address: Address) -> None:
+        self.shared = SharedBuckets.open(address)
+
     def load_bucket(self, bucket: Bucket, payload: Any) -> None:
-        self.engine.load_bucket(bucket, torch.from_numpy(payload))
+        """``payload``: the bucket's number, or an array of its bytes."""
+        if self.shared is None:
+            self.engine.load_bucket(bucket, torch.from_numpy(payload))
+        else:
+            self.engine.load_bucket(bucket, self.shared.slot(payload, bucket.num_bytes))
 
     def end_update(self, version: int) -> None:
         self.engine.end_update(version)
@@ -47,15 +56,24 @@ class RolloutWorker(Worker):
 class RemoteEngines:
     """Every rollout engine of a run: prompts are shared out among them, weights go to all of them.
 
-    An update is a chain of calls that nobody waits for one by one: a worker runs them in order, so one wait at the end
-    (and one whenever too many buckets are under way) is enough.
+    An update is a chain of calls, which every worker runs in the order in which they were made, so nobody waits for
+    each of them. But the memory of a bucket is used again by the next but one: before that is exported, the engines
+    must have loaded it.
     """
 
     def __init__(self, group: WorkerGroup, actor: RemoteActor) -> None:
         self._group = group
         self._actor = actor
-        self._pending: list[Pending] = []
-        self._in_flight = 0
+        self._begun: list[Pending] = []  # calls that no bucket waits for yet
+        self._under_way: deque[list[Pending]] = deque()  # the calls of each bucket
+
+    def share_memory(self) -> bool:
+        """Let buckets travel through memory shared with the actor, if that is possible; whether it is."""
+        machines = {self._actor.machine(), *self._group.waiter.gather(self._group.send("machine"))}
+        if len(machines) > 1:
+            return False
+        self._group.call("open_buckets", self._actor.share_buckets())
+        return True
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         """Contiguous shares of the prompts, one per engine; the results in prompt order."""
@@ -67,23 +85,22 @@ class RemoteEngines:
         return join(prompts, self._group.waiter.gather(calls))
 
     def begin_update(self) -> None:
-        self._pending = self._group.send("begin_update")
+        self._actor.exports.clear()  # of an update that broke off
+        self._under_way.clear()
+        self._begun = self._group.send("begin_update")
 
     def load_bucket(self, bucket: Bucket, payload: Any) -> None:
-        """``payload``: a reference to the bucket's bytes in the object store."""
-        self._pending += self._group.send("load_bucket", bucket, payload)
-        self._in_flight += 1
-        if self._in_flight >= MAX_BUCKETS_IN_FLIGHT:
-            self._wait()
+        """``payload``: a reference to what ``RolloutWorker.load_bucket`` takes."""
+        calls = [*self._begun, *self._actor.exports, *self._group.send("load_bucket", bucket, payload)]
+        self._begun, self._actor.exports = [], []
+        self._under_way.append(calls)
+        if len(self._under_way) == MAX_SLOTS:
+            self._group.waiter.gather(self._under_way.popleft())
 
     def end_update(self, version: int) -> None:
-        self._pending += self._group.send("end_update", version)
-        self._wait()
+        rest = [call for calls in self._under_way for call in calls]
+        self._under_way.clear()
+        self._group.waiter.gather([*rest, *self._group.send("end_update", version)])
 
     def probe(self, prompt: Tokens, num_tokens: int) -> list[EngineAnswer]:
         return self._group.waiter.gather(self._group.send("probe", prompt, num_tokens))
-
-    def _wait(self) -> None:
-        pending, self._pending, self._in_flight = self._pending, [], 0
-        exports, self._actor.exports = self._actor.exports, []
-        self._group.waiter.gather([*exports, *pending])

@@ -10,6 +10,7 @@ import ray
 
 from rlxf.config.schema import RunConfig
 from rlxf.platform import Platform, Process, get_platform
+from rlxf.sync.transport import this_machine
 
 T = TypeVar("T")
 
@@ -28,6 +29,10 @@ class Worker:
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def machine(self) -> str:
+        """The same for all processes that can share memory with this one."""
+        return this_machine()
 
     def place(self, config: RunConfig, master: tuple[str, int]) -> tuple[Platform, Process]:
         """The device, and this rank's place in its group. Ray shows a process its own devices only: it has number 0."""

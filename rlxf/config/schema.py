@@ -189,6 +189,9 @@ class RolloutConfig(Strict):
 class SyncConfig(Strict):
     """Pushing the actor's weights into the rollout engines."""
 
+    transport: Literal["auto", "object_store"] = (
+        "auto"  # auto: shared memory on a cpu where actor and engines are on one machine, else Ray's object store
+    )
     bucket_mb: Positive = 256  # largest message, MiB; a layer is never split over messages
     verify_first: int = Field(2, ge=0)  # probe the engines after this many first updates
     verify_interval: int = Field(0, ge=0)  # and after every so many updates; 0 = never again

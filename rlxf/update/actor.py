@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,9 @@ class Actor:
         self._reduction = reduction_of(
             self.config.dpo_logp_reduction, loss_type=self.config.dpo_loss_type, offline=config.offline
         )
-        self._bucket_bytes = config.sync.bucket_mb * 2**20
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        specs = [TensorSpec(name, shape, dtype) for name, shape in self.model.exported_shapes()]
+        self._sync_plan = plan_buckets(specs, config.sync.bucket_mb * 2**20)
         self._limits = Limits.of(self.config)
         from rlxf.models.megatron.optimizer import TrainableModel
 
@@ -238,18 +240,28 @@ class Actor:
 
     def sync_plan(self) -> tuple[Bucket, ...]:
         """The messages that carry all weights, by Hugging Face names; a tied head is not sent twice."""
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        specs = [TensorSpec(name, shape, dtype) for name, shape in self.model.exported_shapes()]
-        return plan_buckets(specs, self._bucket_bytes)
+        return self._sync_plan
 
-    def export_bucket(self, index: int) -> Tensor:
-        """[num_bytes] uint8 on the CPU: the newest weights of bucket ``index``."""
-        bucket = self.sync_plan()[index]
-        payload = torch.empty(bucket.num_bytes, dtype=torch.uint8)
+    def export_bucket(self, index: int, into: Tensor | None = None) -> Tensor:
+        """[num_bytes] uint8 on the CPU: the newest weights of bucket ``index``, filled in on rank 0 only.
+
+        Every rank must be called, in the same order.
+
+        Args:
+            index: of the plan.
+            into: [num_bytes] uint8 memory to fill; None: this object's own, which the next call overwrites.
+        """
+        bucket = self._sync_plan[index]
+        payload = self._payload[: bucket.num_bytes] if into is None else into
         places = dict(bucket.views(payload))
         for name, tensor in self.model.export(list(places)):
             places[name].copy_(tensor)
         return payload
+
+    @cached_property
+    def _payload(self) -> Tensor:
+        """Memory of the largest bucket, allocated once: fresh pages cost more than the copy into them."""
+        return torch.empty(max(bucket.num_bytes for bucket in self._sync_plan), dtype=torch.uint8)
 
     def save_hf(self, folder: Path) -> None:
         """Write the policy as a folder that ``transformers`` loads; complete or not there at all.

@@ -1,0 +1,150 @@
+"""Weights from actor processes to engine processes: every bucket whole and in time, however it travels."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+import torch
+from torch import Tensor
+
+from rlxf.clock import Clock
+from rlxf.errors import SyncError, WorkerLost
+from rlxf.stop import Stop
+from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
+from workers.actor import ActorWorker, RemoteActor
+from workers.group import Member, WorkerGroup
+from workers.remote import Waiter
+from workers.rollout import RemoteEngines, RolloutWorker
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
+
+PLAN = plan_buckets([TensorSpec(f"model.layers.{i}.weight", (300 + i,), "float32") for i in range(5)], 1)
+BROKEN, DEAD = 100, 200  # numbers of updates
+
+
+def byte_of(update: int, index: int) -> int:
+    """What bucket ``index`` is filled with in a certain update."""
+    return (update * 10 + index) % 256
+
+
+class Policy:
+    """Exports a bucket as soon as it is asked to."""
+
+    def __init__(self) -> None:
+        self.update = 0
+
+    def sync_plan(self) -> tuple[Bucket, ...]:
+        return PLAN
+
+    def export_bucket(self, index: int, into: Tensor | None = None) -> Tensor:
+        self.update += index == 0
+        if self.update == DEAD and index == 3:
+            os._exit(1)
+        payload = torch.empty(PLAN[index].num_bytes, dtype=torch.uint8) if into is None else into
+        return payload.fill_(byte_of(self.update, index))
+
+
+class Engine:
+    """Takes its time with a bucket and writes down what was in it, at first and at last."""
+
+    def __init__(self, delay_s: float) -> None:
+        self.delay_s = delay_s
+        self.updates: list[list[Any]] = []
+
+    def begin_update(self) -> None:
+        self.updates.append([])
+
+    def load_bucket(self, bucket: Bucket, payload: Tensor) -> None:
+        if len(self.updates[-1]) == 2 and payload[0] == byte_of(BROKEN, 2):
+            raise SyncError("vLLM did not take the weights")
+        before = payload.unique().tolist()
+        time.sleep(self.delay_s)
+        self.updates[-1].append((len(payload) - bucket.num_bytes, before, payload.unique().tolist()))
+
+    def end_update(self, version: int) -> None:
+        self.updates[-1].append(version)
+
+
+class ActorOfFive(ActorWorker):
+    def build(self, *_: Any) -> None:
+        self.room = Policy()  # type: ignore[assignment]
+
+    def jump(self, update: int) -> None:
+        self.room.update = update  # type: ignore[attr-defined]
+
+
+class SlowRollout(RolloutWorker):
+    def build(self, *_: Any) -> None:
+        self.engine = Engine(delay_s=0.02 * (1 + self.rank))  # type: ignore[assignment]
+
+    def updates(self) -> list[list[Any]]:
+        return self.engine.updates  # type: ignore[attr-defined, no-any-return]
+
+
+class World:
+    """One actor and two engines that are not equally fast."""
+
+    def __init__(self) -> None:
+        waiter = Waiter(Clock(), Stop(), 60.0)
+        self.actors = _group(ActorOfFive, "train", 1, waiter)
+        self.engines = _group(SlowRollout, "infer", 2, waiter)
+        self.actor = RemoteActor(self.actors)
+        self.sink = RemoteEngines(self.engines, self.actor)
+
+    def push(self, version: int) -> None:
+        """As ``WeightSync`` does it."""
+        self.sink.begin_update()
+        for index, bucket in enumerate(PLAN):
+            self.sink.load_bucket(bucket, self.actor.export_bucket(index))
+        self.sink.end_update(version)
+
+    def seen(self) -> list[list[list[Any]]]:
+        return self.engines.waiter.gather(self.engines.send("updates"))
+
+
+def _group(worker: type, role: str, size: int, waiter: Waiter) -> WorkerGroup:
+    kind = ray.remote(worker).options(num_cpus=0)
+    group = WorkerGroup([Member(kind.remote(i, size), f"{role} rank {i}", "10.0.0.1") for i in range(size)], waiter)
+    group.call("build")
+    return group
+
+
+@pytest.fixture(params=["shared memory", "object store"])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    world = World()
+    if request.param == "shared memory":
+        assert world.sink.share_memory()
+    yield world
+    for member in (*world.actors.members, *world.engines.members):
+        ray.kill(member.handle)
+
+
+def whole(update: int) -> list[Any]:
+    return [(0, [byte_of(update, i)], [byte_of(update, i)]) for i in range(len(PLAN))]
+
+
+def test_every_engine_reads_every_bucket_before_it_is_overwritten(world: World) -> None:
+    for version in (1, 2, 3):
+        world.push(version)
+    assert world.seen() == [[[*whole(version), version] for version in (1, 2, 3)]] * 2
+
+
+def test_a_push_that_an_engine_refused_can_be_repeated(world: World) -> None:
+    world.actors.call("jump", BROKEN - 1)
+    with pytest.raises(SyncError, match="did not take the weights"):
+        world.push(7)
+    world.push(8)
+    for updates in world.seen():
+        assert updates[0][-1] != 7
+        assert updates[-1] == [*whole(BROKEN + 1), 8]
+
+
+def test_an_actor_that_dies_is_the_one_that_is_named(world: World) -> None:
+    world.actors.call("jump", DEAD - 1)
+    with pytest.raises(WorkerLost, match=r"lost train rank 0 on node .* during export_bucket"):
+        world.push(7)
