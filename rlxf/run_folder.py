@@ -269,9 +269,10 @@ def data_file(config: RunConfig) -> Path | None:
 
 def _least_bytes(config: RunConfig) -> int:
     """A lower bound of a checkpoint's size before there is one: fp32 weights, their master copy and two moments."""
-    files = Path(config.actor_rollout.load or "").glob("*.safetensors") if config.actor_rollout.load else ()
-    weights = sum(path.stat().st_size for path in files)
-    return weights if getattr(config.actor_rollout, "lora_r", 0) else 4 * weights
+    actor = config.actor_rollout
+    if actor.load is None or actor.lora_r:  # the adapters are small, and the base is not in it
+        return 0
+    return 4 * sum(path.stat().st_size for path in Path(actor.load).glob("*.safetensors"))
 
 
 def save_config(config: RunConfig, run_dir: Path) -> None:

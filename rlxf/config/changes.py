@@ -26,7 +26,7 @@ _HARMLESS = {
 # How the same sums are split: other bits, the same run to float tolerance.
 _LAYOUT_SECTIONS = ("resource_pool",)
 _LAYOUT = {
-    *("training.device", "actor_rollout.num_samples_per_step", "rollout.max_num_seqs"),
+    *("training.device", "training.cpu_linear", "actor_rollout.num_samples_per_step", "rollout.max_num_seqs"),
     *("actor_rollout.num_gpus_for_train", "actor_rollout.num_gpus_for_infer"),
     "actor_rollout.inference_tensor_model_parallel_size",
     *(
@@ -35,7 +35,7 @@ _LAYOUT = {
         for key in (
             *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
             *("context_parallel_size", "sequence_parallel", "micro_batch_size", "max_tokens_per_micro_batch"),
-            *("recompute_granularity", "recompute_method", "recompute_num_layers"),
+            *("share_prompts", "recompute_granularity"),
         )
     ),
 }

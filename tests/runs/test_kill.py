@@ -133,6 +133,16 @@ def test_in_the_background_too(recipe: Recipe, undisturbed: Finished, tmp_path: 
     )
 
 
+def test_adapters_and_their_dropout_go_on_too(recipe: Recipe, tmp_path: Path) -> None:
+    """Dropout is keyed by the step, as sampling is."""
+    adapters = {**recipe["actor_rollout"], "lora_r": 4, "lora_dropout": 0.2, "lr": 1e-2}
+    lora = {**recipe, "actor_rollout": adapters}
+    ended = run_in_child(lora, tmp_path / "whole")
+    assert ended.code == 0, ended.output
+    moments = Call(f"{OPTIMIZER}:TrainableModel.step", 6), Call(f"{ACTOR}:Actor.update", 2, after=True)
+    assert_survives(lora, tmp_path / "run", Finished(tmp_path / "whole"), *moments)
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 

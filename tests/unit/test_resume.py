@@ -198,6 +198,7 @@ def test_a_change_of_the_recipe_is_said_by_name(tmp_path: Path, caplog: pytest.L
             ["actor_rollout.num_gpus_for_train 1 -> 2", "actor_rollout.tensor_model_parallel_size 1 -> 2"],
         ),
         ({"actor_rollout__micro_batch_size": 2}, [], ["actor_rollout.micro_batch_size 1 -> 2"]),
+        ({"actor_rollout__share_prompts": False}, [], ["actor_rollout.share_prompts true -> false"]),
         ({"resource_pool__ref": [2]}, [], ["resource_pool.ref [1] -> [2]"]),
         ({"sync__verify_interval": 3, "eval__num_prompts": 3, "training__keep_latest": 2}, [], []),
     ],
