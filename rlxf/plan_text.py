@@ -8,9 +8,10 @@ from pathlib import Path
 
 from rlxf.config.devices import DEVICES, DeviceFacts, find_device
 from rlxf.config.folders import missing_paths, shown
-from rlxf.config.schema import ModelConfig, RoleConfig, RunConfig
+from rlxf.config.schema import ActorConfig, ModelConfig, RoleConfig, RunConfig
 from rlxf.plan import NodeResources, Plan, RolePlan
 
+_NF4_BYTES = 0.5 + 4 / 64  # of one weight: 4 bits, and its share of a scale in fp32
 _USUAL_NODE = 8  # devices of one accelerator machine
 _HEAD = "ray start --head --port 6344 {option}"
 _OTHER = 'ray start --address="IP_ADDRESS:6344" {option}'
@@ -18,10 +19,15 @@ _OTHER = 'ray start --address="IP_ADDRESS:6344" {option}'
 
 def num_parameters(shape: ModelConfig, *, output_head: bool = True) -> int:
     """Parameters of a Llama- or Qwen-shaped model (biases left out); a reward model has no output head."""
-    attention = shape.hidden_size * shape.head_size * 2 * (shape.num_attention_heads + shape.kv_heads)
-    layer = attention + 3 * shape.hidden_size * shape.ffn_hidden_size + 2 * shape.hidden_size
+    norms = shape.num_layers * 2 * shape.hidden_size
     matrices = 2 if output_head and shape.untie_embeddings_and_output_weights else 1
-    return shape.num_layers * layer + matrices * shape.vocab_size * shape.hidden_size + shape.hidden_size
+    return _linear_parameters(shape) + norms + matrices * shape.vocab_size * shape.hidden_size + shape.hidden_size
+
+
+def _linear_parameters(shape: ModelConfig) -> int:
+    """Those of the linears in the layers."""
+    attention = shape.hidden_size * shape.head_size * 2 * (shape.num_attention_heads + shape.kv_heads)
+    return shape.num_layers * (attention + 3 * shape.hidden_size * shape.ffn_hidden_size)
 
 
 def describe(config: RunConfig, plan: Plan) -> str:
@@ -71,10 +77,15 @@ def _share(first: RolePlan, second: RolePlan) -> bool:
 
 
 def _weights(shape: ModelConfig, role: RolePlan, section: RoleConfig) -> str:
-    count = num_parameters(shape, output_head=role.role != "reward")
-    size = count * (2 if section.bf16 else 4) / (role.axes.get("TP", 1) * role.axes.get("PP", 1))
+    each = 2 if section.bf16 else 4  # bytes
+    size: float = num_parameters(shape, output_head=role.role != "reward") * each
+    kind = "bf16" if section.bf16 else "fp32"
+    if role.role == "train" and isinstance(section, ActorConfig) and section.qlora:
+        size -= _linear_parameters(shape) * (each - _NF4_BYTES)
+        kind = f"nf4 and {kind}"
+    size /= role.axes.get("TP", 1) * role.axes.get("PP", 1)
     amount = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-    return f"{amount} {'bf16' if section.bf16 else 'fp32'}"
+    return f"{amount} {kind}"
 
 
 def _table(rows: Iterator[tuple[str, ...]] | Sequence[tuple[str, ...]]) -> list[str]:

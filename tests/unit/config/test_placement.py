@@ -11,7 +11,7 @@ from rlxf.config.load import load_config
 from rlxf.errors import ConfigError
 from rlxf.plan import GroupPlan, NodeResources, Plan, assign, fit, make_plan
 from rlxf.plan_text import describe, node_sizes
-from tests.unit.config.recipes import recipe
+from tests.unit.config.recipes import compose, recipe
 
 
 def plan_of(**changes: Any) -> Plan:
@@ -100,6 +100,14 @@ def test_with_lora_the_reference_needs_no_device() -> None:
 @pytest.mark.parametrize("ref", [{"load": "another"}, {"bf16": True}])
 def test_with_lora_another_reference_is_a_model_of_its_own(ref: dict[str, Any]) -> None:
     assert taken(plan_of(actor_rollout=LORA, ref=ref))["ref"] == ("ref", (0,))
+
+
+def test_the_plan_counts_4_bit_weights_of_the_trainer_alone() -> None:
+    config = load_config(compose("online_dpo_trainer_llama3_8b_lora", "dry_run=true", "actor_rollout.qlora=true"))
+    rows = {line.split()[0]: line for line in describe(config, make_plan(config)).splitlines() if line}
+    # 6.98e9 linear weights at 4.5 bits and 1.05e9 others at 16 bits, over four devices; all at 16 bits over two.
+    assert rows["train"].endswith("1.4 GiB nf4 and bf16")
+    assert rows["infer"].endswith("7.5 GiB bf16")
 
 
 def test_a_layout_of_a_reference_that_is_not_there_is_no_mistake() -> None:
