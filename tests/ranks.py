@@ -1,4 +1,7 @@
-"""The actor on several real processes, as the driver's Ray proxies see it: every rank gets every call."""
+"""The actor on several real processes, as the driver's Ray proxies see it: every rank gets every call.
+
+A server process imports torch and megatron once and forks the ranks, as in tests/runs/killed.py.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ from rlxf.sync.transport import Address, SharedBuckets
 from rlxf.types import Sequences
 from tests.settings import random_pairs, referenced, run_config
 
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.runs.warm"])
 _DEADLINE_S = 120  # of one call, on busy cores
 NUM_PAIRS = 7  # odd on purpose: no size divides it
 
@@ -37,13 +42,12 @@ class Ranks:
     """
 
     def __init__(self, folders: list[Path], world_size: int, **settings: Any) -> None:
-        context = multiprocessing.get_context("spawn")
         port, self._connections, self._processes = free_port(), list[Connection](), []
         with patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}):
             for rank in range(world_size):
-                mine, theirs = context.Pipe()
+                mine, theirs = _CONTEXT.Pipe()
                 place = Process(rank=rank, world_size=world_size, master_port=port)
-                process = context.Process(target=_serve, args=(theirs, place, folders, settings), daemon=True)
+                process = _CONTEXT.Process(target=_serve, args=(theirs, place, folders, settings), daemon=True)
                 process.start()
                 theirs.close()
                 self._connections.append(mine)
