@@ -1,7 +1,11 @@
-"""Run the product's actor, reference and reward model on several processes, and keep what they computed."""
+"""Run the product's actor, reference and reward model on several processes, and keep what they computed.
+
+A server process imports torch and megatron once and forks the ranks, which saves each of them ten seconds.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator
@@ -87,6 +91,7 @@ def train_on(
     """What rank 0 of ``world_size`` fresh processes computed."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     arguments = (world_size, free_port(), folder, reward, settings, out)
-    mp.start_processes(_child, args=arguments, nprocs=world_size, start_method="spawn")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.runs.warm"])
+    mp.start_processes(_child, args=arguments, nprocs=world_size, start_method="forkserver")
     loaded: dict[str, Any] = torch.load(out, weights_only=True)
     return loaded

@@ -1,0 +1,153 @@
+"""The actor on several real processes, as the driver's Ray proxies see it: every rank gets every call.
+
+A server process imports torch and megatron once and forks the ranks, as in tests/runs/killed.py.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from rlxf.config.schema import RunConfig, SyncConfig
+from rlxf.models.megatron.parallel import free_port
+from rlxf.platform import Process, get_platform
+from rlxf.sync.plan import Bucket
+from rlxf.sync.transport import Address, SharedBuckets
+from rlxf.types import Sequences
+from tests.settings import random_pairs, referenced, run_config
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.runs.warm"])
+_DEADLINE_S = 120  # of one call, on busy cores
+NUM_PAIRS = 7  # odd on purpose: no size divides it
+
+
+def recipe(folder: Path, **settings: Any) -> RunConfig:
+    """With buckets as small as they can be."""
+    return run_config(folder, num_layers=4, **settings).model_copy(update={"sync": SyncConfig(bucket_mb=1)})
+
+
+class Ranks:
+    """``world_size`` processes, each with its share of an actor for every folder; speaks for one of the actors.
+
+    Buckets are written into shared memory by rank 0.
+    """
+
+    def __init__(self, folders: list[Path], world_size: int, **settings: Any) -> None:
+        port, self._connections, self._processes = free_port(), list[Connection](), []
+        with patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}):
+            for rank in range(world_size):
+                mine, theirs = _CONTEXT.Pipe()
+                place = Process(rank=rank, world_size=world_size, master_port=port)
+                process = _CONTEXT.Process(target=_serve, args=(theirs, place, folders, settings), daemon=True)
+                process.start()
+                theirs.close()
+                self._connections.append(mine)
+                self._processes.append(process)
+        self.actor = 0  # which one speaks
+        self._receive()
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def address(self) -> Address:
+        address: Address = self._call("address")[0]
+        return address
+
+    def update(self, step: int) -> None:
+        self._call("update", step)
+
+    def differences(self, folder: Path) -> list[list[str]]:
+        """For each rank, the parameters that differ in any bit from those of the model in ``folder``."""
+        return self._call("differences", folder)
+
+    def sync_plan(self) -> tuple[Bucket, ...]:
+        plan: tuple[Bucket, ...] = self._call("sync_plan")[0]
+        return plan
+
+    def export_bucket(self, index: int) -> int:
+        self._call("export_bucket", index)
+        return index
+
+    def token_logps(self, sequences: Sequences) -> Tensor:
+        logps: Tensor = self._call("token_logps", sequences)[0]
+        return logps
+
+    def _call(self, method: str, *args: Any) -> list[Any]:
+        for connection in self._connections:
+            connection.send((self.actor, method, args))
+        return self._receive()
+
+    def _receive(self) -> list[Any]:
+        answers = []
+        for rank, connection in enumerate(self._connections):
+            assert connection.poll(_DEADLINE_S), f"rank {rank} did not answer"
+            answer = connection.recv()
+            if isinstance(answer, Exception):
+                raise answer
+            answers.append(answer)
+        return answers
+
+
+class Rank:
+    """One process' side."""
+
+    def __init__(self, folder: Path, place: Process, settings: dict[str, Any]) -> None:
+        from rlxf.update.actor import Actor
+
+        self._platform = get_platform("cpu")
+        self._actor = Actor(recipe(folder, **settings), self._platform, place)
+        self._shared = SharedBuckets.allocate(self._actor.sync_plan()) if place.rank == 0 else None
+
+    def address(self) -> Address | None:
+        return self._shared.address if self._shared else None
+
+    def sync_plan(self) -> tuple[Bucket, ...]:
+        return self._actor.sync_plan()
+
+    def export_bucket(self, index: int) -> None:
+        size = self._actor.sync_plan()[index].num_bytes
+        self._actor.export_bucket(index, self._shared.slot(index, size) if self._shared else None)
+
+    def token_logps(self, sequences: Sequences) -> Tensor:
+        return self._actor.token_logps(sequences)
+
+    def update(self, step: int) -> None:
+        self._actor.update(referenced(random_pairs(NUM_PAIRS, seed=step)), step)
+
+    def differences(self, folder: Path) -> list[str]:
+        from rlxf.models.megatron.model import MegatronModel
+
+        mine = self._actor.model
+        loaded = MegatronModel(str(folder), platform=self._platform, layout=mine.layout, dtype=mine.dtype)
+        return [
+            name
+            for chunk, other in zip(mine.chunks, loaded.chunks, strict=True)
+            for (name, weight), theirs in zip(chunk.named_parameters(), other.parameters(), strict=True)
+            if not torch.equal(weight, theirs)
+        ]
+
+
+def _serve(connection: Connection, place: Process, folders: list[Path], settings: dict[str, Any]) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    try:
+        ranks = [Rank(folder, place, settings) for folder in folders]
+        connection.send("ready")
+        while True:
+            actor, method, args = connection.recv()
+            connection.send(getattr(ranks[actor], method)(*args))
+    except EOFError:
+        return
+    except Exception as error:  # noqa: BLE001  handed to the test
+        connection.send(error)

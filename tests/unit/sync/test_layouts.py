@@ -1,0 +1,108 @@
+"""From any training layout into every rollout replica: after a push the engines hold the trainer's weights, bit by bit.
+
+A rollout engine that splits its model (vLLM with tensor parallelism) takes the same whole Hugging Face tensors as one
+that does not and cuts them itself, so the wire has no rollout layout in it. vLLM does that on accelerators only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlxf.config.schema import SyncConfig
+from rlxf.platform import get_platform
+from rlxf.rollout import HfEngine
+from rlxf.sync.plan import Bucket
+from rlxf.sync.probe import EngineAnswer, make_probe
+from rlxf.sync.push import WeightSync
+from rlxf.sync.transport import SharedBuckets
+from rlxf.types import Tokens
+from tests.ranks import Ranks, recipe
+from tests.rollout_world import random_prompts
+from tests.tiny_models import save_causal_lm
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
+SP = {"sequence_parallel": True}
+VP2 = {"virtual_pipeline_model_parallel_size": 2, "max_tokens_per_micro_batch": 2048}
+
+CASES: list[tuple[str, int, dict[str, Any]]] = [
+    ("tp2", 2, TP2),
+    ("pp2", 2, PP2),
+    ("dp2", 2, {}),  # the distributed optimizer: each rank updates half of the parameters
+    ("tp2-pp2", 4, TP2 | PP2),
+]
+SLOW: list[tuple[str, int, dict[str, Any]]] = [
+    ("pp2-vp2", 2, PP2 | VP2),
+    ("pp4", 4, {"pipeline_model_parallel_size": 4}),
+    ("tp2-sp-dp2", 4, TP2 | SP),
+    ("pp2-cp2", 4, PP2 | CP2),
+]
+PARAMETERS = [pytest.param(case[1:], id=case[0]) for case in CASES]
+PARAMETERS += [pytest.param(case[1:], id=case[0], marks=pytest.mark.slow) for case in SLOW]
+
+
+class Replicas:
+    """A sink of several engines, all of which read the same memory."""
+
+    def __init__(self, engines: list[HfEngine], shared: SharedBuckets) -> None:
+        self._engines, self._shared = engines, shared
+
+    def begin_update(self) -> None:
+        for engine in self._engines:
+            engine.begin_update()
+
+    def load_bucket(self, bucket: Bucket, payload: int) -> None:
+        for engine in self._engines:
+            engine.load_bucket(bucket, self._shared.slot(payload, bucket.num_bytes))
+
+    def end_update(self, version: int) -> None:
+        for engine in self._engines:
+            engine.end_update(version)
+
+    def probe(self, prompt: Tokens, num_tokens: int) -> list[EngineAnswer]:
+        return [engine.probe(prompt, num_tokens) for engine in self._engines]
+
+
+@pytest.fixture(scope="module", params=PARAMETERS)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Ranks of a tied and of an untied model, in one layout."""
+    world_size, layout = request.param
+    root = tmp_path_factory.mktemp("layout")
+    folders = [save_causal_lm(root / str(tied), tied=tied, seed=1, num_hidden_layers=4) for tied in (False, True)]
+    processes = Ranks(folders, world_size, lr=1e-2, ppo_mini_batch_size=2, **layout)
+    yield processes
+    processes.close()
+
+
+def weights(engine: HfEngine) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = engine._model.state_dict()
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_engines_hold_what_the_ranks_hold(ranks: Ranks, tied: bool, tmp_path: Path) -> None:
+    ranks.actor = int(tied)
+    other = save_causal_lm(tmp_path / "other", tied=tied, seed=2, num_hidden_layers=4)  # what the engines start from
+    config, platform = recipe(other), get_platform("cpu")
+    engines = [HfEngine(config, platform) for _ in range(2)]
+    probe = make_probe(config, platform, Tokens.from_rows(random_prompts([9, 8])))
+    sink = Replicas(engines, SharedBuckets.open(ranks.address()))
+    sync = WeightSync(ranks, sink, SyncConfig(verify_first=2), probe)
+    assert len(ranks.sync_plan()) == 3  # more than there are slots
+    folder = tmp_path
+    for version in range(3):
+        if version:
+            ranks.update(version)
+            assert all(ranks.differences(folder))  # every rank has trained, and the engines do not know it yet
+        report = sync.push(version)
+        assert (report.probe_difference is not None) == (version > 0)
+        folder = tmp_path / f"version{version}"
+        engines[0]._model.save_pretrained(folder)
+        assert not any(ranks.differences(folder))
+        assert all(torch.equal(value, weights(engines[1])[name]) for name, value in weights(engines[0]).items())
