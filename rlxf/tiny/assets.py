@@ -2,7 +2,8 @@
 
 ``sft/`` and ``rm/`` are Hugging Face folders with the tokenizer; ``prompts.jsonl`` holds training prompts,
 ``eval_prompts.jsonl`` prompts over held-out titles, ``preferences.jsonl`` pairs for offline training, ``report.json``
-costs and quality, ``manifest.json`` the recipe and the SHA-256 of each file.
+costs and quality, ``manifest.json`` the recipe and the SHA-256 of each file. ``four_heads/`` has the two models with a
+fourth head of zeros, for tensor parallelism.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from random import Random
 from typing import Any
 
 from rlxf.errors import ConfigError
-from rlxf.tiny import world
+from rlxf.tiny import heads, world
 from rlxf.tiny.recipe import Recipe
 
 MANIFEST = "manifest.json"
@@ -40,21 +41,26 @@ def ensure(folder: Path, recipe: Recipe | None = None, *, fresh: bool = False, s
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.parent / f".{folder.name}.lock"):
         reason = "asked for" if fresh else why_stale(folder, recipe)
-        if reason is None:
-            return False
-        _refuse_foreign(folder)
-        say(f"building the tiny world in {folder} ({reason})")
-        partial, old = (folder.parent / f".{folder.name}.{which}" for which in ("partial", "old"))
-        for leftover in (partial, old):  # of a build that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir()
-        _build(partial, recipe, say)
-        _write_manifest(partial, recipe)
-        if folder.exists():
-            folder.rename(old)  # a rename is whole or not at all, but cannot replace a folder that holds files
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    return True
+        if reason is not None:
+            _refuse_foreign(folder)
+            say(f"building the tiny world in {folder} ({reason})")
+            _replace(folder, recipe, say)
+        if not (folder / heads.FOLDER).is_dir():  # made from the rest in a second; gone when that is replaced
+            heads.write_four_heads(folder)
+    return reason is not None
+
+
+def _replace(folder: Path, recipe: Recipe, say: Say) -> None:
+    partial, old = (folder.parent / f".{folder.name}.{which}" for which in ("partial", "old"))
+    for leftover in (partial, old):  # of a build that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+    _build(partial, recipe, say)
+    _write_manifest(partial, recipe)
+    if folder.exists():
+        folder.rename(old)  # a rename is whole or not at all, but cannot replace a folder that holds files
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def why_stale(folder: Path, recipe: Recipe) -> str | None:

@@ -145,9 +145,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def ray_gpt(*arguments: str, timeout_s: int = 240) -> subprocess.CompletedProcess[str]:
+def ray_gpt(
+    *arguments: str, timeout_s: int = 240, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """The command as it is typed in the repository's folder."""
     return subprocess.run(
         [sys.executable, "ray_gpt.py", *arguments],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout_s,
+        cwd=ROOT, env=env or environment(), capture_output=True, text=True, timeout=timeout_s,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from tests.unit.config.recipes import NAMES, compose
 EXPECTED = {
     *(f"online_dpo_trainer_{model}" for model in ("tiny", "smollm2_135m", "llama32_1b", "llama3_8b", "qwen25_7b")),
     *(f"online_dpo_trainer_{model}_lora" for model in ("tiny", "llama3_8b")),
+    *(f"online_dpo_trainer_tiny_{layout}" for layout in ("tp2", "pp2", "dp2")),
     *(f"offline_dpo_trainer_{model}" for model in ("tiny", "llama3_8b")),
 }
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from rlxf.errors import ConfigError
@@ -50,7 +51,8 @@ def test_folder_holds_what_the_recipes_name(made: Path) -> None:
     wanted |= {"prompts.jsonl", "eval_prompts.jsonl", "preferences.jsonl", "report.json", "manifest.json"}
     assert wanted <= names
     listed = set(json.loads((made / "manifest.json").read_text())["files"])
-    assert listed == names - {"manifest.json"}
+    made_from_them = {name for name in names if name.startswith("four_heads/")}
+    assert listed == names - {"manifest.json"} - made_from_them
 
 
 def test_models_load_for_their_roles(made: Path) -> None:
@@ -64,6 +66,24 @@ def test_models_load_for_their_roles(made: Path) -> None:
     assert reward.config.num_labels == 1
     assert not info["missing_keys"]  # the score head was saved, not made up
     assert tokenizer("review of the silver dragon :")["input_ids"][0] == tokenizer.bos_token_id == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sft", "rm"])
+def test_another_head_of_zeros_changes_nothing(made: Path, name: str) -> None:
+    kind = transformers.AutoModelForCausalLM if name == "sft" else transformers.AutoModelForSequenceClassification
+    models = [kind.from_pretrained(folder / name).eval() for folder in (made, made / "four_heads")]
+    assert [model.config.num_attention_heads for model in models] == [SMALL.num_heads, SMALL.num_heads + 1]
+    tokens = torch.randint(3, 200, (2, 20), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(models[1](tokens).logits, models[0](tokens).logits, atol=1e-6, rtol=0)
+
+
+def test_models_with_another_head_are_made_again_when_they_are_gone(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder / "four_heads")
+    assert not assets.ensure(folder, SMALL)
+    assert (folder / "four_heads" / "rm" / "model.safetensors").is_file()
 
 
 def test_prompts_are_of_training_and_evaluation_of_held_out_titles(made: Path) -> None:
