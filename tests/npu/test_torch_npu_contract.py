@@ -61,7 +61,10 @@ def test_sequence_ends_are_cumulative_without_a_leading_zero() -> None:
     """The wheel's own example: lengths 2 2 2 2 2 are given as 2 4 6 8 10."""
     text = source(TORCH_NPU, "torch_npu/_op_plugin_docs.py")
     assert "2 2 2 2 2, 则actual_seq_qlen传: 2 4 6 8 10" in text
-    assert "cu_seqlens[1:].tolist()" in Path(rlxf.platform.npu.__file__).read_text()
+    platform = Path(rlxf.platform.npu.__file__).read_text()
+    assert all(
+        f"actual_seq_{side}len=cu_seqlens_{name}[1:].tolist()" in platform for side, name in (("q", "q"), ("kv", "kv"))
+    )
 
 
 def test_the_transfer_layer_is_there_and_leaves_tensor_type_to_us() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -393,9 +393,9 @@ def test_a_dry_run_forgives_missing_files_but_not_wrong_ones(files: Path) -> Non
 
 
 def command(*arguments: str, folder: Path) -> tuple[int, str, str, float]:
-    """Exit code, stdout, stderr and wall seconds of the real command, typed in ``folder``."""
+    """Exit code, stdout, stderr and CPU seconds of the real command, typed in ``folder``."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    begin = time.monotonic()
+    begin = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, str(ROOT / "ray_gpt.py"), *arguments],
         cwd=folder,
@@ -404,7 +404,8 @@ def command(*arguments: str, folder: Path) -> tuple[int, str, str, float]:
         text=True,
         timeout=60,
     )
-    return done.returncode, done.stdout, done.stderr, time.monotonic() - begin
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done.returncode, done.stdout, done.stderr, end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
 
 
 TINY = ("--config-name", "online_dpo_trainer_tiny")

@@ -6,12 +6,14 @@ that does not and cuts them itself, so the wire has no rollout layout in it. vLL
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rlxf.config.schema import SyncConfig
 from rlxf.platform import get_platform
@@ -81,8 +83,12 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def weights(engine: HfEngine) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = engine._model.state_dict()
-    return found
+    return engine._parameters
+
+
+def folder_like(model: Path, folder: Path) -> Path:
+    """A copy of a model folder, whose weights can be replaced."""
+    return Path(shutil.copytree(model, folder))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -103,6 +109,6 @@ def test_the_engines_hold_what_the_ranks_hold(ranks: Ranks, tied: bool, tmp_path
         report = sync.push(version)
         assert (report.probe_difference is not None) == (version > 0)
         folder = tmp_path / f"version{version}"
-        engines[0]._model.save_pretrained(folder)
+        save_file(weights(engines[0]), folder_like(other, folder) / "model.safetensors", metadata={"format": "pt"})
         assert not any(ranks.differences(folder))
         assert all(torch.equal(value, weights(engines[1])[name]) for name, value in weights(engines[0]).items())
