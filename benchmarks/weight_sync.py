@@ -38,6 +38,7 @@ from workers.remote import Waiter  # noqa: E402
 from workers.rollout import RemoteEngines, RolloutWorker  # noqa: E402
 
 TRANSPORTS = ("object_store", "shared_memory")
+CASES = {"tiny": ("tiny", 256), "26M": ("26M", 256), "26M in buckets of 16 MB": ("26M", 16)}  # size, sync.bucket_mb
 PUSHES_PER_TURN = {"tiny": 20, "26M": 5}
 TINY = random_world.Shape(hidden=96, layers=2, ffn=256, heads=3, kv_heads=3, vocab=586, positions=256)
 
@@ -46,24 +47,21 @@ def main() -> None:
     arguments = parse()
     report: dict[str, Any] = {
         "what": "pushes of all weights, actor to vLLM engine, on Ray",
-        "settings": {
-            "repeats": arguments.repeats,
-            "pushes_per_turn": PUSHES_PER_TURN,
-            "bucket_mb": arguments.bucket_mb,
-        },
+        "settings": {"repeats": arguments.repeats, "pushes_per_turn": PUSHES_PER_TURN},
         "load_before": os.getloadavg()[0],
         "machine": measure.machine(),
-        "sizes": {},
+        "cases": {},
     }
     os.environ.update(measure.environment())
     torch.set_num_threads(1)
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         with tempfile.TemporaryDirectory(prefix="rlxf") as scratch:
-            for size in arguments.sizes:
-                config = recipe(size, Path(scratch), arguments.bucket_mb)
+            for case in arguments.cases:
+                size, bucket_mb = CASES[case]
+                config = recipe(size, Path(scratch, case), bucket_mb)
                 found = {name: Pushes(config, name) for name in arguments.transports}
-                report["sizes"][size] = measured(found, PUSHES_PER_TURN[size], arguments.repeats)
+                report["cases"][case] = measured(found, PUSHES_PER_TURN[size], arguments.repeats)
                 for pushes in found.values():
                     pushes.stop()
     finally:
@@ -76,9 +74,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="turns of each transport that count")
-    parser.add_argument("--sizes", nargs="+", choices=tuple(PUSHES_PER_TURN), default=list(PUSHES_PER_TURN))
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
-    parser.add_argument("--bucket-mb", type=int, default=256)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "weight_sync.json")
     return parser.parse_args()
 
@@ -192,14 +189,14 @@ def spread(values: list[float]) -> dict[str, Any]:
 def table(report: Mapping[str, Any]) -> Iterator[str]:
     yield "| ms per push, median (10 %-90 %) | MB | buckets | wall | CPU, all processes |"
     yield "|---|---|---|---|---|"
-    for size, found in report["sizes"].items():
+    for case, found in report["cases"].items():
         for name, wall in found["wall_s"].items():
             cells = [
                 f"{1e3 * c['median']:.1f} ({1e3 * c['p10']:.1f}-{1e3 * c['p90']:.1f})"
                 for c in (wall, found["cpu_s"][name])
             ]
             yield (
-                f"| {size}, {name} | {found['num_bytes'] / 1e6:.1f} | {found['num_buckets']} | "
+                f"| {case}, {name} | {found['num_bytes'] / 1e6:.1f} | {found['num_buckets']} | "
                 + " | ".join(cells)
                 + " |"
             )
