@@ -137,7 +137,9 @@ def two_nodes() -> Iterator[TwoNodes]:
         try:
             for line in (f"{head} --temp-dir={scratch}/ray", f"start --address=127.0.0.1:{port}"):
                 # --block: in the foreground, so that these processes are ours to end.
-                command = [str(RAY), *line.split(), '--resources={"NPU": 2}', "--block"]
+                # Another Ray cluster on this machine may have the agents' usual port; without its own, no job starts.
+                agent = f"--dashboard-agent-listen-port={free_port()}"
+                command = [str(RAY), *line.split(), agent, '--resources={"NPU": 2}', "--block"]
                 with Path(scratch, f"node{len(processes)}.log").open("wb") as log:
                     process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
                 processes.append(process)

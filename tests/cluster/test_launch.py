@@ -231,10 +231,15 @@ def test_a_lost_worker_ends_the_run_and_is_named(recipe: Recipe, tmp_path: Path)
 
 def test_a_run_is_a_ray_job(recipe: Recipe, two_nodes: TwoNodes, tmp_path: Path) -> None:
     env = {name: value for name, value in two_nodes.env.items() if name != "RAY_ADDRESS"}  # Ray sets it inside the job
+    deadline = time.monotonic() + 90
 
     def job(*arguments: str) -> str:
         command = [str(RAY), "job", arguments[0], f"--address={two_nodes.dashboard}", *arguments[1:]]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        # Ray's job agents start after the nodes are up; on a busy machine that takes a while.
+        while "No available agent" in done.stderr and time.monotonic() < deadline:
+            time.sleep(2)
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
