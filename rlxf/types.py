@@ -222,6 +222,49 @@ class OnlinePairs(Pairs):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RewardPairs(Pairs):
+    """Pairs that a reward model is trained on."""
+
+    margin: Tensor  # [N] float32, how much better chosen is said to be; 0 where the data says nothing
+
+    def __post_init__(self) -> None:
+        Pairs.__post_init__(self)
+        _require(self.margin.shape == (len(self),), f"{len(self)} pairs but {self.margin.numel()} margins")
+
+    def select(self, index: Tensor) -> RewardPairs:
+        return RewardPairs(
+            chosen=self.chosen.select(index), rejected=self.rejected.select(index), margin=self.margin[index]
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Examples:
+    """``N`` sequences of supervised fine-tuning; ``prompt_lengths`` end before the first token that the loss counts."""
+
+    sequences: Sequences
+    counted: Tensor  # [sum completion tokens] bool; False: a later turn of the user, or padding of a template
+
+    def __post_init__(self) -> None:
+        total = int(self.sequences.completion_lengths.sum())
+        _require(self.counted.shape == (total,), f"{total} completion tokens but {self.counted.numel()} marks")
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def num_counted(self) -> Tensor:
+        """[N] int64 tokens of each sequence that the loss counts."""
+        parts = torch.split(self.counted, self.sequences.completion_lengths.tolist())
+        return torch.stack([part.sum() for part in parts])
+
+    def select(self, index: Tensor) -> Examples:
+        parts = torch.split(self.counted, self.sequences.completion_lengths.tolist())
+        picked = [parts[i] for i in index.tolist()]
+        counted = torch.cat(picked) if picked else self.counted.new_empty(0)
+        return Examples(sequences=self.sequences.select(index), counted=counted)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PairLogps:
     """Log-probabilities of the two sides of ``N`` pairs, summed over the completion tokens."""
 
