@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from rlxf.errors import StopRequested, TrainingError
-from rlxf.metrics import pair_metrics, pair_tokens, rollout_metrics, version_lag
+from rlxf.metrics import num_tokens, pair_metrics, rollout_metrics, version_lag
 from rlxf.pair.strategies import make_pairs
 from rlxf.run import Online, Run
 from rlxf.score.penalty import with_scores
-from rlxf.types import Metrics, Pairs, ReferencedPairs
+from rlxf.types import Examples, Metrics, Pairs
 
 
 def train(run: Run) -> None:
@@ -20,8 +20,8 @@ def train(run: Run) -> None:
         while state.step < run.config.training.train_iters:
             run.clock.start(state.step)
             with run.stop.abandonable():
-                pairs, metrics = collect_pairs(run)
-            metrics |= learn(run, pairs) if len(pairs) else skip(run)
+                data, metrics = collect(run)
+            metrics |= learn(run, data) if len(data) else skip(run)
             state.step += 1
             metrics |= {"epoch": run.source.epoch(state.step - 1), "num_tokens": float(state.num_tokens)}
             state.metrics, state.unevaluated = metrics | run.clock.timings(), True
@@ -45,8 +45,8 @@ def begin(run: Run) -> None:
         run.report.evaluated(run.state.step, {} if run.state.step else run.evaluate(0))
 
 
-def collect_pairs(run: Run) -> tuple[Pairs, Metrics]:
-    """This step's pairs; in offline mode the data set already holds them."""
+def collect(run: Run) -> tuple[Pairs | Examples, Metrics]:
+    """What this step trains on: pairs made from samples; offline, what the data set already holds."""
     step, source = run.state.step, run.source
     if not isinstance(source, Online):
         return source.next_batch(step), {}
@@ -63,17 +63,17 @@ def collect_pairs(run: Run) -> tuple[Pairs, Metrics]:
     return pairing.pairs, rollout_metrics(scored, run.clock.seconds["gen"]) | pair_metrics(pairing)
 
 
-def learn(run: Run, pairs: Pairs) -> Metrics:
-    """One update on the step's pairs, and the new weights in every rollout engine."""
+def learn(run: Run, data: Pairs | Examples) -> Metrics:
+    """One update on the step's data, and the new weights in every rollout engine."""
     state = run.state
-    with run.stop.abandonable(), run.clock("ref"):
-        batch = ReferencedPairs(pairs=pairs, reference=run.reference.logps(pairs))
-    metrics = version_lag(pairs, state.policy_version)
+    with run.stop.abandonable():
+        batch = run.with_reference(data)
+    metrics = version_lag(data, state.policy_version)
     with run.clock("update_actor"):
         metrics |= run.actor.update(batch, state.step)  # all mini-batches and passes
     state.policy_version += 1
     state.empty_steps = 0
-    state.num_tokens += pair_tokens(pairs) * run.config.actor_rollout.ppo_epochs
+    state.num_tokens += num_tokens(data) * run.config.actor_rollout.ppo_epochs
     with run.clock("sync"):
         metrics |= {"sync/bytes": float(run.sync.push(state.policy_version).num_bytes)}
     return metrics

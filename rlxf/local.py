@@ -16,11 +16,14 @@ from rlxf.driver import train
 from rlxf.platform import Platform, Process, get_platform
 from rlxf.prepare import Roles, build_run, load_data, needs_scorer
 from rlxf.reference.adapter_off import AdapterOffReference
+from rlxf.reference.none import NoReference
 from rlxf.report import make_report
 from rlxf.resume import find_resume, is_complete
+from rlxf.run import Reference
 from rlxf.run_folder import owned_checkpoints, save_config
 from rlxf.stop import Stop
 from rlxf.sync.push import LocalSink
+from rlxf.update.actor import Actor
 
 
 def launch(config: RunConfig, run_dir: Path) -> None:
@@ -56,11 +59,16 @@ def build_roles(config: RunConfig, platform: Platform) -> Roles:
     scorer = build_scorer(config, platform, process) if needs_scorer(config) else None
     engine = build_engine(config, platform) if config.samples else None
     actor = build_actor(config, platform, process)
-    is_base = config.reference_is_base
     return Roles(
         actor=actor,
-        reference=AdapterOffReference(actor) if is_base else build_reference(config, platform, process),
+        reference=_reference(config, platform, process, actor),
         scorer=scorer,
         rollout=engine,
         sink=LocalSink(engine) if engine is not None else None,
     )
+
+
+def _reference(config: RunConfig, platform: Platform, process: Process, actor: Actor) -> Reference:
+    if not config.needs_reference:
+        return NoReference()
+    return AdapterOffReference(actor) if config.reference_is_base else build_reference(config, platform, process)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlxf.jsonl import open_after
 from rlxf.pair.strategies import PairingResult
-from rlxf.types import Metrics, OnlinePairs, Pairs, ScoredRollouts
+from rlxf.types import Examples, Metrics, OnlinePairs, Pairs, ScoredRollouts
 
 
 class Sink(Protocol):
@@ -103,12 +103,14 @@ def pair_metrics(pairing: PairingResult) -> Metrics:
     }
 
 
-def pair_tokens(pairs: Pairs) -> int:
-    """Tokens that one pass over the pairs trains on, prompts counted on both sides."""
-    return int(pairs.chosen.lengths.sum() + pairs.rejected.lengths.sum())
+def num_tokens(data: Pairs | Examples) -> int:
+    """Tokens that one pass over a step's data trains on, prompts counted on both sides of a pair."""
+    if isinstance(data, Examples):
+        return int(data.sequences.lengths.sum())
+    return int(data.chosen.lengths.sum() + data.rejected.lengths.sum())
 
 
-def version_lag(pairs: Pairs, policy_version: int) -> Metrics:
+def version_lag(pairs: Pairs | Examples, policy_version: int) -> Metrics:
     """How many updates the sampling weights were behind the weights that are about to be trained, mean over pairs."""
     if not isinstance(pairs, OnlinePairs) or not len(pairs):
         return {}

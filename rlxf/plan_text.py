@@ -32,7 +32,7 @@ def _linear_parameters(shape: ModelConfig) -> int:
 
 def describe(config: RunConfig, plan: Plan) -> str:
     """Each role's devices, what is missing on disk, and the cluster that can hold it."""
-    kind = "offline, pairs from a file" if config.offline else f"online, rollout engine {config.engine}"
+    kind = "offline, data from a file" if config.offline else f"online, rollout engine {config.engine}"
     place = "one process, without Ray" if config.runtime == "local" else f"{plan.num_devices} x {plan.resource}"
     found = f" (training.device=auto finds {find_device()} here)" if config.training.device == "auto" else ""
     lines = [f"plan: {config.training.stage} ({kind}) on {place}{found}", "", *_table(_rows(config, plan)), ""]

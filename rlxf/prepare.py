@@ -19,7 +19,7 @@ from rlxf.record import RolloutRecorder, SampleRecorder
 from rlxf.report import RunReport
 from rlxf.resume import Resume
 from rlxf.rollout.replay import ReplayEngine
-from rlxf.run import Actor, Online, PairSource, Reference, Rollout, Run, State, Sync
+from rlxf.run import Actor, FileSource, Online, Reference, Rollout, Run, State, Sync
 from rlxf.run_folder import Recorders, RunFolder
 from rlxf.score.recorded import RecordedScorer, has_scores
 from rlxf.score.scorer import Scorer
@@ -138,7 +138,7 @@ def _restore(resume: Resume, data: Data, roles: Roles, evaluation: Evaluation | 
     roles.actor.load_checkpoint(resume.folder)
 
 
-def _source(config: RunConfig, run_dir: Path, data: Data, roles: Roles, *, after: int | None) -> Online | PairSource:
+def _source(config: RunConfig, run_dir: Path, data: Data, roles: Roles, *, after: int | None) -> Online | FileSource:
     if isinstance(data.training, PreferenceFile):
         return data.training
     rollout = data.training if isinstance(data.training, ReplayEngine) else roles.rollout

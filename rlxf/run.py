@@ -15,7 +15,19 @@ from rlxf.rollout.engine import Sampling
 from rlxf.score.scorer import Scorer
 from rlxf.stop import Stop
 from rlxf.sync.push import SyncReport
-from rlxf.types import Metrics, PairLogps, Pairs, PromptBatch, ReferencedPairs, Rollouts, ScoredRollouts, Sequences
+from rlxf.types import (
+    Batch,
+    Examples,
+    Metrics,
+    PairLogps,
+    Pairs,
+    PromptBatch,
+    ReferencedPairs,
+    RewardPairs,
+    Rollouts,
+    ScoredRollouts,
+    Sequences,
+)
 
 
 class PromptSource(Protocol):
@@ -30,10 +42,10 @@ class PromptSource(Protocol):
         ...
 
 
-class PairSource(Protocol):
-    """Preference pairs from a file, a step at a time: the source of an offline run."""
+class FileSource(Protocol):
+    """What an offline run trains on, a step at a time: preference pairs (dpo), examples (sft), reward pairs (rm)."""
 
-    def next_batch(self, step: int) -> Pairs: ...
+    def next_batch(self, step: int) -> Pairs | Examples: ...
 
     def epoch(self, step: int) -> float: ...
 
@@ -53,9 +65,13 @@ class Reference(Protocol):
 
 
 class Actor(Protocol):
-    """The policy being trained."""
+    """The model being trained."""
 
-    def update(self, batch: ReferencedPairs, step: int) -> Metrics: ...
+    def update(self, batch: Batch, step: int) -> Metrics: ...
+
+    def evaluate(self, batch: Batch) -> Metrics:
+        """What ``update`` would report, without training; means over the batch."""
+        ...
 
     def token_logps(self, sequences: Sequences) -> Tensor: ...
 
@@ -161,7 +177,7 @@ class Run:
     """Everything that ``train`` needs."""
 
     config: RunConfig
-    source: Online | PairSource
+    source: Online | FileSource
     reference: Reference
     actor: Actor
     sync: Sync
@@ -171,6 +187,13 @@ class Run:
     clock: Clock
     stop: Stop
     state: State
+
+    def with_reference(self, data: Pairs | Examples) -> Batch:
+        """What an update needs: preference pairs are compared with the reference, the rest is whole already."""
+        if isinstance(data, Examples | RewardPairs):
+            return data
+        with self.clock("ref"):
+            return ReferencedPairs(pairs=data, reference=self.reference.logps(data))
 
     def training_sampling(self) -> Sampling:
         """The recipe's sampling for the current step: seeds depend on run, step, prompt and sample only."""

@@ -27,6 +27,13 @@ def _require(ok: bool, message: str) -> None:
         raise ShapeError(message)
 
 
+def _select_tokens(values: Tensor, lengths: Tensor, index: Tensor) -> Tensor:
+    """The values of some rows, one after the other; row ``i`` has ``lengths[i]`` of them."""
+    rows = torch.split(values, lengths.tolist())
+    picked = [rows[i] for i in index.tolist()]
+    return torch.cat(picked) if picked else values.new_empty(0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokens:
     """Rows of token ids, flat: row ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``."""
@@ -214,11 +221,24 @@ class OnlinePairs(Pairs):
     chosen_engine_logps: Tensor  # [sum chosen completion tokens] float32
     rejected_engine_logps: Tensor  # [sum rejected completion tokens] float32
 
-    def engine_logps(self, index: Tensor) -> Tensor:
-        """[sum completion tokens] float32 of the pairs named by ``index``: their chosen sides, then the rejected."""
-        sides = (self.chosen, self.chosen_engine_logps), (self.rejected, self.rejected_engine_logps)
-        rows = [torch.split(logps, side.completion_lengths.tolist()) for side, logps in sides]
-        return torch.cat([side[i] for side in rows for i in index.tolist()])
+    def all_engine_logps(self) -> Tensor:
+        """[sum completion tokens] float32: the chosen sides, then the rejected."""
+        return torch.cat([self.chosen_engine_logps, self.rejected_engine_logps])
+
+    def select(self, index: Tensor) -> OnlinePairs:
+        chosen, rejected = (
+            _select_tokens(logps, side.completion_lengths, index)
+            for side, logps in ((self.chosen, self.chosen_engine_logps), (self.rejected, self.rejected_engine_logps))
+        )
+        return OnlinePairs(
+            chosen=self.chosen.select(index),
+            rejected=self.rejected.select(index),
+            prompt_ids=self.prompt_ids[index],
+            margin=self.margin[index],
+            policy_version=self.policy_version[index],
+            chosen_engine_logps=chosen,
+            rejected_engine_logps=rejected,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,9 +278,7 @@ class Examples:
         return torch.stack([part.sum() for part in parts])
 
     def select(self, index: Tensor) -> Examples:
-        parts = torch.split(self.counted, self.sequences.completion_lengths.tolist())
-        picked = [parts[i] for i in index.tolist()]
-        counted = torch.cat(picked) if picked else self.counted.new_empty(0)
+        counted = _select_tokens(self.counted, self.sequences.completion_lengths, index)
         return Examples(sequences=self.sequences.select(index), counted=counted)
 
 
@@ -276,6 +294,9 @@ class PairLogps:
 
     def select(self, index: Tensor) -> PairLogps:
         return PairLogps(chosen=self.chosen[index], rejected=self.rejected[index])
+
+    def to(self, device: torch.device) -> PairLogps:
+        return PairLogps(chosen=self.chosen.to(device), rejected=self.rejected.to(device))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,6 +314,12 @@ class ReferencedPairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def select(self, index: Tensor) -> ReferencedPairs:
+        return ReferencedPairs(pairs=self.pairs.select(index), reference=self.reference.select(index))
+
+
+Batch = ReferencedPairs | Examples | RewardPairs
+"""What one driver step trains on, by stage."""
 
 Metrics = dict[str, float]
 """One step's metrics: the names of the table in docs/metrics.md."""

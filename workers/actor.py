@@ -11,7 +11,7 @@ from rlxf import assemble
 from rlxf.config.schema import RunConfig
 from rlxf.sync.plan import Bucket
 from rlxf.sync.transport import Address, SharedBuckets
-from rlxf.types import Metrics, PairLogps, Pairs, ReferencedPairs, Sequences
+from rlxf.types import Batch, Metrics, PairLogps, Pairs, Sequences
 from workers.group import WorkerGroup
 from workers.remote import Pending
 from workers.worker import Worker
@@ -25,8 +25,11 @@ class ActorWorker(Worker):
     def build(self, config: RunConfig, master: tuple[str, int]) -> None:
         self.room = assemble.build_actor(config, *self.place(config, master))
 
-    def update(self, batch: ReferencedPairs, step: int) -> Metrics | None:
+    def update(self, batch: Batch, step: int) -> Metrics | None:
         return self.answer(self.room.update(batch, step))
+
+    def evaluate(self, batch: Batch) -> Metrics | None:
+        return self.answer(self.room.evaluate(batch))
 
     def token_logps(self, sequences: Sequences) -> Tensor | None:
         return self.answer(self.room.token_logps(sequences))
@@ -73,8 +76,12 @@ class RemoteActor:
         self._group = group
         self.exports: list[Pending] = []  # started, not yet waited for: the sink does
 
-    def update(self, batch: ReferencedPairs, step: int) -> Metrics:
+    def update(self, batch: Batch, step: int) -> Metrics:
         metrics: Metrics = self._group.call("update", batch, step)
+        return metrics
+
+    def evaluate(self, batch: Batch) -> Metrics:
+        metrics: Metrics = self._group.call("evaluate", batch)
         return metrics
 
     def token_logps(self, sequences: Sequences) -> Tensor:

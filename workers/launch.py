@@ -22,8 +22,10 @@ from rlxf.plan import Plan, make_plan
 from rlxf.platform import Platform, get_platform
 from rlxf.prepare import Roles, build_run, load_data, needs_scorer
 from rlxf.reference.adapter_off import AdapterOffReference
+from rlxf.reference.none import NoReference
 from rlxf.report import make_report
 from rlxf.resume import find_resume, is_complete
+from rlxf.run import Reference
 from rlxf.run_folder import owned_checkpoints, save_config
 from rlxf.stop import Stop
 from workers.actor import ActorWorker, RemoteActor
@@ -156,11 +158,17 @@ def make_roles(config: RunConfig, platform: Platform, groups: dict[Role, WorkerG
     engines = _connect(config, platform, RemoteEngines(groups["infer"], actor)) if "infer" in groups else None
     return Roles(
         actor=actor,
-        reference=RemoteReference(groups["ref"]) if "ref" in groups else AdapterOffReference(actor),
+        reference=_reference(config, groups, actor),
         scorer=RemoteScorer(groups["reward"]) if "reward" in groups else None,
         rollout=engines,
         sink=engines,
     )
+
+
+def _reference(config: RunConfig, groups: dict[Role, WorkerGroup], actor: RemoteActor) -> Reference:
+    if not config.needs_reference:
+        return NoReference()
+    return AdapterOffReference(actor) if config.reference_is_base else RemoteReference(groups["ref"])
 
 
 def _connect(config: RunConfig, platform: Platform, engines: RemoteEngines) -> RemoteEngines:

@@ -12,6 +12,7 @@ from rlxf.config.devices import DEVICES, find_device
 from rlxf.config.folders import folder_problems
 from rlxf.config.keys import nearest
 from rlxf.config.lora import lora_problems, say_which_reference, warn_of_unused
+from rlxf.config.losses import loss_problems
 from rlxf.config.parallel import layout_problems, rollout_layout_problems
 from rlxf.config.placement import placement_problems
 from rlxf.config.problems import Problem, wrong
@@ -33,7 +34,7 @@ def check(config: RunConfig) -> list[Problem]:
 def _roles(config: RunConfig) -> Iterator[tuple[str, RoleConfig]]:
     """The roles of this run that hold a model."""
     yield "actor_rollout", config.actor_rollout
-    if not config.reference_is_base:
+    if config.loads_reference:
         yield "ref", config.ref
     if config.scores:
         yield "reward", config.reward
@@ -174,11 +175,6 @@ def _optimizer(config: RunConfig) -> Problems:
     if actor.lr_decay_style != "constant" and actor.min_lr > actor.lr:
         expected = f"expected at most actor_rollout.lr = {actor.lr:g}: the learning rate would rise; set both"
         yield wrong("actor_rollout.min_lr", actor.min_lr, expected, "actor_rollout.lr")
-    if actor.dpo_label_smoothing and actor.dpo_loss_type != "sigmoid":
-        expected = f"expected 0 with dpo_loss_type={actor.dpo_loss_type}: label smoothing is defined for sigmoid only"
-        yield wrong(
-            "actor_rollout.dpo_label_smoothing", actor.dpo_label_smoothing, expected, "actor_rollout.dpo_loss_type"
-        )
 
 
 def _checkpoints(config: RunConfig) -> Problems:
@@ -220,7 +216,7 @@ def _inputs(config: RunConfig) -> Problems:
     if actor.load is None:
         yield Problem(("actor_rollout.load",), "actor_rollout.load is required: a Hugging Face folder with the policy")
     if actor.data_path is None and (config.samples or config.offline):
-        kind = "preference pairs" if config.offline else "prompts"
+        kind = {"sft": "examples", "ray_online_dpo": "prompts"}.get(config.training.stage, "preference pairs")
         yield Problem(
             ("actor_rollout.data_path",), f"actor_rollout.data_path is required: a .jsonl or .parquet file of {kind}"
         )
@@ -271,7 +267,7 @@ def _local(config: RunConfig) -> Problems:
     if config.runtime != "local":
         return
     counts = {"actor_rollout.num_gpus_for_train": actor.num_gpus_for_train}
-    if not config.reference_is_base:
+    if config.loads_reference:
         counts["resource_pool.ref"] = sum(pool.ref)
     if config.samples:
         counts["actor_rollout.num_gpus_for_infer"] = actor.num_gpus_for_infer
@@ -285,7 +281,7 @@ def _local(config: RunConfig) -> Problems:
 def _warn(config: RunConfig) -> None:
     warn_of_unused(config)
     say_which_reference(config)
-    if config.ref.load != config.actor_rollout.load:
+    if config.needs_reference and config.ref.load != config.actor_rollout.load:
         logger.warning("ref.load differs from actor_rollout.load: the policy starts away from its reference")
     for name, role in _roles(config):
         if role.sequence_parallel and role.tensor_model_parallel_size == 1:
@@ -305,6 +301,7 @@ _GROUPS: tuple[Callable[[RunConfig], Problems], ...] = (
     _layouts,
     _batches,
     _optimizer,
+    loss_problems,
     _checkpoints,
     lora_problems,
     _reward,

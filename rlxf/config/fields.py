@@ -43,3 +43,13 @@ def as_pool(value: Any) -> Any:
 def as_tuple(value: Any) -> Any:
     """YAML and JSON know only lists."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def as_list(value: Any) -> Any:
+    """One name, or a list of names, as a tuple."""
+    return (value,) if isinstance(value, str) else as_tuple(value)
+
+
+def as_stage(value: Any) -> Any:
+    """``orm`` (outcome reward model) is what the reference implementation calls ``rm``."""
+    return "rm" if value == "orm" else value

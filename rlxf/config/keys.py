@@ -43,6 +43,8 @@ ALIASES: dict[tuple[str, str], tuple[str, str]] = {
     ("training", "shuffle"): ("training", "shuffle_minibatch"),
     ("actor_rollout", "shuffle"): ("actor_rollout", "shuffle_minibatch"),
     ("algorithm", "missing_eos_penalty"): ("actor_rollout", "missing_eos_penalty"),
+    ("training", "ref_model"): ("ref", "load"),
+    ("actor_rollout", "ref_model"): ("ref", "load"),
 }
 
 
@@ -86,7 +88,6 @@ LEGACY: dict[str, frozenset[str]] = {
 # Keys of features that this version does not have: only the value that switches them off is accepted.
 NOT_YET: dict[str, Any] = {
     "expert_model_parallel_size": 1,
-    "pref_ftx": 0,
 }
 
 # What other programs call our keys.

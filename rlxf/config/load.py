@@ -101,12 +101,9 @@ def _problem(error: ErrorDetails, merged: Section, origins: Mapping[str, str]) -
     value: Any = merged
     for part in path[:depth]:
         value = value[part] if isinstance(value, Mapping) and part in value else error["input"]
-    if key == "training.stage" and value in _LATER_STAGES:
-        return Problem((key,), f"{name} = {show(value)}: not available in this version; expected ray_online_dpo or dpo")
     return Problem((key, *whole), f"{name} = {show(value)}: {_EXPLAINED.get(path[-1]) or expectation(error)}")
 
 
-_LATER_STAGES = ("sft", "rm", "orm")
 _EXPLAINED = {
     "n_samples_per_prompt": "expected a whole number, at least 2: a pair needs two completions of a prompt",
 }
@@ -114,7 +111,7 @@ _EXPLAINED = {
 
 def _required(path: list[str]) -> str:
     if path[:2] == ["training", "stage"]:
-        return 'set it to "ray_online_dpo" (online) or "dpo" (offline)'
+        return 'set it to "ray_online_dpo" (online), "dpo" (offline), "sft" or "rm"'
     if path[-1] == "model":
         return "name a model of the recipe's defaults list, such as tiny"
     return "give its value, as the model's config.json has it" if path[0] == "model" else "give its value"

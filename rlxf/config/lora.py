@@ -50,6 +50,8 @@ def say_which_reference(config: RunConfig) -> None:
     """Whether a LoRA run has a reference model of its own, where a recipe may have meant something else."""
     if not config.actor_rollout.lora_r:
         return
+    if not config.needs_reference:
+        return
     if not config.reference_is_base:
         logger.warning(
             "ref.load or ref.bf16 differs from the actor's: the reference is a second model, on its own devices"

@@ -133,7 +133,7 @@ def _sharing(config: RunConfig) -> set[Role]:
     """The roles of this run that share devices."""
     present = (
         {"train"}
-        | (set() if config.reference_is_base else {"ref"})
+        | ({"ref"} if config.loads_reference else set())
         | ({"infer"} if config.samples else set())
         | ({"reward"} if config.scores else set())
     )
@@ -166,7 +166,7 @@ def _first(nodes: tuple[int, ...], count: int) -> tuple[int, ...]:
 def _place_frozen(config: RunConfig, groups: _Groups, bundles: _Bundles) -> _Problems:
     """Reference and reward model: on devices of their own, or on those of the roles that they are colocated with."""
     pool, shared = config.resource_pool, _sharing(config)
-    wanted: dict[Role, tuple[int, ...]] = {} if config.reference_is_base else {"ref": pool.ref}
+    wanted: dict[Role, tuple[int, ...]] = {"ref": pool.ref} if config.loads_reference else {}
     if config.scores:
         wanted["reward"] = pool.reward
     hosts = [role for role in _ACTOR_ROLES if role in shared]

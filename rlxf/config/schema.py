@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from rlxf.config.fields import LocalPath, as_pool, as_tuple, finite
+from rlxf.config.fields import LocalPath, as_list, as_pool, as_stage, as_tuple, finite
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, BeforeValidator(finite), Field(ge=0)]
@@ -22,10 +22,31 @@ Folder = Annotated[str, LocalPath("folder")]
 File = Annotated[str, LocalPath("file")]
 Checkpoint = Annotated[str, LocalPath("folder", words=("auto", "never"))]
 
-Stage = Literal["ray_online_dpo", "dpo"]
+Stage = Literal["ray_online_dpo", "dpo", "sft", "rm"]
 Device = Literal["auto", "npu", "cuda", "cpu"]
 CpuLinear = Literal["auto", "mkl", "onednn"]
-LossType = Literal["sigmoid", "hinge", "ipo"]
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "kto_pair",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+    "simpo",
+    "orpo",
+    "sft",
+]
+# Losses that compare the policy with itself only.
+REFERENCE_FREE = frozenset({"simpo", "orpo", "sft"})
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 Role = Literal["train", "infer", "ref", "reward"]
 
@@ -39,7 +60,7 @@ class Strict(BaseModel):
 class TrainingConfig(Strict):
     """What concerns the run, not one role. A recipe's ``training`` section may also hold defaults for every role."""
 
-    stage: Stage  # ray_online_dpo: sample, score, pair, train; dpo: the same driver on pairs from a file
+    stage: Annotated[Stage, BeforeValidator(as_stage)]  # ray_online_dpo, or from a file: dpo, sft, rm
     device: Device = "auto"  # auto: the first of npu, cuda, cpu that this machine has
     cpu_linear: CpuLinear = (
         "auto"  # cpu, fp32: library of the linear layers; auto: onednn on AMD with AVX-512, else mkl
@@ -127,9 +148,20 @@ class ActorConfig(RoleConfig):
     ppo_mini_batch_size: Positive = 1  # pairs per optimizer step on one data-parallel rank
     ppo_epochs: Positive = 1  # passes over the same pairs
     shuffle_minibatch: bool = False  # shuffle pairs before each pass; a pair is never split
-    dpo_loss_type: LossType = "sigmoid"  # of one pair, from the two log-ratios
-    dpo_beta: Finite = Field(0.1, gt=0)  # pull towards the reference; larger stays closer
-    dpo_label_smoothing: Finite = Field(0.0, ge=0, lt=0.5)  # sigmoid only: assumed share of swapped labels (cDPO)
+    dpo_loss_type: Annotated[tuple[LossType, ...], BeforeValidator(as_list), Field(min_length=1)] = (
+        "sigmoid",
+    )  # one loss or several (docs/losses.md)
+    dpo_loss_weights: Annotated[tuple[Rate, ...], BeforeValidator(as_tuple)] | None = None  # of each; unset = 1
+    dpo_beta: Finite = Field(0.1, gt=0)  # pull towards the reference; larger stays closer; orpo: its lambda
+    dpo_label_smoothing: Finite = Field(0.0, ge=0, lt=0.5)  # assumed share of swapped labels
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        "reverse_kl"  # that the reference is kept near in; reverse_kl is plain DPO
+    )
+    f_alpha_divergence_coef: Finite = 0.5  # alpha of alpha_divergence
+    discopop_tau: Finite = Field(0.05, gt=0)  # discopop: how sharply its two losses are blended
+    simpo_gamma: Finite = 0.5  # simpo: the margin that chosen should have, in units of dpo_beta x nats per token
+    pref_ftx: Rate = 0.0  # weight of the mean negative log-likelihood of the chosen side's tokens, added to the loss
+    center_rewards_coefficient: Rate = 0.0  # rm: weight of (score of chosen + score of rejected)^2
     dpo_logp_reduction: Literal["auto", "sum", "mean"] = "auto"  # auto: mean for offline ipo, sum otherwise
     lr: Rate = 1e-6  # highest learning rate
     min_lr: Rate = 0.0  # learning rate at the end of the decay
@@ -156,6 +188,11 @@ class ActorConfig(RoleConfig):
     num_gpus_for_train: Positive = 1  # devices of actor_rollout that train
     num_gpus_for_infer: Positive = 1  # devices of actor_rollout that sample
     inference_tensor_model_parallel_size: Positive = 1  # devices of one rollout engine
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """Of each of ``dpo_loss_type``."""
+        return self.dpo_loss_weights or (1.0,) * len(self.dpo_loss_type)
 
 
 class ReferenceConfig(RoleConfig):
@@ -253,7 +290,14 @@ class RunConfig(Strict):
 
     @property
     def offline(self) -> bool:
-        return self.training.stage == "dpo"
+        """Whether what is trained on comes from a file."""
+        return self.training.stage != "ray_online_dpo"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference takes part. Online it does even with a loss that needs none: the KL is measured."""
+        free = self.offline and REFERENCE_FREE.issuperset(self.actor_rollout.dpo_loss_type)
+        return self.training.stage in ("ray_online_dpo", "dpo") and not free
 
     @property
     def max_new_tokens(self) -> int:
@@ -274,7 +318,12 @@ class RunConfig(Strict):
     def reference_is_base(self) -> bool:
         """Whether the reference is the actor with its LoRA adapters off: no second model, no devices of its own."""
         actor, ref = self.actor_rollout, self.ref
-        return actor.lora_r > 0 and (ref.load, ref.bf16) == (actor.load, actor.bf16)
+        return self.needs_reference and actor.lora_r > 0 and (ref.load, ref.bf16) == (actor.load, actor.bf16)
+
+    @property
+    def loads_reference(self) -> bool:
+        """Whether the reference is a model of its own, which needs devices."""
+        return self.needs_reference and not self.reference_is_base
 
     @property
     def engine(self) -> Literal["vllm", "hf", "replay"]:

@@ -44,12 +44,14 @@ def load_model(config: RunConfig, role: RoleName, platform: Platform, process: P
     from rlxf.models.megatron.hf_config import check_shape
     from rlxf.models.megatron.model import MegatronModel
 
+    trained_as_reward = role == "actor_rollout" and config.training.stage == "rm"
     model = MegatronModel(
         section.load,
         platform=platform,
         layout=layout,
         dtype=torch.bfloat16 if section.bf16 else torch.float32,
-        reward=role == "reward",
+        reward=role == "reward" or trained_as_reward,
+        new_head=config.training.seed if trained_as_reward else None,
         recompute=config.actor_rollout.recompute_granularity if role == "actor_rollout" else "none",
         trust_remote_code=config.training.trust_remote_code,
     )
@@ -88,6 +90,17 @@ def pair_logps(model: MegatronModel, pairs: Pairs, limits: Limits) -> PairLogps:
 
     ones = torch.ones(len(both), dtype=torch.int64)
     values = _over_rows(model, both, pair_units(len(pairs)), limits, pack_for_logps, sums, ones)
+    chosen, rejected = torch.cat(values).chunk(2)
+    return PairLogps(chosen=chosen, rejected=rejected)
+
+
+def pair_scores(model: MegatronModel, pairs: Pairs, limits: Limits) -> PairLogps:
+    """[N] reward-model scores of both sides, on the CPU and on every rank; named as the log-probabilities are."""
+    from rlxf.models.megatron.packing import pack_for_scores
+
+    both = Sequences.concat([pairs.chosen, pairs.rejected])
+    ones = torch.ones(len(both), dtype=torch.int64)
+    values = _over_rows(model, both, pair_units(len(pairs)), limits, pack_for_scores, model.scores, ones)
     chosen, rejected = torch.cat(values).chunk(2)
     return PairLogps(chosen=chosen, rejected=rejected)
 

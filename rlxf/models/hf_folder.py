@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def save_hf_folder(
     tensors: Iterable[tuple[str, Tensor]],
     *,
     like: Path,
-    dtype: str,
+    changes: Mapping[str, Any],
     extra: Callable[[Path], None] | None = None,
 ) -> None:
     """Write weights with the config and tokenizer of ``like``; complete or not there at all.
@@ -110,7 +110,7 @@ def save_hf_folder(
         folder: must not exist; written under a temporary name and renamed last.
         tensors: Hugging Face names and full tensors, one at a time.
         like: the model folder that the run started from.
-        dtype: written into ``config.json``.
+        changes: of ``config.json``.
         extra: adds files of its own to the folder that it is given.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -119,7 +119,7 @@ def save_hf_folder(
     _write_shards(temporary, tensors)
     settings = json.loads((like / "config.json").read_text())
     settings.pop("torch_dtype", None)
-    settings["dtype"] = dtype
+    settings |= changes
     (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     for pattern in _COPIED:
         for source in like.glob(pattern):

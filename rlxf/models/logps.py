@@ -104,8 +104,8 @@ class _TargetLogps(torch.autograd.Function):
                 if wants_weight:
                     product = ctx.linear.grad_weight(slope, hidden[rows]).float()
                     grad_part = product if grad_part is None else grad_part.add_(product)
-            if grad_weight is not None and grad_part is not None:
-                grad_weight[part] = grad_part
+            if grad_weight is not None:  # a context-parallel rank may have no row at all
+                grad_weight[part] = 0 if grad_part is None else grad_part
         if grad_hidden is not None:
             _reduce(grad_hidden, ctx.group, dist.ReduceOp.SUM)
             grad_hidden = grad_hidden.to(hidden.dtype)

@@ -85,3 +85,12 @@ def _ids(value: Any, path: Path) -> set[int]:
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
         raise ModelError(f"{path}: eos_token_id must be a token id or a list of them, got {value!r}")
     return set(ids)
+
+
+def padding_id(folder: str | Path) -> int | None:
+    """The id that pads rows, if the folder has a tokenizer with one that means nothing else."""
+    if not any((Path(folder) / name).is_file() for name in _FILES):
+        return None
+    tokenizer = load_tokenizer(folder)
+    pad: int | None = tokenizer.pad_token_id
+    return None if pad == tokenizer.eos_token_id else pad

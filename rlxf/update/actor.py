@@ -1,11 +1,11 @@
-"""The actor: the policy being trained, on one rank."""
+"""The actor: the model being trained, on one rank."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,61 +16,48 @@ from torch.distributed import ReduceOp
 
 from rlxf.config.schema import RunConfig
 from rlxf.errors import TrainingError
-from rlxf.models.backend import load_model, pair_logps, sum_rows, token_logps
-from rlxf.models.batching import Limits, my_batches, pair_units
+from rlxf.models.backend import load_model, pair_logps, token_logps
+from rlxf.models.batching import Limits, my_batches
 from rlxf.models.hf_folder import save_hf_folder
 from rlxf.models.megatron.parallel import reduce_over_data_parallel
 from rlxf.models.peft_folder import save_adapter
 from rlxf.platform.base import Platform, Process
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
-from rlxf.types import Metrics, OnlinePairs, PairLogps, Pairs, ReferencedPairs, Sequences
+from rlxf.types import Batch, Metrics, PairLogps, Pairs, Sequences
 from rlxf.update.batches import mini_batches
-from rlxf.update.losses import LOSSES, reduction_of
+from rlxf.update.objective import MicroBatch, MiniBatch, Objective, Place
 from rlxf.update.schedule import make_schedule
 
 if TYPE_CHECKING:
     from rlxf.models.megatron.checkpoint import Write
-    from rlxf.models.megatron.packing import Packed
-
-# Summed over pairs, then divided by their number.
-_MEANS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-    "objective/kl",
-    "objective/entropy",
-)
 
 
-# Behind the means in a report: sum, number and largest of the differences to the engine's log-probs.
-_REPORT_SIZE = len(_MEANS) + 3
+def make_objective(config: RunConfig, place: Place) -> Objective[Any]:
+    """What the recipe's stage minimises."""
+    stage = config.training.stage
+    if stage == "sft":
+        from rlxf.update.supervised import SupervisedObjective
 
+        return SupervisedObjective(place)
+    if stage == "rm":
+        from rlxf.update.reward import RewardObjective
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MicroBatch:
-    """What one forward/backward needs: chosen rows first, then rejected rows, and which of them count."""
+        return RewardObjective(config.actor_rollout.center_rewards_coefficient, place)
+    from rlxf.update.preference import PreferenceObjective
 
-    packed: Packed
-    completion_lengths: Tensor  # [2n] int64, chosen then rejected
-    reference: PairLogps  # n pairs
-    engine: Tensor | None  # [sum completion tokens] the engine's log-probs, while the weights are those that sampled
-    counted: bool  # False: this rank has no pair, and computes one only to take part in the collective calls
+    return PreferenceObjective(config, place)
 
 
 class Actor:
-    """One rank of the policy. Every rank of the role is called with the same arguments.
+    """One rank of the trained model. Every rank of the role is called with the same arguments.
 
     Args:
-        config: the whole recipe.
+        config: the whole recipe; its stage decides what is minimised.
         platform: the device.
         process: this rank's place.
 
     Raises:
-        ModelError: ``actor_rollout.load`` does not hold a causal language model.
+        ModelError: ``actor_rollout.load`` does not hold a model of that stage.
     """
 
     _write: Write | None = None  # the newest checkpoint
@@ -81,27 +68,26 @@ class Actor:
         self.layout = self.model.layout
         self.schedule = make_schedule(self.config, config.training.train_iters)
         self._seed = config.training.seed
-        self._loss = LOSSES[self.config.dpo_loss_type]
-        self._reduction = reduction_of(
-            self.config.dpo_logp_reduction, loss_type=self.config.dpo_loss_type, offline=config.offline
-        )
+        self._limits = Limits.of(self.config)
+        if config.training.stage == "sft":  # an example is one sequence where a pair is two
+            self._limits = replace(self._limits, num_sequences=self.config.micro_batch_size)
+        self.objective = make_objective(config, Place(model=self.model, limits=self._limits))
         dtype = str(self.model.dtype).removeprefix("torch.")
         specs = [TensorSpec(name, shape, dtype) for name, shape in self.model.exported_shapes()]
         self._sync_plan = plan_buckets(specs, config.sync.bucket_mb * 2**20)
-        self._limits = Limits.of(self.config)
         from rlxf.models.megatron.optimizer import TrainableModel
 
         self.trainable = TrainableModel(self.model, self.config)
 
-    def update(self, batch: ReferencedPairs, step: int) -> Metrics:
-        """Train on the step's pairs: ``ppo_epochs`` passes, one optimizer step per mini-batch.
+    def update(self, batch: Batch, step: int) -> Metrics:
+        """Train on the step's batch: ``ppo_epochs`` passes, one optimizer step per mini-batch.
 
         Args:
-            batch: at least one pair, the same on every rank.
+            batch: at least one item (a pair, an example), the same on every rank.
             step: the driver step; decides learning rate and shuffle.
 
         Returns:
-            Means over all pairs and passes, by the names of docs/metrics.md; ``grad_norm`` is the mean over optimizer
+            Means over all items and passes, by the names of docs/metrics.md; ``grad_norm`` is the mean over optimizer
             steps.
 
         Raises:
@@ -112,44 +98,40 @@ class Actor:
 
             seed_dropout(self._seed, step)
         learning_rate = self.schedule(step)
-        sums = torch.zeros(len(_MEANS), dtype=torch.float64)
+        objective = self.objective
+        sums = torch.zeros(len(objective.sums), dtype=torch.float64)
+        maxima = torch.full((len(objective.maxima),), -torch.inf, dtype=torch.float64)
         norms: list[float] = []
-        count = 0
-        drift: Metrics = {}
         for epoch in range(self.config.ppo_epochs):
             key = (self._seed, step, epoch) if self.config.shuffle_minibatch else None
-            for rows in mini_batches(
-                len(batch), self.config.ppo_mini_batch_size * self.layout.dp_size, shuffle_key=key
-            ):
-                report = self._accumulate(batch, rows, step, fresh=not norms)
-                drift = drift or _drift(report)
-                sums += report[: len(_MEANS)]
+            size = self.config.ppo_mini_batch_size * self.layout.dp_size
+            for rows in mini_batches(len(batch), size, shuffle_key=key):
+                # Before the first optimizer step the weights are those that the batch was sampled from.
+                found, largest = self._accumulate(objective.mini_batch(batch, rows, fresh=not norms), rows, step)
+                sums += found
+                maxima = torch.maximum(maxima, largest)
                 norms.append(self._step(learning_rate, step))
-                count += len(rows)
-        means = dict(zip(_MEANS, (sums / count).tolist(), strict=True))
-        return {
-            **means,
-            **drift,
-            "grad_norm": sum(norms) / len(norms),
-            "learning_rate": learning_rate,
-            "beta": self.config.dpo_beta,
-        }
+        metrics = objective.metrics(sums, maxima)
+        return {**metrics, "grad_norm": sum(norms) / len(norms), "learning_rate": learning_rate}
 
-    def _accumulate(self, batch: ReferencedPairs, rows: Tensor, step: int, *, fresh: bool) -> Tensor:
-        """Gradients of one mini-batch; [_REPORT_SIZE] float64 report of its pairs, on all ranks.
+    def evaluate(self, batch: Batch) -> Metrics:
+        """What ``update`` would report of the batch, without training on it; the mean over its items."""
+        return self.objective.evaluate(batch)
 
-        ``fresh``: the weights are still those that the pairs were sampled from.
-        """
-        batches = self._micro_batches(batch, rows, fresh=fresh)
-        reports = self.trainable.accumulate(self._forward, batches, _REPORT_SIZE)
-        sums = reduce_over_data_parallel(reports[:, :-1].sum(dim=0), self.layout)
-        largest = reduce_over_data_parallel(reports[:, -1].amax(dim=0, keepdim=True), self.layout, ReduceOp.MAX)
-        if not math.isfinite(float(sums[0])):
+    def _accumulate(self, mini_batch: MiniBatch, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Gradients of one mini-batch; sums and maxima (float64) of its report, on all ranks."""
+        batches = self._micro_batches(mini_batch)
+        num_sums, size = len(self.objective.sums), len(self.objective.sums) + len(self.objective.maxima)
+        reports = self.trainable.accumulate(_forward, batches, size)
+        sums = reduce_over_data_parallel(reports[:, :num_sums].sum(dim=0), self.layout)
+        largest = reduce_over_data_parallel(reports[:, num_sums:].amax(dim=0), self.layout, ReduceOp.MAX)
+        loss = float(sums[1])
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"step {step + 1}: the loss is {float(sums[0])} on pairs {rows.tolist()[:8]} of the step; no parameter "
-                "was changed. Lower actor_rollout.lr, or look at the step's pairs in rollouts.jsonl (log.rollouts=true)"
+                f"step {step + 1}: the loss is {loss} on rows {rows.tolist()[:8]} of the step; no parameter was "
+                "changed. Lower actor_rollout.lr, or look at the step's pairs in rollouts.jsonl (log.rollouts=true)"
             )
-        return torch.cat([sums, largest])
+        return sums, largest
 
     def _step(self, learning_rate: float, step: int) -> float:
         try:
@@ -157,65 +139,17 @@ class Actor:
         except TrainingError as error:
             raise TrainingError(f"step {step + 1}: {error}. Lower actor_rollout.lr") from error
 
-    def _micro_batches(self, batch: ReferencedPairs, rows: Tensor, *, fresh: bool) -> list[MicroBatch]:
+    def _micro_batches(self, mini_batch: MiniBatch) -> list[MicroBatch]:
         """This rank's share of a mini-batch; at least one, so that every rank makes the collective calls."""
         from rlxf.models.megatron.passes import fill_up
 
-        pairs = batch.pairs.select(rows)
-        both = Sequences.concat([pairs.chosen, pairs.rejected])
-        units = pair_units(len(rows))
-        layout = self.layout
-        mine = my_batches(both, units, self._limits, dp_rank=layout.dp_rank, dp_size=layout.dp_size)
-        found = [self._micro_batch(batch, rows[part], fresh=fresh, counted=True) for part in map(torch.tensor, mine)]
-        filler = self._micro_batch(batch, rows[:1], fresh=False, counted=False)
-        return fill_up(found or [filler], layout, filler)
-
-    def _micro_batch(self, batch: ReferencedPairs, rows: Tensor, *, fresh: bool, counted: bool) -> MicroBatch:
-        from rlxf.models.megatron.packing import pack_for_logps
-
-        online = batch.pairs if fresh and isinstance(batch.pairs, OnlinePairs) else None
-        pairs = batch.pairs.select(rows)
-        sequences = Sequences.concat([pairs.chosen, pairs.rejected])
-        limits = self._limits
-        return MicroBatch(
-            packed=pack_for_logps(sequences, self.layout, share_prompts=limits.share_prompts, num_tokens=limits.length),
-            completion_lengths=sequences.completion_lengths,
-            reference=batch.reference.select(rows),
-            engine=None if online is None else online.engine_logps(rows),
-            counted=counted,
+        layout, limits = self.layout, self._limits
+        mine = my_batches(
+            mini_batch.sequences, mini_batch.units, limits, dp_rank=layout.dp_rank, dp_size=layout.dp_size
         )
-
-    def _forward(self, iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-        micro = next(iterator)
-        return chunk(micro.packed), partial(self._loss_of, micro)
-
-    def _loss_of(self, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss summed over the pairs, their number, and the [_REPORT_SIZE] float64 report on the CPU."""
-        token_logps = self.model.logps(hidden, micro.packed)
-        sums = sum_rows(token_logps, micro.completion_lengths)  # [2n]
-        summed = PairLogps(chosen=sums.chunk(2)[0], rejected=sums.chunk(2)[1])
-        device = sums.device
-        reference = PairLogps(chosen=micro.reference.chosen.to(device), rejected=micro.reference.rejected.to(device))
-        actor_side, reference_side = self._reduced(summed, micro), self._reduced(reference, micro)
-        losses = self._loss(
-            actor_side,
-            reference_side,
-            beta=self.config.dpo_beta,
-            label_smoothing=self.config.dpo_label_smoothing,
-        )  # [n]
-        means = _report(losses, summed, reference, self.config.dpo_beta)
-        report = torch.cat([means, _difference(token_logps.detach(), micro.engine)])
-        share = 1.0 if micro.counted else 0.0
-        # Every context-parallel rank has all losses: one of them counts the pairs.
-        counts = micro.counted and self.layout.cp_rank == 0
-        count = torch.tensor(len(losses) if counts else 0, dtype=torch.int, device=device)
-        return losses.sum() * share, count, report * share
-
-    def _reduced(self, logps: PairLogps, micro: MicroBatch) -> PairLogps:
-        if self._reduction == "sum":
-            return logps
-        chosen, rejected = micro.completion_lengths.to(logps.chosen.device).chunk(2)
-        return PairLogps(chosen=logps.chosen / chosen, rejected=logps.rejected / rejected)
+        found = [mini_batch.micro_batch(torch.tensor(part), True) for part in mine]
+        filler = mini_batch.micro_batch(torch.tensor([0]), False)
+        return fill_up(found or [filler], layout, filler)
 
     def token_logps(self, sequences: Sequences) -> Tensor:
         """[sum completion tokens] float32 log-probabilities of every completion token, without gradient."""
@@ -271,9 +205,9 @@ class Actor:
         names = [name for name, _ in self.model.exported_shapes()]
         tensors = self.model.export(names)
         if dist.get_rank() == 0:
-            dtype = str(self.model.dtype).removeprefix("torch.")
             extra = self._save_adapter if self.config.lora_r else None
-            save_hf_folder(folder, tensors, like=self.model.folder, dtype=dtype, extra=extra)
+            changes = self.model.config_changes()
+            save_hf_folder(folder, tensors, like=self.model.folder, changes=changes, extra=extra)
         else:
             for _ in tensors:
                 continue
@@ -323,39 +257,6 @@ class Actor:
         load(folder, self.trainable)
 
 
-def _report(losses: Tensor, actor: PairLogps, reference: PairLogps, beta: float) -> Tensor:
-    """[len(_MEANS)] float64 sums over the pairs; log-probs summed over the completion, whatever the loss reads."""
-    chosen = beta * (actor.chosen - reference.chosen)  # [n] implicit rewards
-    rejected = beta * (actor.rejected - reference.rejected)
-    both = torch.cat([actor.chosen - reference.chosen, actor.rejected - reference.rejected])
-    entropy = -torch.cat([actor.chosen, actor.rejected])
-    columns = (
-        losses,
-        chosen,
-        rejected,
-        chosen - rejected,
-        (chosen > rejected).float(),
-        actor.chosen,
-        actor.rejected,
-        both.view(2, -1).mean(dim=0),
-        entropy.view(2, -1).mean(dim=0),
-    )
-    return torch.stack([column.detach().double().sum() for column in columns]).cpu()
-
-
-def _difference(own: Tensor, engine: Tensor | None) -> Tensor:
-    """[3] float64: sum, number and largest of |own - engine|, where the engine gave log-probs."""
-    if engine is None:
-        return torch.zeros(3, dtype=torch.float64)
-    difference = (own.cpu().double() - engine).abs()
-    difference = difference[difference.isfinite()]
-    largest = difference.max() if len(difference) else torch.tensor(0.0, dtype=torch.float64)
-    return torch.stack([difference.sum(), torch.tensor(float(len(difference)), dtype=torch.float64), largest])
-
-
-def _drift(report: Tensor) -> Metrics:
-    """How far the engine's log-probs are from the trainer's, over the pairs of the step's first optimizer step."""
-    total, count, largest = report[-3:].tolist()
-    if not count:
-        return {}
-    return {"rollout/logp_diff_mean": total / count, "rollout/logp_diff_max": largest}
+def _forward(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    micro = next(iterator)
+    return chunk(micro.packed), micro.loss

@@ -1,62 +1,297 @@
-"""Preference losses: pure functions of log-probabilities.
+"""Preference losses: pure functions of log-probabilities. The offline and the online stage call the same ones.
 
-Each takes the log-probabilities of ``N`` pairs under the actor and under the frozen reference, and gives ``[N]``
-float32 losses, not reduced: only the caller knows how many pairs all ranks hold. Gradients flow through ``actor`` only.
+Each takes ``Terms`` of ``N`` pairs and gives ``[N]`` float32 losses, not reduced: only the caller knows how many pairs
+all ranks hold. Gradients flow through ``actor`` only. Notation, as in docs/losses.md: ``beta`` is b, the log-ratios of
+chosen and rejected are ``r_c`` and ``r_r``, their margin is ``d = r_c - r_r``, and ``s`` is the logistic function.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlxf.types import PairLogps
 
-
-def log_ratio_difference(actor: PairLogps, reference: PairLogps) -> Tensor:
-    """[N] how much more the actor prefers chosen over rejected than the reference does, in nats."""
-    return (actor.chosen - actor.rejected) - (reference.chosen - reference.rejected)
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+_MAX_EXPONENT = 80.0  # e**80 is a float32; a ratio beyond it has a flat score instead of an infinite one
 
 
-def sigmoid_dpo_loss(actor: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Sigmoid DPO loss (Rafailov et al. 2023, eq. 7), with label smoothing as in cDPO (Mitchell 2023).
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossSettings:
+    """The numbers that losses read."""
 
-    Args:
-        actor: log-probabilities under the model being trained.
-        reference: the same under the frozen reference; carries no gradient.
-        beta: pull towards the reference, > 0.
-        label_smoothing: assumed share of pairs whose labels are swapped, in [0, 0.5).
-    """
-    logits = beta * log_ratio_difference(actor, reference)  # [N]
-    if label_smoothing == 0.0:
+    beta: float = 0.1  # pull towards the reference, > 0
+    label_smoothing: float = 0.0  # assumed share of pairs whose labels are swapped, in [0, 0.5)
+    divergence: Divergence = "reverse_kl"
+    alpha: float = 0.5  # of the alpha divergence
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """What every loss reads of ``N`` pairs."""
+
+    actor: PairLogps  # summed over the completion, with gradient
+    reference: PairLogps  # the same under the reference; zeros if the loss needs none
+    chosen_lengths: Tensor  # [N] float32 completion tokens
+    rejected_lengths: Tensor  # [N] float32
+    mean_chosen_length: float  # completion tokens of a chosen side, mean over the whole mini-batch
+    settings: LossSettings
+    average: bool = False  # scores are divided by the completion's length
+
+    @property
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """[N] log-ratios of actor and reference: of chosen, of rejected."""
+        return self.actor.chosen - self.reference.chosen, self.actor.rejected - self.reference.rejected
+
+    @property
+    def averages(self) -> tuple[Tensor, Tensor]:
+        """[N] the actor's log-probability per token: of chosen, of rejected."""
+        return self.actor.chosen / self.chosen_lengths, self.actor.rejected / self.rejected_lengths
+
+    @property
+    def margin(self) -> Tensor:
+        """[N] difference of the two scores: the f-divergence's derivative at each ratio (f-DPO, Wang et al. 2024)."""
+        chosen, rejected = (_score(ratio, self.settings) for ratio in self.ratios)
+        if self.average:
+            return chosen / self.chosen_lengths - rejected / self.rejected_lengths
+        return chosen - rejected
+
+
+def _score(ratio: Tensor, settings: LossSettings) -> Tensor:
+    """``f'(t)`` at the ratio ``t = exp(ratio)``; the log-ratio itself for the reverse KL, which is plain DPO."""
+    if settings.divergence == "forward_kl":
+        return 1 - torch.exp((-ratio).clamp(max=_MAX_EXPONENT))
+    if settings.divergence == "js_divergence":
+        return math.log(2.0) + F.logsigmoid(ratio)
+    power = settings.alpha - 1.0
+    if settings.divergence == "reverse_kl" or abs(power) < 1e-6:  # the limit of the alpha divergence at 1
+        return ratio
+    return torch.expm1((power * ratio).clamp(max=_MAX_EXPONENT)) / power
+
+
+def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy of the preference's logit against a label that is right with ``1 - smoothing``."""
+    if smoothing == 0.0:
         return -F.logsigmoid(logits)
-    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    return -(1 - smoothing) * F.logsigmoid(logits) - smoothing * F.logsigmoid(-logits)
 
 
-def hinge_loss(actor: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Hinge loss on the implicit reward margin (SLiC, Zhao et al. 2023, as in RSO, Liu et al. 2024, eq. 10)."""
-    return F.relu(1 - beta * log_ratio_difference(actor, reference))
+def sigmoid_loss(terms: Terms) -> Tensor:
+    """``-log s(b d)`` (DPO, Rafailov et al. 2023, eq. 7), with label smoothing as in cDPO (Mitchell 2023)."""
+    return _smoothed(terms.settings.beta * terms.margin, terms.settings.label_smoothing)
 
 
-def ipo_loss(actor: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """IPO loss (Azar et al. 2024, eq. 17): a squared distance to the margin 1 / (2 beta); beta is the paper's tau."""
-    return (log_ratio_difference(actor, reference) - 1 / (2 * beta)).square()
+def sigmoid_norm_loss(terms: Terms) -> Tensor:
+    """The sigmoid loss of scores per token (length-normalised DPO, Lambert et al. 2024, Tulu 3)."""
+    return -F.logsigmoid(terms.settings.beta * replace(terms, average=True).margin)
 
 
-class PairLoss(Protocol):
-    """What every entry of ``LOSSES`` is."""
-
-    def __call__(
-        self, actor: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0
-    ) -> Tensor: ...
+def hinge_loss(terms: Terms) -> Tensor:
+    """``max(0, 1 - b d)`` (SLiC, Zhao et al. 2023, as in RSO, Liu et al. 2024, eq. 10)."""
+    return F.relu(1 - terms.settings.beta * terms.margin)
 
 
-LOSSES: dict[str, PairLoss] = {"sigmoid": sigmoid_dpo_loss, "hinge": hinge_loss, "ipo": ipo_loss}
+def ipo_loss(terms: Terms) -> Tensor:
+    """``(d - 1 / (2 b))**2`` (IPO, Azar et al. 2024, eq. 17); b is the paper's tau."""
+    return (terms.margin - 1 / (2 * terms.settings.beta)).square()
 
 
-def reduction_of(name: str, *, loss_type: str, offline: bool) -> str:
-    """``sum`` or ``mean`` over the completion's tokens; ``auto`` is mean for offline IPO, else sum, as in TRL."""
-    if name != "auto":
-        return name
-    return "mean" if loss_type == "ipo" and offline else "sum"
+def robust_loss(terms: Terms) -> Tensor:
+    """The sigmoid loss without the bias of swapped labels (robust DPO, Chowdhury et al. 2024, eq. 3)."""
+    logits, rate = terms.settings.beta * terms.margin, terms.settings.label_smoothing
+    return (-(1 - rate) * F.logsigmoid(logits) + rate * F.logsigmoid(-logits)) / (1 - 2 * rate)
+
+
+def exo_pair_loss(terms: Terms) -> Tensor:
+    """KL from the policy's preference to the smoothed label (EXO, Ji et al. 2024, eq. 16); needs smoothing > 0."""
+    logits, rate = terms.settings.beta * terms.margin, terms.settings.label_smoothing
+    right = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-rate))
+    return right + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(rate))
+
+
+def nca_pair_loss(terms: Terms) -> Tensor:
+    """``-log s(b r_c) - log s(-b r_c) / 2 - log s(-b r_r) / 2`` (NCA, Chen et al. 2024)."""
+    chosen, rejected = (terms.settings.beta * ratio for ratio in terms.ratios)
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def bco_pair_loss(terms: Terms) -> Tensor:
+    """``-log s(b r_c) - log s(-b r_r)``: a binary classifier's loss (BCO, Jung et al. 2024), without reward shift."""
+    chosen, rejected = (terms.settings.beta * ratio for ratio in terms.ratios)
+    return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
+
+
+def sppo_hard_loss(terms: Terms) -> Tensor:
+    """``(r_c - 1 / (2 b))**2 + (r_r + 1 / (2 b))**2`` (SPPO, Wu et al. 2024, eq. 4.7 with hard preferences)."""
+    chosen, rejected = terms.ratios
+    target = 0.5 / terms.settings.beta
+    return (chosen - target).square() + (rejected + target).square()
+
+
+def apo_zero_loss(terms: Terms) -> Tensor:
+    """``1 - s(b r_c) + s(b r_r)``: chosen up, rejected down (APO-zero, D'Oosterlinck et al. 2024, eq. 7)."""
+    chosen, rejected = terms.ratios
+    return torch.sigmoid(-terms.settings.beta * chosen) + torch.sigmoid(terms.settings.beta * rejected)
+
+
+def apo_down_loss(terms: Terms) -> Tensor:
+    """``s(b r_c) + 1 - s(b (r_c - r_r))``: both down, rejected more (APO-down, D'Oosterlinck et al. 2024, eq. 8)."""
+    chosen, rejected = terms.ratios
+    return torch.sigmoid(terms.settings.beta * chosen) + torch.sigmoid(-terms.settings.beta * (chosen - rejected))
+
+
+def discopop_loss(terms: Terms) -> Tensor:
+    """A blend of logistic and exponential loss by the margin itself (DiscoPOP, Lu et al. 2024, eq. 5)."""
+    logits = terms.settings.beta * terms.margin
+    share = torch.sigmoid(logits / terms.settings.discopop_tau)
+    return -F.logsigmoid(logits) * (1 - share) + torch.exp(-logits) * share
+
+
+def aot_loss(terms: Terms) -> Tensor:
+    """The sigmoid loss between the sorted margins of actor and reference (AOT paired, Melnyk et al. 2024)."""
+    margins = (terms.actor.chosen - terms.actor.rejected).sort().values
+    return _smoothed(
+        terms.settings.beta * (margins - (terms.reference.chosen - terms.reference.rejected).sort().values),
+        terms.settings.label_smoothing,
+    )
+
+
+def aot_unpaired_loss(terms: Terms) -> Tensor:
+    """The sigmoid loss between the sorted log-ratios of all chosen and all rejected (AOT unpaired)."""
+    chosen, rejected = terms.ratios
+    margins = chosen.sort().values - rejected.sort().values
+    return _smoothed(terms.settings.beta * margins, terms.settings.label_smoothing)
+
+
+def kto_pair_loss(terms: Terms) -> Tensor:
+    """Each side against the other side's mean log-ratio (KTO, Ethayarajh et al. 2024, eq. 8, both weights 1).
+
+    The mean stands for the paper's ``z_0``: at least 0, and without gradient. The loss is the mean of both sides.
+    """
+    beta = terms.settings.beta
+    chosen, rejected = terms.ratios
+    chosen_kl, rejected_kl = (ratio.detach().mean().clamp(min=0) for ratio in (chosen, rejected))
+    desirable = torch.sigmoid(-beta * (chosen - rejected_kl))
+    undesirable = torch.sigmoid(-beta * (chosen_kl - rejected))
+    return (desirable + undesirable) / 2
+
+
+def simpo_loss(terms: Terms) -> Tensor:
+    """``-log s(b (a_c - a_r) - gamma)`` of log-probabilities per token (SimPO, Meng et al. 2024, eq. 6)."""
+    chosen, rejected = terms.averages
+    settings = terms.settings
+    return _smoothed(settings.beta * (chosen - rejected) - settings.simpo_gamma, settings.label_smoothing)
+
+
+def orpo_loss(terms: Terms) -> Tensor:
+    """``-a_c - b log s(log odds_c - log odds_r)`` per token (ORPO, Hong et al. 2024, eq. 6 and 7); b is lambda."""
+    chosen, rejected = terms.averages
+    return -chosen - terms.settings.beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+
+
+def _log_odds(average: Tensor) -> Tensor:
+    """``log(p / (1 - p))`` of the probability per token; p is kept off 1, where the odds are infinite."""
+    return average - torch.log(-torch.expm1(average.clamp(max=-1e-6)))
+
+
+def sft_loss(terms: Terms) -> Tensor:
+    """Negative log-likelihood of the chosen side; its mean over the mini-batch is the mean over chosen tokens."""
+    return -terms.actor.chosen / terms.mean_chosen_length
+
+
+PairLoss = Callable[[Terms], Tensor]
+
+LOSSES: dict[str, PairLoss] = {
+    "sigmoid": sigmoid_loss,
+    "hinge": hinge_loss,
+    "ipo": ipo_loss,
+    "kto_pair": kto_pair_loss,
+    "robust": robust_loss,
+    "exo_pair": exo_pair_loss,
+    "nca_pair": nca_pair_loss,
+    "bco_pair": bco_pair_loss,
+    "sppo_hard": sppo_hard_loss,
+    "aot": aot_loss,
+    "aot_unpaired": aot_unpaired_loss,
+    "apo_zero": apo_zero_loss,
+    "apo_down": apo_down_loss,
+    "discopop": discopop_loss,
+    "sigmoid_norm": sigmoid_norm_loss,
+    "simpo": simpo_loss,
+    "orpo": orpo_loss,
+    "sft": sft_loss,
+}
+# A pair's loss depends on the other pairs of its mini-batch, so that no part of it can be computed alone.
+OF_WHOLE_BATCH = frozenset({"aot", "aot_unpaired", "kto_pair"})
+# Where a completion's length belongs to the loss, or a score per token has no meaning.
+_OWN_REDUCTION = frozenset({"sigmoid_norm", "simpo", "orpo", "sft", "aot", "aot_unpaired", "kto_pair"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightedLoss:
+    """A weighted sum of losses, plus ``pref_ftx`` times the mean negative log-likelihood of each chosen token."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    settings: LossSettings
+    reduction: Literal["auto", "sum", "mean"] = "auto"  # of scores over a completion's tokens
+    offline: bool = False  # auto: IPO divides by the length offline and does not online, as in TRL
+    pref_ftx: float = 0.0
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        return not OF_WHOLE_BATCH.isdisjoint(self.names)
+
+    def __call__(self, actor: PairLogps, reference: PairLogps, lengths: Tensor, mean_chosen_length: float) -> Tensor:
+        """[N] float32 losses; ``lengths`` [2N]: completion tokens, chosen then rejected.
+
+        Args:
+            actor: log-probabilities under the model being trained, summed over the completion.
+            reference: the same under the reference.
+            lengths: completion tokens.
+            mean_chosen_length: mean over the chosen sides of the whole mini-batch.
+        """
+        chosen, rejected = lengths.to(actor.chosen).chunk(2)
+        terms = Terms(
+            actor=actor,
+            reference=reference,
+            chosen_lengths=chosen,
+            rejected_lengths=rejected,
+            mean_chosen_length=mean_chosen_length,
+            settings=self.settings,
+        )
+        total = torch.zeros_like(actor.chosen)
+        for name, weight in zip(self.names, self.weights, strict=True):
+            total = total + weight * LOSSES[name](replace(terms, average=self._averages(name)))
+        if self.pref_ftx:
+            total = total - self.pref_ftx * terms.averages[0]
+        return total
+
+    def _averages(self, name: str) -> bool:
+        if self.reduction != "auto":
+            return self.reduction == "mean" and name not in _OWN_REDUCTION
+        return name == "ipo" and self.offline
+
+
+def gradients(loss: Callable[[PairLogps], Tensor], actor: PairLogps) -> tuple[Tensor, PairLogps]:
+    """[N] losses, and the gradient of their sum with respect to each log-probability.
+
+    What a loss over a whole mini-batch needs of it: ``sum(gradient * logps)`` of any part has that part's gradient.
+    """
+    with torch.enable_grad():
+        leaf = PairLogps(
+            chosen=actor.chosen.detach().requires_grad_(), rejected=actor.rejected.detach().requires_grad_()
+        )
+        losses = loss(leaf)
+        slopes: Sequence[Tensor] = torch.autograd.grad(
+            losses.sum(), [leaf.chosen, leaf.rejected], materialize_grads=True
+        )
+    return losses.detach(), PairLogps(chosen=slopes[0], rejected=slopes[1])

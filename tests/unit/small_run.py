@@ -16,7 +16,7 @@ from rlxf.config.schema import RunConfig
 from rlxf.evaluate import no_evaluation
 from rlxf.pair.strategies import PairingResult
 from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_seed
-from rlxf.run import Evaluate, Online, PairSource, Run, State
+from rlxf.run import Evaluate, FileSource, Online, Run, State
 from rlxf.stop import Stop
 from rlxf.sync.push import SyncReport
 from rlxf.types import (
@@ -30,8 +30,9 @@ from rlxf.types import (
     Sequences,
     Tokens,
 )
-from rlxf.update.losses import LOSSES
+from rlxf.update.losses import LossSettings, WeightedLoss
 
+LOSS = WeightedLoss(names=("sigmoid",), weights=(1.0,), settings=LossSettings(beta=1.0))
 VOCAB, EOS, LIKED = 6, 1, 3
 Trace = list[str]
 
@@ -112,7 +113,8 @@ class SmallActor(Bigram):
         self._trace.append("update")
         self.during_update()
         self.num_pairs += len(batch)
-        losses = LOSSES["sigmoid"](self.logps(batch.pairs), batch.reference, beta=1.0, label_smoothing=0.0)
+        lengths = torch.ones(2 * len(batch))
+        losses = LOSS(self.logps(batch.pairs), batch.reference, lengths, 1.0)
         (gradient,) = torch.autograd.grad(losses.mean(), self.logits)
         with torch.no_grad():
             self.logits -= self._config.lr * gradient
@@ -306,7 +308,7 @@ def small_run(
     config: RunConfig,
     *,
     scorer: Any = None,
-    offline: PairSource | None = None,
+    offline: FileSource | None = None,
     evaluate: Evaluate = no_evaluation,
     deliver: Callable[[int], bool] = lambda version: True,
     state: State | None = None,

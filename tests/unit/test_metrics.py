@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlxf.metrics import JsonlSink, TensorBoardSink, pair_metrics, pair_tokens, read_jsonl, rollout_metrics, version_lag
+from rlxf.metrics import JsonlSink, TensorBoardSink, num_tokens, pair_metrics, read_jsonl, rollout_metrics, version_lag
 from rlxf.pair.strategies import make_pairs
 from rlxf.score.penalty import with_scores
 from rlxf.types import OnlinePairs, PromptBatch, Rollouts, ScoredRollouts, Sequences, Tokens
@@ -79,7 +79,7 @@ def test_pair_metrics_tell_ties_from_other_drops() -> None:
 
 def test_both_sides_of_a_pair_count_their_prompt() -> None:
     pairs = make_pairs(scored([1.0, 4.0], [[1, EOS], [1, 1, EOS]]), min_score_margin=0.0).pairs
-    assert pair_tokens(pairs) == (1 + 2) + (1 + 3)
+    assert num_tokens(pairs) == (1 + 2) + (1 + 3)
 
 
 def test_lag_is_the_mean_over_pairs_and_offline_has_none() -> None:

@@ -87,8 +87,8 @@ def rope_frequencies(hf_config: Any) -> Tensor:
     return inverse
 
 
-def check_head(hf_config: Any, weights: HfWeights, folder: str, *, reward: bool) -> None:
-    """Refuse a folder whose head is not the role's.
+def check_head(hf_config: Any, weights: HfWeights, folder: str, *, reward: bool, new_head: bool = False) -> None:
+    """Refuse a folder whose head is not the role's. ``new_head``: a reward model may begin as a language model.
 
     Raises:
         ModelError: a reward model where a language model is expected, the other way round, or several labels.
@@ -97,6 +97,8 @@ def check_head(hf_config: Any, weights: HfWeights, folder: str, *, reward: bool)
     if not reward:
         if has_score:
             raise ModelError(f"{folder}: holds a reward model (score.weight); this role needs a causal language model")
+        return
+    if not has_score and new_head:
         return
     if not has_score:
         raise ModelError(

@@ -29,7 +29,10 @@ from rlxf.models.megatron.modules import PackedRotaryEmbedding, block_spec
 from rlxf.models.megatron.packing import Packed
 from rlxf.models.megatron.parallel import Layout
 from rlxf.models.megatron.weights import Entry, Geometry, entries, load_entries, to_full
+from rlxf.models.tokenizer import padding_id
 from rlxf.platform.base import Platform
+
+SCORE = "score.weight"  # a reward model's head
 
 
 class HiddenStates(GPTModel):  # type: ignore[misc]
@@ -63,6 +66,7 @@ class MegatronModel:
         layout: this rank's place.
         dtype: of the parameters.
         reward: a ``*ForSequenceClassification`` with one label instead of a causal LM.
+        new_head: seed of a reward head that a causal LM gets here; None: the folder must have one.
         recompute: activations that a backward pass computes again: ``none``, ``selective`` (attention), ``full``.
         trust_remote_code: let the folder's own code build its config.
 
@@ -78,6 +82,7 @@ class MegatronModel:
         layout: Layout,
         dtype: torch.dtype,
         reward: bool = False,
+        new_head: int | None = None,
         recompute: str = "none",
         trust_remote_code: bool = False,
     ) -> None:
@@ -89,7 +94,8 @@ class MegatronModel:
         self.hf_config = load_hf_config(folder, trust_remote_code=trust_remote_code)
         self.family = family_of(self.hf_config, folder)
         self.weights = HfWeights(folder)
-        check_head(self.hf_config, self.weights, folder, reward=reward)
+        check_head(self.hf_config, self.weights, folder, reward=reward, new_head=new_head is not None)
+        self._new_head = None if new_head is None or SCORE in self.weights else _random_head(self.hf_config, new_head)
         self.tied = bool(self.hf_config.tie_word_embeddings) and not reward
         self.config = transformer_config(self.hf_config, self.family, layout, dtype=dtype, recompute=recompute)
         self.adapter_ranks: dict[str, int] = {}  # Hugging Face name of a linear with a LoRA adapter -> its rank
@@ -124,13 +130,31 @@ class MegatronModel:
                 load_entries(
                     self.entries_of(chunk),
                     dict(gpt.named_parameters()),
-                    self.weights.read,
+                    self._read,
                     self.geometry,
                     tp_rank=self.layout.tp_rank,
                     tp_size=self.layout.tp_size,
                 )
             except ValueError as error:
                 raise ModelError(f"{self.folder}: {error}") from error
+
+    def _read(self, name: str) -> Tensor:
+        return self._new_head if name == SCORE and self._new_head is not None else self.weights.read(name)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The full shape of a tensor that ``export`` can give."""
+        return tuple(self._new_head.shape) if name == SCORE and self._new_head is not None else self.weights.shape(name)
+
+    def config_changes(self) -> dict[str, Any]:
+        """What ``config.json`` of a saved model says other than that of ``folder``."""
+        changes: dict[str, Any] = {"dtype": str(self.dtype).removeprefix("torch.")}
+        if self._new_head is not None:
+            kind = type(self.hf_config).__name__.removesuffix("Config")
+            changes |= {"architectures": [f"{kind}ForSequenceClassification"], "num_labels": 1}
+            changes |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+            # transformers reads the score of a padded row at the last token that is not this one.
+            changes |= {"pad_token_id": self.hf_config.pad_token_id or padding_id(self.folder)}
+        return changes
 
     @property
     def padded_vocab_size(self) -> int:
@@ -231,7 +255,7 @@ class MegatronModel:
         """Hugging Face name and full shape of every tensor that ``export`` can give."""
         for piece in self._exported():
             for name in piece.entry.hf_names:
-                yield name, self.weights.shape(name)
+                yield name, self.shape_of(name)
 
     @torch.no_grad()
     def export(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -242,7 +266,7 @@ class MegatronModel:
         """
         wanted = set(names)
         pieces = (piece for piece in self._exported() if wanted.intersection(piece.entry.hf_names))
-        yield from self.collect(pieces, self.weights.shape)
+        yield from self.collect(pieces, self.shape_of)
 
     def collect(
         self, pieces: Iterable[Piece], shape_of: Callable[[str], tuple[int, ...]]
@@ -285,6 +309,13 @@ class MegatronModel:
     def local_weight(self, piece: Piece) -> Tensor:
         """This rank's share of a parameter that its stage holds, LoRA merged."""
         return exported_parameter(self.chunks[piece.chunk], piece.entry.parameter)
+
+
+def _random_head(hf_config: Any, seed: int) -> Tensor:
+    """[1, H] as ``transformers`` initialises a linear layer, and the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    deviation: float = hf_config.initializer_range
+    return deviation * torch.randn(1, hf_config.hidden_size, generator=generator)
 
 
 def _gather_tensor_parallel(shard: Tensor, tp_size: int) -> list[Tensor]:

@@ -75,7 +75,7 @@ class Tolerance:
 
 FP32 = Tolerance(loss=1e-6, weights=2e-5, logps=2e-5)
 # Two units in the last place of a bf16 weight near 1; log-probs are sums over a hidden state of that precision.
-HALF = Tolerance(loss=1e-3, weights=8e-3, logps=5e-2)
+HALF = Tolerance(loss=2e-3, weights=8e-3, logps=5e-2)
 
 
 def assert_equal_runs(found: dict[str, Any], expected: dict[str, Any], tolerance: Tolerance) -> None:

@@ -62,6 +62,16 @@ def test_bf16_sums_in_fp32() -> None:
         assert float((found.float() - wanted).abs().max() / wanted.abs().max()) < 0.02
 
 
+def test_no_rows_give_a_gradient_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context-parallel rank may hold no completion token; memory that nothing wrote must not become a gradient."""
+    monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, torch.nan))
+    hidden = torch.zeros(0, HIDDEN, requires_grad=True)
+    weight = torch.randn(VOCABULARY, HIDDEN, requires_grad=True)
+    target_logps(hidden, weight, torch.zeros(0, dtype=torch.int64)).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.eq(0).all()
+
+
 def test_a_frozen_head_gets_no_gradient_tensor() -> None:
     hidden, weight, targets, grad = inputs()
     values = target_logps(hidden.requires_grad_(), weight, targets)

@@ -1,0 +1,48 @@
+"""Checks of the keys of the preference losses: what belongs together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlxf.config.problems import Problem, wrong
+from rlxf.config.schema import RunConfig
+
+_SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo")
+_DIVERGENCE = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm")
+_AVERAGED = ("sigmoid_norm", "simpo", "orpo", "sft")  # divided by the length as they are defined
+_TYPE = "actor_rollout.dpo_loss_type"
+
+
+def loss_problems(config: RunConfig) -> Iterator[Problem]:
+    """Every mistake in the loss keys that single values do not show."""
+    if config.training.stage not in ("ray_online_dpo", "dpo"):
+        return
+    actor = config.actor_rollout
+    names = actor.dpo_loss_type
+    if len(set(names)) < len(names):
+        yield wrong(_TYPE, list(names), "expected each loss once; give it a weight in dpo_loss_weights")
+    weights, key = actor.dpo_loss_weights, "actor_rollout.dpo_loss_weights"
+    if weights is not None and len(weights) != len(names):
+        yield wrong(key, list(weights), f"expected {len(names)} numbers, one for each of {', '.join(names)}", _TYPE)
+    elif weights is not None and not any(weights):
+        yield wrong(key, list(weights), "expected at least one weight above 0: nothing would be trained")
+    yield from _smoothing(config)
+    divergence = actor.f_divergence_type
+    if divergence != "reverse_kl" and (plain := [name for name in names if name not in _DIVERGENCE]):
+        expected = f"expected reverse_kl with {', '.join(plain)}: defined for {', '.join(_DIVERGENCE)}"
+        yield wrong("actor_rollout.f_divergence_type", divergence, expected, _TYPE)
+    if actor.dpo_logp_reduction == "sum" and (own := [name for name in names if name in _AVERAGED]):
+        expected = f"expected auto with {', '.join(own)}, which reads log-probabilities per token"
+        yield wrong("actor_rollout.dpo_logp_reduction", "sum", expected, _TYPE)
+
+
+def _smoothing(config: RunConfig) -> Iterator[Problem]:
+    actor, key = config.actor_rollout, "actor_rollout.dpo_label_smoothing"
+    names, smoothing = actor.dpo_loss_type, actor.dpo_label_smoothing
+    unread = [name for name in names if name not in _SMOOTHED]
+    if smoothing and len(unread) == len(names):
+        expected = f"expected 0 with dpo_loss_type={','.join(names)}: smoothing is defined for {', '.join(_SMOOTHED)}"
+        yield wrong(key, smoothing, expected, _TYPE)
+    if not smoothing and "exo_pair" in names:
+        expected = "expected more than 0 with dpo_loss_type=exo_pair, which takes its logarithm; the paper has 0.001"
+        yield wrong(key, smoothing, expected, _TYPE)

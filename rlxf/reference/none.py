@@ -1,0 +1,19 @@
+"""For losses that compare the policy with itself only, and for stages without preferences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlxf.types import PairLogps, Pairs, Sequences
+
+
+class NoReference:
+    """Zeros: no loss that reads them runs with it."""
+
+    def token_logps(self, sequences: Sequences) -> Tensor:
+        """[sum completion tokens] float32 zeros."""
+        return torch.zeros(int(sequences.completion_lengths.sum()))
+
+    def logps(self, pairs: Pairs) -> PairLogps:
+        return PairLogps(chosen=torch.zeros(len(pairs)), rejected=torch.zeros(len(pairs)))

@@ -1,0 +1,86 @@
+"""What one optimizer step minimises: the part of training that differs between preferences, examples and rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlxf.models.batching import Limits
+from rlxf.types import Metrics, Sequences
+
+if TYPE_CHECKING:
+    from rlxf.models.megatron.model import MegatronModel
+    from rlxf.models.megatron.packing import Packed
+
+Loss = tuple[Tensor, Tensor, Tensor]  # sum, number of items that it is a sum of, and the report on the CPU
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """One forward/backward: its tokens, and what becomes of the last stage's hidden states."""
+
+    packed: Packed
+    loss: Callable[[Tensor], Loss]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MiniBatch:
+    """The rows of one optimizer step, the same on every rank."""
+
+    sequences: Sequences
+    units: Sequence[Tensor]  # rows of ``sequences`` that share a forward pass: the two sides of a pair, or one example
+    # Units of one forward pass, and whether they count: False on a rank that has none of its own, and computes one only
+    # to take part in the collective calls.
+    micro_batch: Callable[[Tensor, bool], MicroBatch]
+
+
+B_contra = TypeVar("B_contra", contravariant=True)
+
+
+class Objective(Protocol[B_contra]):
+    """Sums and maxima over a mini-batch, whose gradient the actor accumulates; and the same without gradient."""
+
+    sums: tuple[str, ...]  # of a report; the first is the number of items
+    maxima: tuple[str, ...]  # behind them
+
+    def mini_batch(self, batch: B_contra, rows: Tensor, *, fresh: bool) -> MiniBatch:
+        """``rows`` ([n] int64) of a batch. ``fresh``: the weights are those that the batch was sampled from.
+
+        Every rank must make the call.
+        """
+        ...
+
+    def metrics(self, sums: Tensor, maxima: Tensor) -> Metrics:
+        """Means by the names of docs/metrics.md, from the sums of all ranks and optimizer steps (float64)."""
+        ...
+
+    def evaluate(self, batch: B_contra) -> Metrics:
+        """The same numbers without training. Every rank must make the call, and has the result."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """The model that an objective computes with, and how much of it at a time."""
+
+    model: MegatronModel
+    limits: Limits
+
+    def count(self, number: int, counted: bool) -> Tensor:
+        """What the schedule divides by: every context-parallel rank has all losses, and one of them counts them."""
+        layout = self.model.layout
+        counts = counted and layout.cp_rank == 0
+        return torch.tensor(number if counts else 0, dtype=torch.int, device=layout.device)
+
+
+def report(sums: Sequence[Tensor], maxima: Sequence[Tensor], counted: bool) -> Tensor:
+    """[len(sums) + len(maxima)] float64 on the CPU: ``sums`` are [n] or scalars. A filler adds 0 and is no maximum."""
+    found = [value.detach().double().sum().cpu() for value in sums]
+    largest = [value.detach().double().amax().cpu() for value in maxima]
+    if not counted:
+        return torch.tensor([0.0] * len(found) + [-torch.inf] * len(largest), dtype=torch.float64)
+    return torch.stack([*found, *largest])

@@ -1,0 +1,181 @@
+"""Training on preference pairs: the DPO family, online and offline."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlxf.config.schema import ActorConfig, RunConfig
+from rlxf.models.backend import pair_logps, sum_rows
+from rlxf.models.batching import pair_units
+from rlxf.types import Metrics, OnlinePairs, PairLogps, ReferencedPairs, Sequences
+from rlxf.update.losses import LossSettings, WeightedLoss, gradients
+from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, report
+
+if TYPE_CHECKING:
+    from rlxf.models.megatron.packing import Packed
+
+_MEANS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "objective/kl",
+    "objective/entropy",
+)
+
+
+def make_loss(config: RunConfig) -> WeightedLoss:
+    """The loss that a recipe describes."""
+    actor = config.actor_rollout
+    return WeightedLoss(
+        names=actor.dpo_loss_type,
+        weights=actor.loss_weights,
+        settings=LossSettings(
+            beta=actor.dpo_beta,
+            label_smoothing=actor.dpo_label_smoothing,
+            divergence=actor.f_divergence_type,
+            alpha=actor.f_alpha_divergence_coef,
+            discopop_tau=actor.discopop_tau,
+            simpo_gamma=actor.simpo_gamma,
+        ),
+        reduction=actor.dpo_logp_reduction,
+        offline=config.offline,
+        pref_ftx=actor.pref_ftx,
+    )
+
+
+class PreferenceObjective:
+    """A loss of each pair, from the log-probabilities of its two sides under actor and reference."""
+
+    sums: tuple[str, ...] = ("count", *_MEANS, "drift/sum", "drift/count")
+    maxima: tuple[str, ...] = ("drift/max",)
+
+    def __init__(self, config: RunConfig, place: Place) -> None:
+        self._config: ActorConfig = config.actor_rollout
+        self._has_reference = config.needs_reference
+        self._loss = make_loss(config)
+        self._place = place
+
+    def mini_batch(self, batch: ReferencedPairs, rows: Tensor, *, fresh: bool) -> MiniBatch:
+        picked = batch.select(rows)
+        sequences = Sequences.concat([picked.pairs.chosen, picked.pairs.rejected])
+        mean_length = float(picked.pairs.chosen.completion_lengths.double().mean())
+        known = self._whole(picked, mean_length) if self._loss.needs_whole_batch else None
+
+        def micro_batch(units: Tensor, counted: bool) -> MicroBatch:
+            part = picked.select(units)
+            pairs = part.pairs
+            engine = pairs.all_engine_logps() if fresh and isinstance(pairs, OnlinePairs) and counted else None
+            losses = partial(self._losses, part, mean_length)
+            if known is not None:
+                losses = partial(_with_gradients, known[0][units], known[1].select(units))
+            return self._micro_batch(part, losses, engine, counted)
+
+        return MiniBatch(sequences=sequences, units=pair_units(len(rows)), micro_batch=micro_batch)
+
+    def _micro_batch(
+        self, part: ReferencedPairs, losses: partial[Tensor], engine: Tensor | None, counted: bool
+    ) -> MicroBatch:
+        from rlxf.models.megatron.packing import pack_for_logps
+
+        place = self._place
+        sequences = Sequences.concat([part.pairs.chosen, part.pairs.rejected])
+        packed: Packed = pack_for_logps(
+            sequences, place.model.layout, share_prompts=place.limits.share_prompts, num_tokens=place.limits.length
+        )
+
+        def loss(hidden: Tensor) -> Loss:
+            token_logps = place.model.logps(hidden, packed)
+            sides = sum_rows(token_logps, sequences.completion_lengths).chunk(2)
+            actor = PairLogps(chosen=sides[0], rejected=sides[1])
+            values = losses(actor)  # [n]
+            difference = _difference(token_logps.detach(), engine)
+            columns = self._columns(part, values, actor)
+            found = report([*columns, difference, _ones(difference)], [_largest(difference)], counted)
+            share = 1.0 if counted else 0.0
+            return values.sum() * share, place.count(len(part), counted), found
+
+        return MicroBatch(packed=packed, loss=loss)
+
+    def _losses(self, part: ReferencedPairs, mean_length: float, actor: PairLogps) -> Tensor:
+        lengths = torch.cat([part.pairs.chosen.completion_lengths, part.pairs.rejected.completion_lengths])
+        reference = part.reference.to(actor.chosen.device)
+        return self._loss(actor, reference, lengths, mean_length)
+
+    def _whole(self, picked: ReferencedPairs, mean_length: float) -> tuple[Tensor, PairLogps]:
+        """Losses and gradients that need all pairs of the mini-batch: a pass without gradient comes first."""
+        actor = pair_logps(self._place.model, picked.pairs, self._place.limits)
+        return gradients(partial(self._losses, picked, mean_length), actor)
+
+    def _columns(self, part: ReferencedPairs, losses: Tensor, actor: PairLogps) -> list[Tensor]:
+        """[n] each: 1, and what ``_MEANS`` names; log-probs are summed over the completion, whatever the loss reads."""
+        reference = part.reference.to(actor.chosen.device)
+        chosen, rejected = actor.chosen - reference.chosen, actor.rejected - reference.rejected
+        kl = (chosen + rejected) / 2
+        if not self._has_reference:  # the implicit reward of reference-free losses is per token
+            chosen = actor.chosen / part.pairs.chosen.completion_lengths.to(actor.chosen)
+            rejected = actor.rejected / part.pairs.rejected.completion_lengths.to(actor.chosen)
+        beta = self._config.dpo_beta
+        return [
+            torch.ones_like(losses),
+            losses,
+            beta * chosen,
+            beta * rejected,
+            beta * (chosen - rejected),
+            (chosen > rejected).float(),
+            actor.chosen,
+            actor.rejected,
+            kl,
+            -(actor.chosen + actor.rejected) / 2,
+        ]
+
+    def metrics(self, sums: Tensor, maxima: Tensor) -> Metrics:
+        found = dict(zip(self.sums, sums.tolist(), strict=True))
+        means = {name: found[name] / found["count"] for name in _MEANS}
+        if not self._has_reference:
+            del means["objective/kl"]
+        drift: Metrics = {}
+        if found["drift/count"]:
+            drift["rollout/logp_diff_mean"] = found["drift/sum"] / found["drift/count"]
+            drift["rollout/logp_diff_max"] = float(maxima[0])
+        return {**means, **drift, "beta": self._config.dpo_beta}
+
+    def evaluate(self, batch: ReferencedPairs) -> Metrics:
+        actor = pair_logps(self._place.model, batch.pairs, self._place.limits)
+        mean_length = float(batch.pairs.chosen.completion_lengths.double().mean())
+        losses = self._losses(batch, mean_length, actor)
+        nothing = torch.zeros(0)
+        found = report([*self._columns(batch, losses, actor), nothing, nothing], [], counted=True)
+        metrics = self.metrics(found, torch.zeros(1))
+        del metrics["beta"]
+        return metrics
+
+
+def _with_gradients(losses: Tensor, slopes: PairLogps, actor: PairLogps) -> Tensor:
+    """[n] the known losses, with the known gradients."""
+    slopes = slopes.to(actor.chosen.device)
+    linear = slopes.chosen * actor.chosen + slopes.rejected * actor.rejected
+    return losses.to(linear) + linear - linear.detach()
+
+
+def _difference(own: Tensor, engine: Tensor | None) -> Tensor:
+    """[m] float64: |own - engine| of the tokens whose log-probs the engine gave."""
+    if engine is None:
+        return torch.zeros(0, dtype=torch.float64)
+    difference = (own.cpu().double() - engine).abs()
+    return difference[difference.isfinite()]
+
+
+def _ones(values: Tensor) -> Tensor:
+    return torch.ones_like(values)
+
+
+def _largest(values: Tensor) -> Tensor:
+    return values.max() if len(values) else torch.tensor(0.0, dtype=torch.float64)

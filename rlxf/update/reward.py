@@ -1,0 +1,82 @@
+"""Training a reward model on pairs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlxf.models.backend import pair_scores
+from rlxf.models.batching import pair_units
+from rlxf.types import Metrics, RewardPairs, Sequences
+from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, report
+
+_MEANS = ("loss", "accuracy", "margin", "mean_reward")
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, *, centering: float = 0.0) -> Tensor:
+    """[N] ``-log s(chosen - rejected - margin) + centering * (chosen + rejected)**2``.
+
+    Bradley-Terry with the margin of Llama 2 (Touvron et al. 2023, eq. 2) and the centring of Eisenstein et al. (2023).
+
+    Args:
+        chosen: [N] scores. rejected: [N] scores.
+        margin: [N] how much better chosen is said to be; 0 for plain Bradley-Terry.
+        centering: weight of the term that keeps the mean of scores near 0.
+    """
+    losses = -F.logsigmoid(chosen - rejected - margin)
+    return losses + centering * (chosen + rejected).square() if centering else losses
+
+
+class RewardObjective:
+    """The Bradley-Terry loss of each pair's two scores, read at the last token of each side."""
+
+    sums: tuple[str, ...] = ("count", *_MEANS)
+    maxima: tuple[str, ...] = ("max_reward", "-min_reward")
+
+    def __init__(self, centering: float, place: Place) -> None:
+        self._centering = centering
+        self._place = place
+
+    def mini_batch(self, batch: RewardPairs, rows: Tensor, *, fresh: bool) -> MiniBatch:
+        picked = batch.select(rows)
+
+        def micro_batch(units: Tensor, counted: bool) -> MicroBatch:
+            return self._micro_batch(picked.select(units), counted)
+
+        sequences = Sequences.concat([picked.chosen, picked.rejected])
+        return MiniBatch(sequences=sequences, units=pair_units(len(rows)), micro_batch=micro_batch)
+
+    def _micro_batch(self, part: RewardPairs, counted: bool) -> MicroBatch:
+        from rlxf.models.megatron.packing import pack_for_scores
+
+        place = self._place
+        packed = pack_for_scores(
+            Sequences.concat([part.chosen, part.rejected]),
+            place.model.layout,
+            share_prompts=place.limits.share_prompts,
+            num_tokens=place.limits.length,
+        )
+
+        def loss(hidden: Tensor) -> Loss:
+            chosen, rejected = place.model.scores(hidden, packed).chunk(2)
+            losses, found = self._report(part, chosen, rejected, counted)
+            return losses.sum() * (1.0 if counted else 0.0), place.count(len(part), counted), found
+
+        return MicroBatch(packed=packed, loss=loss)
+
+    def _report(self, part: RewardPairs, chosen: Tensor, rejected: Tensor, counted: bool) -> tuple[Tensor, Tensor]:
+        losses = bradley_terry_loss(chosen, rejected, part.margin.to(chosen.device), centering=self._centering)
+        means = [losses, (chosen > rejected).float(), chosen - rejected, (chosen + rejected) / 2]
+        both = torch.cat([chosen, rejected])
+        return losses, report([torch.ones_like(losses), *means], [both, -both], counted)
+
+    def metrics(self, sums: Tensor, maxima: Tensor) -> Metrics:
+        count, *totals = sums.tolist()
+        means = {name: total / count for name, total in zip(_MEANS, totals, strict=True)}
+        return {**means, "max_reward": float(maxima[0]), "min_reward": -float(maxima[1])}
+
+    def evaluate(self, batch: RewardPairs) -> Metrics:
+        scores = pair_scores(self._place.model, batch, self._place.limits)
+        _, found = self._report(batch, scores.chosen, scores.rejected, counted=True)
+        return self.metrics(found[: len(self.sums)], found[len(self.sums) :])

@@ -1,0 +1,54 @@
+"""Supervised fine-tuning: cross-entropy of the tokens that an assistant said."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlxf.models.backend import token_logps
+from rlxf.types import Examples, Metrics
+from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, report
+
+
+class SupervisedObjective:
+    """The negative log-likelihood of each counted token, averaged over all counted tokens of the mini-batch."""
+
+    sums: tuple[str, ...] = ("count", "loss")
+    maxima: tuple[str, ...] = ()
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
+    def mini_batch(self, batch: Examples, rows: Tensor, *, fresh: bool) -> MiniBatch:
+        picked = batch.select(rows)
+
+        def micro_batch(units: Tensor, counted: bool) -> MicroBatch:
+            return self._micro_batch(picked.select(units), counted)
+
+        units = [torch.tensor([row]) for row in range(len(picked))]
+        return MiniBatch(sequences=picked.sequences, units=units, micro_batch=micro_batch)
+
+    def _micro_batch(self, part: Examples, counted: bool) -> MicroBatch:
+        from rlxf.models.megatron.packing import pack_for_logps
+
+        place = self._place
+        packed = pack_for_logps(
+            part.sequences, place.model.layout, share_prompts=place.limits.share_prompts, num_tokens=place.limits.length
+        )
+
+        def loss(hidden: Tensor) -> Loss:
+            logps = place.model.logps(hidden, packed)  # [completion tokens]
+            losses = -logps[part.counted.to(logps.device)]
+            total = losses.sum() * (1.0 if counted else 0.0)
+            found = report([torch.ones_like(losses), losses], [], counted)
+            return total, place.count(int(part.counted.sum()), counted), found
+
+        return MicroBatch(packed=packed, loss=loss)
+
+    def metrics(self, sums: Tensor, maxima: Tensor) -> Metrics:
+        count, loss = sums.tolist()
+        return {"loss": loss / count}
+
+    def evaluate(self, batch: Examples) -> Metrics:
+        logps = token_logps(self._place.model, batch.sequences, self._place.limits)
+        return {"loss": -float(logps.double()[batch.counted].mean())}
