@@ -76,6 +76,7 @@ def learn(run: Run, data: Pairs | Examples) -> Metrics:
     state.num_tokens += num_tokens(data) * run.config.actor_rollout.ppo_epochs
     with run.clock("sync"):
         metrics |= {"sync/bytes": float(run.sync.push(state.policy_version).num_bytes)}
+        run.refresh(state.policy_version)
     return metrics
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rlxf.assemble import policy_folder, policy_tokenizer
 from rlxf.clock import Clock
@@ -16,6 +17,7 @@ from rlxf.evaluate import Evaluation, Rooms, no_evaluation
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.platform.base import Platform
 from rlxf.record import RolloutRecorder, SampleRecorder
+from rlxf.reference.cached import CachedReference, cache_file
 from rlxf.report import RunReport
 from rlxf.resume import Resume
 from rlxf.rollout.replay import ReplayEngine
@@ -26,7 +28,8 @@ from rlxf.score.scorer import Scorer
 from rlxf.stop import Stop
 from rlxf.sync.probe import make_probe
 from rlxf.sync.push import SyncReport, WeightSink, WeightSource, WeightSync
-from rlxf.types import PromptBatch
+from rlxf.sync.refresh import Movable, Refresh, Weights, no_refresh
+from rlxf.types import Pairs, PromptBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +68,7 @@ def load_data(config: RunConfig) -> Data:
     return Data(tokenizer=tokenizer, training=PromptSource(config, tokenizer), evaluation=evaluation)
 
 
-class SyncedActor(Actor, WeightSource, Protocol):
+class SyncedActor(Actor, WeightSource, Weights, Protocol):
     """The actor, or what stands for it."""
 
 
@@ -101,6 +104,7 @@ def build_run(
 ) -> Run:
     """The run that the driver trains; with ``resume`` its actor and state are those of the checkpoint."""
     evaluation = _evaluation(config, data, roles)
+    refresh = _refresh(config, roles)
 
     def describe(state: State) -> dict[str, Any]:
         return {
@@ -110,17 +114,21 @@ def build_run(
             "baseline": evaluation.describe_baseline() if evaluation else None,
         }
 
-    folder = RunFolder(config, run_dir, roles.actor, describe=describe, saved=report.saved)
+    also = refresh.save if refresh else _nothing_else
+    folder = RunFolder(config, run_dir, roles.actor, describe=describe, saved=report.saved, also=also)
     if resume is not None:
         with stop.abandonable():
             _restore(resume, data, roles, evaluation)
+            if refresh:
+                refresh.load(resume.folder)
         folder.prune(resume.state.step)
     return Run(
         config=config,
         source=_source(config, run_dir, data, roles, after=resume.state.step if resume else None),
-        reference=roles.reference,
+        reference=_reference(config, data, roles, stop),
         actor=roles.actor,
         sync=_sync(config, data, roles, platform),
+        refresh=refresh or no_refresh,
         evaluate=evaluation or no_evaluation,
         report=report,
         folder=folder,
@@ -128,6 +136,41 @@ def build_run(
         stop=stop,
         state=resume.state if resume else State(),
     )
+
+
+def _refresh(config: RunConfig, roles: Roles) -> Refresh | None:
+    if not config.ref.ref_update_interval:
+        return None
+    # A run whose reference moves has one with weights of its own: the recipe was checked.
+    return Refresh(roles.actor, cast(Movable, roles.reference), config.ref)
+
+
+def _nothing_else(folder: Path) -> None:
+    """A run changes nothing but the actor."""
+
+
+def _reference(config: RunConfig, data: Data, roles: Roles, stop: Stop) -> Reference:
+    """The reference; with ``ref.precompute_ref_log_probs`` one that knows all pairs of the data already."""
+    if not config.ref.precompute_ref_log_probs:
+        return roles.reference
+    assert isinstance(data.training, PreferenceFile)
+    folder = Path(config.ref.cache) if config.ref.cache else Path.home() / ".cache" / "rlxf" / "ref_logps"
+    path = cache_file(folder, Path(str(config.ref.load)), "bf16" if config.ref.bf16 else "fp32")
+    cached = CachedReference(roles.reference, path)
+    with stop.abandonable():
+        count = cached.fill(_one_pass(data.training))
+    log.info("reference log-probabilities of %d pairs computed, the others were in %s", count, path)
+    return cached
+
+
+def _one_pass(source: PreferenceFile) -> Iterator[Pairs]:
+    """Every pair of the data at least once, a step's at a time."""
+    step = 0
+    while True:
+        yield source.next_batch(step)
+        if source.epoch(step) >= 1:
+            return
+        step += 1
 
 
 def _restore(resume: Resume, data: Data, roles: Roles, evaluation: Evaluation | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -181,6 +182,7 @@ class Run:
     reference: Reference
     actor: Actor
     sync: Sync
+    refresh: Callable[[int], None]  # moves the reference after an update, if one is due
     evaluate: Evaluate
     report: Report
     folder: Folder

@@ -65,6 +65,7 @@ class RunFolder:
         actor: who writes parameters and optimizer state.
         describe: what else a resumed run needs, for ``driver.json``.
         saved: told of each complete checkpoint.
+        also: writes what training changes besides the actor into a checkpoint's folder.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class RunFolder:
         *,
         describe: Callable[[State], dict[str, Any]] = lambda state: {},
         saved: Callable[[Path], None] = lambda folder: None,
+        also: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         self._config = config
         self._run_dir = run_dir
@@ -82,6 +84,7 @@ class RunFolder:
         self._actor = actor
         self._describe = describe
         self._saved = saved
+        self._also = also
         path = data_file(config)
         # Now and not in the first save, which a stop signal may be waiting for.
         self._data = fingerprint(path) if path else None
@@ -104,6 +107,7 @@ class RunFolder:
         self._saving = Saving(folder, temporary_for(folder))
         with self._discarded_on_failure():
             self._actor.save_checkpoint(self._saving.temporary, background)
+            self._also(self._saving.temporary)
             write_json(self._saving.temporary / DRIVER, self._driver(state))
             self._sync_logs()
             if not background:

@@ -56,6 +56,9 @@ class ActorWorker(Worker):
         self.room.export_bucket(index, self.shared.slot(index, self.room.sync_plan()[index].num_bytes))
         return None, index
 
+    def export_copy(self, index: int) -> Any:
+        return self.answer(self.room.export_copy(index).numpy())
+
     def save_hf(self, folder: Path) -> None:
         self.room.save_hf(folder)
 
@@ -118,6 +121,10 @@ class RemoteActor:
             self.exports.append(Pending(done, member.name, "export_bucket"))
             payloads.append(payload)
         return payloads[0]
+
+    def export_copy(self, index: int) -> Any:
+        """The bytes of bucket ``index``."""
+        return self._group.call("export_copy", index)
 
     def save_hf(self, folder: Path) -> None:
         self._group.call("save_hf", folder)

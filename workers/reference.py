@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from rlxf import assemble
 from rlxf.config.schema import RunConfig
+from rlxf.sync.plan import Bucket
 from rlxf.types import PairLogps, Pairs, Sequences
 from workers.group import WorkerGroup
 from workers.worker import Worker
@@ -23,6 +28,15 @@ class ReferenceWorker(Worker):
     def token_logps(self, sequences: Sequences) -> Tensor | None:
         return self.answer(self.room.token_logps(sequences))
 
+    def mix(self, bucket: Bucket, payload: Any, alpha: float) -> None:
+        self.room.mix(bucket, torch.from_numpy(payload), alpha)
+
+    def save(self, folder: Path) -> None:
+        self.room.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.room.load(folder)
+
 
 class RemoteReference:
     """The reference on its worker processes."""
@@ -37,3 +51,12 @@ class RemoteReference:
     def token_logps(self, sequences: Sequences) -> Tensor:
         logps: Tensor = self._group.call("token_logps", sequences)
         return logps
+
+    def mix(self, bucket: Bucket, payload: Any, alpha: float) -> None:
+        self._group.call("mix", bucket, payload, alpha)
+
+    def save(self, folder: Path) -> None:
+        self._group.call("save", folder)
+
+    def load(self, folder: Path) -> None:
+        self._group.call("load", folder)

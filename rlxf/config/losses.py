@@ -27,6 +27,7 @@ def loss_problems(config: RunConfig) -> Iterator[Problem]:
     elif weights is not None and not any(weights):
         yield wrong(key, list(weights), "expected at least one weight above 0: nothing would be trained")
     yield from _smoothing(config)
+    yield from _reference(config)
     divergence = actor.f_divergence_type
     if divergence != "reverse_kl" and (plain := [name for name in names if name not in _DIVERGENCE]):
         expected = f"expected reverse_kl with {', '.join(plain)}: defined for {', '.join(_DIVERGENCE)}"
@@ -46,3 +47,18 @@ def _smoothing(config: RunConfig) -> Iterator[Problem]:
     if not smoothing and "exo_pair" in names:
         expected = "expected more than 0 with dpo_loss_type=exo_pair, which takes its logarithm; the paper has 0.001"
         yield wrong(key, smoothing, expected, _TYPE)
+
+
+def _reference(config: RunConfig) -> Iterator[Problem]:
+    ref = config.ref
+    precompute, interval = "ref.precompute_ref_log_probs", "ref.ref_update_interval"
+    reason = None
+    if not config.loads_reference:
+        reason = "is the actor with its adapters off" if config.reference_is_base else "takes no part in this run"
+    if ref.ref_update_interval and reason:
+        yield wrong(interval, ref.ref_update_interval, f"expected 0: the reference {reason}")
+    if ref.precompute_ref_log_probs and (reason or not config.offline):
+        why = f"the reference {reason}" if reason else "the pairs of an online run are not known before it"
+        yield wrong(precompute, True, f"expected false: {why}")
+    elif ref.precompute_ref_log_probs and ref.ref_update_interval:
+        yield wrong(precompute, True, f"expected false with {interval} = {ref.ref_update_interval}: it moves", interval)

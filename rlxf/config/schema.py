@@ -198,6 +198,11 @@ class ActorConfig(RoleConfig):
 class ReferenceConfig(RoleConfig):
     """The frozen model that DPO is measured against. Without ``load`` it starts from the actor's folder."""
 
+    precompute_ref_log_probs: bool = False  # dpo: compute those of all pairs before the first step, and keep them
+    cache: Annotated[str, LocalPath("output")] | None = None  # where they are kept; unset: ~/.cache/rlxf/ref_logps
+    ref_update_interval: int = Field(0, ge=0)  # updates between moves of the reference after the policy; 0 = never
+    ref_mixup_alpha: Share = 0.6  # reference = alpha * policy + (1 - alpha) * reference at each move (TR-DPO)
+
 
 class RewardConfig(RoleConfig):
     """What scores a completion: a reward model (``load``) or a Python function (``function``)."""

@@ -192,6 +192,10 @@ class Actor:
             places[name].copy_(tensor)
         return payload
 
+    def export_copy(self, index: int) -> Tensor:
+        """As ``export_bucket``, in memory of its own."""
+        return self.export_bucket(index, torch.empty(self._sync_plan[index].num_bytes, dtype=torch.uint8))
+
     @cached_property
     def _payload(self) -> Tensor:
         """Memory of the largest bucket, allocated once: fresh pages cost more than the copy into them."""

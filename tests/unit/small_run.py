@@ -19,6 +19,7 @@ from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_seed
 from rlxf.run import Evaluate, FileSource, Online, Run, State
 from rlxf.stop import Stop
 from rlxf.sync.push import SyncReport
+from rlxf.sync.refresh import no_refresh
 from rlxf.types import (
     Metrics,
     PairLogps,
@@ -335,6 +336,7 @@ def small_run(
         reference=reference,
         actor=actor,
         sync=sync,
+        refresh=no_refresh,
         evaluate=evaluate,
         report=notes,
         folder=folder,

@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "platform": FLOOR,
     "models": FLOOR | {"platform"},
     **dict.fromkeys(ROOMS, BELOW_ROOMS),
+    "reference": BELOW_ROOMS | {"checkpoint"},  # it hashes a model's files
     "tiny": BELOW_ROOMS,
     # What a run says and leaves behind; of the rooms they know pairs only.
     "metrics": FLOOR | {"jsonl", "pair"},
@@ -50,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "local": BELOW_ROOMS | ROOMS | ASSEMBLY,
 }
 # The wire format between trainer and engines belongs to both.
-EXCEPTIONS = {("rollout", "rlxf.sync.plan"), ("update", "rlxf.sync.plan")}
+EXCEPTIONS = {(room, "rlxf.sync.plan") for room in ("rollout", "update", "reference")}
 
 # Packages that few places may import: the files, or the folders (with a slash at the end), that may.
 HOMES: dict[str, tuple[str, ...]] = {

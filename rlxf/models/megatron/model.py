@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,7 @@ from rlxf.models.megatron.lora import exported_parameter
 from rlxf.models.megatron.modules import PackedRotaryEmbedding, block_spec
 from rlxf.models.megatron.packing import Packed
 from rlxf.models.megatron.parallel import Layout
-from rlxf.models.megatron.weights import Entry, Geometry, entries, load_entries, to_full
+from rlxf.models.megatron.weights import Entry, Geometry, entries, load_entries, to_full, to_local
 from rlxf.models.tokenizer import padding_id
 from rlxf.platform.base import Platform
 
@@ -137,6 +137,23 @@ class MegatronModel:
                 )
             except ValueError as error:
                 raise ModelError(f"{self.folder}: {error}") from error
+
+    @torch.no_grad()
+    def blend(self, tensors: Mapping[str, Tensor], alpha: float) -> None:
+        """Move parameters to ``alpha`` times the full tensors given, plus ``1 - alpha`` times what they are.
+
+        A parameter that holds several tensors (query, key and value) needs all of them; others are left alone.
+        """
+        layout = self.layout
+        for chunk, gpt in enumerate(self.chunks):
+            parameters = dict(gpt.named_parameters())
+            for entry in self.entries_of(chunk):
+                if not all(name in tensors for name in entry.hf_names):
+                    continue
+                full = [tensors[name] for name in entry.hf_names]
+                local = to_local(entry.kind, full, self.geometry, tp_rank=layout.tp_rank, tp_size=layout.tp_size)
+                own = parameters[entry.parameter].data
+                own.copy_(torch.lerp(own.float(), local.to(own.device).float(), alpha) if alpha < 1 else local)
 
     def _read(self, name: str) -> Tensor:
         return self._new_head if name == SCORE and self._new_head is not None else self.weights.read(name)
