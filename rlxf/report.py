@@ -17,12 +17,21 @@ from rlxf.run_folder import write_json
 from rlxf.types import Metrics
 
 # Rows of the final table. Read together, because each of them alone can look good in a run that has gone wrong.
-ROWS = (
+EVAL_ROWS = (
     ("reward score", "eval/reward"),
+    ("reward score, greedy", "eval/greedy_reward"),
     ("win rate against the initial policy", "eval/win_rate"),
+    ("win rate against the initial policy, greedy", "eval/greedy_win_rate"),
+    ("win rate against the evaluation before", "eval/win_rate_previous"),
     ("KL to the reference, nats", "eval/kl"),
     ("completion length, tokens", "eval/length"),
     ("EOS rate", "eval/eos_rate"),
+    ("held-out loss", "eval/loss"),
+    ("held-out accuracy", "eval/accuracy"),
+    ("held-out implicit reward accuracy", "eval/rewards/accuracies"),
+    ("held-out implicit reward margin", "eval/rewards/margins"),
+)
+TRAINING_ROWS = (
     ("training reward score", "objective/scores"),
     ("tie rate", "pair/tie_rate"),
     ("dropped pairs", "pair/dropped"),
@@ -32,6 +41,9 @@ ROWS = (
     ("implicit reward margin", "rewards/margins"),
     ("KL on the training pairs, nats", "objective/kl"),
 )
+# Told by the metrics files; the final table leaves them out.
+_UNSHOWN = ("eval/greedy_win_rate_previous", "eval/greedy_length", "eval/greedy_eos_rate")
+_TITLES = {"ray_online_dpo": "online DPO", "dpo": "offline DPO", "sft": "supervised fine-tuning", "rm": "reward model"}
 
 
 class RunReport:
@@ -46,7 +58,7 @@ class RunReport:
         evaluates = config.training.eval_interval > 0
         self._evaluations = JsonlSink(run_dir / "eval.jsonl", after=after) if evaluates else None
         self._console = console
-        self._title = "offline DPO" if config.offline else "online DPO"
+        self._title = _TITLES[config.training.stage]
         self._num_steps = config.training.train_iters
         self._bar = Progressbar(console, first_step, self._num_steps, config.log.interval)
         self._started = time.monotonic()
@@ -88,14 +100,16 @@ class RunReport:
             "end": finite_or_null(self._end),
         }
         write_json(self._run_dir / "summary.json", summary)
-        known = {name for _, name in ROWS}
-        added = [
-            (name.removeprefix("eval/"), name) for name in self._end if name.startswith("eval/") and name not in known
-        ]
         title = f"{self._title}: {self._step} steps in {duration(seconds)}"
-        self._console.print(final_table(title, [*ROWS[:5], *added, *ROWS[5:]], self._start, self._end))
+        self._console.print(final_table(title, self._rows(), self._start, self._end))
         self.say(f"policy: {policy}")
         self.say(f"run folder: {self._run_dir}")
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """Of the final table, with what the stage or ``eval.metrics`` adds to the usual evaluation."""
+        known = {name for _, name in EVAL_ROWS} | set(_UNSHOWN)
+        added = [name for name in self._end if name.startswith("eval/") and name not in known]
+        return [*EVAL_ROWS, *((name.removeprefix("eval/"), name) for name in added), *TRAINING_ROWS]
 
     def say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -56,6 +56,7 @@ class TrainingConfig(Strict):
     keep_best_metric: str = "eval/reward"  # what decides, measured at the checkpoint's own step
     keep_best_mode: Literal["max", "min"] = "max"  # whether more or less of it is better
     eval_interval: int = Field(0, ge=0)  # driver steps between evaluations; 0 = never
+    eval_only: bool = False  # evaluate once, the newest checkpoint if there is one, and train nothing
     stage_timeout_s: Positive = 3600  # longest time that one remote stage may take, seconds
     start_timeout_s: Positive = 600  # longest time that loading a model may take, seconds
     trust_remote_code: bool = False  # allow model folders to run their own Python code
@@ -216,10 +217,11 @@ class ResourcePoolConfig(Strict):
 
 
 class EvalConfig(Strict):
-    """Fresh samples at temperature 1 on validation prompts."""
+    """Online: completions of validation prompts, sampled at temperature 1. Offline: held-out pairs or examples."""
 
     data_path: File | None = None  # unset: the first `num_prompts` prompts of actor_rollout.data_path
-    num_prompts: Positive = 256  # of each evaluation
+    num_prompts: Positive = 256  # prompts, pairs or examples of each evaluation
+    greedy: bool = True  # online: the most probable completion of each prompt, too
     metrics: File | None = (
         None  # path of a Python file that defines `evaluate(prompts, completions, initial_completions)`
     )
