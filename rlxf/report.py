@@ -14,6 +14,7 @@ from rlxf.console import Progressbar, duration, final_table
 from rlxf.metrics import JsonlSink, Sink, TensorBoardSink, finite_or_null
 from rlxf.resume import Resume
 from rlxf.run_folder import write_json
+from rlxf.trackers import TrackerSink
 from rlxf.types import Metrics
 
 # Rows of the final table. Read together, because each of them alone can look good in a run that has gone wrong.
@@ -68,7 +69,8 @@ class RunReport:
 
     def describe(self) -> dict[str, Any]:
         """What the report of a resumed run needs, as JSON data."""
-        return {"start": finite_or_null(self._start), "end": finite_or_null(self._end)}
+        trackers = {sink.name: sink.run_id for sink in self._sinks if isinstance(sink, TrackerSink)}
+        return {"start": finite_or_null(self._start), "end": finite_or_null(self._end), "trackers": trackers}
 
     def evaluated(self, step: int, metrics: Metrics) -> None:
         """The evaluation before the first step, empty if none was due; later ones come with their step's metrics."""
@@ -90,7 +92,7 @@ class RunReport:
 
     def finished(self, policy: Path) -> None:
         """Print the final table and write ``summary.json``."""
-        self.close()
+        self.close(complete=True)
         seconds = time.monotonic() - self._started
         summary = {
             "steps": self._step,
@@ -114,11 +116,11 @@ class RunReport:
     def say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def close(self) -> None:
-        """End the progress line and flush every file; may be called twice."""
+    def close(self, *, complete: bool = False) -> None:
+        """End the progress line and flush every file; may be called twice. ``complete``: the run is at its end."""
         self._bar.close()
         for sink in self._sinks:
-            sink.close()
+            sink.close(complete=complete)
         if self._evaluations is not None:
             self._evaluations.close()
 
@@ -131,11 +133,20 @@ class RunReport:
 
 
 def make_report(config: RunConfig, run_dir: Path, console: Console, resume: Resume | None = None) -> RunReport:
-    """The report that a recipe asks for; a resumed run's files go on after the step of its checkpoint."""
+    """The report that a recipe asks for; a resumed run goes on after the step of its checkpoint, in files and trackers.
+
+    Raises:
+        ConfigError: a tracker could not be started.
+    """
     after, _ = _steps_of(resume)
-    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", after=after)]
-    if config.log.tensorboard:
+    logs, trains = config.log, not config.training.eval_only
+    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", after=after)] if trains else []
+    if logs.tensorboard or "tensorboard" in logs.report_to:
         sinks.append(TensorBoardSink(run_dir / "tensorboard", after=after))
+    ids = resume.trackers if resume and trains else {}  # an evaluation alone is a run of its own
+    for name in dict.fromkeys(logs.report_to):
+        if name != "tensorboard":
+            sinks.append(TrackerSink(name, config, run_dir, ids.get(name)))
     return RunReport(config, run_dir, sinks, console, resume)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Resume:
     end: Metrics  # and the newest ones
     baseline: dict[str, Any] | None  # what the initial policy said to the evaluation's prompts
     changes: list[str]  # of the recipe since then, that change the curve
+    trackers: dict[str, str] = field(default_factory=dict)  # the run's id in each experiment tracker
 
 
 def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
@@ -62,6 +63,7 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         end=from_json(driver["report"]["end"]),
         baseline=driver["baseline"],
         changes=changes,
+        trackers=driver["report"].get("trackers", {}),
     )
 
 

@@ -43,3 +43,10 @@ def as_pool(value: Any) -> Any:
 def as_tuple(value: Any) -> Any:
     """YAML and JSON know only lists."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def as_names(value: Any) -> Any:
+    """One name or a list of them; ``none`` is none."""
+    if isinstance(value, str):
+        return () if value == "none" else (value,)
+    return as_tuple(value)
