@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,9 +57,12 @@ class RunReport:
         after, first_step = _steps_of(resume)
         self._run_dir = run_dir
         self._sinks = sinks
-        evaluates = config.training.eval_interval > 0
+        if config.training.eval_only:
+            after = sys.maxsize  # another evaluation of a run that may be longer: nothing is cut
+        evaluates = config.training.eval_interval > 0 or config.training.eval_only
         self._evaluations = JsonlSink(run_dir / "eval.jsonl", after=after) if evaluates else None
         self._console = console
+        self._only = config.training.eval_only
         self._title = _TITLES[config.training.stage]
         self._num_steps = config.training.train_iters
         self._bar = Progressbar(console, first_step, self._num_steps, config.log.interval)
@@ -102,7 +106,8 @@ class RunReport:
             "end": finite_or_null(self._end),
         }
         write_json(self._run_dir / "summary.json", summary)
-        title = f"{self._title}: {self._step} steps in {duration(seconds)}"
+        done = f"evaluated after {self._step} steps" if self._only else f"{self._step} steps"
+        title = f"{self._title}: {done} in {duration(seconds)}"
         self._console.print(final_table(title, self._rows(), self._start, self._end))
         self.say(f"policy: {policy}")
         self.say(f"run folder: {self._run_dir}")
@@ -142,7 +147,7 @@ def make_report(config: RunConfig, run_dir: Path, console: Console, resume: Resu
     logs, trains = config.log, not config.training.eval_only
     sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", after=after)] if trains else []
     if logs.tensorboard or "tensorboard" in logs.report_to:
-        sinks.append(TensorBoardSink(run_dir / "tensorboard", after=after))
+        sinks.append(TensorBoardSink(run_dir / "tensorboard", after=after if trains else None))
     ids = resume.trackers if resume and trains else {}  # an evaluation alone is a run of its own
     for name in dict.fromkeys(logs.report_to):
         if name != "tensorboard":

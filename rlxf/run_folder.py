@@ -291,7 +291,9 @@ def _least_bytes(config: RunConfig) -> int:
 
 
 def save_config(config: RunConfig, run_dir: Path) -> None:
-    """``config.yaml``: the merged recipe, every default filled in."""
+    """``config.yaml``: the merged recipe, every default filled in. An evaluation alone leaves a training run's."""
+    if config.training.eval_only and (run_dir / "config.yaml").exists():
+        return
     write_text(run_dir / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
 
 
