@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_not_evaluated(world: World, trained: Finished, 
     shutil.copytree(trained.folder.parent / "ckpt" / "iter_0000002", damaged)
     driver = damaged / "driver.json"
     driver.write_bytes(driver.read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match="driver.json"):
+    with pytest.raises(CheckpointError, match=r"driver\.json"):
         run(recipe(world, tmp_path, eval_only=True, resume=str(damaged)), tmp_path / "evaluated")
     assert list((tmp_path / "evaluated").iterdir()) == []
 
