@@ -22,6 +22,8 @@ from rlxf.errors import CheckpointError
 MANIFEST = "manifest.json"
 DRIVER = "driver.json"
 LATEST = "latest_checkpointed_iteration.txt"  # megatron's tracker: the step of the newest checkpoint
+BEST = "best_checkpointed_iteration.txt"  # the step of the best one, in the same form
+BEST_REASON = "best_checkpointed_iteration.json"  # and by which metric
 _NAME = re.compile(r"iter_(\d{7,})")
 _LEFTOVER = re.compile(r"\.((iter|hf)_\d{7,}|policy)\..+")  # what a killed run was writing or deleting
 
@@ -170,19 +172,26 @@ def require_good(folder: Path) -> None:
         raise CheckpointError(f"training.resume = {Damaged(folder, problems)}; name another one, or `auto`")
 
 
-def best(root: Path, metric: str, count: int, *, largest: bool) -> list[Path]:
+def best(root: Path, metric: str, count: int, *, largest: bool, newest: int | None = None) -> list[Path]:
     """The ``count`` checkpoints with the best value of a metric at their own step, best first.
 
-    One without a value, or whose ``driver.json`` cannot be read, is not among them. Of equal ones the newer is better.
+    One without a value, whose ``driver.json`` cannot be read, or of a step after ``newest`` is not among them. Of equal
+    ones the newer is better.
     """
     values: list[tuple[float, int, Path]] = []
     for folder in list_checkpoints(root):
-        try:
-            value = json.loads((folder / DRIVER).read_text())["metrics"][metric]
-            values.append((float(value) if largest else -float(value), step_of(folder), folder))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        value, step = metric_of(folder, metric), step_of(folder)
+        if value is not None and (newest is None or step <= newest):
+            values.append((value if largest else -value, step, folder))
     return [folder for _, _, folder in sorted(values, reverse=True)[:count]]
+
+
+def metric_of(folder: Path, metric: str) -> float | None:
+    """The value of a metric at a checkpoint's own step, if it has one."""
+    try:
+        return float(json.loads((folder / DRIVER).read_text())["metrics"][metric])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def prune(root: Path, keep_latest: int, *, newest: int, keep: frozenset[Path] = frozenset()) -> list[Path]:

@@ -13,12 +13,13 @@ from rlxf.assemble import build_actor, build_engine, build_reference, build_scor
 from rlxf.clock import Clock
 from rlxf.config.schema import RunConfig
 from rlxf.driver import train
+from rlxf.evaluate import evaluate_only
 from rlxf.platform import Platform, Process, get_platform
 from rlxf.prepare import Roles, build_run, load_data, needs_scorer
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
 from rlxf.report import make_report
-from rlxf.resume import find_resume, is_complete
+from rlxf.resume import find_resume, is_complete, policy_source
 from rlxf.run import Reference
 from rlxf.run_folder import owned_checkpoints, save_config
 from rlxf.stop import Stop
@@ -43,12 +44,11 @@ def launch(config: RunConfig, run_dir: Path) -> None:
             roles = build_roles(config, platform)
         report = make_report(config, run_dir, Console(), resume)
         try:
-            train(
-                build_run(
-                    config, run_dir, data, roles,
-                    platform=platform, report=report, clock=Clock(), stop=stop, resume=resume,
-                )
+            run = build_run(
+                config, run_dir, data, roles,
+                platform=platform, report=report, clock=Clock(), stop=stop, resume=resume,
             )  # fmt: skip
+            evaluate_only(run, policy_source(config, resume)) if config.training.eval_only else train(run)
         finally:
             report.close()
 

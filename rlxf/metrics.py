@@ -22,7 +22,9 @@ class Sink(Protocol):
         """``step``: complete driver steps, 0 before the first."""
         ...
 
-    def close(self) -> None: ...
+    def close(self, *, complete: bool = False) -> None:
+        """``complete``: the run has come to its end. May be called twice."""
+        ...
 
 
 class JsonlSink:
@@ -36,7 +38,7 @@ class JsonlSink:
         self._file.write((json.dumps({"step": step, **finite_or_null(metrics)}) + "\n").encode())
         self._file.flush()  # line by line: a killed run keeps what it wrote
 
-    def close(self) -> None:
+    def close(self, *, complete: bool = False) -> None:
         self._file.close()
 
 
@@ -53,7 +55,7 @@ class TensorBoardSink:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, *, complete: bool = False) -> None:
         self._writer.close()
 
 

@@ -64,7 +64,7 @@ def load_data(config: RunConfig) -> Data:
         return Data(tokenizer=tokenizer, training=PreferenceFile(config, tokenizer), evaluation=None)
     if config.engine == "replay":
         return Data(tokenizer=tokenizer, training=ReplayEngine(config), evaluation=None)
-    evaluation = eval_prompts(config, tokenizer) if config.training.eval_interval else None
+    evaluation = eval_prompts(config, tokenizer) if config.evaluates else None
     return Data(tokenizer=tokenizer, training=PromptSource(config, tokenizer), evaluation=evaluation)
 
 
@@ -121,7 +121,8 @@ def build_run(
             _restore(resume, data, roles, evaluation)
             if refresh:
                 refresh.load(resume.folder)
-        folder.prune(resume.state.step)
+        if not config.training.eval_only:
+            folder.prune(resume.state.step)
     return Run(
         config=config,
         source=_source(config, run_dir, data, roles, after=resume.state.step if resume else None),
@@ -187,10 +188,11 @@ def _source(config: RunConfig, run_dir: Path, data: Data, roles: Roles, *, after
     rollout = data.training if isinstance(data.training, ReplayEngine) else roles.rollout
     scorer = roles.scorer or RecordedScorer(str(config.rollout.replay_path))
     assert rollout is not None  # a run that samples has an engine
-    logs = config.log
+    logs, trains = config.log, not config.training.eval_only
+    samples = trains and logs.samples_interval > 0
     recorder = Recorders(
-        RolloutRecorder(run_dir / "rollouts.jsonl", after=after) if logs.rollouts else None,
-        SampleRecorder(run_dir / "samples.jsonl", data.tokenizer, after=after) if logs.samples_interval else None,
+        RolloutRecorder(run_dir / "rollouts.jsonl", after=after) if trains and logs.rollouts else None,
+        SampleRecorder(run_dir / "samples.jsonl", data.tokenizer, after=after) if samples else None,
         logs.samples_interval,
     )
     eos_ids = _eos_ids(config, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +15,25 @@ from rlxf.console import Progressbar, duration, final_table
 from rlxf.metrics import JsonlSink, Sink, TensorBoardSink, finite_or_null
 from rlxf.resume import Resume
 from rlxf.run_folder import write_json
+from rlxf.trackers import TrackerSink
 from rlxf.types import Metrics
 
 # Rows of the final table. Read together, because each of them alone can look good in a run that has gone wrong.
-ROWS = (
+EVAL_ROWS = (
     ("reward score", "eval/reward"),
+    ("reward score, greedy", "eval/greedy_reward"),
     ("win rate against the initial policy", "eval/win_rate"),
+    ("win rate against the initial policy, greedy", "eval/greedy_win_rate"),
+    ("win rate against the evaluation before", "eval/win_rate_previous"),
     ("KL to the reference, nats", "eval/kl"),
     ("completion length, tokens", "eval/length"),
     ("EOS rate", "eval/eos_rate"),
+    ("held-out loss", "eval/loss"),
+    ("held-out accuracy", "eval/accuracy"),
+    ("held-out implicit reward accuracy", "eval/rewards/accuracies"),
+    ("held-out implicit reward margin", "eval/rewards/margins"),
+)
+TRAINING_ROWS = (
     ("training reward score", "objective/scores"),
     ("tie rate", "pair/tie_rate"),
     ("dropped pairs", "pair/dropped"),
@@ -32,6 +43,9 @@ ROWS = (
     ("implicit reward margin", "rewards/margins"),
     ("KL on the training pairs, nats", "objective/kl"),
 )
+# Told by the metrics files; the final table leaves them out.
+_UNSHOWN = ("eval/greedy_win_rate_previous", "eval/greedy_length", "eval/greedy_eos_rate")
+_TITLES = {"ray_online_dpo": "online DPO", "dpo": "offline DPO", "sft": "supervised fine-tuning", "rm": "reward model"}
 
 
 class RunReport:
@@ -43,10 +57,13 @@ class RunReport:
         after, first_step = _steps_of(resume)
         self._run_dir = run_dir
         self._sinks = sinks
-        evaluates = config.training.eval_interval > 0
+        if config.training.eval_only:
+            after = sys.maxsize  # another evaluation of a run that may be longer: nothing is cut
+        evaluates = config.training.eval_interval > 0 or config.training.eval_only
         self._evaluations = JsonlSink(run_dir / "eval.jsonl", after=after) if evaluates else None
         self._console = console
-        self._title = "offline DPO" if config.offline else "online DPO"
+        self._only = config.training.eval_only
+        self._title = _TITLES[config.training.stage]
         self._num_steps = config.training.train_iters
         self._bar = Progressbar(console, first_step, self._num_steps, config.log.interval)
         self._started = time.monotonic()
@@ -56,7 +73,8 @@ class RunReport:
 
     def describe(self) -> dict[str, Any]:
         """What the report of a resumed run needs, as JSON data."""
-        return {"start": finite_or_null(self._start), "end": finite_or_null(self._end)}
+        trackers = {sink.name: sink.run_id for sink in self._sinks if isinstance(sink, TrackerSink)}
+        return {"start": finite_or_null(self._start), "end": finite_or_null(self._end), "trackers": trackers}
 
     def evaluated(self, step: int, metrics: Metrics) -> None:
         """The evaluation before the first step, empty if none was due; later ones come with their step's metrics."""
@@ -78,7 +96,7 @@ class RunReport:
 
     def finished(self, policy: Path) -> None:
         """Print the final table and write ``summary.json``."""
-        self.close()
+        self.close(complete=True)
         seconds = time.monotonic() - self._started
         summary = {
             "steps": self._step,
@@ -88,23 +106,26 @@ class RunReport:
             "end": finite_or_null(self._end),
         }
         write_json(self._run_dir / "summary.json", summary)
-        known = {name for _, name in ROWS}
-        added = [
-            (name.removeprefix("eval/"), name) for name in self._end if name.startswith("eval/") and name not in known
-        ]
-        title = f"{self._title}: {self._step} steps in {duration(seconds)}"
-        self._console.print(final_table(title, [*ROWS[:5], *added, *ROWS[5:]], self._start, self._end))
+        done = f"evaluated after {self._step} steps" if self._only else f"{self._step} steps"
+        title = f"{self._title}: {done} in {duration(seconds)}"
+        self._console.print(final_table(title, self._rows(), self._start, self._end))
         self.say(f"policy: {policy}")
         self.say(f"run folder: {self._run_dir}")
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """Of the final table, with what the stage or ``eval.metrics`` adds to the usual evaluation."""
+        known = {name for _, name in EVAL_ROWS} | set(_UNSHOWN)
+        added = [name for name in self._end if name.startswith("eval/") and name not in known]
+        return [*EVAL_ROWS, *((name.removeprefix("eval/"), name) for name in added), *TRAINING_ROWS]
 
     def say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def close(self) -> None:
-        """End the progress line and flush every file; may be called twice."""
+    def close(self, *, complete: bool = False) -> None:
+        """End the progress line and flush every file; may be called twice. ``complete``: the run is at its end."""
         self._bar.close()
         for sink in self._sinks:
-            sink.close()
+            sink.close(complete=complete)
         if self._evaluations is not None:
             self._evaluations.close()
 
@@ -117,11 +138,20 @@ class RunReport:
 
 
 def make_report(config: RunConfig, run_dir: Path, console: Console, resume: Resume | None = None) -> RunReport:
-    """The report that a recipe asks for; a resumed run's files go on after the step of its checkpoint."""
+    """The report that a recipe asks for; a resumed run goes on after the step of its checkpoint, in files and trackers.
+
+    Raises:
+        ConfigError: a tracker could not be started.
+    """
     after, _ = _steps_of(resume)
-    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", after=after)]
-    if config.log.tensorboard:
-        sinks.append(TensorBoardSink(run_dir / "tensorboard", after=after))
+    logs, trains = config.log, not config.training.eval_only
+    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", after=after)] if trains else []
+    if logs.tensorboard or "tensorboard" in logs.report_to:
+        sinks.append(TensorBoardSink(run_dir / "tensorboard", after=after if trains else None))
+    ids = resume.trackers if resume and trains else {}  # an evaluation alone is a run of its own
+    for name in dict.fromkeys(logs.report_to):
+        if name != "tensorboard":
+            sinks.append(TrackerSink(name, config, run_dir, ids.get(name)))
     return RunReport(config, run_dir, sinks, console, resume)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Resume:
     end: Metrics  # and the newest ones
     baseline: dict[str, Any] | None  # what the initial policy said to the evaluation's prompts
     changes: list[str]  # of the recipe since then, that change the curve
+    trackers: dict[str, str] = field(default_factory=dict)  # the run's id in each experiment tracker
 
 
 def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
@@ -62,6 +63,7 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         end=from_json(driver["report"]["end"]),
         baseline=driver["baseline"],
         changes=changes,
+        trackers=driver["report"].get("trackers", {}),
     )
 
 
@@ -72,6 +74,9 @@ def is_complete(resume: Resume, config: RunConfig, run_dir: Path) -> bool:
         CheckpointError: nothing is left to do, but the recipe has changed: it asks for another run.
     """
     step, steps = resume.state.step, config.training.train_iters
+    if config.training.eval_only:
+        log.info("evaluating %s, after %d of %d steps", resume.folder, step, steps)
+        return False
     for folder in (run_dir, resume.run_folder) if step >= steps else ():
         if _summarised_steps(folder) == step and (folder / "policy").is_dir():
             if resume.changes:
@@ -92,6 +97,11 @@ def is_complete(resume: Resume, config: RunConfig, run_dir: Path) -> bool:
     return False
 
 
+def policy_source(config: RunConfig, resume: Resume | None) -> Path:
+    """Where the weights of a run that begins now come from: its checkpoint, or the model folder."""
+    return resume.folder if resume else Path(str(config.actor_rollout.load))
+
+
 def _choose(config: RunConfig, root: Path) -> tuple[Path | None, list[Damaged]]:
     wanted = config.training.resume
     if wanted == "auto":
@@ -106,7 +116,7 @@ def _choose(config: RunConfig, root: Path) -> tuple[Path | None, list[Damaged]]:
         return None, []
     folder, damaged = _named(Path(wanted))
     newer = [other for other in earlier if other.parent != folder.parent or step_of(other) > step_of(folder)]
-    if newer:
+    if newer and not config.training.eval_only:
         raise CheckpointError(
             f"training.resume = {folder}: {newer[-1]} is there, too, and would be mixed with what comes now; set "
             "training.resume=auto to go on from it, or name another folder in actor_rollout.save"

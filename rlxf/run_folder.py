@@ -19,6 +19,8 @@ from typing import Any
 import yaml
 
 from rlxf.checkpoint import (
+    BEST,
+    BEST_REASON,
     DRIVER,
     LATEST,
     best,
@@ -26,6 +28,7 @@ from rlxf.checkpoint import (
     folder_of,
     fsync,
     list_checkpoints,
+    metric_of,
     num_bytes,
     prune,
     publish,
@@ -34,6 +37,7 @@ from rlxf.checkpoint import (
     temporary_for,
     write_manifest,
 )
+from rlxf.config.evaluation import best_metric
 from rlxf.config.schema import RunConfig
 from rlxf.errors import CheckpointError
 from rlxf.metrics import finite_or_null
@@ -147,14 +151,25 @@ class RunFolder:
     def prune(self, step: int) -> None:
         """Delete the checkpoints up to ``step`` that are not kept; at the start those that a killed run did not."""
         training, root = self._config.training, self._checkpoints
-        if not training.keep_latest:
-            return
-        largest = training.keep_best_mode == "max"
-        kept = best(root, training.keep_best_metric, training.keep_best, largest=largest) if training.keep_best else []
+        metric, largest = best_metric(self._config)
         try:
-            prune(root, training.keep_latest, newest=step, keep=frozenset(kept))
+            if training.keep_latest:
+                kept = best(root, metric, training.keep_best, largest=largest) if training.keep_best else []
+                prune(root, training.keep_latest, newest=step, keep=frozenset(kept))
+            self._point_to_best(metric, step, largest=largest)
         except OSError as error:  # the run does not depend on it
             log.warning("an old checkpoint could not be deleted: %s", error)
+
+    def _point_to_best(self, metric: str, newest: int, *, largest: bool) -> None:
+        """``best_checkpointed_iteration.txt``: the step of the best checkpoint that is there, and why in JSON."""
+        root = self._checkpoints
+        found = best(root, metric, 1, largest=largest, newest=newest)
+        if not found:
+            return
+        value = metric_of(found[0], metric)
+        step, mode = step_of(found[0]), "max" if largest else "min"
+        write_json(root / BEST_REASON, {"step": step, "metric": metric, "mode": mode, "value": value})
+        write_text(root / BEST, f"{step}\n")
 
     @contextmanager
     def _discarded_on_failure(self) -> Iterator[None]:
@@ -280,7 +295,9 @@ def _least_bytes(config: RunConfig) -> int:
 
 
 def save_config(config: RunConfig, run_dir: Path) -> None:
-    """``config.yaml``: the merged recipe, every default filled in."""
+    """``config.yaml``: the merged recipe, every default filled in. An evaluation alone leaves a training run's."""
+    if config.training.eval_only and (run_dir / "config.yaml").exists():
+        return
     write_text(run_dir / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
 
 

@@ -18,13 +18,14 @@ from rich.console import Console
 from rlxf.clock import Clock
 from rlxf.config.schema import Role, RunConfig
 from rlxf.driver import train
+from rlxf.evaluate import evaluate_only
 from rlxf.plan import Plan, make_plan
 from rlxf.platform import Platform, get_platform
 from rlxf.prepare import Roles, build_run, load_data, needs_scorer
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
 from rlxf.report import make_report
-from rlxf.resume import find_resume, is_complete
+from rlxf.resume import find_resume, is_complete, policy_source
 from rlxf.run import Reference
 from rlxf.run_folder import owned_checkpoints, save_config
 from rlxf.stop import Stop
@@ -68,12 +69,11 @@ def launch(config: RunConfig, run_dir: Path) -> None:
                 waiter.gather(loading, config.training.start_timeout_s)
             report = make_report(config, run_dir, Console(), resume)
             try:
-                train(
-                    build_run(
-                        config, run_dir, data, make_roles(config, platform, groups),
-                        platform=platform, report=report, clock=clock, stop=stop, resume=resume,
-                    )
+                run = build_run(
+                    config, run_dir, data, make_roles(config, platform, groups),
+                    platform=platform, report=report, clock=clock, stop=stop, resume=resume,
                 )  # fmt: skip
+                evaluate_only(run, policy_source(config, resume)) if config.training.eval_only else train(run)
             finally:
                 report.close()
 

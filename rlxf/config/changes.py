@@ -15,6 +15,7 @@ ROLES = ("actor_rollout", "ref", "reward")
 _HARMLESS_SECTIONS = ("log", "sync", "eval")
 _HARMLESS = {
     *(f"training.{key}" for key in ("resume", "save_interval", "save_hf_interval", "async_save", "eval_interval")),
+    "training.eval_only",
     *(f"training.{key}" for key in ("keep_latest", "keep_best", "keep_best_metric", "keep_best_mode")),
     *(f"training.{key}" for key in ("stage_timeout_s", "start_timeout_s", "trust_remote_code")),
     *("actor_rollout.save", "rollout.gpu_memory_utilization", "rollout.cpu_kv_cache_gib"),

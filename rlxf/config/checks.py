@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 
 from rlxf.config.devices import DEVICES, find_device
+from rlxf.config.evaluation import evaluation_problems, say_what_is_not_evaluated
 from rlxf.config.folders import folder_problems
 from rlxf.config.keys import nearest
 from rlxf.config.lora import lora_problems, say_which_reference, warn_of_unused
@@ -17,6 +18,7 @@ from rlxf.config.parallel import layout_problems, rollout_layout_problems
 from rlxf.config.placement import placement_problems
 from rlxf.config.problems import Problem, wrong
 from rlxf.config.schema import ModelConfig, RoleConfig, RunConfig
+from rlxf.config.trackers import tracker_problems
 
 logger = logging.getLogger(__name__)
 
@@ -177,27 +179,6 @@ def _optimizer(config: RunConfig) -> Problems:
         yield wrong("actor_rollout.min_lr", actor.min_lr, expected, "actor_rollout.lr")
 
 
-def _checkpoints(config: RunConfig) -> Problems:
-    """Keeping the best needs a number of each checkpoint."""
-    training, key = config.training, "training.keep_best"
-    if not training.keep_best:
-        return
-    if not training.keep_latest:
-        expected = "expected 0 with training.keep_latest = 0, which keeps every checkpoint; set training.keep_latest"
-        yield wrong(key, training.keep_best, expected, "training.keep_latest")
-        return
-    evaluated = training.keep_best_metric.startswith("eval/")
-    if evaluated and not (config.samples and training.eval_interval):
-        expected = "nothing is evaluated in this run; set training.eval_interval, or judge by a metric of every step"
-        yield wrong("training.keep_best_metric", training.keep_best_metric, expected, "training.eval_interval")
-    elif evaluated and training.save_interval % training.eval_interval:
-        expected = (
-            f"expected a multiple of training.eval_interval = {training.eval_interval}: "
-            "training.keep_best judges a checkpoint by its own evaluation"
-        )
-        yield wrong("training.save_interval", training.save_interval, expected, "training.eval_interval")
-
-
 def _reward(config: RunConfig) -> Problems:
     reward = config.reward
     if config.offline:
@@ -286,8 +267,7 @@ def _warn(config: RunConfig) -> None:
     for name, role in _roles(config):
         if role.sequence_parallel and role.tensor_model_parallel_size == 1:
             logger.warning("%s.sequence_parallel has no effect: tensor_model_parallel_size is 1", name)
-    if not config.samples and config.training.eval_interval:
-        logger.warning("training.eval_interval has no effect: no rollout engine samples in this run")
+    say_what_is_not_evaluated(config)
 
 
 _GROUPS: tuple[Callable[[RunConfig], Problems], ...] = (
@@ -302,7 +282,8 @@ _GROUPS: tuple[Callable[[RunConfig], Problems], ...] = (
     _batches,
     _optimizer,
     loss_problems,
-    _checkpoints,
+    evaluation_problems,
+    tracker_problems,
     lora_problems,
     _reward,
     _engine,

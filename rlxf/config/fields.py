@@ -53,3 +53,10 @@ def as_list(value: Any) -> Any:
 def as_stage(value: Any) -> Any:
     """``orm`` (outcome reward model) is what the reference implementation calls ``rm``."""
     return "rm" if value == "orm" else value
+
+
+def as_names(value: Any) -> Any:
+    """One name or a list of them; ``none`` is none."""
+    if isinstance(value, str):
+        return () if value == "none" else (value,)
+    return as_tuple(value)

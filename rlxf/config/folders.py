@@ -40,7 +40,7 @@ def shown(path: Path) -> str:
 def named_paths(config: RunConfig) -> list[NamedPath]:
     """What this run reads; a key that its mode does not use is left out."""
     actor, reward = config.actor_rollout, config.reward
-    live, evaluates = config.samples, config.samples and config.training.eval_interval > 0
+    live, evaluates = config.samples, config.evaluates
     folders: dict[str, str | None] = {
         "actor_rollout.load": actor.load,
         "actor_rollout.tokenizer_name_or_path": actor.tokenizer_name_or_path,

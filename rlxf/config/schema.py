@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from rlxf.config.fields import LocalPath, as_list, as_pool, as_stage, as_tuple, finite
+from rlxf.config.fields import LocalPath, as_list, as_names, as_pool, as_stage, as_tuple, finite
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, BeforeValidator(finite), Field(ge=0)]
@@ -48,6 +48,7 @@ LossType = Literal[
 # Losses that compare the policy with itself only.
 REFERENCE_FREE = frozenset({"simpo", "orpo", "sft"})
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab"]
 Role = Literal["train", "infer", "ref", "reward"]
 
 
@@ -74,9 +75,10 @@ class TrainingConfig(Strict):
     async_save: bool = False  # write checkpoints while training goes on; holds a copy of the state in memory
     keep_latest: int = Field(0, ge=0)  # newest checkpoints that are kept; 0 = all
     keep_best: int = Field(0, ge=0)  # best checkpoints that are kept besides the newest
-    keep_best_metric: str = "eval/reward"  # what decides, measured at the checkpoint's own step
-    keep_best_mode: Literal["max", "min"] = "max"  # whether more or less of it is better
+    keep_best_metric: str | None = None  # what decides, at the checkpoint's own step; unset: eval/reward, eval/loss
+    keep_best_mode: Literal["max", "min"] | None = None  # what is better; unset: min for a loss, else max
     eval_interval: int = Field(0, ge=0)  # driver steps between evaluations; 0 = never
+    eval_only: bool = False  # evaluate once, the newest checkpoint if there is one, and train nothing
     stage_timeout_s: Positive = 3600  # longest time that one remote stage may take, seconds
     start_timeout_s: Positive = 600  # longest time that loading a model may take, seconds
     trust_remote_code: bool = False  # allow model folders to run their own Python code
@@ -258,22 +260,26 @@ class ResourcePoolConfig(Strict):
 
 
 class EvalConfig(Strict):
-    """Fresh samples at temperature 1 on validation prompts."""
+    """Online: completions of validation prompts, sampled at temperature 1. Offline: held-out pairs or examples."""
 
     data_path: File | None = None  # unset: the first `num_prompts` prompts of actor_rollout.data_path
-    num_prompts: Positive = 256  # of each evaluation
+    num_prompts: Positive = 256  # prompts, pairs or examples of each evaluation
+    greedy: bool = True  # online: the most probable completion of each prompt, too
     metrics: File | None = (
         None  # path of a Python file that defines `evaluate(prompts, completions, initial_completions)`
     )
 
 
 class LogConfig(Strict):
-    """What a run writes into its folder."""
+    """What a run writes into its folder, and which trackers it tells."""
 
     interval: Positive = 1  # driver steps between progress lines
     samples_interval: int = Field(50, ge=0)  # driver steps between tables of sampled pairs; 0 = never
     rollouts: bool = False  # write rollouts.jsonl
     tensorboard: bool = True  # write TensorBoard event files
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(as_names)] = ()  # trackers that get the numbers, too
+    project: str = Field("rlxf", min_length=1)  # the trackers' project (mlflow: experiment)
+    run_name: str | None = None  # the trackers' name of this run; unset: that of the run folder
 
 
 class RunConfig(Strict):
@@ -318,6 +324,12 @@ class RunConfig(Strict):
     def scores(self) -> bool:
         """Whether a reward model, which needs devices, scores this run's completions."""
         return not self.offline and self.reward.load is not None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether something is measured on validation prompts, or (offline) on held-out rows."""
+        wanted = self.training.eval_interval > 0 or self.training.eval_only
+        return wanted and (self.eval.data_path is not None if self.offline else self.samples)
 
     @property
     def reference_is_base(self) -> bool:

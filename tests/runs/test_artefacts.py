@@ -26,7 +26,11 @@ STEP_NAMES = {
     "response_length/mean", "response_length/max", "response_length/min",
     "prompt_length/mean", "prompt_length/max", "prompt_length/min",
 }  # fmt: skip
-EVAL_NAMES = {"eval/reward", "eval/win_rate", "eval/kl", "eval/length", "eval/eos_rate"}
+EVAL_NAMES = {
+    "eval/reward", "eval/win_rate", "eval/win_rate_previous", "eval/kl", "eval/length", "eval/eos_rate",
+    "eval/greedy_reward", "eval/greedy_win_rate", "eval/greedy_win_rate_previous", "eval/greedy_length",
+    "eval/greedy_eos_rate",
+}  # fmt: skip
 SAMPLE_FIELDS = [
     "step", "prompt", "chosen", "rejected", "chosen_score", "rejected_score", "chosen_eos", "rejected_eos",
 ]  # fmt: skip

@@ -168,7 +168,8 @@ class SmallEngine:
         tokens, logps, last = list[int](), list[float](), prompt[-1]
         while len(tokens) < sampling.max_new_tokens and last != EOS:
             probabilities = self.logits[last].softmax(-1)
-            last = int(torch.multinomial(probabilities, 1, generator=generator))
+            greedy = sampling.temperature == 0
+            last = int(probabilities.argmax() if greedy else torch.multinomial(probabilities, 1, generator=generator))
             tokens.append(last)
             logps.append(math.log(float(probabilities[last])))
         return Completion(tokens=tokens, logps=logps)

@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": FLOOR | {"jsonl", "pair"},
     "run_folder": FLOOR | TOOLS | {"checkpoint", "metrics", "pair", "run"},
     "resume": FLOOR | TOOLS | {"checkpoint", "metrics", "run", "run_folder"},
-    "report": FLOOR | TOOLS | {"metrics", "resume", "run_folder"},
+    "trackers": FLOOR,
+    "report": FLOOR | TOOLS | {"metrics", "resume", "run_folder", "trackers"},
     # The loop and the protocols of its members: no device, no model, nothing that builds a room.
     "run": FLOOR | TOOLS | {"pair", "rollout", "score", "sync"},
     "driver": FLOOR | TOOLS | {"run", "metrics", "pair", "rollout", "score"},
@@ -59,6 +60,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch_npu": ("rlxf/platform/npu.py",),
     "megatron": ("rlxf/models/megatron/", "rlxf/platform/"),
     "bitsandbytes": ("rlxf/models/megatron/nf4.py",),
+    **dict.fromkeys(("wandb", "mlflow", "swanlab"), ("rlxf/trackers.py",)),
     "ray": ("workers/", "ray_gpt.py", "scripts/", "benchmarks/"),
     "hydra": ("ray_gpt.py", "workers/cli.py"),
     "omegaconf": ("ray_gpt.py", "workers/cli.py"),

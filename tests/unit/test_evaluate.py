@@ -9,13 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlxf.errors import ConfigError
-from rlxf.evaluate import Evaluation, Rooms, load_metrics, win_rate
+from rlxf.errors import ConfigError, StopRequested
+from rlxf.evaluate import Evaluation, Rooms, load_metrics
+from rlxf.evaluate.answers import win_rate
 from rlxf.types import PromptBatch, Tokens
 from tests.tiny_models import byte_tokenizer
 from tests.unit.small_run import EOS, LIKED, VOCAB, SmallRun, TokenCounter, small_config, small_run
 
 NUM_PROMPTS = 64
+SAMPLED = {
+    "eval/reward", "eval/win_rate", "eval/win_rate_previous", "eval/kl", "eval/length", "eval/eos_rate",
+}  # fmt: skip
+GREEDY = {
+    "eval/greedy_reward", "eval/greedy_win_rate", "eval/greedy_win_rate_previous",
+    "eval/greedy_length", "eval/greedy_eos_rate",
+}  # fmt: skip
 
 
 def evaluation(small: SmallRun) -> Evaluation:
@@ -30,7 +38,7 @@ def evaluation(small: SmallRun) -> Evaluation:
 
 
 def small(**changes: object) -> SmallRun:
-    return small_run(small_config(training__eval_interval=2, training__train_iters=5, **changes))
+    return small_run(small_config(**{"training__eval_interval": 2, "training__train_iters": 5, **changes}))
 
 
 def test_it_is_due_before_the_first_step_at_the_interval_and_after_the_last_step() -> None:
@@ -42,7 +50,8 @@ def test_an_untrained_policy_is_its_own_equal() -> None:
     metrics = evaluation(small())(0)
     assert metrics["eval/kl"] == 0.0
     assert metrics["eval/win_rate"] == pytest.approx(0.5, abs=0.15)
-    assert set(metrics) == {"eval/reward", "eval/win_rate", "eval/kl", "eval/length", "eval/eos_rate"}
+    assert metrics["eval/greedy_win_rate"] == metrics["eval/greedy_win_rate_previous"] == 0.5  # the same answers
+    assert set(metrics) == SAMPLED | GREEDY
 
 
 def test_a_policy_that_says_what_scores_wins_and_is_far_from_the_reference() -> None:
@@ -67,21 +76,78 @@ def test_samples_are_fresh_and_never_those_of_training() -> None:
     evaluate = evaluation(run)
     for step in range(6):
         evaluate(step)
-    steps = [sampling.step for sampling in run.engine.samplings]
+    steps = [sampling.step for sampling in run.engine.samplings if sampling.temperature]
     assert len(set(steps)) == len(steps) == 5  # the initial policy's, and four evaluations
     assert max(steps) < 0
-    assert {(s.temperature, s.top_p, s.num_samples) for s in run.engine.samplings} == {(1.0, 1.0, 1)}
+    assert {(s.temperature, s.top_p, s.num_samples) for s in run.engine.samplings} == {(1.0, 1.0, 1), (0.0, 1.0, 1)}
+
+
+def learn(run: SmallRun, version: int) -> None:
+    """The policy comes to like what scores a little more."""
+    with torch.no_grad():
+        run.actor.logits[:, LIKED] += 1.0
+    run.sync.push(version)
+
+
+def test_greedy_answers_depend_on_the_weights_alone() -> None:
+    run = small(training__train_iters=9)
+    evaluate = evaluation(run)
+    learn(run, 1)
+    found = [evaluate(step) for step in (0, 2, 4)]
+    assert set(found[0]) == SAMPLED | GREEDY
+    for metrics in found[1:]:
+        assert {name: metrics[name] for name in GREEDY} == {name: found[0][name] for name in GREEDY}
+        assert metrics["eval/reward"] != found[0]["eval/reward"]  # sampled anew
+    assert found[0]["eval/greedy_reward"] == found[0]["eval/greedy_length"] == run.run.config.max_new_tokens
+
+
+def test_greedy_answers_are_asked_for_once_per_evaluation_and_not_at_all_if_switched_off() -> None:
+    run, off = small(), small(eval__greedy=False)
+    for each in (run, off):
+        evaluate = evaluation(each)
+        metrics = [evaluate(step) for step in (0, 2)][-1]
+    assert sum(sampling.temperature == 0 for sampling in run.engine.samplings) == 2
+    assert all(sampling.temperature for sampling in off.engine.samplings)
+    assert set(metrics) == SAMPLED
+
+
+def test_a_policy_is_compared_with_the_evaluation_before() -> None:
+    run = small(training__train_iters=9)
+    evaluate = evaluation(run)
+    evaluate(0)
+    for version in (1, 2, 3):
+        learn(run, version)
+    better = evaluate(2)
+    same = evaluate(4)
+    assert better["eval/win_rate_previous"] > 0.8
+    assert better["eval/greedy_win_rate_previous"] == 1.0
+    assert same["eval/win_rate"] > 0.8
+    assert same["eval/win_rate_previous"] == pytest.approx(0.5, abs=0.15)
+    assert same["eval/greedy_win_rate"] == 1.0
+    assert same["eval/greedy_win_rate_previous"] == 0.5
+
+
+def test_an_evaluation_that_is_cut_off_is_not_the_one_before() -> None:
+    run = small(training__train_iters=9)
+    evaluate = evaluation(run)
+    evaluate(0)
+    before = evaluate.describe_baseline()
+    run.engine.during_generate = lambda: (_ for _ in ()).throw(StopRequested("now"))
+    with pytest.raises(StopRequested):
+        evaluate(2)
+    assert evaluate.describe_baseline() == before
 
 
 def test_a_resumed_run_compares_with_what_the_initial_policy_said() -> None:
     first = small()
     evaluate = evaluation(first)
     evaluate(0)
+    learn(first, 1)
+    evaluate(2)  # the one before
     baseline = json.loads(json.dumps(evaluate.describe_baseline(), allow_nan=False))
-    with torch.no_grad():
-        first.actor.logits[:, LIKED] += 3.0
-    first.sync.push(1)
-    expected = evaluate(2)
+    learn(first, 2)
+    expected = evaluate(4)
+    assert expected["eval/win_rate"] != expected["eval/win_rate_previous"]
     again = small()
     resumed = evaluation(again)
     resumed.restore(baseline)
@@ -89,7 +155,7 @@ def test_a_resumed_run_compares_with_what_the_initial_policy_said() -> None:
     again.engine.logits = first.engine.logits
     with torch.no_grad():
         again.actor.logits.copy_(first.actor.logits)
-    assert resumed(2) == expected
+    assert resumed(4) == expected
 
 
 @pytest.mark.parametrize("found", [None, {"prompts": "of another run", "scores": [1.0], "texts": ["a"]}])
@@ -101,7 +167,22 @@ def test_without_a_baseline_of_these_prompts_the_initial_policy_is_sampled(
     evaluate(0)
     resumed.restore(found)
     assert "sampled again" in caplog.text
-    assert resumed.describe_baseline() == evaluate.describe_baseline()
+    initial = evaluate.describe_baseline()
+    assert initial is not None
+    assert resumed.describe_baseline() == {**initial, "previous": None}
+
+
+def test_a_checkpoint_without_greedy_answers_keeps_its_sampled_ones(caplog: pytest.LogCaptureFixture) -> None:
+    first, again = small(eval__greedy=False), small()
+    evaluate, resumed = evaluation(first), evaluation(again)
+    evaluate(0)
+    found = evaluate.describe_baseline()
+    assert found is not None
+    found["scores"] = [9.0] * NUM_PROMPTS  # what no policy here can reach again
+    resumed.restore(found)
+    assert [sampling.temperature for sampling in again.engine.samplings] == [0.0]
+    assert resumed(2)["eval/win_rate"] == 0.0
+    assert resumed(4)["eval/greedy_win_rate"] == 0.5
 
 
 def test_missing_scores_of_a_baseline_stay_missing() -> None:

@@ -139,7 +139,44 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     made = folder(tmp_path, training__keep_latest=2, training__keep_best=1, training__keep_best_metric="reward")
     for step, reward in enumerate((0.1, 0.9, 0.3, 0.2, 0.4), start=1):
         made.save_checkpoint(State(step=step, metrics={"reward": reward}))
-    assert names(tmp_path)[:-1] == ["iter_0000002", "iter_0000004", "iter_0000005"]
+    kept = [name for name in names(tmp_path) if name.startswith("iter")]
+    assert kept == ["iter_0000002", "iter_0000004", "iter_0000005"]
+
+
+def pointer(run_dir: Path) -> tuple[str, dict[str, Any]]:
+    root = run_dir / "checkpoints"
+    reason = json.loads((root / "best_checkpointed_iteration.json").read_text())
+    return (root / "best_checkpointed_iteration.txt").read_text(), reason
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "metric", "values", "expected"),
+    [
+        ("ray_online_dpo", {}, "eval/reward", (0.1, 0.9, 0.9, 0.2), (3, "max", 0.9)),
+        ("dpo", {}, "eval/loss", (0.4, 0.1, 0.3, 0.2), (2, "min", 0.1)),
+        ("dpo", {"keep_best_metric": "loss"}, "loss", (0.1, 0.9, 0.3, 0.2), (1, "min", 0.1)),
+        ("dpo", {"keep_best_metric": "kl", "keep_best_mode": "min"}, "kl", (3.0, 2.0, 4.0, 5.0), (2, "min", 2.0)),
+        ("dpo", {"keep_best_metric": "kl"}, "kl", (3.0, float("nan"), 4.0, 2.0), (3, "max", 4.0)),
+    ],
+)
+def test_a_pointer_names_the_best_checkpoint_that_is_there(
+    tmp_path: Path, stage: str, changes: dict[str, Any], metric: str, values: tuple[float, ...], expected: Any
+) -> None:
+    settings = {f"training__{name}": value for name, value in {"stage": stage, **changes}.items()}
+    made = folder(tmp_path, **settings)
+    for step, value in enumerate(values, start=1):
+        made.save_checkpoint(State(step=step, metrics={metric: value}))
+    step, mode, value = expected
+    assert pointer(tmp_path) == (f"{step}\n", {"step": step, "metric": metric, "mode": mode, "value": value})
+
+
+def test_the_pointer_moves_on_when_the_best_checkpoint_is_deleted(tmp_path: Path) -> None:
+    made = folder(tmp_path, training__keep_latest=2)
+    for step, reward in enumerate((0.9, 0.1, 0.3, 0.2), start=1):
+        made.save_checkpoint(State(step=step, metrics={"eval/reward": reward}))
+        best = int(pointer(tmp_path)[0])
+        assert (tmp_path / "checkpoints" / f"iter_{best:07d}").is_dir()
+    assert best == 3
 
 
 def _hold(save: str, ready: Any, leave: Any) -> None:

@@ -152,7 +152,7 @@ def test_paths_are_relative_to_the_folder_of_the_command(tmp_path: Path, monkeyp
 def test_a_run_goes_on_by_itself_and_keeps_every_checkpoint() -> None:
     training = load_config(recipe()).training
     assert (training.resume, training.keep_latest, training.keep_best, training.save_hf_interval) == ("auto", 0, 0, 0)
-    assert (training.async_save, training.keep_best_metric, training.keep_best_mode) == (False, "eval/reward", "max")
+    assert (training.async_save, training.keep_best_metric, training.keep_best_mode) == (False, None, None)
 
 
 def test_a_dumped_config_loads_to_itself() -> None:

@@ -1,0 +1,61 @@
+"""What a recipe asks of evaluations, and of the checkpoints that are judged by them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from rlxf.config.problems import Problem, wrong
+from rlxf.config.schema import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+def evaluation_problems(config: RunConfig) -> Iterator[Problem]:
+    """An evaluation alone needs something to evaluate, and the best checkpoint a number of each."""
+    training = config.training
+    if training.eval_only and not config.evaluates:
+        yield wrong("training.eval_only", True, f"there is nothing to evaluate: {_missing(config)}", "eval.data_path")
+    if training.keep_best:
+        yield from _best(config)
+
+
+def best_metric(config: RunConfig) -> tuple[str, bool]:
+    """What decides which checkpoint is the best, and whether more of it is better."""
+    training = config.training
+    name = training.keep_best_metric or ("eval/loss" if config.offline else "eval/reward")
+    mode = training.keep_best_mode or ("min" if name.endswith("loss") else "max")
+    return name, mode == "max"
+
+
+def _best(config: RunConfig) -> Iterator[Problem]:
+    training, key = config.training, "training.keep_best"
+    if not training.keep_latest:
+        expected = "expected 0 with training.keep_latest = 0, which keeps every checkpoint; set training.keep_latest"
+        yield wrong(key, training.keep_best, expected, "training.keep_latest")
+        return
+    name, _ = best_metric(config)
+    evaluated = name.startswith("eval/")
+    if evaluated and not (config.evaluates and training.eval_interval):
+        expected = "nothing is evaluated in this run; set training.eval_interval, or judge by a metric of every step"
+        if training.eval_interval:
+            expected = f"nothing is evaluated in this run: {_missing(config)}; or judge by a metric of every step"
+        yield wrong("training.keep_best_metric", name, expected, "training.eval_interval", "eval.data_path")
+    elif evaluated and training.save_interval % training.eval_interval:
+        expected = (
+            f"expected a multiple of training.eval_interval = {training.eval_interval}: "
+            "training.keep_best judges a checkpoint by its own evaluation"
+        )
+        yield wrong("training.save_interval", training.save_interval, expected, "training.eval_interval")
+
+
+def _missing(config: RunConfig) -> str:
+    if config.offline:
+        return "set eval.data_path, a file of held-out rows"
+    return f"no rollout engine samples with rollout.engine = {config.engine}"
+
+
+def say_what_is_not_evaluated(config: RunConfig) -> None:
+    """A warning if evaluations are asked for and nothing can be evaluated."""
+    if config.training.eval_interval and not config.evaluates:
+        logger.warning("training.eval_interval has no effect: %s", _missing(config))

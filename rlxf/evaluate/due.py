@@ -1,0 +1,18 @@
+"""When a run evaluates."""
+
+from __future__ import annotations
+
+from rlxf.config.schema import TrainingConfig
+from rlxf.types import Metrics
+
+
+def is_due(training: TrainingConfig, step: int) -> bool:
+    """Whether an evaluation follows ``step`` complete steps: at the interval, before the first and after the last."""
+    if training.eval_only:
+        return True
+    return training.eval_interval > 0 and (step % training.eval_interval == 0 or step == training.train_iters)
+
+
+def no_evaluation(step: int) -> Metrics:
+    """For runs that evaluate nothing."""
+    return {}

@@ -1,0 +1,74 @@
+"""Held-out pairs or examples under the loss that a run minimises: the evaluation of runs that sample nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from rlxf.config.schema import RunConfig
+from rlxf.evaluate.due import is_due
+from rlxf.run import Reference
+from rlxf.types import Examples, Metrics, Pairs, ReferencedPairs, RewardPairs
+
+Batch = Pairs | Examples  # RewardPairs are Pairs
+
+# Not means of a batch, so not means of all batches.
+_EXTREMES = {"min_reward": min, "max_reward": max}
+
+
+class Evaluates(Protocol):
+    """A model that says how well it does on a batch."""
+
+    def evaluate(self, batch: ReferencedPairs | RewardPairs | Examples) -> Metrics:
+        """Means over the batch's pairs (``Examples``: counted tokens), without gradient."""
+        ...
+
+
+class OfflineEvaluation:
+    """``eval/*`` every ``training.eval_interval`` steps, before the first and after the last one.
+
+    Args:
+        config: the whole recipe.
+        batches: what is held out, the same in every evaluation.
+        actor: the model that is trained.
+        reference: gives DPO's pairs their reference log-probs; None: the stage has none (sft, rm).
+    """
+
+    def __init__(
+        self, config: RunConfig, batches: Sequence[Batch], actor: Evaluates, reference: Reference | None = None
+    ) -> None:
+        self._training = config.training
+        self._batches = batches
+        self._actor = actor
+        self._reference = reference
+
+    def __call__(self, step: int) -> Metrics:
+        """The actor's own metrics over all batches, with ``eval/`` before their names; empty if none are due.
+
+        Means weigh each pair alike (sft: each counted token), whatever the size of the batches.
+        """
+        if not is_due(self._training, step):
+            return {}
+        found = [(self._actor.evaluate(self._with_reference(batch)), _weight(batch)) for batch in self._batches]
+        names = dict.fromkeys(name for metrics, _ in found for name in metrics)
+        return {f"eval/{name}": _over_batches(name, found) for name in names}
+
+    def _with_reference(self, batch: Batch) -> ReferencedPairs | RewardPairs | Examples:
+        if isinstance(batch, Examples | RewardPairs):
+            return batch
+        assert self._reference is not None  # DPO has a reference
+        return ReferencedPairs(pairs=batch, reference=self._reference.logps(batch))
+
+
+def _weight(batch: Batch) -> int:
+    return int(batch.counted.sum()) if isinstance(batch, Examples) else len(batch)
+
+
+def _over_batches(name: str, found: Sequence[tuple[Metrics, int]]) -> float:
+    values = [(metrics[name], weight) for metrics, weight in found if name in metrics and weight]
+    if not values:
+        return math.nan
+    if name in _EXTREMES:
+        return _EXTREMES[name](value for value, _ in values)
+    return math.fsum(value * weight for value, weight in values) / sum(weight for _, weight in values)

@@ -1,0 +1,172 @@
+"""Completions of validation prompts, scored, against what the initial policy and the last evaluation said to them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlxf.config.schema import RunConfig
+from rlxf.evaluate.answers import Answers, Round, mean, win_rate
+from rlxf.evaluate.due import is_due
+from rlxf.evaluate.user import call_metrics, load_metrics
+from rlxf.rollout.engine import Sampling
+from rlxf.run import Actor, Reference, Rollout
+from rlxf.score.penalty import with_scores
+from rlxf.score.scorer import Scorer
+from rlxf.types import Metrics, PromptBatch, ScoredRollouts, Sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_BASELINE_STEP = -1  # seeds of the initial policy's samples; an evaluation after n steps uses -2 - n
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rooms:
+    """Who takes part in an evaluation."""
+
+    rollout: Rollout
+    scorer: Scorer
+    actor: Actor
+    reference: Reference
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """One completion per evaluation prompt, as the rooms have it."""
+
+    scored: ScoredRollouts
+    texts: list[str]
+
+    @property
+    def answers(self) -> Answers:
+        return Answers(self.scored.scores, self.texts)
+
+
+class Evaluation:
+    """``eval/*`` every ``training.eval_interval`` steps, before the first and after the last one.
+
+    One sample per prompt at temperature 1, whose seeds depend on run, step and prompt and are never those of training;
+    and, with ``eval.greedy``, the most probable completion, which depends on nothing but the weights.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: PromptBatch,
+        rooms: Rooms,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: tuple[int, ...],
+    ) -> None:
+        self._config = config
+        self._prompts = prompts
+        self._rooms = rooms
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._user_metrics = load_metrics(config.eval.metrics) if config.eval.metrics else None
+        self._baseline: Round | None = None  # the initial policy's
+        self._previous: Round | None = None  # the last evaluation's; at first the initial policy's
+
+    def restore(self, found: dict[str, Any] | None) -> None:
+        """Take over what ``describe_baseline`` of the resumed run gave; engine and actor still hold the initial policy.
+
+        If it does not answer this run's prompts (another ``eval`` section, or no evaluations so far), the initial
+        policy is sampled now.
+        """
+        fits = found is not None and found["prompts"] == self._prompts_digest()
+        known = Round.read(found) if found is not None and fits else None
+        if known is None or (self._config.eval.greedy and known.greedy is None):
+            log.warning("the checkpoint has no such evaluation of these prompts: the initial policy is sampled again")
+            greedy = self._greedy(0)
+            sampled = known.sampled if known else self._sample(_BASELINE_STEP).answers
+            known = Round(sampled, greedy.answers if greedy else None)
+        previous = found.get("previous") if found is not None and fits else None
+        self._baseline, self._previous = known, Round.read(previous) if previous else known
+
+    def describe_baseline(self) -> dict[str, Any] | None:
+        """Initial and last answers as JSON data, for ``restore``; None before the first evaluation."""
+        if self._baseline is None or self._previous is None:
+            return None
+        previous = None if self._previous is self._baseline else self._previous.describe()
+        return {"prompts": self._prompts_digest(), **self._baseline.describe(), "previous": previous}
+
+    def _prompts_digest(self) -> str:
+        return hashlib.sha256(json.dumps(self._prompts.prompts.rows()).encode()).hexdigest()
+
+    def __call__(self, step: int) -> Metrics:
+        """Evaluate after ``step`` complete steps, if one is due; the first call is at step 0, or after ``restore``."""
+        if not is_due(self._config.training, step):
+            return {}
+        greedy = self._greedy(step)
+        if self._baseline is None:  # its greedy answers are those of this evaluation: the weights are the same
+            sampled = self._sample(_BASELINE_STEP).answers
+            self._baseline = self._previous = Round(sampled, greedy.answers if greedy else None)
+        samples = self._sample(_BASELINE_STEP - 1 - step)
+        metrics = {
+            "eval/reward": _reward(samples),
+            **self._win_rates(samples.answers, greedy.answers if greedy else None),
+            "eval/kl": self._kl(samples.scored.rollouts.sequences),
+            **_lengths(samples, ""),
+        }
+        if greedy is not None:
+            metrics |= {"eval/greedy_reward": _reward(greedy), **_lengths(greedy, "greedy_")}
+        metrics |= self._from_user(samples.texts, self._baseline.sampled.texts)
+        self._previous = Round(samples.answers, greedy.answers if greedy else None)  # last: this one is complete
+        return metrics
+
+    def _win_rates(self, sampled: Answers, greedy: Answers | None) -> Metrics:
+        metrics: Metrics = {}
+        for name, other in (("win_rate", self._baseline), ("win_rate_previous", self._previous)):
+            assert other is not None
+            metrics[f"eval/{name}"] = win_rate(sampled.scores, other.sampled.scores)
+            if greedy is not None and other.greedy is not None:
+                metrics[f"eval/greedy_{name}"] = win_rate(greedy.scores, other.greedy.scores)
+        return metrics
+
+    def _greedy(self, step: int) -> Samples | None:
+        return self._sample(_BASELINE_STEP - 1 - step, greedy=True) if self._config.eval.greedy else None
+
+    def _sample(self, step: int, *, greedy: bool = False) -> Samples:
+        config = self._config
+        sampling = Sampling(
+            num_samples=1,
+            max_new_tokens=config.max_new_tokens,
+            temperature=0.0 if greedy else 1.0,
+            seed=config.training.seed,
+            step=step,
+        )
+        rollouts = self._rooms.rollout.generate(self._prompts, sampling)
+        penalty = config.actor_rollout.missing_eos_penalty
+        raw_scores = self._rooms.scorer.score(rollouts)
+        scored = with_scores(rollouts, raw_scores, eos_ids=self._eos_ids, missing_eos_penalty=penalty)
+        texts = self._tokenizer.batch_decode(rollouts.sequences.completion_rows(), skip_special_tokens=True)
+        return Samples(scored, texts)
+
+    def _kl(self, sequences: Sequences) -> float:
+        """Mean over completions of the summed log-ratio: an estimate of the KL of whole completions, nats."""
+        difference = self._rooms.actor.token_logps(sequences) - self._rooms.reference.token_logps(sequences)
+        return float(difference.double().sum()) / len(sequences)
+
+    def _from_user(self, texts: list[str], initial_texts: list[str]) -> Metrics:
+        if self._user_metrics is None:
+            return {}
+        path = str(self._config.eval.metrics)
+        return call_metrics(self._user_metrics, path, list(self._prompts.texts), texts, initial_texts)
+
+
+def _reward(samples: Samples) -> float:
+    scores = samples.scored.scores
+    return mean(scores[scores.isfinite()].double())
+
+
+def _lengths(samples: Samples, prefix: str) -> Metrics:
+    return {
+        f"eval/{prefix}length": mean(samples.scored.rollouts.sequences.completion_lengths.double()),
+        f"eval/{prefix}eos_rate": mean(samples.scored.contains_eos.double()),
+    }
