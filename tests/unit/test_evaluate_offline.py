@@ -12,10 +12,11 @@ from torch import Tensor
 
 from rlxf.evaluate import OfflineEvaluation
 from rlxf.types import Examples, Metrics, PairLogps, Pairs, ReferencedPairs, RewardPairs, Sequences
-from rlxf.update.losses import LOSSES
+from rlxf.update.losses import LossSettings, WeightedLoss
 from tests.unit.small_run import Bigram, small_config
 
 BETA = 0.5
+LOSS = WeightedLoss(names=("sigmoid",), weights=(1.0,), settings=LossSettings(beta=BETA))
 
 
 class Learner(Bigram):
@@ -40,7 +41,7 @@ class Learner(Bigram):
                 "max_reward": float(margins.max()),
             }
         logps, reference = self.logps(batch.pairs), batch.reference
-        losses = LOSSES["sigmoid"](logps, reference, beta=BETA, label_smoothing=0.0)
+        losses = LOSS(logps, reference, torch.ones(2 * len(batch)), 1.0)
         chosen = BETA * (logps.chosen - reference.chosen)
         rejected = BETA * (logps.rejected - reference.rejected)
         return {
