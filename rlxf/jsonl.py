@@ -21,40 +21,56 @@ _STEP = re.compile(rb'\{"step": ?(\d+)[,}]')
 
 
 class Problems:
-    """What is wrong with the rows of one file. The report shows the first ten and says how many there are."""
+    """What is wrong with the rows of one or more files. The report shows the first ten and says how many there are.
 
-    def __init__(self) -> None:
+    ``allowed``: this many wrong rows are left out instead of ending the run; ``key``: the recipe's key that says so.
+    """
+
+    def __init__(self, allowed: int = 0, key: str | None = None) -> None:
+        self.allowed = allowed
+        self.total = 0
+        self._key = key
         self._shown: list[str] = []
-        self._total = 0
+        self._num_rows = 0
 
-    def add(self, place: str, reason: str) -> None:
-        self._total += 1
+    def add(self, place: str, reason: str) -> bool:
+        """Note a wrong row; whether it may be left out."""
+        self.total += 1
         if len(self._shown) < MAX_SHOWN:
             self._shown.append(f"{place}: {reason}")
+        return self.total <= self.allowed
 
     def raise_any(self, num_rows: int) -> None:
-        """Raise one DataError with all of them; do nothing when there are none."""
-        if not self._total:
+        """Raise one DataError when there are more than allowed. ``num_rows``: those of the file just read."""
+        self._num_rows += num_rows
+        if self.total <= self.allowed:
             return
-        hidden = self._total - len(self._shown)
-        more = (f"... and {hidden} more: {self._total} of {num_rows} rows are wrong",) if hidden else ()
-        raise DataError(*self._shown, *more)
+        hint = f"; {self._key}={self.total} leaves such rows out" if self._key else ""
+        *lines, last = self.report()
+        raise DataError(*lines, last + hint)
+
+    def report(self) -> list[str]:
+        """One line for each of the first ten, and one that counts the rest."""
+        hidden = self.total - len(self._shown)
+        more = [f"... and {hidden} more: {self.total} of {self._num_rows} rows are wrong"] if hidden else []
+        return [*self._shown, *more]
 
 
 class JsonLines:
     """The rows of a file with one JSON object per line, read from disk on request.
 
     Every row is parsed and checked once, at the start; what stays in memory is 12 bytes per row. A byte-order mark,
-    CRLF and blank lines are accepted.
+    CRLF and blank lines are accepted. Wrong rows that ``problems`` allows keep their number and stand in ``bad``.
     """
 
-    def __init__(self, path: str | Path, check: Check) -> None:
+    def __init__(self, path: str | Path, check: Check, problems: Problems | None = None) -> None:
         self.path = require_file(path)
         self.columns: tuple[str, ...] = ()  # every key that some row has, in order of appearance
+        self.bad: dict[int, str] = {}  # wrong rows, which are left out, and what is wrong with them
         self.num_blank = 0  # blank lines skipped
         self._offsets = array("q")
         self._lines = array("i")
-        self._index(check)
+        self._index(check, Problems() if problems is None else problems)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -71,8 +87,8 @@ class JsonLines:
             raise DataError(f"{self.where(row)}: the file changed while it was in use: {parsed}")
         return parsed
 
-    def _index(self, check: Check) -> None:
-        problems, columns = Problems(), dict[str, None]()
+    def _index(self, check: Check, problems: Problems) -> None:
+        columns = dict[str, None]()
         with self.path.open("rb") as handle:
             if handle.read(3) != _BOM:
                 handle.seek(0)
@@ -92,8 +108,8 @@ class JsonLines:
                         raise DataError(f"{place}: the file is one JSON list; write one object per line: jq -c '.[]'")
                     parsed = _parse(line)
                 reason = parsed if isinstance(parsed, str) else check(parsed)
-                if reason:
-                    problems.add(place, reason)
+                if reason and problems.add(place, reason):
+                    self.bad[len(self)] = reason
                 if isinstance(parsed, dict):
                     columns.update(dict.fromkeys(parsed))
                 self._offsets.append(offset)

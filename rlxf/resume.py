@@ -14,7 +14,7 @@ from rlxf.config.schema import RunConfig
 from rlxf.errors import CheckpointError
 from rlxf.metrics import from_json
 from rlxf.run import State
-from rlxf.run_folder import FORMAT, checkpoints_folder, data_file, fingerprint
+from rlxf.run_folder import FORMAT, checkpoints_folder, fingerprint, training_files
 from rlxf.types import Metrics
 
 log = logging.getLogger(__name__)
@@ -144,8 +144,7 @@ def _check(config: RunConfig, folder: Path, driver: dict[str, Any]) -> list[str]
     other = "name that one, or start a new run with another folder in actor_rollout.save (or hydra.run.dir)"
     if changes.shape:
         raise CheckpointError(f"{folder}: holds a model of another shape: {'; '.join(changes.shape)}; {other}")
-    path, then = data_file(config), driver["data"]
-    now = fingerprint(path) if path else None
+    now, then = fingerprint(*training_files(config)), driver["data"]
     if (then or {}).get("sha256") != (now or {}).get("sha256"):
         raise CheckpointError(f"{folder}: was trained on {_data(then)}, but this run reads {_data(now)}; {other}")
     if changes.curve:

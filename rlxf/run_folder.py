@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -38,6 +39,7 @@ from rlxf.checkpoint import (
     write_manifest,
 )
 from rlxf.config.evaluation import best_metric
+from rlxf.config.folders import data_files
 from rlxf.config.schema import RunConfig
 from rlxf.errors import CheckpointError
 from rlxf.metrics import finite_or_null
@@ -89,9 +91,8 @@ class RunFolder:
         self._describe = describe
         self._saved = saved
         self._also = also
-        path = data_file(config)
         # Now and not in the first save, which a stop signal may be waiting for.
-        self._data = fingerprint(path) if path else None
+        self._data = fingerprint(*training_files(config))
         self._saving: Saving | None = None
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._require_space()
@@ -280,10 +281,11 @@ def checkpoints_folder(config: RunConfig, run_dir: Path) -> Path:
     return Path(config.actor_rollout.save or run_dir / "checkpoints").absolute()
 
 
-def data_file(config: RunConfig) -> Path | None:
+def training_files(config: RunConfig) -> list[Path]:
     """What the run trains on."""
-    path = config.rollout.replay_path if config.engine == "replay" else config.actor_rollout.data_path
-    return Path(path) if path else None
+    if config.engine == "replay":
+        return [Path(config.rollout.replay_path)] if config.rollout.replay_path else []
+    return data_files(config.actor_rollout.data_path or ())
 
 
 def _least_bytes(config: RunConfig) -> int:
@@ -301,10 +303,17 @@ def save_config(config: RunConfig, run_dir: Path) -> None:
     write_text(run_dir / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """What tells whether a data file is still the same."""
-    status = path.stat()
-    return {"path": str(path), "num_bytes": status.st_size, "sha256": _digest(path, status.st_size, status.st_mtime_ns)}
+def fingerprint(*paths: Path) -> dict[str, Any] | None:
+    """What tells whether data files are still the same; None without a file."""
+    if not paths:
+        return None
+    statuses = [path.stat() for path in paths]
+    digests = [_digest(path, now.st_size, now.st_mtime_ns) for path, now in zip(paths, statuses, strict=True)]
+    return {
+        "path": ", ".join(map(str, paths)) if len(paths) < 4 else f"{paths[0]} and {len(paths) - 1} more",
+        "num_bytes": sum(now.st_size for now in statuses),
+        "sha256": digests[0] if len(paths) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest(),
+    }
 
 
 @cache

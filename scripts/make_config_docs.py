@@ -74,8 +74,15 @@ def kind(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(annotation) is Literal:
         return " / ".join(f"`{value}`" for value in inner)
     if marks:
-        place = "path of a folder" if marks[0].kind == "output" else f"path of a {marks[0].kind}"
+        places = {"output": "path of a folder", "data": "path, or list of paths"}
+        place = places.get(marks[0].kind, f"path of a {marks[0].kind}")
         return " / ".join([*(f"`{word}`" for word in marks[0].words), place])
+    if get_origin(annotation) is dict:
+        return "mapping, or one in JSON"
+    if get_origin(annotation) is tuple and any(isinstance(part, LocalPath) for part in get_args(inner[0])):
+        return kind(inner[0], [])
+    if get_origin(annotation) is tuple and float in (inner[0], getattr(inner[0], "__origin__", None)):
+        return "list of float"
     if get_origin(annotation) is tuple:
         return f"list of {kind(inner[0], [])}" if get_origin(inner[0]) is Literal else "int or list of int, each >= 1"
     words = {int: "int", float: "float", bool: "bool", str: "text"}[annotation]

@@ -17,7 +17,7 @@ from rlxf.config.losses import loss_problems
 from rlxf.config.parallel import layout_problems, rollout_layout_problems
 from rlxf.config.placement import placement_problems
 from rlxf.config.problems import Problem, wrong
-from rlxf.config.schema import ModelConfig, RoleConfig, RunConfig
+from rlxf.config.schema import ActorConfig, ModelConfig, RoleConfig, RunConfig
 from rlxf.config.trackers import tracker_problems
 
 logger = logging.getLogger(__name__)
@@ -201,6 +201,7 @@ def _inputs(config: RunConfig) -> Problems:
         yield Problem(
             ("actor_rollout.data_path",), f"actor_rollout.data_path is required: a .jsonl or .parquet file of {kind}"
         )
+    yield from _mixture(actor)
     if replay and config.rollout.replay_path is None:
         text = (
             "rollout.replay_path is required with rollout.engine=replay: rollouts.jsonl of a run with log.rollouts=true"
@@ -209,6 +210,18 @@ def _inputs(config: RunConfig) -> Problems:
     if not replay and config.rollout.replay_path is not None:
         expected = "nothing reads it; add rollout.engine=replay, or remove it"
         yield wrong("rollout.replay_path", config.rollout.replay_path, expected, "rollout.engine")
+
+
+def _mixture(actor: ActorConfig) -> Problems:
+    weights, paths = actor.data_weights, actor.data_path or ()
+    key = "actor_rollout.data_weights"
+    if weights and len(weights) != len(paths):
+        expected = f"expected one for each of the {len(paths)} paths of actor_rollout.data_path"
+        yield wrong(key, list(weights), expected, "actor_rollout.data_path")
+    elif weights and min(weights) < sum(weights) / 1000:
+        yield wrong(
+            key, list(weights), "expected at least a thousandth of their sum each; leave out the smallest source"
+        )
 
 
 def _engine(config: RunConfig) -> Problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,10 +12,10 @@ from typing import Any, Literal
 class LocalPath:
     """Marks a field that names something on disk; ``load.py`` makes it absolute, ``folders.py`` checks that it exists.
 
-    ``output`` need not exist. ``words``: values that are no path.
+    ``data`` is a file or a folder; ``output`` need not exist. ``words``: values that are no path.
     """
 
-    kind: Literal["file", "folder", "output"]
+    kind: Literal["file", "folder", "data", "output"]
     words: tuple[str, ...] = ()
 
 
@@ -60,3 +61,44 @@ def as_names(value: Any) -> Any:
     if isinstance(value, str):
         return () if value == "none" else (value,)
     return as_tuple(value)
+
+
+def as_paths(value: Any) -> Any:
+    """One path or a list of them as a tuple."""
+    if value in ("", []):
+        raise ValueError("a path, or a list of paths")
+    return (value,) if isinstance(value, str) else as_tuple(value)
+
+
+def as_shares(value: Any) -> Any:
+    """Megatron's ``95,5,0`` as (95.0, 5.0, 0.0); a missing share is 0."""
+    expected = "three shares (train, validation, test), such as [95,5,0]; not negative, the first above 0"
+    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
+    try:
+        shares = [float(part) for part in parts]
+    except (TypeError, ValueError):
+        raise ValueError(expected) from None
+    shares += [0.0] * (3 - len(shares))
+    if len(shares) != 3 or not all(math.isfinite(share) and share >= 0 for share in shares) or not shares[0]:
+        raise ValueError(expected)
+    return tuple(shares)
+
+
+MAP_KEYS = ("prompt", "query", "response", "history", "system", "chosen", "rejected")
+
+
+def as_map_keys(value: Any) -> Any:
+    """A mapping, or one in JSON, from the keys of ``MAP_KEYS`` to columns; an empty text is no such column."""
+    try:
+        mapping = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"a mapping, or one in JSON: {error}") from None
+    if mapping is None:
+        return None
+    if not isinstance(mapping, dict) or not all(isinstance(column, str) for column in mapping.values()):
+        raise ValueError(f"a mapping from {', '.join(MAP_KEYS)} to names of columns")
+    if unknown := [key for key in mapping if key not in MAP_KEYS]:
+        raise ValueError(f"a mapping from {', '.join(MAP_KEYS)} to names of columns; {unknown[0]!r} is none of them")
+    if mapping.get("prompt") == "":
+        raise ValueError("a column for 'prompt', which cannot be empty")
+    return mapping

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 from rlxf.config.problems import Problem, show
 from rlxf.config.schema import ModelConfig, RunConfig
 
-_DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+_DATASET_FILES = ("state.json", "dataset_dict.json")  # of a Hugging Face dataset on disk
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _DEFAULT_LABELS = 2  # of a Hugging Face classifier whose config.json says nothing about labels
 
@@ -25,9 +26,12 @@ class NamedPath:
     path: Path
     folder: bool = False
     suffixes: tuple[str, ...] = ()
+    data: bool = False  # a file, or a folder of files
 
     @property
     def exists(self) -> bool:
+        if self.data and self.path.is_dir():
+            return True
         return self.path.is_dir() if self.folder else self.path.is_file()
 
 
@@ -35,6 +39,15 @@ def shown(path: Path) -> str:
     """A path as its user would type it."""
     here = Path.cwd()
     return f"./{path.relative_to(here)}" if path.is_relative_to(here) else str(path)
+
+
+def data_files(paths: Iterable[str]) -> list[Path]:
+    """Every file that data paths stand for, in order; those of a folder sorted, with what lies deeper in it."""
+    files = []
+    for path in map(Path, paths):
+        inside = (found for found in sorted(path.rglob("*")) if found.is_file() and not found.name.startswith("."))
+        files += list(inside) if path.is_dir() else [path]
+    return files
 
 
 def named_paths(config: RunConfig) -> list[NamedPath]:
@@ -51,14 +64,19 @@ def named_paths(config: RunConfig) -> list[NamedPath]:
         "training.resume": None if config.training.resume in ("auto", "never") else config.training.resume,
     }
     files: dict[str, tuple[str | None, tuple[str, ...]]] = {
-        "actor_rollout.data_path": (actor.data_path if live or config.offline else None, _DATA_SUFFIXES),
         "reward.function": (None if config.offline else reward.function, (".py",)),
         "rollout.replay_path": (config.rollout.replay_path if config.engine == "replay" else None, (".jsonl",)),
-        "eval.data_path": (config.eval.data_path if evaluates else None, _DATA_SUFFIXES),
         "eval.metrics": (config.eval.metrics if evaluates else None, (".py",)),
     }
     found = [NamedPath(key, Path(path), folder=True) for key, path in folders.items() if path is not None]
     found += [NamedPath(key, Path(path), suffixes=kinds) for key, (path, kinds) in files.items() if path is not None]
+    data = {
+        "actor_rollout.data_path": actor.data_path if live or config.offline else None,
+        "eval.data_path": config.eval.data_path if evaluates else None,
+    }
+    found += [
+        NamedPath(key, Path(path), suffixes=_DATA_SUFFIXES, data=True) for key in data for path in data[key] or ()
+    ]
     return found
 
 
@@ -70,8 +88,11 @@ def folder_problems(config: RunConfig) -> Iterator[Problem]:
     """Missing files (a dry run only lists them), wrong suffixes, and model folders that do not fit their role."""
     for named in named_paths(config):
         key, place = named.key, show(shown(named.path))
-        if named.suffixes and named.path.suffix.lower() not in named.suffixes:
-            yield Problem((key,), f"{key} = {place}: expected a file that ends in {' or '.join(named.suffixes)}")
+        if named.data and named.path.is_dir():
+            if not _holds_data(named.path):
+                yield Problem((key,), f"{key} = {place}: a folder that holds no file that ends in {_either(named)}")
+        elif named.suffixes and named.path.suffix.lower() not in named.suffixes:
+            yield Problem((key,), f"{key} = {place}: expected a file that ends in {_either(named)}")
         elif not named.exists and not config.dry_run:
             kind = "folder" if named.folder else "file"
             other = named.path.exists() and f", but it is a {'file' if named.folder else 'folder'}"
@@ -79,6 +100,14 @@ def folder_problems(config: RunConfig) -> Iterator[Problem]:
             yield Problem((key,), f"{key} = {place}: {expected}")
     yield from _save_folder(config)
     yield from _model_folders(config)
+
+
+def _either(named: NamedPath) -> str:
+    return " or ".join(named.suffixes)
+
+
+def _holds_data(folder: Path) -> bool:
+    return any(path.suffix.lower() in _DATA_SUFFIXES or path.name in _DATASET_FILES for path in folder.iterdir())
 
 
 def _save_folder(config: RunConfig) -> Iterator[Problem]:

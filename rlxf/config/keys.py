@@ -72,14 +72,15 @@ _LEGACY_ROLE = _words(
     normalization norm_epsilon swiglu
 
     tokenizer_type tokenizer_not_use_fast is_instruction_dataset is_pairwise_dataset variable_seq_lengths
-    pad_to_multiple_of split finetune no_load_optim no_load_rng no_save_optim no_save_rng no_shared_storage
+    pad_to_multiple_of finetune no_load_optim no_load_rng no_save_optim no_save_rng no_shared_storage
     log_interval eval_iters refer_model_iter lora_fusion
     """
 )
 LEGACY: dict[str, frozenset[str]] = {
     "training": _LEGACY_ROLE,
     "model": _LEGACY_ROLE,
-    **dict.fromkeys(ROLES, _LEGACY_ROLE),
+    "actor_rollout": _LEGACY_ROLE,
+    **dict.fromkeys(("ref", "reward"), _LEGACY_ROLE | {"split"}),  # of the actor's data
     "algorithm": _words(
         "gamma lam adv_estimator kl_penalty kl_ctrl kl_coef kl_target kl_horizon clip_ratio entropy_coeff"
     ),

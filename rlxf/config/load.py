@@ -132,6 +132,10 @@ def _without(merged: Section, errors: Sequence[ErrorDetails]) -> Section:
     return rest
 
 
+def _absolute(path: Any) -> Any:
+    return str(Path(path).expanduser().absolute()) if isinstance(path, str) and path else path
+
+
 def path_fields(schema: type[Strict]) -> Iterator[tuple[str, LocalPath]]:
     """The fields of a section that name something on disk."""
     for name, field in schema.model_fields.items():
@@ -151,7 +155,9 @@ def _with_absolute_paths(merged: Section) -> Section:
     for section, schema in SECTIONS.items():
         values = dict(merged.get(section, {}))
         for key, mark in path_fields(schema):
-            if isinstance(values.get(key), str) and values[key] not in mark.words:
-                values[key] = str(Path(values[key]).expanduser().absolute())
+            if isinstance(values.get(key), list | tuple):
+                values[key] = [_absolute(path) for path in values[key]]
+            elif key in values and values[key] not in mark.words:
+                values[key] = _absolute(values[key])
         located[section] = values
     return located

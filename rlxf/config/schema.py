@@ -10,7 +10,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from rlxf.config.fields import LocalPath, as_list, as_names, as_pool, as_stage, as_tuple, finite
+from rlxf.config.fields import (
+    LocalPath,
+    as_list,
+    as_map_keys,
+    as_names,
+    as_paths,
+    as_pool,
+    as_shares,
+    as_stage,
+    as_tuple,
+    finite,
+)
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, BeforeValidator(finite), Field(ge=0)]
@@ -20,6 +31,10 @@ Finite = Annotated[float, BeforeValidator(finite)]
 Pool = Annotated[tuple[Positive, ...], BeforeValidator(as_pool)]
 Folder = Annotated[str, LocalPath("folder")]
 File = Annotated[str, LocalPath("file")]
+DataPaths = Annotated[tuple[Annotated[str, LocalPath("data")], ...], BeforeValidator(as_paths)]
+Weights = Annotated[tuple[Annotated[Finite, Field(gt=0)], ...], BeforeValidator(as_tuple)]
+MapKeys = Annotated[dict[str, str], BeforeValidator(as_map_keys)]
+Shares = Annotated[tuple[float, float, float], BeforeValidator(as_shares)]
 Checkpoint = Annotated[str, LocalPath("folder", words=("auto", "never"))]
 
 Stage = Literal["ray_online_dpo", "dpo", "sft", "rm"]
@@ -49,6 +64,7 @@ LossType = Literal[
 REFERENCE_FREE = frozenset({"simpo", "orpo", "sft"})
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab"]
+DataFormat = Literal["auto", "standard", "messages", "alpaca", "sharegpt"]
 Role = Literal["train", "infer", "ref", "reward"]
 
 
@@ -132,16 +148,24 @@ class RoleConfig(Strict):
 class ActorConfig(RoleConfig):
     """The policy being trained, with its optimizer and its rollout."""
 
-    data_path: File | None = None  # prompts (online) or preference pairs (offline): .jsonl, .json or .parquet
+    data_path: DataPaths | None = None  # files, folders or Hugging Face datasets on disk, see docs/data.md
+    data_weights: Weights = ()  # share of each path in a mixture; unset: every row of all once per epoch
+    split: Shares = (100.0, 0.0, 0.0)  # shares of training, validation and test rows, in file order
+    data_format: DataFormat = "auto"  # auto: what the names of the columns say
+    map_keys: MapKeys | None = (
+        None  # alpaca, sharegpt: the columns of prompt, query, response, history, system, chosen, rejected
+    )
+    max_bad_rows: int = Field(0, ge=0)  # malformed rows that are left out; one more stops the run
     save: Annotated[str, LocalPath("output")] | None = (
         None  # folder of checkpoints; unset: `checkpoints` in the run folder
     )
     prompt_key: str = "prompt"  # column with the prompt
     chosen_key: str = "chosen"  # offline: column with the preferred completion
     rejected_key: str = "rejected"  # offline: column with the other completion
+    margin_key: str | None = None  # rm: column with how much better chosen is; unset: 0
     no_shuffle: bool = False  # true: prompts in file order
     max_prompt_length: Positive = 512  # tokens; see prompt_overflow
-    prompt_overflow: Literal["drop", "truncate_left", "error"] = "drop"  # what becomes of longer prompts
+    prompt_overflow: Literal["drop", "truncate_left", "error"] = "drop"  # what becomes of longer prompts; sft: examples
     max_new_tokens: Positive | None = None  # unset: seq_length - max_prompt_length
     n_samples_per_prompt: int = Field(2, ge=2)  # completions per prompt
     num_samples_per_step: Positive | None = None  # prompts per generate call; unset = all of them
@@ -262,7 +286,7 @@ class ResourcePoolConfig(Strict):
 class EvalConfig(Strict):
     """Online: completions of validation prompts, sampled at temperature 1. Offline: held-out pairs or examples."""
 
-    data_path: File | None = None  # unset: the first `num_prompts` prompts of actor_rollout.data_path
+    data_path: DataPaths | None = None  # unset: the rows that actor_rollout.split sets aside, else training rows
     num_prompts: Positive = 256  # prompts, pairs or examples of each evaluation
     greedy: bool = True  # online: the most probable completion of each prompt, too
     metrics: File | None = (

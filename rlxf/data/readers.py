@@ -1,27 +1,28 @@
-"""Rows of a data file, by suffix: JSON lines through byte offsets, Parquet through row groups."""
+"""Rows of what a data path names: a file, a folder of files, or a Hugging Face dataset that was saved to disk."""
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
-from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Literal, Protocol
 
+from rlxf.data.arrow import ArrowRows, ParquetRows
+from rlxf.data.spans import CsvRows, JsonList
 from rlxf.errors import DataError
 from rlxf.jsonl import Check, JsonLines, Problems, Row, require_file
 
-if TYPE_CHECKING:
-    import pyarrow
-
-CACHE_BYTES = 256 * 2**20  # decoded row groups that a Parquet file keeps
-_SCAN_ROWS = 1024  # rows decoded at a time while checking
+Part = Literal["train", "valid", "test"]
 
 
 class RowFile(Protocol):
-    """A data file whose rows were all checked and are read on request."""
+    """Rows that were all checked and are read on request."""
 
     path: Path
     columns: tuple[str, ...]  # every key that some row has
+    bad: dict[int, str]  # wrong rows, which are left out, and what is wrong with them
 
     def __len__(self) -> int: ...
 
@@ -32,93 +33,139 @@ class RowFile(Protocol):
         ...
 
 
-def open_rows(path: str | Path, check: Check) -> RowFile:
-    """The rows of a ``.jsonl``, ``.json`` (one object per line) or ``.parquet`` file, each passed through ``check``.
+def open_rows(path: str | Path, check: Check, problems: Problems | None = None, part: Part = "train") -> RowFile:
+    """The rows of a data path, each passed through ``check``.
+
+    Args:
+        path: a file of one of the kinds in ``READERS``; a folder of such files, all of one kind, which are read in the
+            order of their names; or the folder that ``save_to_disk`` of a Hugging Face dataset wrote.
+        check: what is wrong with a row, or None.
+        problems: collects wrong rows; one that allows some leaves them out and names them in ``bad``.
+        part: which split of a Hugging Face ``DatasetDict``.
 
     Raises:
-        DataError: no such file, another suffix, or rows that are wrong; all of them in one report.
+        DataError: no such file, an unknown kind, or more wrong rows than are allowed; all of them in one report.
     """
-    file = require_file(path)
-    suffix = file.suffix.lower()
-    if suffix in (".jsonl", ".json"):
-        return JsonLines(file, check)
-    if suffix == ".parquet":
-        return ParquetRows(file, check)
-    raise DataError(f"{file}: cannot read {suffix or 'a file without suffix'}; known: .jsonl, .json, .parquet")
+    place = Path(path)
+    problems = Problems() if problems is None else problems
+    if not place.is_dir():
+        return _open_file(place, check, problems)
+    if (place / _DATASET_DICT).is_file():
+        place = place / _split_name(place, part)
+    files = (_dataset_files if (place / _DATASET).is_file() else _files_of_one_kind)(place)
+    opened = [_open_file(file, check, problems) for file in files]
+    return opened[0] if len(opened) == 1 else Concatenated(place, opened)
 
 
-class ParquetRows:
-    """The rows of a Parquet file; whole row groups are decoded when asked for and the latest ones are kept."""
+def has_own_parts(path: str | Path) -> bool:
+    """Whether a data path names a dataset that is cut into train and validation rows already."""
+    return (Path(path) / _DATASET_DICT).is_file() and len(_split_names(Path(path))) > 1
 
-    def __init__(self, path: Path, check: Check) -> None:
-        import pyarrow.parquet
 
+class Concatenated:
+    """The rows of several files, one file after the other."""
+
+    def __init__(self, path: Path, files: Sequence[RowFile]) -> None:
         self.path = path
-        self._cache: OrderedDict[int, pyarrow.Table] = OrderedDict()
-        try:
-            metadata = pyarrow.parquet.read_metadata(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
-        self.columns: tuple[str, ...] = tuple(metadata.schema.to_arrow_schema().names)
-        self._starts = [0]  # first row of each row group, and the number of rows
-        for group in range(metadata.num_row_groups):
-            self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
-        self._check_rows(check)
+        self.columns: tuple[str, ...] = tuple(dict.fromkeys(name for file in files for name in file.columns))
+        self._files = files
+        self._starts = [0, *accumulate(len(file) for file in files)]
+        pairs = zip(self._starts, files, strict=False)
+        self.bad = {start + row: reason for start, file in pairs for row, reason in file.bad.items()}
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def where(self, row: int) -> str:
-        return f"{self.path}: row {row + 1}"
-
     def __getitem__(self, row: int) -> Row:
-        group = bisect_right(self._starts, row) - 1
-        rows: list[Row] = self._group(group).slice(row - self._starts[group], 1).to_pylist()
-        return rows[0]
+        file, inside = self._place(row)
+        return file[inside]
 
-    def _group(self, group: int) -> pyarrow.Table:
-        import pyarrow.parquet
+    def where(self, row: int) -> str:
+        file, inside = self._place(row)
+        return file.where(inside)
 
-        if group in self._cache:
-            self._cache.move_to_end(group)
-            return self._cache[group]
-        with pyarrow.parquet.ParquetFile(self.path) as file:
-            table = file.read_row_group(group, use_threads=False)
-        self._cache[group] = table
-        while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > CACHE_BYTES:
-            self._cache.popitem(last=False)
-        return table
-
-    def _check_rows(self, check: Check) -> None:
-        import pyarrow.parquet
-
-        problems, row = Problems(), 0
-        try:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
-                for batch in file.iter_batches(batch_size=_SCAN_ROWS, use_threads=False):
-                    for parsed in _decode(batch):
-                        reason = parsed if isinstance(parsed, str) else check(parsed)
-                        if reason:
-                            problems.add(self.where(row), reason)
-                        row += 1
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{self.path}: damaged after row {row}: {error}") from error
-        problems.raise_any(len(self))
-        if not len(self):
-            raise DataError(f"{self.path}: holds no rows")
+    def _place(self, row: int) -> tuple[RowFile, int]:
+        number = bisect_right(self._starts, row) - 1
+        return self._files[number], row - self._starts[number]
 
 
-def _decode(batch: Any) -> list[Row | str]:
-    """The rows of an Arrow batch, or what is wrong with them."""
+def _open_json(path: Path, check: Check, problems: Problems) -> RowFile:
+    """Either one JSON list, or one object per line."""
+    with path.open("rb") as handle:
+        start = handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return (JsonList if start.startswith(b"[") else JsonLines)(path, check, problems)
+
+
+Opener = Callable[[Path, Check, Problems], RowFile]
+READERS: Mapping[str, Opener] = {
+    ".jsonl": JsonLines,
+    ".json": _open_json,
+    ".csv": CsvRows,
+    ".parquet": ParquetRows,
+    ".arrow": ArrowRows,
+}
+_DATASET, _DATASET_DICT = "state.json", "dataset_dict.json"  # files of a Hugging Face dataset on disk
+_SPLIT_NAMES: Mapping[Part, tuple[str, ...]] = {
+    "train": ("train",),
+    "valid": ("validation", "valid", "dev", "eval", "test"),
+    "test": ("test",),
+}
+
+
+def _open_file(path: Path, check: Check, problems: Problems) -> RowFile:
+    file = require_file(path)
+    suffix = file.suffix.lower()
+    if suffix not in READERS:
+        raise DataError(f"{file}: cannot read {suffix or 'a file without suffix'}; known: {', '.join(READERS)}")
+    return READERS[suffix](file, check, problems)
+
+
+def _files_of_one_kind(folder: Path) -> list[Path]:
+    found = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix.lower() in READERS]
+    files = [path for path in found if not path.name.startswith((".", "_"))]
+    if not files:
+        raise DataError(f"{folder}: is a folder without data files; expected files that end in {', '.join(READERS)}")
+    kinds = sorted({path.suffix.lower() for path in files})
+    if len(kinds) > 1:
+        examples = ", ".join(next(path.name for path in files if path.suffix.lower() == kind) for kind in kinds)
+        raise DataError(f"{folder}: holds files of several kinds ({examples}); keep one kind in a folder")
+    return files
+
+
+def _dataset_files(folder: Path) -> list[Path]:
+    """The Arrow files of one Hugging Face dataset, in the order of its rows."""
+    state = _read_json(folder / _DATASET)
+    if state.get("_indices_data_files"):
+        raise DataError(f"{folder}: its rows are selected by an index; save it again with flatten_indices()")
     try:
-        return list(batch.to_pylist())
-    except UnicodeDecodeError:
-        return [_decode_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+        return [folder / entry["filename"] for entry in state["_data_files"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{folder / _DATASET}: names no data files; save the dataset again") from error
 
 
-def _decode_row(batch: Any) -> Row | str:
+def _split_name(folder: Path, part: Part) -> str:
+    names = _split_names(folder)
+    if len(names) == 1 and part == "train":
+        return names[0]
+    for name in _SPLIT_NAMES[part]:
+        if name in names:
+            return name
+    wanted = " or ".join(_SPLIT_NAMES[part])
+    raise DataError(f"{folder}: holds the splits {', '.join(names)}; expected {wanted}, or name one split's folder")
+
+
+def _split_names(folder: Path) -> list[str]:
+    names = _read_json(folder / _DATASET_DICT).get("splits")
+    if not isinstance(names, list) or not names:
+        raise DataError(f"{folder / _DATASET_DICT}: names no splits; save the dataset again")
+    return [str(name) for name in names]
+
+
+def _read_json(file: Path) -> Row:
     try:
-        row: Row = batch.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return f"not UTF-8: {error.reason}"
-    return row
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: is not a JSON object; save the dataset again")
+    return content

@@ -1,40 +1,27 @@
-"""What a text field may hold - a string, or chat messages - and its token ids."""
+"""What a text may be - a string, or chat messages - and its token ids."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from rlxf.errors import DataError, ModelError, RlxfError
-from rlxf.jsonl import Row, describe
+from rlxf.jsonl import describe
 from rlxf.types import Messages, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def field_problem(row: Row, key: str) -> str | None:
-    """What is wrong with the text in field ``key`` of a row, or None."""
-    if key not in row:
-        has = ", ".join(repr(name) for name in list(row)[:8]) or "none"
-        return f"field {key!r} is missing; the row has: {has}"
-    value = row[key]
+def text_problem(value: Any, name: str) -> str | None:
+    """What is wrong with a text, or None; ``name`` says where it stands."""
     if isinstance(value, str):
-        return _string_problem(value, f"field {key!r}")
+        return _string_problem(value, name)
     if isinstance(value, list):
-        return _messages_problem(value, f"field {key!r}")
-    return f"field {key!r}: expected a string or a list of chat messages, got {describe(value)}"
+        return _messages_problem(value, name)
+    return f"{name}: expected a string or a list of chat messages, got {describe(value)}"
 
 
-def prompt_problem(row: Row, key: str) -> str | None:
-    """The same for a prompt: besides, a chat must leave the next turn to the assistant."""
-    problem = field_problem(row, key)
-    if problem is None and is_chat(row[key]) and row[key][-1]["role"] == "system":
-        return f"field {key!r}: the last message has role 'system'; a prompt ends with a message to answer, from 'user'"
-    return problem
-
-
-def is_chat(value: Any) -> bool:
+def is_chat(value: Any) -> TypeGuard[Messages]:
     return isinstance(value, list)
 
 
@@ -83,19 +70,32 @@ def encode_string(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def with_eos(text: str, eos: str) -> str:
+    """A whole text: it ends with EOS, once."""
+    return text if text.endswith(eos) else text + eos
+
+
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, **template: bool) -> list[int]:
     """Token ids of chat messages: the chat template applied once, which writes all special tokens itself.
 
     Raises:
         DataError: the template refuses the messages.
     """
+    return list(apply_template(tokenizer, messages, tokenize=True, return_dict=True, **template)["input_ids"])
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: bool) -> Any:
+    """What ``apply_chat_template`` gives for chat messages.
+
+    Raises:
+        DataError: the template refuses the messages.
+    """
     try:
-        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **template)
+        return tokenizer.apply_chat_template(messages, **options)
     except RlxfError:
         raise  # a stop that the user asked for, among others
     except Exception as error:  # a template is a program: it may raise anything on a conversation that it refuses
         raise DataError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from error
-    return list(encoded["input_ids"])
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
@@ -116,7 +116,7 @@ def shorten_left(ids: list[int], length: int, bos: int | None) -> list[int]:
     return ids[len(ids) - length :]
 
 
-def require_chat_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, file: str) -> None:
     """Refuse chat messages for a tokenizer that has no template to write them with."""
     if not tokenizer.chat_template:
         raise ModelError(

@@ -159,8 +159,8 @@ def write_empty(path: Path) -> Path:
 
 
 def write_list(path: Path) -> Path:
-    path.write_text(json.dumps([GOOD_PROMPT] * 3, indent=1))
-    return path
+    path.with_suffix(".jsonl").write_text(json.dumps([GOOD_PROMPT] * 3, indent=1))
+    return path.with_suffix(".jsonl")
 
 
 def make_folder(path: Path) -> Path:
@@ -168,9 +168,9 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def write_csv(path: Path) -> Path:
-    path.with_suffix(".csv").write_text("prompt\nhi\n")
-    return path.with_suffix(".csv")
+def write_text(path: Path) -> Path:
+    path.with_suffix(".txt").write_text("prompt\nhi\n")
+    return path.with_suffix(".txt")
 
 
 def write_damaged_parquet(path: Path) -> Path:
@@ -180,8 +180,11 @@ def write_damaged_parquet(path: Path) -> Path:
 
 BAD_WHOLE_FILES = {
     "absent": (lambda path: path, "no such file"),
-    "folder": (make_folder, "is a folder; expected a file"),
-    "other suffix": (write_csv, "cannot read .csv; known: .jsonl, .json, .parquet"),
+    "folder": (
+        make_folder,
+        "is a folder without data files; expected files that end in .jsonl, .json, .csv, .parquet, .arrow",
+    ),
+    "other suffix": (write_text, "cannot read .txt; known: .jsonl, .json, .csv, .parquet, .arrow"),
     "no rows": (write_empty, "holds no rows"),
     "one JSON list": (write_list, "the file is one JSON list; write one object per line"),
     "damaged parquet": (write_damaged_parquet, "not a Parquet file that can be read"),
@@ -201,7 +204,7 @@ def test_parquet_rows_are_named_by_number(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["fine", None, "", "fine"]}), path, row_group_size=2)
     assert [problem.split(",")[0] for problem in refused(open_prompts, path)] == [
         f"{path}: row 2: field 'prompt': expected a string or a list of chat messages",
-        f"{path}: row 3: field 'prompt' is empty",
+        f"{path}: row 3: field 'prompt' is empty; actor_rollout.max_bad_rows=2 leaves such rows out",
     ]
 
 
@@ -218,4 +221,6 @@ def test_the_report_names_all_problems_up_to_ten(tmp_path: Path) -> None:
     path.write_text("".join('{"prompt": ""}\n' if i % 2 else '{"prompt": "x"}\n' for i in range(40)))
     problems = refused(open_prompts, path)
     assert [problem.split(": ")[0] for problem in problems[:10]] == [f"{path}:{2 * i + 2}" for i in range(10)]
-    assert problems[10] == "... and 10 more: 20 of 40 rows are wrong"
+    assert problems[10] == (
+        "... and 10 more: 20 of 40 rows are wrong; actor_rollout.max_bad_rows=20 leaves such rows out"
+    )

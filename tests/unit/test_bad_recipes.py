@@ -329,9 +329,13 @@ def test_checkpoints_of_an_earlier_run_are_gone_on_with_unless_the_recipe_says_n
     assert "training.resume=auto" in line
 
 
-def test_a_data_folder_is_no_data_file(files: Path) -> None:
+def test_a_data_folder_must_hold_data(files: Path) -> None:
     (files / "dir.jsonl").mkdir()
-    assert "expected a file, but it is a folder" in only_problem(actor_rollout={"data_path": "dir.jsonl"})
+    (files / "dir.jsonl" / "notes.txt").touch()
+    line = only_problem(actor_rollout={"data_path": "dir.jsonl"})
+    assert line.startswith(
+        'actor_rollout.data_path = "./dir.jsonl": a folder that holds no file that ends in .jsonl or'
+    )
 
 
 def test_a_reward_function_must_be_a_python_file(files: Path) -> None:

@@ -144,7 +144,7 @@ def test_paths_are_relative_to_the_folder_of_the_command(tmp_path: Path, monkeyp
     config = load_config(recipe(actor_rollout={"load": "./a", "save": "~/b", "data_path": "/c/d.jsonl"}))
     assert config.actor_rollout.load == str(tmp_path / "a")
     assert config.actor_rollout.save == str(Path.home() / "b")
-    assert config.actor_rollout.data_path == "/c/d.jsonl"
+    assert config.actor_rollout.data_path == ("/c/d.jsonl",)
     assert load_config(recipe(training={"resume": "never"})).training.resume == "never"
     assert load_config(recipe(training={"resume": "./c"})).training.resume == str(tmp_path / "c")
 

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlxf.data.readers import ParquetRows, open_rows
+from rlxf.data.arrow import ParquetRows
+from rlxf.data.readers import open_rows
 from rlxf.errors import DataError
-from rlxf.jsonl import MAX_LINE_BYTES, JsonLines, Row
+from rlxf.jsonl import MAX_LINE_BYTES, JsonLines, Problems, Row
 from tests.data_world import write_rows
 
 
@@ -95,10 +96,10 @@ def test_parquet_rows_equal_the_written_ones_over_row_groups(tmp_path: Path) -> 
 
 
 def test_parquet_keeps_a_bounded_number_of_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlxf.data.readers.CACHE_BYTES", 300)
+    monkeypatch.setattr("rlxf.data.arrow.CACHE_BYTES", 300)
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"n": list(range(160))}), path, row_group_size=16)  # 128 bytes a group
-    file = ParquetRows(path, anything)
+    file = ParquetRows(path, anything, Problems())
     assert [file[i]["n"] for i in range(160)] == list(range(160))
     assert len(file._cache) == 2
 

@@ -1,0 +1,144 @@
+"""What the data of all stages have in common: batches of a part of the rows, a step at a time."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+from rlxf.config.schema import RunConfig
+from rlxf.data.batches import MALFORMED, Batches, Drop
+from rlxf.data.formats import Layout, Task
+from rlxf.data.readers import Part
+from rlxf.data.table import open_table, order_of
+from rlxf.data.text import is_chat, require_chat_template
+from rlxf.errors import DataError, ModelError
+from rlxf.jsonl import Row
+from rlxf.types import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+Record = TypeVar("Record")  # what is taken from a row
+Item = TypeVar("Item")  # its token ids
+Batch = TypeVar("Batch")
+
+
+class DataSource(ABC, Generic[Record, Item, Batch]):
+    """``global_batch_size`` items per step: each row read when the data is opened, tokenized when it is asked for.
+
+    ``part``: training rows are shuffled, epoch after epoch; validation and test rows come in file order.
+    """
+
+    task: ClassVar[Task]
+    ends_with_eos: ClassVar[bool] = True  # strings are completed to whole texts, which end with EOS
+
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> None:
+        self._config = config.actor_rollout
+        self._tokenizer = tokenizer
+        self._batch_size = config.training.global_batch_size
+        self._has_chat = self._has_strings = False
+        self._refused: dict[int, str] = {}  # rows that cannot be tokenized, and why
+        self._table = open_table(config, part, self.task, self._read)
+        self._require_able_tokenizer()
+        order = order_of(self._table, config, part)
+        self._num_rows = order.num_rows
+        self._try_one()
+        strict = part == "train" and self._config.prompt_overflow == "error"
+        self._batches: Batches[Item] = Batches(self._table, order, self._batch_size, self._make_named, strict=strict)
+
+    def __len__(self) -> int:
+        """Rows of the part."""
+        return self._num_rows
+
+    def next_batch(self, step: int) -> Batch:
+        """The items of a step; the same for the same step, whatever was asked for before."""
+        return self._collate(self._batches.batch(step))
+
+    def prompt_ids(self, step: int) -> list[int]:
+        """The numbers of the rows that a step is made of."""
+        return self._batches.rows(step)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the rows at the end of a step; rows that were left out are part of a pass."""
+        return self._batches.epoch(step)
+
+    def num_kept(self) -> int:
+        """Rows of the part that give an item. Tokenizes every row that no step has reached yet."""
+        return self._batches.num_kept()
+
+    def eval_batches(self, limit: int | None = None) -> list[Batch]:
+        """The first ``limit`` items in file order (None: all), by ``global_batch_size``; the last batch may be less."""
+        items = self._items(limit)
+        starts = range(0, len(items), self._batch_size)
+        return [self._collate(items[start : start + self._batch_size]) for start in starts]
+
+    def first(self, limit: int) -> Batch:
+        """The first ``limit`` items in file order as one batch; all of them when there are fewer."""
+        return self._collate(self._items(limit))
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Rows that were left out so far, by reason, each counted once."""
+        return Counter(self._batches.dropped)
+
+    @property
+    def num_dropped(self) -> int:
+        return self.dropped.total()
+
+    def log_dropped(self) -> None:
+        """Tell how many rows were left out so far, for which reasons, and where the first of each is."""
+        for line in self._batches.summary():
+            log.warning("%s", line)
+
+    def _items(self, limit: int | None) -> list[Item]:
+        return list(islice(self._batches.in_file_order(), limit))
+
+    @abstractmethod
+    def _take(self, layout: Layout, row: Row) -> Record:
+        """What this stage takes from a row; raises `BadRow`."""
+
+    @abstractmethod
+    def _text(self, record: Record) -> Text:
+        """One of the record's texts; all are of one kind."""
+
+    @abstractmethod
+    def _make(self, row: int, record: Record) -> Item | Drop:
+        """The token ids of a row, or why there are none."""
+
+    @abstractmethod
+    def _collate(self, items: Sequence[Item]) -> Batch: ...
+
+    def _read(self, layout: Layout, row: Row) -> Record:
+        record = self._take(layout, row)
+        chat = is_chat(self._text(record))
+        self._has_chat |= chat
+        self._has_strings |= not chat
+        return record
+
+    def _make_named(self, row: int) -> Item | Drop:
+        try:
+            return self._make(row, self._table[row])
+        except DataError as error:  # the template refuses the row
+            self._refused[row] = text = f"{self._table.where(row)}: {error}"
+            if len(self._table.bad) + len(self._refused) <= self._config.max_bad_rows:
+                log.warning("%s", text)
+                return Drop(MALFORMED)
+            raise DataError(*self._refused.values()) from error
+
+    def _try_one(self) -> None:
+        """A template or a tokenizer that cannot work fails at the start, not in a later step."""
+        self._make_named(next(row for row in range(len(self._table)) if row not in self._table.bad))
+
+    def _require_able_tokenizer(self) -> None:
+        if self._has_chat:
+            require_chat_template(self._tokenizer, self._table.name)
+        if self._has_strings and self.ends_with_eos and self._tokenizer.eos_token is None:
+            raise ModelError(
+                f"{self._table.name}: holds strings, whose completions end with EOS, but the tokenizer "
+                f"{self._tokenizer.name_or_path!r} has no eos_token; set it in tokenizer_config.json"
+            )

@@ -1,0 +1,149 @@
+"""All rows of a run: those of every source, read as the source's format says, under one numbering."""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Generic, TypeVar
+
+from rlxf.config.schema import ActorConfig, RunConfig
+from rlxf.data.fields import BadRow
+from rlxf.data.formats import Layout, Task, find_layout
+from rlxf.data.order import MixedOrder, Order, RowOrder, part_range
+from rlxf.data.readers import Concatenated, Part, RowFile, has_own_parts, open_rows
+from rlxf.errors import ConfigError, DataError
+from rlxf.jsonl import Problems, Row
+
+log = logging.getLogger(__name__)
+R = TypeVar("R")
+Read = Callable[[Layout, Row], R]  # what a stage takes from a row
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One entry of ``data_path``."""
+
+    file: RowFile
+    layout: Layout
+    rows: range  # of the part, counted from the file's first row
+    columns: tuple[str, ...]  # those that are not in the prompt
+
+
+class Table(Generic[R]):
+    """The rows of all sources. A row's number is its place in its source behind all rows of the sources before it.
+
+    Numbers do not depend on the part: a row of the validation part has the number that it has in its file.
+    """
+
+    def __init__(self, sources: Sequence[Source], read: Read[R]) -> None:
+        self._sources = sources
+        self._read = read
+        first = sources[0].file.path
+        self._rows = Concatenated(first, [source.file for source in sources])
+        self._starts = [0, *accumulate(len(source.file) for source in sources)]
+        self.bad = self._rows.bad
+        self.name = str(first) + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
+        self.columns = tuple(dict.fromkeys(name for source in sources for name in source.columns))
+        self.ranges = [
+            range(start + source.rows.start, start + source.rows.stop)
+            for start, source in zip(self._starts, sources, strict=False)
+        ]  # the rows of the part, by source
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def where(self, row: int) -> str:
+        return self._rows.where(row)
+
+    def __getitem__(self, row: int) -> R:
+        return self._read(self._source(row).layout, self._rows[row])
+
+    def _source(self, row: int) -> Source:
+        return self._sources[bisect_right(self._starts, row) - 1]
+
+
+def open_table(config: RunConfig, part: Part, task: Task, read: Read[R]) -> Table[R]:
+    """The rows of one part of a run's data, each read once to see that it can be.
+
+    ``valid`` and ``test``: the rows of ``eval.data_path``, else the part that ``actor_rollout.split`` or the dataset
+    itself sets aside, else the training rows.
+
+    Raises:
+        DataError: a file cannot be read, or has more malformed rows than ``actor_rollout.max_bad_rows``.
+    """
+    actor = config.actor_rollout
+    aside = part != "train" and config.eval.data_path is not None
+    paths = (config.eval.data_path if aside else actor.data_path) or ()
+    if not paths:
+        key = "actor_rollout.data_path" if part == "train" else "neither eval.data_path nor actor_rollout.data_path"
+        raise ConfigError(f"{key} is {'not ' if part == 'train' else ''}set; expected a data file, such as a .jsonl")
+    problems = Problems(actor.max_bad_rows, "actor_rollout.max_bad_rows")
+    shares = (0.0, 100.0, 0.0) if aside else actor.split
+    if not aside and part != "train" and not _sets_aside(paths, shares, part):
+        log.warning("no row is set aside for evaluation (actor_rollout.split, eval.data_path): uses training rows")
+        part, shares = "train", (100.0, 0.0, 0.0)
+    sources = [_open_source(path, actor, part, shares, task, read, problems) for path in paths]
+    if problems.total:
+        text = "\n".join(problems.report())
+        log.warning("malformed rows are left out (actor_rollout.max_bad_rows=%d):\n%s", problems.allowed, text)
+    if not any(source.rows for source in sources):
+        raise DataError(
+            f"{paths[0]}: actor_rollout.split={shares[0]:g},{shares[1]:g},{shares[2]:g} leaves no row for {part}"
+        )
+    return Table(sources, read)
+
+
+def order_of(table: Table[R], config: RunConfig, part: Part) -> Order:
+    """Training rows shuffled together, or mixed by ``actor_rollout.data_weights``; those of other parts as they lie."""
+    weights, seed, shuffle = (
+        config.actor_rollout.data_weights,
+        config.training.seed,
+        not config.actor_rollout.no_shuffle,
+    )
+    if part != "train" or not weights:
+        return RowOrder(table.ranges, (seed,) if part == "train" and shuffle else None)
+    return MixedOrder(table.ranges, weights, seed=seed, shuffle=shuffle)
+
+
+def _sets_aside(paths: Sequence[str], shares: Sequence[float], part: Part) -> bool:
+    return bool(shares[1 if part == "valid" else 2]) or any(has_own_parts(path) for path in paths)
+
+
+class _Check(Generic[R]):
+    """Reads rows to see that they can be. The format is that of the first one that can; all others must have it."""
+
+    def __init__(self, actor: ActorConfig, task: Task, read: Read[R]) -> None:
+        self.layout: Layout | None = None
+        self._actor, self._task, self._read = actor, task, read
+
+    def __call__(self, row: Row) -> str | None:
+        try:
+            layout = self.layout or find_layout(row, self._actor, self._task)
+            self._read(layout, row)
+        except BadRow as error:
+            return str(error)
+        self.layout = layout
+        return None
+
+
+def _open_source(
+    path: str, actor: ActorConfig, part: Part, shares: Sequence[float], task: Task, read: Read[R], problems: Problems
+) -> Source:
+    check = _Check(actor, task, read)
+    file = open_rows(path, check, problems, part)
+    if check.layout is None:
+        raise DataError(f"{path}: all {len(file)} rows are malformed; the first: {file.bad[0]}")
+    _require_mapped(file, actor)
+    rows = range(len(file)) if has_own_parts(path) else part_range(len(file), shares, part)
+    columns = tuple(name for name in file.columns if name not in check.layout.prompt_columns)
+    return Source(file, check.layout, rows, columns)
+
+
+def _require_mapped(file: RowFile, actor: ActorConfig) -> None:
+    for name, column in (actor.map_keys or {}).items():
+        if column and name in ("query", "history", "system") and column not in file.columns:
+            has = ", ".join(file.columns)
+            raise DataError(f"{file.path}: actor_rollout.map_keys.{name} = {column!r}: no such column; it has: {has}")
