@@ -15,7 +15,7 @@ from rlxf.config.schema import RunConfig
 from rlxf.driver import train
 from rlxf.evaluate import evaluate_only
 from rlxf.platform import Platform, Process, get_platform
-from rlxf.prepare import Roles, build_run, load_data, needs_scorer
+from rlxf.prepare import Roles, build_run, load_data, needs_scorer, with_epochs
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
 from rlxf.report import make_report
@@ -35,10 +35,11 @@ def launch(config: RunConfig, run_dir: Path) -> None:
     stop = Stop(interrupt=True)
     with stop.installed(), owned_checkpoints(config, run_dir):
         with stop.abandonable():
+            config, data = with_epochs(config)
             resume = find_resume(config, run_dir)
             if resume is not None and is_complete(resume, config, run_dir):
                 return
-            data = load_data(config)
+            data = data or load_data(config)
             save_config(config, run_dir)
             platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
             roles = build_roles(config, platform)
@@ -49,6 +50,7 @@ def launch(config: RunConfig, run_dir: Path) -> None:
                 platform=platform, report=report, clock=Clock(), stop=stop, resume=resume,
             )  # fmt: skip
             evaluate_only(run, policy_source(config, resume)) if config.training.eval_only else train(run)
+            data.say_dropped()
         finally:
             report.close()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from rlxf.assemble import policy_folder, policy_tokenizer
 from rlxf.clock import Clock
 from rlxf.config.schema import RunConfig
+from rlxf.data.examples import ExampleFile
 from rlxf.data.preferences import PreferenceFile
 from rlxf.data.prompts import PromptSource, eval_prompts
-from rlxf.evaluate import Evaluation, Rooms, no_evaluation
+from rlxf.evaluate import Evaluation, OfflineEvaluation, Rooms, no_evaluation
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.platform.base import Platform
 from rlxf.record import RolloutRecorder, SampleRecorder
@@ -21,7 +23,7 @@ from rlxf.reference.cached import CachedReference, cache_file
 from rlxf.report import RunReport
 from rlxf.resume import Resume
 from rlxf.rollout.replay import ReplayEngine
-from rlxf.run import Actor, FileSource, Online, Reference, Rollout, Run, State, Sync
+from rlxf.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
 from rlxf.run_folder import Recorders, RunFolder
 from rlxf.score.recorded import RecordedScorer, has_scores
 from rlxf.score.scorer import Scorer
@@ -29,7 +31,7 @@ from rlxf.stop import Stop
 from rlxf.sync.probe import make_probe
 from rlxf.sync.push import SyncReport, WeightSink, WeightSource, WeightSync
 from rlxf.sync.refresh import Movable, Refresh, Weights, no_refresh
-from rlxf.types import Pairs, PromptBatch
+from rlxf.types import Examples, Pairs, PromptBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,8 +51,13 @@ class Data:
     """What a run reads, opened and checked; needs no model."""
 
     tokenizer: PreTrainedTokenizerBase
-    training: PromptSource | ReplayEngine | PreferenceFile
-    evaluation: PromptBatch | None
+    training: PromptSource | ReplayEngine | PreferenceFile | ExampleFile
+    evaluation: PromptBatch | Sequence[Pairs | Examples] | None  # prompts of an online run, held-out data of others
+
+    def say_dropped(self) -> None:
+        """Tell which rows were left out, at the end of a run."""
+        if not isinstance(self.training, ReplayEngine):
+            self.training.log_dropped()
 
 
 def load_data(config: RunConfig) -> Data:
@@ -61,11 +68,32 @@ def load_data(config: RunConfig) -> Data:
     """
     tokenizer = policy_tokenizer(config)
     if config.offline:
-        return Data(tokenizer=tokenizer, training=PreferenceFile(config, tokenizer), evaluation=None)
+        kind = ExampleFile if config.training.stage == "sft" else PreferenceFile
+        training = kind(config, tokenizer)
+        held_out = kind(config, tokenizer, part="valid") if config.evaluates else None
+        batches = held_out.eval_batches(config.eval.num_prompts) if held_out is not None else None
+        return Data(tokenizer=tokenizer, training=training, evaluation=batches)
     if config.engine == "replay":
         return Data(tokenizer=tokenizer, training=ReplayEngine(config), evaluation=None)
     evaluation = eval_prompts(config, tokenizer) if config.evaluates else None
     return Data(tokenizer=tokenizer, training=PromptSource(config, tokenizer), evaluation=evaluation)
+
+
+def with_epochs(config: RunConfig) -> tuple[RunConfig, Data | None]:
+    """The recipe with its number of steps: ``training.epochs`` passes over the rows that are kept, rounded up.
+
+    Returns:
+        The data, too, where they had to be read for that.
+    """
+    epochs = config.training.epochs
+    if epochs is None:
+        return config, None
+    data = load_data(config)
+    assert not isinstance(data.training, ReplayEngine)  # checked with the recipe
+    steps = math.ceil(epochs * data.training.num_kept() / config.training.global_batch_size)
+    training = config.training.model_copy(update={"train_iters": max(1, steps)})
+    log.info("training.epochs = %g makes %d steps", epochs, training.train_iters)
+    return config.model_copy(update={"training": training}), data
 
 
 class SyncedActor(Actor, WeightSource, Weights, Protocol):
@@ -103,7 +131,8 @@ def build_run(
     resume: Resume | None = None,
 ) -> Run:
     """The run that the driver trains; with ``resume`` its actor and state are those of the checkpoint."""
-    evaluation = _evaluation(config, data, roles)
+    reference = _reference(config, data, roles, stop)
+    evaluation = _evaluation(config, data, roles, reference)
     refresh = _refresh(config, roles)
 
     def describe(state: State) -> dict[str, Any]:
@@ -111,7 +140,7 @@ def build_run(
             "prompt_ids": data.training.prompt_ids(state.step - 1),
             "epoch": data.training.epoch(state.step - 1),
             "report": report.describe(),
-            "baseline": evaluation.describe_baseline() if evaluation else None,
+            "baseline": evaluation.describe_baseline() if isinstance(evaluation, Evaluation) else None,
         }
 
     also = refresh.save if refresh else _nothing_else
@@ -126,7 +155,7 @@ def build_run(
     return Run(
         config=config,
         source=_source(config, run_dir, data, roles, after=resume.state.step if resume else None),
-        reference=_reference(config, data, roles, stop),
+        reference=reference,
         actor=roles.actor,
         sync=_sync(config, data, roles, platform),
         refresh=refresh or no_refresh,
@@ -174,16 +203,16 @@ def _one_pass(source: PreferenceFile) -> Iterator[Pairs]:
         step += 1
 
 
-def _restore(resume: Resume, data: Data, roles: Roles, evaluation: Evaluation | None) -> None:
+def _restore(resume: Resume, data: Data, roles: Roles, evaluation: Evaluate | None) -> None:
     if data.training.prompt_ids(resume.state.step - 1) != resume.prompt_ids:
         log.warning("the rows of step %d are not those that %s saw", resume.state.step, resume.folder)
-    if evaluation is not None:
+    if isinstance(evaluation, Evaluation):
         evaluation.restore(resume.baseline)  # before the actor leaves the initial policy
     roles.actor.load_checkpoint(resume.folder)
 
 
 def _source(config: RunConfig, run_dir: Path, data: Data, roles: Roles, *, after: int | None) -> Online | FileSource:
-    if isinstance(data.training, PreferenceFile):
+    if isinstance(data.training, PreferenceFile | ExampleFile):
         return data.training
     rollout = data.training if isinstance(data.training, ReplayEngine) else roles.rollout
     scorer = roles.scorer or RecordedScorer(str(config.rollout.replay_path))
@@ -211,8 +240,11 @@ def _sync(config: RunConfig, data: Data, roles: Roles, platform: Platform) -> Sy
     return WeightSync(roles.actor, roles.sink, config.sync, probe)
 
 
-def _evaluation(config: RunConfig, data: Data, roles: Roles) -> Evaluation | None:
-    if data.evaluation is None or roles.rollout is None or roles.scorer is None:
+def _evaluation(config: RunConfig, data: Data, roles: Roles, reference: Reference) -> Evaluate | None:
+    if config.offline and data.evaluation:
+        assert not isinstance(data.evaluation, PromptBatch)
+        return OfflineEvaluation(config, data.evaluation, roles.actor, reference)
+    if not isinstance(data.evaluation, PromptBatch) or roles.rollout is None or roles.scorer is None:
         return None
     rooms = Rooms(rollout=roles.rollout, scorer=roles.scorer, actor=roles.actor, reference=roles.reference)
     eos_ids = _eos_ids(config, data)

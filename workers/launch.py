@@ -21,7 +21,7 @@ from rlxf.driver import train
 from rlxf.evaluate import evaluate_only
 from rlxf.plan import Plan, make_plan
 from rlxf.platform import Platform, get_platform
-from rlxf.prepare import Roles, build_run, load_data, needs_scorer
+from rlxf.prepare import Roles, build_run, load_data, needs_scorer, with_epochs
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
 from rlxf.report import make_report
@@ -54,10 +54,11 @@ def launch(config: RunConfig, run_dir: Path) -> None:
     run_dir = run_dir.absolute()  # workers have other working folders
     stop = Stop()
     with stop.installed(), owned_checkpoints(config, run_dir):
+        config, data = with_epochs(config)
         resume = find_resume(config, run_dir)  # before Ray starts: what is wrong is told at once
         if resume is not None and is_complete(resume, config, run_dir):
             return
-        data = load_data(config)
+        data = data or load_data(config)
         platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
         plan = make_plan(config)
         save_config(config, run_dir)
@@ -74,6 +75,7 @@ def launch(config: RunConfig, run_dir: Path) -> None:
                     platform=platform, report=report, clock=clock, stop=stop, resume=resume,
                 )  # fmt: skip
                 evaluate_only(run, policy_source(config, resume)) if config.training.eval_only else train(run)
+                data.say_dropped()
             finally:
                 report.close()
 

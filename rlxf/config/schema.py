@@ -85,6 +85,7 @@ class TrainingConfig(Strict):
     seed: int = Field(1, ge=0, lt=2**32)  # of sampling and shuffling
     global_batch_size: Positive = 32  # prompts (offline: pairs) per driver step
     train_iters: Positive = 100  # driver steps
+    epochs: Annotated[Finite, Field(gt=0)] | None = None  # passes over the data, which then decide train_iters
     resume: Checkpoint = "auto"  # auto: from the newest whole checkpoint, if there is one; or a checkpoint's folder
     save_interval: int = Field(0, ge=0)  # driver steps between checkpoints; 0 = only at the end and when stopped
     save_hf_interval: int = Field(0, ge=0)  # driver steps between `hf_*` folders beside the checkpoints; 0 = none
@@ -350,10 +351,15 @@ class RunConfig(Strict):
         return not self.offline and self.reward.load is not None
 
     @property
+    def holds_out(self) -> bool:
+        """Whether some rows are for evaluation."""
+        return self.eval.data_path is not None or self.actor_rollout.split[1] > 0
+
+    @property
     def evaluates(self) -> bool:
         """Whether something is measured on validation prompts, or (offline) on held-out rows."""
         wanted = self.training.eval_interval > 0 or self.training.eval_only
-        return wanted and (self.eval.data_path is not None if self.offline else self.samples)
+        return wanted and (self.holds_out if self.offline else self.samples)
 
     @property
     def reference_is_base(self) -> bool:
