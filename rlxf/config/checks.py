@@ -70,7 +70,7 @@ def _lengths(config: RunConfig) -> Problems:
     actor = config.actor_rollout
     keys = ("actor_rollout.seq_length", "actor_rollout.max_prompt_length", "actor_rollout.max_new_tokens")
     room = actor.seq_length - actor.max_prompt_length
-    if room < 1:
+    if room < 1 and config.training.stage != "sft":  # whose examples are only bounded as a whole
         expected = (
             f"expected at most {actor.seq_length - 1}: seq_length = {actor.seq_length} holds prompt and completion"
         )

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from rlxf.errors import ModelError
@@ -46,6 +47,14 @@ class HiddenStates(GPTModel):  # type: ignore[misc]
         self.rotary_pos_emb.positions = packed.positions
         hidden: Tensor = super().forward(packed.tokens, None, None, packed_seq_params=packed.parameters())
         return hidden
+
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> Any:
+        if hasattr(self, "score"):  # megatron-core's own takes an output layer for granted
+            return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
 
 
 @dataclass(frozen=True, slots=True)
