@@ -33,7 +33,7 @@ def main() -> int:
     report = read_report(arguments.out)
     first = report["first_policy"]
     say(
-        f"done in {report['cpu_seconds']['all']:.0f} CPU s: {report['parameters']:,} parameters, "
+        f"done in {report['cpu_seconds']['all']:.0f} CPU s: "
         f"first policy {first['valid']:.1%} valid and {first['positive']:.1%} positive, "
         f"reward model right on {report['reward_accuracy']:.1%} of unseen pairs"
     )

@@ -1,9 +1,10 @@
 """The tiny world as a folder: what is in it, when it is made anew, and how a killed build leaves nothing half made.
 
-``sft/`` and ``rm/`` are Hugging Face folders with the tokenizer; ``prompts.jsonl`` holds training prompts,
-``eval_prompts.jsonl`` prompts over held-out titles, ``preferences.jsonl`` pairs for offline training, ``report.json``
-costs and quality, ``manifest.json`` the recipe and the SHA-256 of each file. ``four_heads/`` has the two models with a
-fourth head of zeros, for tensor parallelism.
+``init/``, ``sft/`` and ``rm/`` are Hugging Face folders with the tokenizer: the untrained model, and what the stages
+sft and rm make of it. ``sft.jsonl``, ``reward_pairs.jsonl`` and ``reward_eval_pairs.jsonl`` are what they train on;
+``prompts.jsonl`` holds training prompts, ``eval_prompts.jsonl`` prompts over held-out titles, ``preferences.jsonl``
+pairs for offline training, ``report.json`` costs and quality, ``manifest.json`` the recipe and the SHA-256 of each
+file. ``four_heads/`` has the two trained models with a fourth head of zeros, for tensor parallelism.
 """
 
 from __future__ import annotations
@@ -11,19 +12,26 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlxf.errors import ConfigError
+from rlxf.errors import ConfigError, TrainingError
 from rlxf.tiny import heads, world
 from rlxf.tiny.recipe import Recipe
 
+if TYPE_CHECKING:
+    from rlxf.tiny.preferences import Collected
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+STAGES = ("sft_trainer_tiny", "reward_trainer_tiny")  # the recipes that train its models
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 
@@ -71,7 +79,7 @@ def why_stale(folder: Path, recipe: Recipe) -> str | None:
         return "there is none yet"
     except (OSError, ValueError):
         return f"{MANIFEST} cannot be read"
-    if not isinstance(manifest, dict) or manifest.get("recipe") != asdict(recipe):
+    if not isinstance(manifest, dict) or manifest.get("recipe") != _as_json(recipe):
         return "it was made by another recipe"
     files: dict[str, str] = manifest["files"]
     for name, digest in files.items():
@@ -110,9 +118,16 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _as_json(recipe: Recipe) -> dict[str, Any]:
+    """All that decides what the world holds: the recipe, and the files that say how its models are trained."""
+    stages = {name: _digest(CHECKOUT / "configs" / "rlxf" / f"{name}.yaml") for name in STAGES}
+    known: dict[str, Any] = json.loads(json.dumps(asdict(recipe) | {"stages": stages}))
+    return known
+
+
 def _write_manifest(folder: Path, recipe: Recipe) -> None:
     files = {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    _write_json(folder / MANIFEST, {"recipe": asdict(recipe), "files": files})
+    _write_json(folder / MANIFEST, {"recipe": _as_json(recipe), "files": files})
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -124,7 +139,7 @@ def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 class _Costs:
-    """CPU seconds between two points of the build."""
+    """CPU seconds between two points of the build, those of finished child processes included."""
 
     def __init__(self, say: Say) -> None:
         self.seconds: dict[str, float] = {}
@@ -132,66 +147,113 @@ class _Costs:
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        start = time.process_time()
+        start = _cpu_seconds()
         yield
-        self.seconds[what] = round(time.process_time() - start, 2)
+        self.seconds[what] = round(_cpu_seconds() - start, 2)
         self._say(f"  {what}: {self.seconds[what]:.1f} CPU s")
+
+
+def _cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _build(folder: Path, recipe: Recipe, say: Say) -> None:
     """Every file of the world but the manifest."""
     costs = _Costs(say)
-    with costs("imports"):
-        import torch  # here, so that finding a finished world takes no seconds
-        from transformers.utils import logging as transformers_logging
-
-        from rlxf.tiny import models, preferences
-
-    transformers_logging.disable_progress_bar()
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)  # the sums of two threads differ in the last digits
-    torch.manual_seed(recipe.seed)
-    try:
-        rng = Random(recipe.seed)
-        texts = world.corpus(recipe.num_texts, recipe.seed)
-        with costs("tokenizer"):
-            tokenizer = models.train_tokenizer(f"{p} {r}" for p, r in texts[: recipe.num_tokenizer_texts])
-            encoder = models.Encoder(tokenizer)
-            rows = encoder.texts(texts)
-        with costs("policy"):
-            policy, policy_loss = models.train_policy(recipe, rows, len(tokenizer), rng)
-        with costs("reward_model"):
-            num_pairs = recipe.num_held_out_pairs + recipe.num_reward_pairs
-            pairs = models.grammar_pairs(num_pairs, Random(recipe.seed + 1), recipe.label_noise)
-            better, worse = (encoder.texts(side) for side in zip(*pairs, strict=True))
-            held_out = recipe.num_held_out_pairs
-            reward, reward_loss = models.train_reward_model(recipe, policy, better[held_out:], worse[held_out:], rng)
-            right = models.score_rows(reward, better[:held_out]) > models.score_rows(reward, worse[:held_out])
-        with costs("preferences"):
-            collected = preferences.collect(recipe, policy, reward, tokenizer)
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_rng_state(state)
-
-    for name, model in (("sft", policy), ("rm", reward)):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    _write_jsonl(folder / "prompts.jsonl", ({"prompt": world.prompt(title)} for title in world.TRAIN_TITLES))
-    _write_jsonl(
-        folder / "eval_prompts.jsonl", ({"prompt": prompt} for prompt in eval_prompts(recipe.num_eval_prompts))
-    )
+    with costs("data"):
+        _write_data(folder, recipe)
+    with costs("policy"):
+        policy = _train(folder, recipe, "sft_trainer_tiny", "sft", recipe.policy_overrides)
+    with costs("reward_model"):
+        reward = _train(folder, recipe, "reward_trainer_tiny", "rm", recipe.reward_overrides)
+    with costs("preferences"):
+        collected = _collect(folder, recipe)
     _write_jsonl(folder / "preferences.jsonl", collected.pairs)
     report = {
-        "parameters": policy.num_parameters(),
-        "vocabulary": len(tokenizer),
-        "policy_loss": policy_loss,
-        "reward_loss": reward_loss,
-        "reward_accuracy": right.float().mean().item(),
+        "policy_loss": policy["eval/loss"],
+        "reward_loss": reward["eval/loss"],
+        "reward_accuracy": reward["eval/accuracy"],
         "first_policy": collected.first_policy,
         "preferences": len(collected.pairs),
         "cpu_seconds": costs.seconds | {"all": round(sum(costs.seconds.values()), 2)},
     }
     _write_json(folder / REPORT, report)
+
+
+def _write_data(folder: Path, recipe: Recipe) -> None:
+    """The untrained model with its tokenizer, and all texts."""
+    import torch  # here, so that finding a finished world takes no seconds
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    from rlxf.tiny import models
+
+    transformers_logging.disable_progress_bar()
+    texts = world.corpus(recipe.num_texts, recipe.seed)
+    tokenizer = models.train_tokenizer(f"{p} {r}" for p, r in texts[: recipe.num_tokenizer_texts])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = LlamaForCausalLM(models.model_config(recipe, len(tokenizer)))
+    model.save_pretrained(folder / "init")
+    tokenizer.save_pretrained(folder / "init")
+    _write_jsonl(folder / "sft.jsonl", ({"prompt": p, "completion": f" {r}"} for p, r in texts))
+    num_pairs = recipe.num_held_out_pairs + recipe.num_reward_pairs
+    pairs = models.grammar_pairs(num_pairs, Random(recipe.seed + 1), recipe.label_noise)
+    rows = [{"prompt": p, "chosen": f" {better}", "rejected": f" {worse}"} for (p, better), (_, worse) in pairs]
+    _write_jsonl(folder / "reward_eval_pairs.jsonl", rows[: recipe.num_held_out_pairs])
+    _write_jsonl(folder / "reward_pairs.jsonl", rows[recipe.num_held_out_pairs :])
+    _write_jsonl(folder / "prompts.jsonl", ({"prompt": world.prompt(title)} for title in world.TRAIN_TITLES))
+    prompts = eval_prompts(recipe.num_eval_prompts)
+    _write_jsonl(folder / "eval_prompts.jsonl", ({"prompt": prompt} for prompt in prompts))
+
+
+def _train(folder: Path, recipe: Recipe, name: str, output: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Run a stage's recipe on this folder's files; its policy becomes ``output``. The run's last metrics.
+
+    Raises:
+        TrainingError: the run failed; with what it said.
+    """
+    run = folder / f".{output}.run"
+    paths = {
+        "hydra.run.dir": run,
+        "actor_rollout.load": folder / ("init" if output == "sft" else "sft"),
+        "actor_rollout.data_path": folder / ("sft.jsonl" if output == "sft" else "reward_pairs.jsonl"),
+        "log.tensorboard": "false",
+        "training.seed": recipe.seed,
+    }
+    if output == "rm":
+        paths["eval.data_path"] = folder / "reward_eval_pairs.jsonl"
+    command = [sys.executable, str(CHECKOUT / "ray_gpt.py"), "--config-name", name]
+    command += [f"{key}={value}" for key, value in paths.items()]
+    # The sums of two threads differ in the last digits; spinning ones on shared cores cost a factor of 20.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise TrainingError(f"{name} failed with exit code {done.returncode}: {done.stderr.strip()[-2000:]}")
+    metrics: dict[str, Any] = json.loads((run / "summary.json").read_text())["end"]
+    (run / "policy").rename(folder / output)
+    shutil.rmtree(run)
+    return metrics
+
+
+def _collect(folder: Path, recipe: Recipe) -> Collected:
+    """What the first policy answers, ranked by the reward model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    from rlxf.tiny import preferences
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            policy = AutoModelForCausalLM.from_pretrained(folder / "sft")
+            reward = AutoModelForSequenceClassification.from_pretrained(folder / "rm").eval()
+            return preferences.collect(recipe, policy, reward, AutoTokenizer.from_pretrained(folder / "sft"))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def eval_prompts(count: int) -> list[str]:

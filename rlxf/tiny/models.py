@@ -1,32 +1,22 @@
-"""The tiny world's tokenizer, first policy and reward model. One thread and fixed seeds: repeatable on one machine."""
+"""The tiny world's tokenizer and untrained model, and what the trained ones say; repeatable on one machine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from random import Random
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import DynamicCache, LlamaConfig, PreTrainedTokenizerFast
 
 from rlxf.tiny import world
-from rlxf.tiny.recipe import Recipe, Schedule
+from rlxf.tiny.recipe import Recipe
 
 PAD, BOS, EOS = 0, 1, 2
-_LENGTH_GROUPS = (
-    4  # a step's texts are padded in this many groups of similar length; the gradient is that of the whole step
-)
+_LENGTH_GROUPS = 4  # texts are padded in this many groups of similar length
 _SAMPLE_BATCH = 1024  # prompts that are sampled at a time
 
 Row = list[int]
@@ -50,20 +40,7 @@ def train_tokenizer(texts: Iterable[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-class Encoder:
-    """Prompt and response as one row of token ids."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def texts(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
-        """``<s> prompt response </s>`` for each pair."""
-        prompts = self._tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-        responses = self._tokenizer([f" {response}" for _, response in pairs], add_special_tokens=False)["input_ids"]
-        return [[*p, *r, EOS] for p, r in zip(prompts, responses, strict=True)]
-
-
-def model_config(recipe: Recipe, vocab_size: int, **changes: Any) -> Any:
+def model_config(recipe: Recipe, vocab_size: int) -> Any:
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=recipe.hidden_size,
@@ -77,7 +54,6 @@ def model_config(recipe: Recipe, vocab_size: int, **changes: Any) -> Any:
         pad_token_id=PAD,
         bos_token_id=BOS,
         eos_token_id=EOS,
-        **changes,
     )
 
 
@@ -94,41 +70,6 @@ def _by_length(rows: Sequence[Row]) -> Iterator[tuple[list[int], Tensor]]:
     for start in range(0, len(rows), size):
         places = order[start : start + size]
         yield places, _padded([rows[i] for i in places])
-
-
-def _train(model: Any, schedule: Schedule, backward: Callable[[], float]) -> float:
-    """Train with gradients that ``backward`` leaves behind; the mean loss of the last tenth of the steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, weight_decay=0.01)
-    losses = []
-    for step in range(schedule.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr_at(step)
-        optimizer.zero_grad()
-        losses.append(backward())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    tail = losses[-max(1, schedule.steps // 10) :]
-    return sum(tail) / len(tail)
-
-
-def train_policy(recipe: Recipe, texts: Sequence[Row], vocab_size: int, rng: Random) -> tuple[Any, float]:
-    """The first policy: a language model of the whole corpus; and its last loss, nats per token."""
-    model = LlamaForCausalLM(model_config(recipe, vocab_size))
-
-    def backward() -> float:
-        rows = rng.sample(texts, recipe.sft.batch_size)
-        num_targets = sum(len(row) - 1 for row in rows)
-        total = 0.0
-        for _, tokens in _by_length(rows):
-            targets = tokens[:, 1:]
-            real = targets != PAD
-            hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state[real]
-            loss = F.cross_entropy(model.lm_head(hidden), targets[real], reduction="sum") / num_targets
-            torch.autograd.backward(loss)
-            total += loss.item()
-        return total
-
-    return model, _train(model, recipe.sft, backward)
 
 
 def grammar_pairs(count: int, rng: Random, label_noise: float = 0.0) -> list[tuple[tuple[str, str], tuple[str, str]]]:
@@ -160,26 +101,6 @@ def score_rows(model: Any, rows: Sequence[Row]) -> Tensor:
     for places, tokens in _by_length(rows):
         scores[places] = _scores(model, tokens)
     return scores
-
-
-def train_reward_model(
-    recipe: Recipe, policy: Any, chosen: Sequence[Row], rejected: Sequence[Row], rng: Random
-) -> tuple[Any, float]:
-    """A Bradley-Terry reward model that starts from the policy's body; and its last loss."""
-    model = LlamaForSequenceClassification(model_config(recipe, policy.config.vocab_size, num_labels=1))
-    model.model.load_state_dict(policy.model.state_dict())
-
-    def backward() -> float:
-        picked = rng.sample(range(len(chosen)), recipe.reward.batch_size)
-        rows = [*(chosen[i] for i in picked), *(rejected[i] for i in picked)]
-        order, groups = zip(*((places, _scores(model, tokens)) for places, tokens in _by_length(rows)), strict=True)
-        scores = torch.cat(groups)[torch.tensor(list(chain(*order))).argsort()]  # back to the order of `rows`
-        loss = -F.logsigmoid(scores[: len(picked)] - scores[len(picked) :]).mean()
-        torch.autograd.backward(loss)
-        return loss.item()
-
-    loss = _train(model, recipe.reward, backward)
-    return model.eval(), loss
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Examples of supervised fine-tuning: tokens and marks are those of TRL's SFTTrainer; every turn of the assistant counts."""
+"""Examples of supervised fine-tuning: tokens and marks are those of TRL's SFTTrainer; every assistant turn counts."""
 
 from __future__ import annotations
 

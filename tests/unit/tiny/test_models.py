@@ -7,18 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlxf.tiny import models, world
-from rlxf.tiny.recipe import Recipe, Schedule
+from rlxf.tiny.recipe import Recipe
 
-SMALL = Recipe(
-    hidden_size=32,
-    ffn_size=64,
-    num_heads=1,
-    sft=Schedule(steps=60, batch_size=16, lr=1e-2, warmup_steps=5),
-    reward=Schedule(steps=30, batch_size=8, lr=3e-3, warmup_steps=5),
-)
+SMALL = Recipe(hidden_size=32, ffn_size=64, num_heads=1)
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +22,25 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: Any) -> list[models.Row]:
-    return models.Encoder(tokenizer).texts(world.corpus(300))
+    """Prompt, response and EOS."""
+    texts = [f"{prompt} {response}" for prompt, response in world.corpus(300)]
+    return [[*ids, models.EOS] for ids in tokenizer(texts)["input_ids"]]
 
 
 @pytest.fixture(scope="module")
-def policy(tokenizer: Any, rows: list[models.Row]) -> Any:
+def policy(tokenizer: Any) -> Any:
+    """Weights with opinions: a fresh model gives every token the same chance."""
     torch.manual_seed(0)
-    return models.train_policy(SMALL, rows, len(tokenizer), Random(0))[0]
+    model = LlamaForCausalLM(models.model_config(SMALL, len(tokenizer)))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(20)
+    return model
+
+
+def _with_one_label(config: Any) -> Any:
+    config = type(config)(**config.to_dict())
+    config.num_labels = 1
+    return config
 
 
 def test_tokenizer_has_the_recipe_s_vocabulary_and_specials(tokenizer: Any) -> None:
@@ -49,42 +55,6 @@ def test_prompt_starts_with_bos_and_completion_does_not(tokenizer: Any) -> None:
     assert models.BOS not in prompt[1:]
     assert models.BOS not in completion
     assert tokenizer.decode(completion) == " the plot was dull ."
-
-
-def test_prompt_and_completion_are_cut_where_the_whole_text_is(tokenizer: Any) -> None:
-    for prompt, response in world.corpus(50, seed=9):
-        whole = tokenizer(f"{prompt} {response}")["input_ids"]
-        assert models.Encoder(tokenizer).texts([(prompt, response)]) == [[*whole, models.EOS]]
-
-
-def test_training_policy_is_repeatable(tokenizer: Any, rows: list[models.Row], policy: Any) -> None:
-    torch.manual_seed(0)
-    again, _ = models.train_policy(SMALL, rows, len(tokenizer), Random(0))
-    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), again.parameters(), strict=True))
-
-
-def test_length_groups_do_not_change_what_is_learnt(
-    tokenizer: Any, rows: list[models.Row], policy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(models, "_LENGTH_GROUPS", 1)
-    torch.manual_seed(0)
-    padded, _ = models.train_policy(SMALL, rows, len(tokenizer), Random(0))
-    for a, b in zip(policy.parameters(), padded.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
-
-
-def test_policy_loss_is_the_mean_over_real_tokens(tokenizer: Any, rows: list[models.Row]) -> None:
-    """A step of zero size leaves the weights, so the reported loss is that of the first weights on its one batch."""
-    recipe = Recipe(hidden_size=32, ffn_size=64, num_heads=1, sft=Schedule(steps=1, batch_size=16, lr=0.0))
-    torch.manual_seed(0)
-    _, reported = models.train_policy(recipe, rows, len(tokenizer), Random(0))
-    torch.manual_seed(0)
-    fresh = models.LlamaForCausalLM(models.model_config(recipe, len(tokenizer)))
-    losses = []
-    for row in Random(0).sample(rows, 16):
-        logits = fresh(input_ids=torch.tensor([row[:-1]])).logits[0]
-        losses.append(F.cross_entropy(logits, torch.tensor(row[1:]), reduction="none"))
-    assert reported == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
 def test_grammar_pairs_are_ordered_by_the_truth_and_share_their_prompt() -> None:
@@ -103,22 +73,11 @@ def test_label_noise_swaps_its_share_of_pairs() -> None:
 
 def test_scores_do_not_depend_on_the_other_rows(rows: list[models.Row], policy: Any) -> None:
     torch.manual_seed(1)
-    reward = models.LlamaForSequenceClassification(models.model_config(SMALL, policy.config.vocab_size, num_labels=1))
+    reward = LlamaForSequenceClassification(_with_one_label(policy.config))
     some = rows[:13]
     together = models.score_rows(reward.eval(), some)
     alone = torch.cat([models.score_rows(reward, [row]) for row in some])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
-
-
-def test_reward_model_learns_from_the_policy_s_body(tokenizer: Any, policy: Any) -> None:
-    pairs = models.grammar_pairs(64, Random(2))
-    better, worse = (models.Encoder(tokenizer).texts(side) for side in zip(*pairs, strict=True))
-    torch.manual_seed(0)
-    reward, loss = models.train_reward_model(SMALL, policy, better, worse, Random(0))
-    assert loss < 0.6  # ln 2 = 0.693 is what a model that knows nothing has
-    assert reward.config.num_labels == 1
-    right = models.score_rows(reward, better) > models.score_rows(reward, worse)
-    assert right.float().mean().item() > 0.65
 
 
 def test_samples_follow_the_policy_and_keep_their_order(tokenizer: Any, policy: Any) -> None:
@@ -148,7 +107,7 @@ def test_sampled_frequencies_are_the_policy_s_probabilities(tokenizer: Any, poli
 def test_rows_that_end_leave_the_others_undisturbed() -> None:
     """With logits so large that sampling is greedy, every token must be the model's choice for its own row."""
     torch.manual_seed(5)
-    model = models.LlamaForCausalLM(models.model_config(SMALL, vocab_size=8)).eval()
+    model = LlamaForCausalLM(models.model_config(SMALL, vocab_size=8)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.5)
