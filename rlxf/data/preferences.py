@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+_LARGEST_MARGIN = 2.0**127  # more is no finite float32
+
+
 class PairRecord(NamedTuple):
     """What a row says: texts of one kind, all strings or all chat messages."""
 
@@ -49,7 +52,7 @@ class PreferenceFile(DataSource[PairRecord, PairIds, Pairs]):
     task = "pair"
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> None:
-        self._with_margin = str(config.training.stage) == "rm"
+        self._with_margin = config.training.stage == "rm"
         self._warned = False
         super().__init__(config, tokenizer, part)
 
@@ -118,9 +121,9 @@ def _margin(row: Row, column: str | None) -> float:
     value: Any = row.get(column)
     try:
         margin = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         margin = math.nan
-    if not math.isfinite(margin):
+    if not abs(margin) < _LARGEST_MARGIN:  # which is so of NaN, too
         raise BadRow(f"field {column!r} (actor_rollout.margin_key): expected a finite number, got {describe(value)}")
     return margin
 

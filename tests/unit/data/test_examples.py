@@ -1,4 +1,4 @@
-"""Examples of supervised fine-tuning: tokens and marks are those of TRL's SFTTrainer; every assistant turn counts."""
+"""Examples of supervised fine-tuning: TRL's tokens and marks; every turn of the assistant counts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ MERGED: list[Row] = [{"prompt": "xa", "completion": "bc"}, {"prompt": "x", "comp
 def examples(rows: list[Row], folder: Path, tokenizer: Any = None, **actor: Any) -> ExampleFile:
     path = write_rows(folder / "examples.jsonl", rows)
     config = recipe(
-        training={"stage": "dpo", "global_batch_size": len(rows)},
+        training={"stage": "sft", "global_batch_size": len(rows)},
         actor_rollout={"model": "tiny", "max_prompt_length": 4, "data_path": str(path), "no_shuffle": True, **actor},
     )
     return ExampleFile(config, tokenizer or chat_tokenizer())
@@ -228,7 +228,7 @@ def test_parts_epochs_and_evaluation_work_as_for_prompts(tmp_path: Path) -> None
     rows = [{"prompt": f"{i}", "completion": "x"} for i in range(10)]
     path = write_rows(tmp_path / "examples.jsonl", rows)
     config = recipe(
-        training={"stage": "dpo", "global_batch_size": 4},
+        training={"stage": "sft", "global_batch_size": 4},
         actor_rollout={"model": "tiny", "data_path": str(path), "split": "80,20,0"},
     )
     training, validation = (ExampleFile(config, chat_tokenizer(), part) for part in ("train", "valid"))  # type: ignore[arg-type]

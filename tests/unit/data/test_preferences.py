@@ -10,7 +10,7 @@ import pytest
 
 from rlxf.data.preferences import PreferenceFile
 from rlxf.errors import DataError, ModelError
-from rlxf.types import Pairs
+from rlxf.types import Pairs, RewardPairs
 from tests.data_world import chat_tokenizer, recipe, write_rows
 from tests.tiny_models import BOS, EOS, byte_tokenizer
 
@@ -38,16 +38,23 @@ CHATS: list[Row] = [
         "rejected": [assistant("g")],
     },
 ]
+IMPLICIT_STRINGS: list[Row] = [
+    {"chosen": "Human: sky? Assistant: I say blue", "rejected": "Human: sky? Assistant: You know"},
+    {"chosen": "Q: é A:a", "rejected": "Q: é A:bc"},
+    {"chosen": "one two three", "rejected": "one two thirty"},
+]
 IMPLICIT: list[Row] = [
     {"chosen": [user("sky?"), assistant("blue")], "rejected": [user("sky?"), assistant("green")]},
     {"chosen": [user("a"), assistant("b"), user("c"), assistant("d")], "rejected": [user("a"), assistant("e")]},
 ]
 
 
-def preferences(rows: list[Row], folder: Path, tokenizer: Any = None, **actor: Any) -> PreferenceFile:
+def preferences(
+    rows: list[Row], folder: Path, tokenizer: Any = None, *, stage: str = "dpo", **actor: Any
+) -> PreferenceFile:
     path = write_rows(folder / "pairs.jsonl", rows)
     config = recipe(
-        training={"stage": "dpo", "global_batch_size": len(rows)},
+        training={"stage": stage, "global_batch_size": len(rows)},
         actor_rollout={"model": "tiny", "max_prompt_length": 64, "data_path": str(path), "no_shuffle": True, **actor},
     )
     return PreferenceFile(config, tokenizer or chat_tokenizer())
@@ -96,9 +103,17 @@ MERGED: list[Row] = [
         (STRINGS, byte_tokenizer()),
         (CHATS, chat_tokenizer()),
         (IMPLICIT, chat_tokenizer()),
+        (IMPLICIT_STRINGS, chat_tokenizer()),
         (MERGED, merging_tokenizer()),
     ],
-    ids=["strings with BOS", "strings without BOS", "chats", "implicit prompts", "prompt end merges"],
+    ids=[
+        "strings with BOS",
+        "strings without BOS",
+        "chats",
+        "implicit prompts",
+        "implicit prompts in strings",
+        "prompt end merges",
+    ],
 )
 def test_tokens_equal_those_of_trl(rows: list[Row], tokenizer: Any, tmp_path: Path) -> None:
     ours = rows_of(preferences(rows, tmp_path, tokenizer).next_batch(0))
@@ -164,3 +179,46 @@ def test_strings_need_a_tokenizer_with_an_eos(tmp_path: Path) -> None:
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="has no eos_token"):
         preferences(STRINGS, tmp_path, tokenizer)
+
+
+def trl_reward_rows(rows: list[Row], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    """What TRL's reward trainer makes of the same rows."""
+    from trl import RewardConfig, RewardTrainer
+
+    trainer = object.__new__(RewardTrainer)
+    args = RewardConfig(output_dir="unused", max_length=None, bf16=False, report_to=[])
+    prepared = trainer._prepare_dataset(datasets.Dataset.from_list(rows), tokenizer, args, "train")
+    return [(row["chosen_ids"], row["rejected_ids"]) for row in prepared]
+
+
+@pytest.mark.parametrize("rows", [STRINGS, CHATS, IMPLICIT, IMPLICIT_STRINGS, MERGED])
+def test_a_reward_model_sees_the_tokens_of_trls(rows: list[Row], tmp_path: Path) -> None:
+    tokenizer = merging_tokenizer() if rows is MERGED else chat_tokenizer()
+    pairs = preferences(rows, tmp_path, tokenizer, stage="rm").next_batch(0)
+    ours = list(zip(pairs.chosen.rows(), pairs.rejected.rows(), strict=True))
+    assert ours == [pair for row in rows for pair in trl_reward_rows([row], tokenizer)]
+
+
+def test_a_reward_model_gets_margins(tmp_path: Path) -> None:
+    rows = [row | {"by": margin} for row, margin in zip(STRINGS, [0.5, "-2", 0], strict=True)]
+    pairs = preferences(rows, tmp_path, stage="rm", margin_key="by").next_batch(0)
+    assert isinstance(pairs, RewardPairs)
+    assert pairs.margin.tolist() == [0.5, -2.0, 0.0]
+    without = preferences(rows, tmp_path, stage="rm").next_batch(0)
+    assert isinstance(without, RewardPairs)
+    assert without.margin.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_margins_stay_beside_their_pairs_when_rows_are_shuffled(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}", "chosen": "x", "rejected": "y", "margin": i} for i in range(8)]
+    pairs = preferences(rows, tmp_path, stage="rm", margin_key="margin", no_shuffle=False).next_batch(3)
+    assert isinstance(pairs, RewardPairs)
+    prompts = [chat_tokenizer().decode(ids, skip_special_tokens=True) for ids in pairs.chosen.prompt_rows()]
+    assert [float(prompt) for prompt in prompts] == pairs.margin.tolist()
+
+
+@pytest.mark.parametrize("margin", [None, "much", True, float("nan"), float("inf"), 1e39, 10**400, [1]])
+def test_a_margin_that_is_no_number_is_named(margin: Any, tmp_path: Path) -> None:
+    rows = [STRINGS[0] | {"margin": 1}, STRINGS[1] | {"margin": margin}]
+    with pytest.raises(DataError, match=r"pairs\.jsonl:2: field 'margin' .*expected a finite number"):
+        preferences(rows, tmp_path, stage="rm", margin_key="margin")
