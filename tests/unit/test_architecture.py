@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The only ones that may build several rooms.
     "evaluate": BELOW_ROOMS | ROOMS | {"run", "metrics"},
     "assemble": BELOW_ROOMS | ROOMS,
+    "compare": BELOW_ROOMS | ROOMS | {"assemble", "metrics", "run_folder"},
     "prepare": BELOW_ROOMS | ROOMS | ASSEMBLY - {"driver"},
     "local": BELOW_ROOMS | ROOMS | ASSEMBLY,
 }
