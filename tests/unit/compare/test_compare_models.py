@@ -229,7 +229,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
         ("adapter", {}, "adapter: holds a LoRA adapter only; name a folder with merged weights"),
         (None, {"data": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
         (None, {"data": "broken.jsonl"}, "broken.jsonl:2: not JSON"),
-        (None, {"data": "long.jsonl"}, "all 1 rows are dropped because the prompt is longer"),
+        (None, {"data": "long.jsonl"}, "the prompt is longer than"),
         (None, {"prompt_key": "question"}, "question"),
         (None, {"reward_function": "fails.py"}, "`reward` failed"),
         (None, {"reward_function": "silent.py"}, "no prompt has a score for both models"),
