@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,7 +50,8 @@ class TrackerSink:
         self._failures = 0
         self._closed = False
         try:
-            self._run = _START[name](config, run_dir, run_id)
+            with _signals_kept():
+                self._run = _START[name](config, run_dir, run_id)
         except RlxfError:
             raise  # a stop that the user asked for
         except Exception as error:
@@ -83,6 +86,18 @@ class TrackerSink:
             if not self._failures:
                 log.warning("%s: %s: %s; the run goes on without it", self.name, type(error).__name__, error)
             self._failures += 1
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """SwanLab takes Ctrl-C over, which is the run's: it ends after a whole step, with a checkpoint."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 class WandbRun:

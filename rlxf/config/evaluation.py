@@ -51,7 +51,7 @@ def _best(config: RunConfig) -> Iterator[Problem]:
 
 def _missing(config: RunConfig) -> str:
     if config.offline:
-        return "set eval.data_path, a file of held-out rows"
+        return "set eval.data_path, or a second share in actor_rollout.split, for held-out rows"
     return f"no rollout engine samples with rollout.engine = {config.engine}"
 
 

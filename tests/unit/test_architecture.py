@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_folder": FLOOR | TOOLS | {"checkpoint", "metrics", "pair", "run"},
     "resume": FLOOR | TOOLS | {"checkpoint", "metrics", "run", "run_folder"},
     "trackers": FLOOR,
+    "hub": {"errors"},
     "report": FLOOR | TOOLS | {"metrics", "resume", "run_folder", "trackers"},
     # The loop and the protocols of its members: no device, no model, nothing that builds a room.
     "run": FLOOR | TOOLS | {"pair", "rollout", "score", "sync"},
@@ -48,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The only ones that may build several rooms.
     "evaluate": BELOW_ROOMS | ROOMS | {"run", "metrics"},
     "assemble": BELOW_ROOMS | ROOMS,
+    "compare": BELOW_ROOMS | ROOMS | {"assemble", "metrics", "run_folder"},
     "prepare": BELOW_ROOMS | ROOMS | ASSEMBLY - {"driver"},
     "local": BELOW_ROOMS | ROOMS | ASSEMBLY,
 }
@@ -60,6 +62,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch_npu": ("rlxf/platform/npu.py",),
     "megatron": ("rlxf/models/megatron/", "rlxf/platform/"),
     "bitsandbytes": ("rlxf/models/megatron/nf4.py",),
+    "huggingface_hub": ("rlxf/hub.py",),
     **dict.fromkeys(("wandb", "mlflow", "swanlab"), ("rlxf/trackers.py",)),
     "ray": ("workers/", "ray_gpt.py", "scripts/", "benchmarks/"),
     "hydra": ("ray_gpt.py", "workers/cli.py"),

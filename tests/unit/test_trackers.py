@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +156,17 @@ def test_a_resumed_run_goes_on_in_the_trackers_run(name: str, tmp_path: Path) ->
     runs = READERS[name](tmp_path)
     assert {run_id for _, run_id, _ in runs} == set(ids.values())
     assert sorted(row for _, _, rows in runs for row in rows) == sorted({*EXPECTED, (3, "loss", 0.25)})
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_signals_stay_the_runs_own(name: str, tmp_path: Path) -> None:
+    pytest.importorskip(name)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    made = report(tmp_path, config(name))
+    assert [signal.getsignal(number) for number in numbers] == before
+    train(made)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_mlflow_knows_the_recipe_and_how_the_run_ended(tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""Which of two models answers better, by a reward model or a reward function.
+
+scripts/compare_models.py A B --data prompts.jsonl --reward-model DIR [--sample] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # also without an installed package
+
+from rlxf.config.schema import Device  # noqa: E402 (the path comes first)
+from rlxf.errors import ConfigError, RlxfError  # noqa: E402
+
+
+def _number(
+    kind: type[int] | type[float], above: float, most: float = math.inf, *, inclusive: bool = True
+) -> Callable[[str], float]:
+    """A number of an option, at least (or, not ``inclusive``, above) ``above`` and at most ``most``."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value >= above if inclusive else value > above) or not value <= most or math.isinf(value):
+            bounds = f"{'at least' if inclusive else 'above'} {above:g}" + (
+                f", at most {most:g}" if most < math.inf else ""
+            )
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} {bounds}, got {text!r}")
+        return value
+
+    return read
+
+
+def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Win rate of model A over model B, with confidence intervals.")
+    positive, count = _number(int, 1), _number(int, 0)
+    parser.add_argument("a", metavar="A", type=Path, help="Hugging Face folder, or a run folder (its policy)")
+    parser.add_argument("b", metavar="B", type=Path, help="the same; a model against itself is even")
+    parser.add_argument("--data", type=Path, required=True, help="file of prompts, as actor_rollout.data_path")
+    judge = parser.add_mutually_exclusive_group(required=True)
+    judge.add_argument("--reward-model", type=Path, help="folder of a reward model that scores the answers")
+    judge.add_argument("--reward-function", type=Path, help="Python file with `reward`, as reward.function")
+    parser.add_argument("--num-prompts", type=positive, default=256, help="the first ones of the data (256)")
+    parser.add_argument("--prompt-key", default="prompt", help="column with the prompt (prompt)")
+    parser.add_argument(
+        "--max-prompt-length", type=positive, default=512, help="tokens; longer ones are left out (512)"
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=512, help="tokens of an answer (512)")
+    parser.add_argument(
+        "--sample", action="store_true", help="sample the answers instead of taking the likeliest tokens"
+    )
+    parser.add_argument("--temperature", type=_number(float, 0, inclusive=False), help="of --sample (1)")
+    parser.add_argument("--top-p", type=_number(float, 0, 1, inclusive=False), help="of --sample (1)")
+    parser.add_argument("--seed", type=count, default=1, help="of samples and bootstrap (1)")
+    parser.add_argument(
+        "--missing-eos-penalty", type=_number(float, 0), default=0.0, help="off a score without EOS (0)"
+    )
+    parser.add_argument("--confidence", type=_number(float, 0.5, 0.9999), default=0.95, help="of the intervals (0.95)")
+    parser.add_argument("--resamples", type=_number(int, 100), default=2000, help="of the bootstrap (2000)")
+    parser.add_argument("--batch-size", type=positive, default=64, help="prompts that are answered at a time (64)")
+    parser.add_argument("--device", choices=get_args(Device), default="auto")
+    parser.add_argument("--bf16", action="store_true", help="answer in bfloat16 instead of float32")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let model folders run Python code of their own"
+    )
+    parser.add_argument("--out", type=Path, help="folder for pairs.jsonl and summary.json")
+    found = parser.parse_args(arguments)
+    for name in ("temperature", "top_p"):
+        if getattr(found, name) is not None and not found.sample:
+            parser.error(f"--{name.replace('_', '-')} needs --sample: without it answers are the likeliest tokens")
+    return found
+
+
+def require_writable(folder: Path | None) -> None:
+    """Before any model is loaded: a place for the results, which nobody else's are in."""
+    if folder is None:
+        return
+    taken = [name for name in ("pairs.jsonl", "summary.json") if (folder / name).exists()]
+    if taken:
+        raise ConfigError(f"--out {folder}: holds {taken[0]} already; name another folder")
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: cannot be written: {error.strerror}") from error
+
+
+def run(arguments: argparse.Namespace) -> None:
+    require_writable(arguments.out)
+    from rich.console import Console
+
+    from rlxf.compare.models import Settings, compare
+    from rlxf.compare.report import judge, summary, table, write
+
+    settings = Settings(
+        data_path=arguments.data,
+        num_prompts=arguments.num_prompts,
+        reward_model=arguments.reward_model,
+        reward_function=arguments.reward_function,
+        prompt_key=arguments.prompt_key,
+        max_prompt_length=arguments.max_prompt_length,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=(arguments.temperature or 1.0) if arguments.sample else 0.0,
+        top_p=arguments.top_p or 1.0,
+        seed=arguments.seed,
+        missing_eos_penalty=arguments.missing_eos_penalty,
+        prompts_per_call=arguments.batch_size,
+        device=arguments.device,
+        bf16=arguments.bf16,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    found = compare(arguments.a, arguments.b, settings)
+    confidence = arguments.confidence
+    rate = judge(found, confidence=confidence, resamples=arguments.resamples, seed=arguments.seed)
+    Console().print(table(found, rate, (str(arguments.a), str(arguments.b)), confidence=confidence))
+    if arguments.out is not None:
+        write(arguments.out, found, summary(found, rate, confidence=confidence))
+        print(f"pairs and summary: {arguments.out}")
+
+
+def main() -> int:
+    arguments = read_arguments()
+    try:
+        run(arguments)
+    except RlxfError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
