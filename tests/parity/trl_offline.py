@@ -45,7 +45,16 @@ def train(
     trainer = RecordingDPOTrainer(
         model=transformers.AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
         ref_model=transformers.AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32),
-        args=DPOConfig(**arguments(folder, settings), loss_type=[settings.loss_type]),
+        args=DPOConfig(
+            **arguments(folder, settings),
+            beta=settings.beta,
+            disable_dropout=True,
+            loss_type=[settings.loss_type] if isinstance(settings.loss_type, str) else list(settings.loss_type),
+            loss_weights=None if settings.loss_weights is None else list(settings.loss_weights),
+            label_smoothing=settings.label_smoothing,
+            f_divergence_type=settings.divergence,
+            f_alpha_divergence_coef=settings.alpha,
+        ),
         train_dataset=Dataset.from_list(preference_records(rows)),
         processing_class=byte_tokenizer(),
     )
