@@ -1,63 +1,28 @@
-"""Supervised fine-tuning and reward models: this project's steps against TRL's live trainers, in fp32."""
+"""Supervised fine-tuning and reward models from a file: this project against TRL's live trainers, in fp32."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-import torch
 
-from rlxf.platform import Process, get_platform
-from rlxf.types import Batch, Examples, RewardPairs, Sequences
-from rlxf.update.actor import Actor
-from tests.parity import trl_stages
+from tests.parity import ours, trl_stages
 from tests.parity.compare import assert_parity, excess
 from tests.parity.fixed_data import FixedPrompt, Settings, preference_records
 from tests.parity.oracle import Metrics
-from tests.settings import run_config
 from tests.tiny_models import save_reward_model
 
 Record = dict[str, Any]
 SFT = ("loss", "grad_norm")
 REWARD = ("loss", "grad_norm", "accuracy", "margin", "mean_reward", "min_reward", "max_reward")
-T = TypeVar("T")
 
 
-def train_here(folder: Path, stage: str, batches: Sequence[Batch], settings: Settings, **keys: Any) -> list[Metrics]:
-    """Metrics of one optimizer step for each batch."""
-    config = run_config(
-        folder,
-        stage=stage,
-        ppo_mini_batch_size=settings.pairs_per_step,
-        micro_batch_size=settings.micro_batch_size,
-        lr=settings.lr,
-        clip_grad=settings.clip_grad,
-        **keys,
-    )
-    actor = Actor(config, get_platform("cpu"), Process())
-    return [actor.update(batch, step) for step, batch in enumerate(batches)]
-
-
-def in_steps(rows: Sequence[T], settings: Settings) -> list[Sequence[T]]:
-    size = settings.pairs_per_step
-    return [rows[step * size : (step + 1) * size] for step in range(settings.num_steps)]
-
-
-def examples_of(rows: Sequence[Record]) -> Examples:
-    """The tokens of one step; a row's prompt ends before the first label."""
-    starts = [next(i for i, label in enumerate(row["labels"]) if label != -100) for row in rows]
-    return Examples(
-        sequences=Sequences.from_rows(
-            [row["input_ids"][:start] for row, start in zip(rows, starts, strict=True)],
-            [row["input_ids"][start:] for row, start in zip(rows, starts, strict=True)],
-        ),
-        counted=torch.tensor(
-            [label != -100 for row, start in zip(rows, starts, strict=True) for label in row["labels"][start:]]
-        ),
-    )
+def train_here(
+    stage: str, records: list[Record], model: Path, settings: Settings, folder: Path, **keys: Any
+) -> list[Metrics]:
+    return ours.train(ours.stage_recipe(stage, records, model, settings, folder, **keys), folder / "run")
 
 
 def completion_records(rows: list[FixedPrompt]) -> list[Record]:
@@ -82,33 +47,16 @@ def test_every_step_of_supervised_fine_tuning_equals_trl(
     """The mean is over all tokens of the step, however it is cut: a micro-batch with long answers weighs more."""
     settings = Settings(micro_batch_size=micro_batch_size, lr=1e-4)
     records = chat_records(rows) if kind == "chats" else completion_records(rows)
+    mine = train_here("sft", records, folders[0], settings, tmp_path)
     theirs = trl_stages.train_sft(records, folders[0], settings, tmp_path)
-    batches = [examples_of(part) for part in in_steps(theirs.rows, settings)]
-    later_turns = sum(int((~batch.counted).sum()) for batch in batches)
-    assert (later_turns > 0) == (kind == "chats")
-    mine = train_here(folders[0], "sft", batches, settings)
-    assert_parity(mine, theirs.steps, steps=settings.num_steps, names=SFT)
+    assert_parity(mine, theirs, steps=settings.num_steps, names=SFT)
+    assert [step["num_tokens"] for step in mine] == [step["num_tokens"] for step in theirs]
     assert mine[-1]["loss"] < mine[0]["loss"] - 0.1
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_reward_model(tmp_path_factory.mktemp("classifier") / "model")
-
-
-def reward_pairs_of(rows: Sequence[Record], prompts: Sequence[FixedPrompt]) -> RewardPairs:
-    """The tokens of one step; prompts are known, so that the two sides share them."""
-    starts = [len(prompt.token_ids) for prompt in prompts]
-    assert all(row["chosen_ids"][:n] == p.token_ids for row, p, n in zip(rows, prompts, starts, strict=True))
-    sides = [
-        Sequences.from_rows(
-            [row[side][:n] for row, n in zip(rows, starts, strict=True)],
-            [row[side][n:] for row, n in zip(rows, starts, strict=True)],
-        )
-        for side in ("chosen_ids", "rejected_ids")
-    ]
-    margin = torch.tensor([row.get("margin", 0.0) for row in rows])
-    return RewardPairs(chosen=sides[0], rejected=sides[1], margin=margin)
 
 
 def both_sides(
@@ -123,14 +71,14 @@ def both_sides(
 ) -> tuple[list[Metrics], list[Metrics]]:
     """Metrics of every step, here and of TRL; ``lr`` is one for this side alone."""
     records: list[Record] = [dict(record) for record in preference_records(rows)]
+    keys: dict[str, Any] = {"center_rewards_coefficient": centering}
     if margin:
+        keys["margin_key"] = "margin"
         for record, row in zip(records, rows, strict=True):
             record["margin"] = abs(row.completions[0].score - row.completions[1].score)
-    theirs = trl_stages.train_reward(records, model, settings, folder, centering=centering or None)
-    steps = zip(in_steps(theirs.rows, settings), in_steps(rows, settings), strict=True)
-    batches = [reward_pairs_of(*step) for step in steps]
     own = settings if lr is None else replace(settings, lr=lr)
-    return train_here(model, "rm", batches, own, center_rewards_coefficient=centering), theirs.steps
+    mine = train_here("rm", records, model, own, folder, **keys)
+    return mine, trl_stages.train_reward(records, model, settings, folder, centering=centering or None)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +92,7 @@ def test_every_step_of_a_reward_model_equals_trl(
     settings = Settings(lr=1e-4)
     mine, theirs = both_sides(rows, classifier, settings, tmp_path, margin=margin, centering=centering)
     assert_parity(mine, theirs, steps=settings.num_steps, names=REWARD)
+    assert [step["num_tokens"] for step in mine] == [step["num_tokens"] for step in theirs]
 
 
 def test_accumulated_steps_of_a_reward_model_equal_trl_but_for_the_extremes(

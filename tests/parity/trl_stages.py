@@ -1,15 +1,15 @@
-"""TRL's live ``SFTTrainer`` and ``RewardTrainer``, with the token ids that they train on."""
+"""TRL's live ``SFTTrainer`` and ``RewardTrainer``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from tests.parity.fixed_data import Settings
@@ -34,38 +34,35 @@ class RecordingRewardTrainer(Recording, RewardTrainer):
     pass
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrlRun:
-    """What a trainer logged, and its tokenized data set."""
-
-    steps: list[Metrics]
-    rows: list[dict[str, Any]]
-
-
-def _run(trainer: Any) -> TrlRun:
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
-    return TrlRun(steps=trainer.steps, rows=list(trainer.train_dataset))
-
-
-def train_sft(records: Sequence[dict[str, Any]], model: Path, settings: Settings, folder: Path) -> TrlRun:
-    """Rows of the data set: ``input_ids`` and ``labels``, -100 where the loss does not look."""
+def tokenizer_of_stages() -> PreTrainedTokenizerFast:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def _run(trainer: Any) -> list[Metrics]:
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    steps: list[Metrics] = trainer.steps
+    return steps
+
+
+def train_sft(records: Sequence[dict[str, Any]], model: Path, settings: Settings, folder: Path) -> list[Metrics]:
+    """Metrics of each optimizer step. Rows of prompt and completion, or of chat messages."""
     return _run(
         RecordingSFTTrainer(
             model=transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
             args=SFTConfig(**arguments(folder, settings), assistant_only_loss="messages" in records[0]),
             train_dataset=Dataset.from_list(list(records)),
-            processing_class=tokenizer,
+            processing_class=tokenizer_of_stages(),
         )
     )
 
 
 def train_reward(
     records: Sequence[dict[str, Any]], model: Path, settings: Settings, folder: Path, *, centering: float | None
-) -> TrlRun:
-    """Rows of the data set: ``chosen_ids``, ``rejected_ids``, and ``margin`` where the records have one."""
+) -> list[Metrics]:
+    """Metrics of each optimizer step. Rows of prompt, chosen and rejected; ``margin`` where they have one."""
     return _run(
         RecordingRewardTrainer(
             model=transformers.AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32),
@@ -73,6 +70,6 @@ def train_reward(
                 **arguments(folder, settings), center_rewards_coefficient=centering, disable_dropout=True
             ),
             train_dataset=Dataset.from_list(list(records)),
-            processing_class=byte_tokenizer(),
+            processing_class=tokenizer_of_stages(),
         )
     )
