@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlxf.config.problems import Problem, show
 from rlxf.config.schema import ModelConfig, RunConfig
@@ -16,6 +16,7 @@ _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _DATASET_FILES = ("state.json", "dataset_dict.json")  # of a Hugging Face dataset on disk
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _DEFAULT_LABELS = 2  # of a Hugging Face classifier whose config.json says nothing about labels
+Head = Literal["words", "score", "either"]  # of a language model, of a reward model; a reward model begins with either
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,8 @@ def _model_folders(config: RunConfig) -> Iterator[Problem]:
             continue  # the actor's folder: its problems are the actor's
         seen.add((section.load, section.model))
         key, folder = f"{role}.load", Path(section.load)
-        for text in _folder(folder, config.model.get(section.model), section.model, reward=role == "reward"):
+        head: Head = "score" if role == "reward" else "either" if config.training.stage == "rm" else "words"
+        for text in _folder(folder, config.model.get(section.model), section.model, head=head):
             yield Problem((key,), f"{key} = {show(shown(folder))}: {text}")
         if role != "ref":
             yield from _tokenizer(role, Path(section.tokenizer_name_or_path or section.load))
@@ -150,7 +152,7 @@ def _tokenizer(role: str, folder: Path) -> Iterator[Problem]:
         yield Problem((key,), f"{key}: {shown(folder)} {text}")
 
 
-def _folder(folder: Path, shape: ModelConfig | None, model: str | None, *, reward: bool) -> Iterator[str]:
+def _folder(folder: Path, shape: ModelConfig | None, model: str | None, *, head: Head) -> Iterator[str]:
     """What is wrong with a model folder, as far as its small files show."""
     file = folder / "config.json"
     if not file.is_file():
@@ -165,7 +167,7 @@ def _folder(folder: Path, shape: ModelConfig | None, model: str | None, *, rewar
         yield "its config.json is not a JSON object"
         return
     yield from _weights(folder)
-    yield from _head(settings, reward=reward)
+    yield from _head(settings, head)
     for name, (expected, found) in _shape(shape, settings).items():
         yield f"its config.json says {name} = {found}, but model.{model}.{name} = {expected}; name the fitting model"
 
@@ -187,12 +189,12 @@ def _weights(folder: Path) -> Iterator[str]:
         yield f"{len(missing)} of {len(files)} weight files are missing ({missing[0]}); copy or download it again"
 
 
-def _head(settings: dict[str, Any], *, reward: bool) -> Iterator[str]:
+def _head(settings: dict[str, Any], head: Head) -> Iterator[str]:
     kinds = settings.get("architectures") or []
     classifier = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
-    if not reward and classifier:
+    if head == "words" and classifier:
         yield f"is a {kinds[0]}; expected a language model (*ForCausalLM)"
-    if not reward:
+    if head == "words" or (head == "either" and not classifier):
         return
     labels = settings.get("num_labels") or len(settings.get("id2label") or range(_DEFAULT_LABELS))
     if kinds and not classifier:

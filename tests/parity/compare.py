@@ -27,13 +27,19 @@ def worst(ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, flo
     return {name: max(excess(a[name], b[name]) for a, b in zip(ours, theirs, strict=True)) for name in NAMES}
 
 
-def assert_parity(ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, float]], *, steps: int) -> None:
+def assert_parity(
+    ours: Sequence[Mapping[str, float]],
+    theirs: Sequence[Mapping[str, float]],
+    *,
+    steps: int,
+    names: Sequence[str] = NAMES,
+) -> None:
     """Fail with every number that is too far apart."""
     assert len(ours) == len(theirs) == steps, f"{len(ours)} and {len(theirs)} steps, expected {steps}"
     problems = [
         f"step {step} {name}: {a[name]!r} against {b[name]!r}, {excess(a[name], b[name]):.1f} x the tolerance"
         for step, (a, b) in enumerate(zip(ours, theirs, strict=True))
-        for name in NAMES
+        for name in names
         if not excess(a[name], b[name]) <= 1  # NaN must fail, too
     ]
     assert not problems, "\n".join(problems)

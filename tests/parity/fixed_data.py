@@ -56,7 +56,11 @@ class Settings:
     num_steps: int = 6
     pairs_per_step: int = 8
     micro_batch_size: int = 8
-    loss_type: str = "sigmoid"
+    loss_type: str | tuple[str, ...] = "sigmoid"
+    loss_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    divergence: str = "reverse_kl"
+    alpha: float = 0.5
     beta: float = 0.1
     missing_eos_penalty: float = 0.0
     lr: float = 1e-5

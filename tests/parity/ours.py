@@ -16,6 +16,7 @@ from rlxf.config.load import load_config
 from rlxf.local import launch
 from tests.parity.fixed_data import FixedPrompt, Settings, write_preferences, write_rollouts
 from tests.parity.oracle import Metrics
+from tests.parity.trl_stages import tokenizer_of_stages
 from tests.tiny_models import config as model_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +56,10 @@ def recipe(policy: Path, reference: Path, settings: Settings) -> dict[str, Any]:
             "ppo_mini_batch_size": settings.pairs_per_step,
             "micro_batch_size": settings.micro_batch_size,
             "dpo_loss_type": settings.loss_type,
+            "dpo_loss_weights": settings.loss_weights,
+            "dpo_label_smoothing": settings.label_smoothing,
+            "f_divergence_type": settings.divergence,
+            "f_alpha_divergence_coef": settings.alpha,
             "dpo_beta": settings.beta,
             "lr": settings.lr,
             "weight_decay": settings.weight_decay,
@@ -82,6 +87,22 @@ def offline_recipe(
     values = recipe(policy, reference, settings)
     values["training"]["stage"] = "dpo"
     values["actor_rollout"]["data_path"] = str(write_preferences(rows, folder / "preferences.jsonl"))
+    return values
+
+
+def stage_recipe(
+    stage: str, records: Sequence[dict[str, Any]], model: Path, settings: Settings, folder: Path, **keys: Any
+) -> dict[str, Any]:
+    """``stage`` on the records, in their order, with a tokenizer that has the chat template of trl_stages.
+
+    ``keys`` are keys of actor_rollout.
+    """
+    values = recipe(model, model, settings)
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    tokenizer_of_stages().save_pretrained(folder / "tokenizer")
+    values["training"] |= {"stage": stage, "tokenizer_name_or_path": str(folder / "tokenizer")}
+    values["actor_rollout"] |= {"data_path": str(folder / "records.jsonl"), "seq_length": 128, **keys}
+    del values["ref"]
     return values
 
 

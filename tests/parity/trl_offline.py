@@ -18,8 +18,8 @@ from tests.parity.trl_online import arguments
 from tests.tiny_models import byte_tokenizer
 
 
-class RecordingDPOTrainer(DPOTrainer):
-    """Keeps what TRL logs, at full precision."""
+class Recording(transformers.Trainer):
+    """Keeps what one of TRL's trainers logs, at full precision."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -27,15 +27,20 @@ class RecordingDPOTrainer(DPOTrainer):
         self._losses: list[float] = []
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)  # of one micro-batch, divided by the number of them
+        # Of one micro-batch, and a share of the whole: divided by the number of them, or by the tokens of all.
+        loss = super().training_step(*args, **kwargs)
         self._losses.append(loss.item())
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)  # adds the rewards and log-probs
+        super().log(logs, start_time)  # adds the trainer's own metrics
         if "grad_norm" in logs:
             self.steps.append({**logs, "loss": sum(self._losses)})
             self._losses.clear()
+
+
+class RecordingDPOTrainer(Recording, DPOTrainer):
+    pass
 
 
 def train(
@@ -45,7 +50,16 @@ def train(
     trainer = RecordingDPOTrainer(
         model=transformers.AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
         ref_model=transformers.AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32),
-        args=DPOConfig(**arguments(folder, settings), loss_type=[settings.loss_type]),
+        args=DPOConfig(
+            **arguments(folder, settings),
+            beta=settings.beta,
+            disable_dropout=True,
+            loss_type=[settings.loss_type] if isinstance(settings.loss_type, str) else list(settings.loss_type),
+            loss_weights=None if settings.loss_weights is None else list(settings.loss_weights),
+            label_smoothing=settings.label_smoothing,
+            f_divergence_type=settings.divergence,
+            f_alpha_divergence_coef=settings.alpha,
+        ),
         train_dataset=Dataset.from_list(preference_records(rows)),
         processing_class=byte_tokenizer(),
     )

@@ -87,7 +87,7 @@ class AveragingOnlineTrainer(FixedOnlineTrainer):
 
 
 def arguments(folder: Path, settings: Settings) -> dict[str, Any]:
-    """What both of TRL's trainers are told: fp32 on the CPU, AdamW, constant rate, file order, a log per step."""
+    """What all of TRL's trainers are told: fp32 on the CPU, AdamW, constant rate, file order, a log per step."""
     return {
         "output_dir": str(folder / "trl"),
         "max_steps": settings.num_steps,
@@ -98,11 +98,9 @@ def arguments(folder: Path, settings: Settings) -> dict[str, Any]:
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.clip_grad,
         "optim": "adamw_torch",
-        "beta": settings.beta,
         "bf16": False,
         "use_cpu": True,
         "gradient_checkpointing": False,
-        "disable_dropout": True,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
         "save_strategy": "no",
@@ -130,6 +128,8 @@ def train(
         reward_funcs=RecordedScores(rows),
         args=OnlineDPOConfig(
             **arguments(folder, settings),
+            beta=settings.beta,
+            disable_dropout=True,
             loss_type=settings.loss_type,
             missing_eos_penalty=settings.missing_eos_penalty or None,
             max_new_tokens=settings.max_new_tokens,

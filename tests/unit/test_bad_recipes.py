@@ -355,6 +355,18 @@ def test_a_reward_model_with_two_labels_is_refused(files: Path) -> None:
     assert "has 2 labels; a reward model has one" in only_problem(reward={"load": "two"})
 
 
+def test_a_reward_model_is_trained_from_a_language_model_or_another_reward_model(files: Path) -> None:
+    (files / "pairs.jsonl").touch()
+    stage: dict[str, Any] = {"training": {"stage": "rm"}, "ref": None, "reward": None}
+    for load in ("sft", "rm"):
+        load_config(recipe(dry_run=False, **stage, actor_rollout={"load": load, "data_path": "pairs.jsonl"}))
+    model_folder(files / "two", architectures=["LlamaForSequenceClassification"])
+    line = only_problem(**stage, actor_rollout={"load": "two", "data_path": "pairs.jsonl"})
+    assert line == 'actor_rollout.load = "./two": has 2 labels; a reward model has one (num_labels=1)'
+    line = only_problem(training={"stage": "sft"}, ref=None, reward=None, actor_rollout={"load": "rm"})
+    assert "expected a language model" in line
+
+
 def test_a_folder_with_another_shape_is_refused(files: Path) -> None:
     model_folder(files / "wide", hidden_size=256, num_key_value_heads=4)
     with pytest.raises(ConfigError) as caught:
