@@ -15,6 +15,7 @@ from rlxf.config.schema import ModelConfig, RunConfig
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _DATASET_FILES = ("state.json", "dataset_dict.json")  # of a Hugging Face dataset on disk
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _DEFAULT_LABELS = 2  # of a Hugging Face classifier whose config.json says nothing about labels
 
 
@@ -48,6 +49,15 @@ def data_files(paths: Iterable[str]) -> list[Path]:
         inside = (found for found in sorted(path.rglob("*")) if found.is_file() and not found.name.startswith("."))
         files += list(inside) if path.is_dir() else [path]
     return files
+
+
+def megatron_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of megatron that a model folder holds instead of safetensors files; None if it holds those."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file() or any((folder / name).is_file() for name in _WEIGHT_FILES):
+        return None
+    newest = tracker.read_text(errors="replace").strip()
+    return folder / (f"iter_{int(newest):07d}" if newest.isdecimal() else "release")
 
 
 def named_paths(config: RunConfig) -> list[NamedPath]:
@@ -171,6 +181,13 @@ def _folder(folder: Path, shape: ModelConfig | None, model: str | None, *, rewar
 
 
 def _weights(folder: Path) -> Iterator[str]:
+    checkpoint = megatron_checkpoint(folder)
+    if checkpoint is not None:
+        if any(checkpoint.glob("mp_rank_*")):
+            yield f"holds {checkpoint.name} in Megatron's older layout (mp_rank_*); convert it (docs/convert.md)"
+        elif not (checkpoint / ".metadata").is_file():
+            yield f"names {checkpoint.name}, which is no distributed checkpoint (no .metadata in it)"
+        return
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         if not (folder / "model.safetensors").is_file():
