@@ -6,10 +6,8 @@ A rank's file is a pickle. Only tensors and plain values are made from it; what 
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlxf.convert.layout import Chunk, Shape, Sizes, cut, even_layers
+from rlxf.convert.pickles import read_pickle
 from rlxf.errors import ModelError
 from rlxf.models.hf_folder import ModelWeights
 from rlxf.models.megatron.weights import Entry, to_full, to_local
@@ -158,7 +157,7 @@ def _load(folder: Path, *, trust_pickle: bool) -> _RankFiles:
         if rank not in paths:
             name = _rank_folder(*rank, Sizes(tp=tp, pp=pp))
             raise ModelError(f"{folder}: {name} is missing ({len(paths)} of {tp * pp} ranks are there)")
-    files = {rank: _read(path, trust_pickle=trust_pickle) for rank, path in paths.items()}
+    files = {rank: read_pickle(_file(path), trust_pickle=trust_pickle) for rank, path in paths.items()}
     states = {rank: _chunks(paths[rank], file) for rank, file in files.items()}
     vp = {len(chunks) for chunks in states.values()}
     if len(vp) != 1:
@@ -184,47 +183,11 @@ def _num_layers(state: Iterable[str]) -> int:
     return len({match[1] for name in state if (match := _LAYER.match(name))})
 
 
-# Plain holders of values that training scripts save beside the weights.
-_HARMLESS: tuple[Any, ...] = (argparse.Namespace,)
-
-
-def _read(folder: Path, *, trust_pickle: bool) -> Any:
-    path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
-    if path is None:
-        raise ModelError(f"{folder}: no {_FILES[0]} in it; copy the checkpoint again")
-    try:
-        blocked = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {
-            f"{kind.__module__}.{kind.__name__}" for kind in _HARMLESS
-        }
-    except ValueError:  # written before torch 1.6, not a zip file: what is blocked is found out by reading
-        blocked = set()
-    except (OSError, RuntimeError) as error:
-        raise ModelError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
-    if blocked and not trust_pickle:
-        raise ModelError(
-            f"{path}: its pickle asks for {', '.join(sorted(blocked))}, which is neither a tensor nor a plain value; "
-            "loading it can run code. Add --trust-pickle if the file is from people that you trust"
-        )
-    with ExitStack() as stack:
-        stack.enter_context(torch.serialization.safe_globals([*_HARMLESS, *map(_found, sorted(blocked))]))
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-        except Exception as error:
-            raise ModelError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
-
-
-def _found(name: str) -> Any:
-    """The class or function of that name, for a file that the user trusts."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ModelError(f"{name}, which the checkpoint's pickle asks for, is not installed here ({error})") from error
+def _file(folder: Path) -> Path:
+    for name in _FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise ModelError(f"{folder}: no {_FILES[0]} in it; copy the checkpoint again")
 
 
 def _rank_folder(tp_rank: int, stage: int, sizes: Sizes) -> str:
