@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlxf.checkpoint import DRIVER, LATEST, MANIFEST, find_problems
-from rlxf.config.folders import megatron_checkpoint
+from rlxf.config.folders import assets_folder, megatron_checkpoint
 from rlxf.convert.adapters import MergedWeights, adapters_of_legacy, adapters_of_run
 from rlxf.convert.command import Request
 from rlxf.convert.layout import Shape
@@ -18,6 +18,7 @@ from rlxf.errors import ConfigError, ModelError
 from rlxf.models.hf_folder import HfWeights, ModelWeights, load_hf_config
 from rlxf.models.megatron.dist_folder import DistCheckpoint, DistWeights
 from rlxf.models.peft_folder import CONFIG, PeftAdapter, read_adapter
+from rlxf.models.tokenizer import padding_id
 
 # Names that MindSpeed-LLM gives model types, by how they begin -> model_type of config.json.
 _MODEL_TYPES = {"llama": "llama", "qwen15": "qwen2", "qwen1.5": "qwen2", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -53,7 +54,7 @@ def open_source(request: Request) -> Source:
         weights, adapter, notes = _megatron(request, checkpoint, assets, shape)
     if request.lora_load is not None and weights is not None:
         weights = MergedWeights(weights, _given_adapter(request, weights, shape), shape)
-    changes = _classifier(hf_config) if request.reward else {}
+    changes = _classifier(hf_config, assets) if request.reward else {}
     return Source(weights=weights, shape=shape, assets=assets, changes=changes, adapter=adapter, notes=notes)
 
 
@@ -252,7 +253,14 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
         return
 
 
-def _classifier(hf_config: Any) -> dict[str, Any]:
-    """What makes a language model's config.json that of a reward model."""
-    kinds = [str(kind).replace("ForCausalLM", "ForSequenceClassification") for kind in hf_config.architectures or []]
-    return {"architectures": kinds, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+def _classifier(hf_config: Any, assets: Path) -> dict[str, Any]:
+    """What makes a language model's config.json that of a reward model; nothing for one that is."""
+    kinds = [str(kind) for kind in hf_config.architectures or []]
+    if any(kind.endswith("ForSequenceClassification") for kind in kinds) and hf_config.num_labels == 1:
+        return {}
+    changes: dict[str, Any] = {
+        "architectures": [f"{type(hf_config).__name__.removesuffix('Config')}ForSequenceClassification"],
+        **{"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}},
+    }
+    # transformers reads the score of a padded row at the last token that is not this one.
+    return changes | {"pad_token_id": hf_config.pad_token_id or padding_id(assets_folder(assets))}

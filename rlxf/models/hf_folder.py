@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from rlxf.config.folders import assets_folder
 from rlxf.errors import ModelError
 
 _SHARD_BYTES = 5 * 2**30
@@ -97,7 +98,7 @@ def load_hf_config(folder: str | Path, *, trust_remote_code: bool = False) -> An
     """
     from transformers import AutoConfig
 
-    path = Path(folder)
+    path = assets_folder(Path(folder))
     if not path.is_dir():
         raise ModelError(f"{path}: no such folder; `load` must name a Hugging Face model folder")
     if not (path / "config.json").is_file():
@@ -145,6 +146,7 @@ def write_assets(folder: Path, like: Path, changes: Mapping[str, Any]) -> None:
         like: the model folder that they are taken from.
         changes: of ``config.json``.
     """
+    like = assets_folder(like)
     settings = json.loads((like / "config.json").read_text())
     settings.pop("torch_dtype", None)
     settings |= changes

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlxf.config.folders import megatron_checkpoint
+from rlxf.config.folders import assets_folder, megatron_checkpoint
 from rlxf.config.schema import RunConfig
 from rlxf.errors import ConfigError, RlxfError, SyncError
 from rlxf.models.hf_folder import load_hf_config
@@ -134,7 +134,7 @@ def _start(config: RunConfig, platform: Platform, *, max_model_len: int) -> Any:
     actor = config.actor_rollout
     ranks = actor.inference_tensor_model_parallel_size
     return LLM(
-        actor.load,
+        str(assets_folder(Path(str(actor.load)))),
         skip_tokenizer_init=True,
         load_format="auto"
         if megatron_checkpoint(Path(str(actor.load))) is None

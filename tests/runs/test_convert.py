@@ -55,3 +55,15 @@ def test_two_ranks_start_from_a_distributed_checkpoint(tmp_path: Path) -> None:
     from rlxf.platform import Process
 
     assert_equal_runs(found, train(folder, None, Process(), SETTINGS), FP32)
+
+
+def test_a_run_starts_from_a_checkpoint_of_another(world: World, tmp_path: Path) -> None:
+    run(saved(world.recipe(), tmp_path / "ckpt"), tmp_path / "first")
+    loads = (tmp_path / "ckpt", tmp_path / "ckpt" / "iter_0000003", tmp_path / "first" / "policy")
+    found = [
+        run(world.recipe(actor_rollout={"load": str(load)}, ref={"load": str(load)}), tmp_path / f"next{i}")
+        for i, load in enumerate(loads)
+    ]
+    assert found[0].numbers == found[1].numbers == found[2].numbers
+    assert_same_tensors(tmp_path / "next0" / "policy", tmp_path / "next2" / "policy")
+    assert (tmp_path / "next0" / "policy" / "tokenizer.json").is_file()
