@@ -15,6 +15,7 @@ from rlxf.config.schema import ModelConfig, RunConfig
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _DATASET_FILES = ("state.json", "dataset_dict.json")  # of a Hugging Face dataset on disk
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _DEFAULT_LABELS = 2  # of a Hugging Face classifier whose config.json says nothing about labels
 Head = Literal["words", "score", "either"]  # of a language model, of a reward model; a reward model begins with either
 
@@ -49,6 +50,31 @@ def data_files(paths: Iterable[str]) -> list[Path]:
         inside = (found for found in sorted(path.rglob("*")) if found.is_file() and not found.name.startswith("."))
         files += list(inside) if path.is_dir() else [path]
     return files
+
+
+def megatron_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of megatron that a model folder is, or holds instead of safetensors files; None if neither."""
+    if (folder / ".metadata").is_file():
+        return folder
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file() or any((folder / name).is_file() for name in _WEIGHT_FILES):
+        return None
+    newest = tracker.read_text(errors="replace").strip()
+    return folder / (f"iter_{int(newest):07d}" if newest.isdecimal() else "release")
+
+
+def assets_folder(folder: Path) -> Path:
+    """Where config.json and tokenizer of a model folder are: in it; for a checkpoint of a run, where that run began."""
+    checkpoint = megatron_checkpoint(folder)
+    if (folder / "config.json").is_file() or checkpoint is None:
+        return folder
+    if (checkpoint.parent / "config.json").is_file():
+        return checkpoint.parent
+    try:
+        start = json.loads((checkpoint / "driver.json").read_text(encoding="utf-8"))["config"]["actor_rollout"]["load"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder
+    return assets_folder(Path(start))
 
 
 def named_paths(config: RunConfig) -> list[NamedPath]:
@@ -146,7 +172,7 @@ def _model_folders(config: RunConfig) -> Iterator[Problem]:
 
 
 def _tokenizer(role: str, folder: Path) -> Iterator[Problem]:
-    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if folder.is_dir() and not any((assets_folder(folder) / name).is_file() for name in _TOKENIZER_FILES):
         key = f"{role}.tokenizer_name_or_path"
         text = f"holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); set {key} to a folder with one"
         yield Problem((key,), f"{key}: {shown(folder)} {text}")
@@ -154,7 +180,7 @@ def _tokenizer(role: str, folder: Path) -> Iterator[Problem]:
 
 def _folder(folder: Path, shape: ModelConfig | None, model: str | None, *, head: Head) -> Iterator[str]:
     """What is wrong with a model folder, as far as its small files show."""
-    file = folder / "config.json"
+    file = assets_folder(folder) / "config.json"
     if not file.is_file():
         yield "holds no config.json; expected a Hugging Face model folder"
         return
@@ -173,6 +199,13 @@ def _folder(folder: Path, shape: ModelConfig | None, model: str | None, *, head:
 
 
 def _weights(folder: Path) -> Iterator[str]:
+    checkpoint = megatron_checkpoint(folder)
+    if checkpoint is not None:
+        if any(checkpoint.glob("mp_rank_*")):
+            yield f"holds {checkpoint.name} in Megatron's older layout (mp_rank_*); convert it (docs/convert.md)"
+        elif not (checkpoint / ".metadata").is_file():
+            yield f"names {checkpoint.name}, which is no distributed checkpoint (no .metadata in it)"
+        return
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         if not (folder / "model.safetensors").is_file():

@@ -7,14 +7,27 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from rlxf.config.folders import assets_folder
 from rlxf.errors import ModelError
 
 _SHARD_BYTES = 5 * 2**30
 _COPIED = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "generation_config.json")
+
+
+class ModelWeights(Protocol):
+    """The full tensors of a model by their Hugging Face names, whatever the files are."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def names(self) -> set[str]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
 
 
 class HfWeights:
@@ -85,7 +98,7 @@ def load_hf_config(folder: str | Path, *, trust_remote_code: bool = False) -> An
     """
     from transformers import AutoConfig
 
-    path = Path(folder)
+    path = assets_folder(Path(folder))
     if not path.is_dir():
         raise ModelError(f"{path}: no such folder; `load` must name a Hugging Face model folder")
     if not (path / "config.json").is_file():
@@ -117,18 +130,30 @@ def save_hf_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     _write_shards(temporary, tensors)
-    settings = json.loads((like / "config.json").read_text())
-    settings.pop("torch_dtype", None)
-    settings |= changes
-    (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    for pattern in _COPIED:
-        for source in like.glob(pattern):
-            shutil.copy2(source, temporary / source.name)
+    write_assets(temporary, like, changes)
     if extra is not None:
         extra(temporary)
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
+
+
+def write_assets(folder: Path, like: Path, changes: Mapping[str, Any]) -> None:
+    """Everything of a model folder but its weights: ``config.json``, tokenizer, settings of generation.
+
+    Args:
+        folder: where to.
+        like: the model folder that they are taken from.
+        changes: of ``config.json``.
+    """
+    like = assets_folder(like)
+    settings = json.loads((like / "config.json").read_text())
+    settings.pop("torch_dtype", None)
+    settings |= changes
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    for pattern in _COPIED:
+        for source in like.glob(pattern):
+            shutil.copy2(source, folder / source.name)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlxf.config.folders import assets_folder
 from rlxf.errors import ModelError, RlxfError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     Raises:
         ModelError: the folder is missing, holds no tokenizer, or the tokenizer cannot be loaded.
     """
-    folder = Path(path)
+    folder = assets_folder(Path(path))
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; expected a Hugging Face folder with a tokenizer ({_KEYS})")
     if not any((folder / name).is_file() for name in _FILES):
@@ -54,7 +55,7 @@ def eos_token_ids(model_folder: str | Path, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         ModelError: none of the three names one.
     """
-    folder = Path(model_folder)
+    folder = assets_folder(Path(model_folder))
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         found |= _ids(_read_json(folder / name).get("eos_token_id"), folder / name)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlxf.checkpoint import file_digest
+from rlxf.config.folders import assets_folder, megatron_checkpoint
 from rlxf.types import PairLogps, Pairs, Sequences
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,9 @@ class CachedReference:
 def cache_file(folder: Path, model: Path, dtype: str) -> Path:
     """The file of one model: its name is a hash of the model's weights and config, and of the dtype it computes in."""
     digest = hashlib.sha256(dtype.encode())
-    for path in sorted([*model.glob("*.safetensors"), model / "config.json"]):
+    checkpoint = megatron_checkpoint(model)
+    weights = model.glob("*.safetensors") if checkpoint is None else checkpoint.glob("*.distcp")
+    for path in sorted([*weights, assets_folder(model) / "config.json"]):
         digest.update(file_digest(path).encode())
     return folder / f"{digest.hexdigest()[:32]}.logps"
 

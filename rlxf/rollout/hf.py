@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlxf.config.folders import megatron_checkpoint
 from rlxf.config.schema import RunConfig
 from rlxf.errors import ConfigError, SyncError
 from rlxf.models.hf_folder import load_hf_config
@@ -41,6 +43,8 @@ class HfEngine:
         self._parameters = dict(model.named_parameters())  # a tied head is in it once, as the embedding
         self._missing: set[str] = set()
         self._state = WeightState()
+        if megatron_checkpoint(Path(actor.load)) is not None:
+            self._state.begin()  # the first push brings the weights
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         self._state.require_whole()
@@ -99,6 +103,10 @@ def _load_model(folder: str, dtype: str, trust_remote_code: bool) -> Any:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # under runtime=local it would stand among the run's own lines
+    if megatron_checkpoint(Path(folder)) is not None:
+        settings = load_hf_config(folder, trust_remote_code=trust_remote_code)
+        empty = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
+        return empty.eval().requires_grad_(False)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, local_files_only=True
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from rlxf.config.folders import assets_folder, megatron_checkpoint
 from rlxf.config.schema import RunConfig
 from rlxf.errors import ConfigError, RlxfError, SyncError
 from rlxf.models.hf_folder import load_hf_config
@@ -40,6 +42,8 @@ class VllmEngine:
         self._eos_ids = eos_token_ids(actor.load, tokenizer)
         self._prompts_per_call = actor.num_samples_per_step
         self._state = WeightState()
+        if megatron_checkpoint(Path(actor.load)) is not None:
+            self._state.begin()  # the first push brings the weights
         probe_length = _BLOCKS_FOR_PROBE * platform.kv_block_size
         self._llm = _start(config, platform, max_model_len=min(positions, max(actor.seq_length, probe_length)))
         _check_block_size(self._llm, platform.kv_block_size)
@@ -130,8 +134,11 @@ def _start(config: RunConfig, platform: Platform, *, max_model_len: int) -> Any:
     actor = config.actor_rollout
     ranks = actor.inference_tensor_model_parallel_size
     return LLM(
-        actor.load,
+        str(assets_folder(Path(str(actor.load)))),
         skip_tokenizer_init=True,
+        load_format="auto"
+        if megatron_checkpoint(Path(str(actor.load))) is None
+        else "dummy",  # the first push fills it
         trust_remote_code=config.training.trust_remote_code,
         dtype="bfloat16" if actor.bf16 else "float32",
         tensor_parallel_size=ranks,

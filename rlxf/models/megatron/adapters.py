@@ -14,10 +14,10 @@ from torch import Tensor
 
 from rlxf.config.schema import ActorConfig
 from rlxf.errors import ConfigError
-from rlxf.models.megatron.lora import adapter_entries, attach, linear_name, seed_dropout
+from rlxf.models.megatron.lora import attach, seed_dropout
 from rlxf.models.megatron.model import MegatronModel, Piece
 from rlxf.models.megatron.nf4 import quantize_base
-from rlxf.models.megatron.weights import load_entries
+from rlxf.models.megatron.weights import adapter_entries, linear_name, load_entries
 from rlxf.models.peft_folder import PeftAdapter, read_adapter
 
 

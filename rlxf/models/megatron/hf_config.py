@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlxf.config.schema import ModelConfig
 from rlxf.errors import ConfigError, ModelError
-from rlxf.models.hf_folder import HfWeights
+from rlxf.models.hf_folder import ModelWeights
 from rlxf.models.megatron.families import Family
 from rlxf.models.megatron.parallel import Layout
 
@@ -87,7 +87,7 @@ def rope_frequencies(hf_config: Any) -> Tensor:
     return inverse
 
 
-def check_head(hf_config: Any, weights: HfWeights, folder: str, *, reward: bool, new_head: bool = False) -> None:
+def check_head(hf_config: Any, weights: ModelWeights, folder: str, *, reward: bool, new_head: bool = False) -> None:
     """Refuse a folder whose head is not the role's. ``new_head``: a reward model may begin as a language model.
 
     Raises:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from rlxf.config.schema import ActorConfig
 from rlxf.models.megatron.nf4 import Nf4Linear, base_weight
-from rlxf.models.megatron.weights import Entry
+from rlxf.models.megatron.weights import Entry, linear_name
 
 # Random states of dropout in megatron's tracker, which recomputation and checkpoints know: one for what all
 # tensor-parallel ranks hold alike, one for what is cut.
@@ -138,11 +138,6 @@ def attach(gpt: Any, table: Iterable[Entry], config: ActorConfig, *, ranks: Mapp
         gpt.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
 
 
-def linear_name(entry: Entry) -> str:
-    """Hugging Face name of the linear that holds a parameter, of the first where several are fused."""
-    return entry.hf_names[0].rpartition(".")[0]  # counts layers over all pipeline stages
-
-
 def _add_adapter(linear: Any, inputs: tuple[Tensor], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
     if not linear.adapter.enabled:
         return output
@@ -208,20 +203,3 @@ def exported_parameter(gpt: Any, name: str) -> Tensor:
     written_out = kind == "weight" and (hasattr(owner, "adapter") or isinstance(owner, Nf4Linear))
     value: Tensor = merged_weight(owner) if written_out else getattr(owner, kind)
     return value.detach()
-
-
-def adapter_entries(table: Iterable[Entry], ranks: Mapping[str, int]) -> Iterator[Entry]:
-    """The adapters' matrices among ``table``'s linears: name here, names in a PEFT folder, how they are cut.
-
-    Query, key and value share one A, as gate and up do; it stands under the name of the first of them.
-    """
-    for entry in table:
-        place, _, kind = entry.parameter.rpartition(".")
-        if kind != "weight" or linear_name(entry) not in ranks:
-            continue
-        is_row = entry.kind == "row"
-        second = tuple(f"{name.removesuffix('.weight')}.lora_B.weight" for name in entry.hf_names)
-        yield Entry(
-            f"{place}.adapter.lora_A", (f"{linear_name(entry)}.lora_A.weight",), "row" if is_row else "replicated"
-        )
-        yield Entry(f"{place}.adapter.lora_B", second, "replicated" if is_row else entry.kind)

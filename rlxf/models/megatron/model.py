@@ -21,8 +21,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from rlxf.errors import ModelError
-from rlxf.models.hf_folder import HfWeights, load_hf_config
+from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.logps import target_logps
+from rlxf.models.megatron.dist_folder import open_weights
 from rlxf.models.megatron.families import family_of
 from rlxf.models.megatron.hf_config import check_head, rope_frequencies, transformer_config
 from rlxf.models.megatron.lora import exported_parameter
@@ -101,7 +102,7 @@ class MegatronModel:
         self.reward = reward
         self.hf_config = load_hf_config(folder, trust_remote_code=trust_remote_code)
         self.family = family_of(self.hf_config, folder)
-        self.weights = HfWeights(folder)
+        self.weights = open_weights(folder, self.hf_config)
         check_head(self.hf_config, self.weights, folder, reward=reward, new_head=new_head is not None)
         self._new_head = None if new_head is None or SCORE in self.weights else _random_head(self.hf_config, new_head)
         self.tied = bool(self.hf_config.tie_word_embeddings) and not reward
@@ -117,7 +118,7 @@ class MegatronModel:
         gpt = HiddenStates(
             config=self.config,
             transformer_layer_spec=block_spec(self.config, platform, vp_stage=stage),
-            vocab_size=self.padded_vocab_size,
+            vocab_size=self.geometry.padded_vocab_size,
             max_sequence_length=self.hf_config.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(**place),
             post_process=parallel_state.is_pipeline_last_stage(**place),
@@ -181,23 +182,9 @@ class MegatronModel:
             changes |= {"pad_token_id": self.hf_config.pad_token_id or padding_id(self.folder)}
         return changes
 
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of embedding and head: the vocabulary, filled up so that every tensor-parallel rank has as many."""
-        size: int = self.hf_config.vocab_size
-        return -(-size // self.layout.tp_size) * self.layout.tp_size
-
     @cached_property
     def geometry(self) -> Geometry:
-        config = self.hf_config
-        heads = config.num_attention_heads
-        return Geometry(
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocab_size=config.vocab_size,
-            padded_vocab_size=self.padded_vocab_size,
-        )
+        return Geometry.of(self.hf_config, tp_size=self.layout.tp_size)
 
     @cached_property
     def pieces(self) -> list[Piece]:

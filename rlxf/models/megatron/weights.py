@@ -6,9 +6,9 @@ parallelism cuts columns (dim 0), rows (dim 1) or the vocabulary (dim 0).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,18 @@ class Geometry:
     heads: int
     vocab_size: int
     padded_vocab_size: int  # what every tensor-parallel rank has an equal share of
+
+    @classmethod
+    def of(cls, hf_config: Any, *, tp_size: int = 1) -> Geometry:
+        """That of a ``transformers`` config; the vocabulary is filled up so that every rank has as many rows."""
+        heads = hf_config.num_attention_heads
+        return cls(
+            heads=heads,
+            kv_heads=getattr(hf_config, "num_key_value_heads", None) or heads,
+            head_size=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
+            vocab_size=hf_config.vocab_size,
+            padded_vocab_size=-(-hf_config.vocab_size // tp_size) * tp_size,
+        )
 
 
 def entries(
@@ -77,6 +89,28 @@ def _layer_entries(own: str, hf: str, family: Family) -> Iterator[Entry]:
     yield Entry(f"{own}pre_mlp_layernorm.weight", (f"{hf}post_attention_layernorm.weight",), "replicated")
     yield Entry(f"{own}mlp.linear_fc1.weight", (f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight"), "gate_up")
     yield Entry(f"{own}mlp.linear_fc2.weight", (f"{hf}mlp.down_proj.weight",), "row")
+
+
+def linear_name(entry: Entry) -> str:
+    """Hugging Face name of the linear that holds a parameter, of the first where several are fused."""
+    return entry.hf_names[0].rpartition(".")[0]  # counts layers over all pipeline stages
+
+
+def adapter_entries(table: Iterable[Entry], ranks: Mapping[str, int]) -> Iterator[Entry]:
+    """The adapters' matrices among ``table``'s linears: name here, names in a PEFT folder, how they are cut.
+
+    Query, key and value share one A, as gate and up do; it stands under the name of the first of them.
+    """
+    for entry in table:
+        place, _, kind = entry.parameter.rpartition(".")
+        if kind != "weight" or linear_name(entry) not in ranks:
+            continue
+        is_row = entry.kind == "row"
+        second = tuple(f"{name.removesuffix('.weight')}.lora_B.weight" for name in entry.hf_names)
+        yield Entry(
+            f"{place}.adapter.lora_A", (f"{linear_name(entry)}.lora_A.weight",), "row" if is_row else "replicated"
+        )
+        yield Entry(f"{place}.adapter.lora_B", second, "replicated" if is_row else entry.kind)
 
 
 def to_local(kind: Kind, tensors: Sequence[Tensor], geometry: Geometry, *, tp_rank: int, tp_size: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Model weights from one layout on disk into another, without accelerator or process group."""

@@ -1,0 +1,69 @@
+"""Conversions around whole runs: what a run leaves becomes a model folder, and a run starts from what was converted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.layouts import train, train_on
+from tests.runs.small import Recipe, World, make_world, run
+from tests.tiny_models import save_causal_lm
+from tests.unit.convert.helpers import assert_same_tensors, back
+from tests.unit.convert.helpers import run as convert
+from tests.unit.models.test_layouts import FP32, SETTINGS, TP2, assert_equal_runs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def saved(recipe: Recipe, folder: Path) -> Recipe:
+    recipe["actor_rollout"]["save"] = str(folder)
+    return recipe
+
+
+def test_a_checkpoint_of_a_run_is_its_policy(world: World, tmp_path: Path) -> None:
+    run(saved(world.recipe(), tmp_path / "ckpt"), tmp_path / "run")
+    assert_same_tensors(back(tmp_path / "ckpt", tmp_path / "hf"), tmp_path / "run" / "policy")
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+
+
+def test_a_checkpoint_of_a_run_with_lora_is_its_policy(world: World, tmp_path: Path) -> None:
+    recipe = world.recipe(actor_rollout={"lora_r": 4, "lora_alpha": 16, "lr": 0.05})
+    run(saved(recipe, tmp_path / "ckpt"), tmp_path / "run")
+    assert_same_tensors(back(tmp_path / "ckpt" / "iter_0000003", tmp_path / "hf"), tmp_path / "run" / "policy")
+
+
+def test_a_run_from_converted_folders_is_the_run_from_the_originals(world: World, tmp_path: Path) -> None:
+    """Actor, reference, reward model, rollout engine, and the folder that the run leaves."""
+    convert(world.folder / "policy", tmp_path / "policy", "--target-tensor-parallel-size", "2")
+    convert(world.folder / "reward", tmp_path / "reward", "--orm")
+    loads = {"actor_rollout": "policy", "ref": "policy", "reward": "reward"}
+    sections = {role: {"load": str(tmp_path / name)} for role, name in loads.items()}
+    converted = run(world.recipe(**sections), tmp_path / "converted")
+    original = run(world.recipe(), tmp_path / "original")
+    assert converted.numbers == original.numbers
+    assert_same_tensors(tmp_path / "converted" / "policy", tmp_path / "original" / "policy")
+
+
+def test_two_ranks_start_from_a_distributed_checkpoint(tmp_path: Path) -> None:
+    folder = save_causal_lm(tmp_path / "model", "llama", tied=True, num_hidden_layers=4)
+    convert(folder, tmp_path / "mg")
+    found = train_on(tmp_path / "mg", 2, tmp_path / "found.pt", **(SETTINGS | TP2))
+    from rlxf.platform import Process
+
+    assert_equal_runs(found, train(folder, None, Process(), SETTINGS), FP32)
+
+
+def test_a_run_starts_from_a_checkpoint_of_another(world: World, tmp_path: Path) -> None:
+    run(saved(world.recipe(), tmp_path / "ckpt"), tmp_path / "first")
+    loads = (tmp_path / "ckpt", tmp_path / "ckpt" / "iter_0000003", tmp_path / "first" / "policy")
+    found = [
+        run(world.recipe(actor_rollout={"load": str(load)}, ref={"load": str(load)}), tmp_path / f"next{i}")
+        for i, load in enumerate(loads)
+    ]
+    assert found[0].numbers == found[1].numbers == found[2].numbers
+    assert_same_tensors(tmp_path / "next0" / "policy", tmp_path / "next2" / "policy")
+    assert (tmp_path / "next0" / "policy" / "tokenizer.json").is_file()
