@@ -9,6 +9,7 @@ import os
 import re
 import struct
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ Row = dict[str, Any]
 _KEY = re.compile(r"(?P<prefix>.*)_packed_(?P<key>\w+?)_document\.idx")
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents (with the 0 before the first)
 _MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
+_INT32 = 4
 _ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}  # of megatron's dtype codes
 
 
@@ -40,23 +42,23 @@ class IndexedWriter:
         """``names``: for every key of the rows the path of its two files, without ``.bin`` and ``.idx``.
 
         Raises:
-            DataError: the folder is missing or cannot be written to.
+            DataError: the folder cannot be made or written to.
         """
         self.paths = {key: Path(name) for key, name in names.items()}
         self._mark = f".{uuid.uuid4().hex[:8]}.tmp"
         self._builders: dict[str, IndexedDatasetBuilder] = {}
 
     def __enter__(self) -> IndexedWriter:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
+        library = _megatron()
         try:
             for key, path in self.paths.items():
-                self._builders[key] = IndexedDatasetBuilder(f"{path}{self._mark}.bin", dtype=np.int32)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._builders[key] = library.IndexedDatasetBuilder(f"{path}{self._mark}.bin", dtype=np.int32)
         except OSError as error:
             self._discard()
             raise DataError(
-                f"{path.parent}: cannot be written to: {error.strerror}; --output-prefix is a folder that exists and "
-                "the beginning of the file names"
+                f"{path.parent}: cannot be written to: {error.strerror}; --output-prefix is a folder and the beginning "
+                "of the names of its files"
             ) from error
         return self
 
@@ -67,7 +69,8 @@ class IndexedWriter:
 
     def append(self, key: str, path: str | Path) -> None:
         """Append all rows of the two files at ``path``, which is without suffix, to those of ``key``."""
-        check_index(Path(path))
+        if check_index(Path(path)) != _INT32:
+            raise DataError(f"{path}.idx: holds other numbers than int32; only files of int32 can be joined")
         self._builders[key].add_index(str(path))
 
     def __exit__(
@@ -121,6 +124,32 @@ class IndexedRows:
         return f"{self.path}: row {row + 1}"
 
 
+def merge_indexed(folder: str | Path, keys: Sequence[str], prefix: str | Path) -> list[str]:
+    """Join the indexed files in a folder: for each key, those whose names hold it, in the order of their names.
+
+    Returns:
+        The paths of the new files, ``<prefix>_<key>``, without ``.bin`` and ``.idx``.
+
+    Raises:
+        DataError: no such folder, no file for a key, damaged files, or files of other numbers than int32.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise DataError(f"{folder}: no such folder; --merge-group-keys joins the indexed files of the folder --input")
+    stems = sorted(file.stem for file in place.glob("*.idx"))
+    groups = {key: [place / stem for stem in stems if key in stem] for key in keys}
+    for key, paths in groups.items():
+        if not paths:
+            has = ", ".join(stems[:8]) or "no .idx file at all"
+            raise DataError(f"{folder}: no indexed file with {key!r} in its name; it holds {has}")
+    names = {key: f"{prefix}_{key}" for key in keys}
+    with IndexedWriter(names) as writer:
+        for key, paths in groups.items():
+            for path in paths:
+                writer.append(key, path)
+    return list(names.values())
+
+
 def packed_name(prefix: str | Path, key: str) -> str:
     """The path of the two files that hold ``key`` of the rows at a prefix, without their suffix."""
     return f"{prefix}_packed_{key}_document"
@@ -160,13 +189,22 @@ def _packed(path: Path) -> list[tuple[Path, str]]:
 def open_indexed(path: Path) -> IndexedDataset:
     """Megatron's own reader of the two files at a path, which is without suffix; they are checked first."""
     check_index(path)
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    return IndexedDataset(str(path))
+    return _megatron().IndexedDataset(str(path))
 
 
-def check_index(path: Path) -> None:
+def _megatron() -> Any:
+    """Megatron's module, without what it says when it is imported: Transformer Engine and Apex are missing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"megatron\.core")
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+def check_index(path: Path) -> int:
     """Look at what megatron would only assert, or find out in the middle of a run.
+
+    Returns:
+        Megatron's code of the type of its numbers.
 
     Raises:
         DataError: a file is missing, the index is of another format, or one of the two is cut off.
@@ -189,3 +227,4 @@ def check_index(path: Path) -> None:
     tokens = int(lengths.sum(dtype=np.int64)) * _ITEM_BYTES[code]
     if data.stat().st_size != tokens:
         raise DataError(f"{data}: {data.stat().st_size} bytes, but its index speaks of {tokens}; make them again")
+    return int(code)

@@ -100,9 +100,10 @@ def test_a_path_is_known_as_indexed_or_not(tmp_path: Path) -> None:
     assert not is_indexed(tmp_path / "nowhere" / "orca")
 
 
-def test_a_folder_without_a_path_to_write_to_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be written to: No such file"):
-        write(tmp_path / "missing" / "orca")
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file/orca: cannot be written to: Not a directory"):
+        write(tmp_path / "file" / "orca" / "x")
 
 
 def test_a_folder_with_two_prefixes_asks_for_one(tmp_path: Path) -> None:
