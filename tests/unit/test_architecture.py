@@ -61,7 +61,7 @@ EXCEPTIONS = {(room, "rlxf.sync.plan") for room in ("rollout", "update", "refere
 HOMES: dict[str, tuple[str, ...]] = {
     "vllm": ("rlxf/rollout/vllm.py", "rlxf/rollout/vllm_worker.py"),  # the engine, and what runs inside it
     "torch_npu": ("rlxf/platform/npu.py",),
-    "megatron": ("rlxf/models/megatron/", "rlxf/platform/"),
+    "megatron": ("rlxf/models/megatron/", "rlxf/platform/", "rlxf/data/indexed.py"),
     "bitsandbytes": ("rlxf/models/megatron/nf4.py",),
     "huggingface_hub": ("rlxf/hub.py",),
     **dict.fromkeys(("wandb", "mlflow", "swanlab"), ("rlxf/trackers.py",)),
