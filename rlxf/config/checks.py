@@ -199,7 +199,8 @@ def _inputs(config: RunConfig) -> Problems:
     if actor.data_path is None and (config.samples or config.offline):
         kind = {"sft": "examples", "ray_online_dpo": "prompts"}.get(config.training.stage, "preference pairs")
         yield Problem(
-            ("actor_rollout.data_path",), f"actor_rollout.data_path is required: a file or a folder of {kind}, such as a .jsonl"
+            ("actor_rollout.data_path",),
+            f"actor_rollout.data_path is required: a file or a folder of {kind}, such as a .jsonl",
         )
     yield from _mixture(actor)
     if replay and config.rollout.replay_path is None:

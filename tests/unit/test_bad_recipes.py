@@ -220,7 +220,9 @@ WRONG = [
     Wrong({"reward": {"load": None}}, "reward.load", "is required: a reward model's folder; or give reward.function"),
     Wrong({"reward": {"function": "f.py"}}, "reward.load and reward.function", "are both set"),
     Wrong(actor(load=None), "actor_rollout.load", "is required"),
-    Wrong(actor(data_path=None), "actor_rollout.data_path", "is required: a file or a folder of prompts, such as a .jsonl"),
+    Wrong(
+        actor(data_path=None), "actor_rollout.data_path", "is required: a file or a folder of prompts, such as a .jsonl"
+    ),
     Wrong(actor(data_path="prompts.txt"), "actor_rollout.data_path", "expected a file that ends in .jsonl"),
     Wrong({"rollout": {"engine": "replay"}}, "rollout.replay_path", "is required with rollout.engine=replay"),
     Wrong({"rollout": {"replay_path": "r.jsonl"}}, "rollout.replay_path", "add rollout.engine=replay"),
