@@ -225,6 +225,13 @@ def test_good_records_behind_a_wrong_one_are_read(tmp_path: Path) -> None:
     assert [file[i]["prompt"] for i in (1, 3)] == ["caf", "last"]
 
 
+def test_rows_behind_bytes_that_are_no_text_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'[{"n": "caf\xe9\xff"}, {"n": "\xc3\xa9"}, {"n": 3}]')
+    file = open_rows(tmp_path / "a.json", anything, Problems(allowed=1))
+    assert sorted(file.bad) == [0]
+    assert [file[i]["n"] for i in (1, 2)] == ["é", 3]
+
+
 def test_a_cut_arrow_file_is_refused(tmp_path: Path) -> None:
     path = write_arrow(tmp_path, pa.ipc.new_stream)
     path.write_bytes(path.read_bytes()[:-200])

@@ -69,6 +69,8 @@ def test_a_mixture_is_shuffled_by_its_seed() -> None:
     streams = [[order.row(position) for position in range(200)] for order in orders]
     assert streams[0] == streams[1] != streams[2]
     assert [row >= 50 for row in streams[0]] != [row >= 50 for row in streams[2]]
+    blocks = [[orders[0].row(start + i) >= 50 for i in range(BLOCK)] for start in (0, BLOCK)]
+    assert blocks[0] != blocks[1]
 
 
 @settings(deadline=None)
