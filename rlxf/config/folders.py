@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from rlxf.config.problems import Problem, show
 from rlxf.config.schema import ModelConfig, RunConfig
 
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+_INDEX_SUFFIX = ".idx"  # of indexed files, which are found by their prefix or their folder
 _DATASET_FILES = ("state.json", "dataset_dict.json")  # of a Hugging Face dataset on disk
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -32,7 +34,7 @@ class NamedPath:
 
     @property
     def exists(self) -> bool:
-        if self.data and self.path.is_dir():
+        if self.data and (self.path.is_dir() or indexed_files(self.path)):
             return True
         return self.path.is_dir() if self.folder else self.path.is_file()
 
@@ -48,8 +50,13 @@ def data_files(paths: Iterable[str]) -> list[Path]:
     files = []
     for path in map(Path, paths):
         inside = (found for found in sorted(path.rglob("*")) if found.is_file() and not found.name.startswith("."))
-        files += list(inside) if path.is_dir() else [path]
+        files += list(inside) if path.is_dir() else indexed_files(path) or [path]
     return files
+
+
+def indexed_files(prefix: Path) -> list[Path]:
+    """The indexed files that a data path stands for when it is their prefix."""
+    return sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}_packed_*_document.*"))
 
 
 def megatron_checkpoint(folder: Path) -> Path | None:
@@ -118,6 +125,8 @@ def folder_problems(config: RunConfig) -> Iterator[Problem]:
         if named.data and named.path.is_dir():
             if not _holds_data(named.path):
                 yield Problem((key,), f"{key} = {place}: a folder that holds no file that ends in {_either(named)}")
+        elif named.data and indexed_files(named.path):
+            continue
         elif named.suffixes and named.path.suffix.lower() not in named.suffixes:
             yield Problem((key,), f"{key} = {place}: expected a file that ends in {_either(named)}")
         elif not named.exists and not config.dry_run:
@@ -134,7 +143,8 @@ def _either(named: NamedPath) -> str:
 
 
 def _holds_data(folder: Path) -> bool:
-    return any(path.suffix.lower() in _DATA_SUFFIXES or path.name in _DATASET_FILES for path in folder.iterdir())
+    kinds = (*_DATA_SUFFIXES, _INDEX_SUFFIX)
+    return any(path.suffix.lower() in kinds or path.name in _DATASET_FILES for path in folder.iterdir())
 
 
 def _save_folder(config: RunConfig) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ from rlxf.data.batches import Drop
 from rlxf.data.fields import BadRow, common_start
 from rlxf.data.handlers import Columns
 from rlxf.data.text import apply_template, text_problem
+from rlxf.data.tokenized import IGNORED
 from rlxf.data.turns import encode_turns
 from rlxf.errors import DataError, ModelError
 from rlxf.jsonl import Row, describe
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = dict[str, list[int]]  # one row of the output: a key of the files -> token ids, labels or mask
-IGNORED = -100  # the label of a token that no loss counts
 
 
 class Encoder(Protocol):

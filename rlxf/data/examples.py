@@ -12,16 +12,17 @@ from rlxf.data.fields import common_start
 from rlxf.data.formats import Layout
 from rlxf.data.source import DataSource
 from rlxf.data.text import encode_string, shorten_left, with_eos
+from rlxf.data.tokenized import Content, TokenIds
 from rlxf.data.turns import encode_turns
 from rlxf.jsonl import Row
-from rlxf.types import Examples, Messages, Sequences, Text
+from rlxf.types import Examples, Messages, Sequences
 
 
 class ExampleRecord(NamedTuple):
-    """What a row says: two strings, or chat messages, cut in front of the assistant's first turn."""
+    """What a row says: two strings; chat messages, cut before the assistant's first turn; or labelled token ids."""
 
-    prompt: Text
-    completion: Text
+    prompt: Content
+    completion: Content
 
 
 class ExampleIds(NamedTuple):
@@ -43,7 +44,7 @@ class ExampleFile(DataSource[ExampleRecord, ExampleIds, Examples]):
     def _take(self, layout: Layout, row: Row) -> ExampleRecord:
         return ExampleRecord(*layout.example(row))
 
-    def _text(self, record: ExampleRecord) -> Text:
+    def _text(self, record: ExampleRecord) -> Content:
         return record.prompt
 
     def _make(self, row: int, record: ExampleRecord) -> ExampleIds | Drop:
@@ -74,6 +75,9 @@ class ExampleFile(DataSource[ExampleRecord, ExampleIds, Examples]):
 
     def _encode(self, record: ExampleRecord) -> tuple[list[int], list[bool]]:
         prompt, completion = record
+        if isinstance(prompt, TokenIds):
+            assert prompt.labels is not None  # the layout gives an example its labels
+            return prompt.ids, [token == label for token, label in zip(prompt.ids, prompt.labels, strict=True)]
         if isinstance(prompt, str):
             return self._encode_strings(prompt, f"{prompt}{completion}")
         assert isinstance(completion, list)  # a row's texts are of one kind: checked when the file was opened

@@ -23,6 +23,7 @@ from rlxf.data.fields import (
 )
 from rlxf.data.instructions import ALPACA, Alpaca, ShareGpt
 from rlxf.data.text import is_chat
+from rlxf.data.tokenized import Content, is_tokenized, tokenized_layout
 from rlxf.jsonl import Row, describe
 from rlxf.types import Messages, Text
 
@@ -37,15 +38,17 @@ class Layout(Protocol):
         """Columns that are in the prompt whole; all others go to reward functions."""
         ...
 
-    def prompt(self, row: Row) -> Text: ...
+    def prompt(self, row: Row) -> Content: ...
 
-    def pair(self, row: Row) -> Pair: ...
+    def pair(self, row: Row) -> tuple[Content, Content, Content]: ...
 
-    def example(self, row: Row) -> Example: ...
+    def example(self, row: Row) -> tuple[Content, Content]: ...
 
 
 def find_layout(row: Row, config: ActorConfig, task: Task) -> Layout:
     """The format of a row: ``actor_rollout.data_format``, or what the names of its columns say."""
+    if is_tokenized(row):
+        return tokenized_layout(row)
     name: DataFormat = _format_name(row, config, task) if config.data_format == "auto" else config.data_format
     return _LAYOUTS[name](row, config)
 

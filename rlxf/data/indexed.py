@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlxf.errors import DataError
+from rlxf.jsonl import Check, Problems, Row
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-
-Row = dict[str, Any]
 
 _KEY = re.compile(r"(?P<prefix>.*)_packed_(?P<key>\w+?)_document\.idx")
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents (with the 0 before the first)
@@ -102,8 +101,12 @@ class IndexedWriter:
 class IndexedRows:
     """Rows of token ids at a prefix, or at the only prefix of a folder: a `RowFile` of lists of ints."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Raises DataError: nothing is there, several prefixes are, or files are damaged or of different lengths."""
+    def __init__(self, path: str | Path, check: Check | None = None, problems: Problems | None = None) -> None:
+        """Rows that ``check`` finds wrong, as far as ``problems`` allows them, stand in ``bad``.
+
+        Raises:
+            DataError: nothing is there, several prefixes are, files are damaged or of different lengths, or wrong rows.
+        """
         self.path, names = find_indexed(path)
         self.columns = tuple(sorted(names))
         self._sets = {key: open_indexed(names[key]) for key in self.columns}
@@ -113,6 +116,9 @@ class IndexedRows:
         self._length = next(iter(lengths.values()))
         if not self._length:
             raise DataError(f"{self.path}: holds no rows")
+        self.bad: dict[int, str] = {}
+        if check is not None:
+            self._check(check, Problems() if problems is None else problems)
 
     def __len__(self) -> int:
         return self._length
@@ -122,6 +128,13 @@ class IndexedRows:
 
     def where(self, row: int) -> str:
         return f"{self.path}: row {row + 1}"
+
+    def _check(self, check: Check, problems: Problems) -> None:
+        for row in range(len(self)):
+            reason = check(self[row])
+            if reason and problems.add(self.where(row), reason):
+                self.bad[row] = reason
+        problems.raise_any(len(self))
 
 
 def merge_indexed(folder: str | Path, keys: Sequence[str], prefix: str | Path) -> list[str]:

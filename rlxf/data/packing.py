@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from rlxf.data.encoders import IGNORED, Ids
+from rlxf.data.encoders import Ids
+from rlxf.data.tokenized import IGNORED
 
 
 def pack(rows: Iterable[Ids], seq_length: int, *, pad_id: int, neat: bool) -> Iterator[Ids]:

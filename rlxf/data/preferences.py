@@ -16,8 +16,9 @@ from rlxf.data.formats import Layout
 from rlxf.data.readers import Part
 from rlxf.data.source import DataSource
 from rlxf.data.text import encode_chat, encode_string, shorten_left, with_eos
+from rlxf.data.tokenized import Content, TokenIds
 from rlxf.jsonl import Row, describe
-from rlxf.types import Pairs, RewardPairs, Sequences, Text
+from rlxf.types import Pairs, RewardPairs, Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,11 +30,11 @@ _LARGEST_MARGIN = 2.0**127  # more is no finite float32
 
 
 class PairRecord(NamedTuple):
-    """What a row says: texts of one kind, all strings or all chat messages."""
+    """What a row says: texts of one kind, all strings, all chat messages or all token ids."""
 
-    prompt: Text
-    chosen: Text
-    rejected: Text
+    prompt: Content
+    chosen: Content
+    rejected: Content
     margin: float
 
 
@@ -59,7 +60,7 @@ class PreferenceFile(DataSource[PairRecord, PairIds, Pairs]):
     def _take(self, layout: Layout, row: Row) -> PairRecord:
         return PairRecord(*layout.pair(row), _margin(row, self._config.margin_key))
 
-    def _text(self, record: PairRecord) -> Text:
+    def _text(self, record: PairRecord) -> Content:
         return record.prompt
 
     def _make(self, row: int, record: PairRecord) -> PairIds | Drop:
@@ -87,12 +88,16 @@ class PreferenceFile(DataSource[PairRecord, PairIds, Pairs]):
         margin = torch.tensor([item.margin for item in items], dtype=torch.float32)
         return RewardPairs(chosen=chosen, rejected=rejected, margin=margin)
 
-    def _encode(self, prompt: Text, chosen: Text, rejected: Text) -> tuple[list[int], list[int], list[int]]:
+    def _encode(self, prompt: Content, chosen: Content, rejected: Content) -> tuple[list[int], list[int], list[int]]:
         """Token ids, split where the prompt alone and the prompt with its completions stop being equal.
 
         That is the end of the prompt, except when the tokenizer or the template writes the prompt differently once
         something follows it; then the end of the prompt that differs is left out.
         """
+        if isinstance(prompt, TokenIds):
+            assert isinstance(chosen, TokenIds)  # a row's three texts are of one kind: checked when it was opened
+            assert isinstance(rejected, TokenIds)
+            return prompt.ids, chosen.ids, rejected.ids
         if isinstance(prompt, str):
             texts = [prompt, *(with_eos(f"{prompt}{side}", self._tokenizer.eos_token) for side in (chosen, rejected))]
             alone, with_chosen, with_rejected = (encode_string(self._tokenizer, text) for text in texts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -12,8 +12,9 @@ from rlxf.data.batches import Drop
 from rlxf.data.formats import Layout
 from rlxf.data.source import DataSource
 from rlxf.data.text import encode_prompt, shorten_left
+from rlxf.data.tokenized import Content, TokenIds
 from rlxf.jsonl import Row
-from rlxf.types import PromptBatch, Text, Tokens
+from rlxf.types import PromptBatch, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class PromptRecord(NamedTuple):
     """What a row says."""
 
-    text: Text
+    text: Content
     columns: Row  # those that are not in the prompt
 
 
@@ -42,14 +43,18 @@ class PromptSource(DataSource[PromptRecord, Prompt, PromptBatch]):
 
     def _take(self, layout: Layout, row: Row) -> PromptRecord:
         text = layout.prompt(row)
-        return PromptRecord(text, {name: row[name] for name in row.keys() - layout.prompt_columns})
+        columns = {name: row[name] for name in row.keys() - layout.prompt_columns}
+        if isinstance(text, TokenIds):
+            columns = {name: TokenIds(ids) for name, ids in columns.items()}
+        return PromptRecord(text, columns)
 
-    def _text(self, record: PromptRecord) -> Text:
+    def _text(self, record: PromptRecord) -> Content:
         return record.text
 
     def _make(self, row: int, record: PromptRecord) -> Prompt | Drop:
         config = self._config
-        ids = encode_prompt(self._tokenizer, record.text)
+        text = record.text
+        ids = text.ids if isinstance(text, TokenIds) else encode_prompt(self._tokenizer, text)
         if not ids:
             return Drop("the prompt gives no tokens")
         if len(ids) > config.max_prompt_length:
@@ -65,9 +70,15 @@ class PromptSource(DataSource[PromptRecord, Prompt, PromptBatch]):
         return PromptBatch(
             prompts=Tokens.from_rows([item.ids for item in items]),
             prompt_ids=torch.tensor([item.row for item in items], dtype=torch.int64),
-            texts=tuple(item.record.text for item in items),
-            columns={name: [item.record.columns.get(name) for item in items] for name in self._table.columns},
+            texts=tuple(self._readable(item.record.text) for item in items),
+            columns={
+                name: [self._readable(item.record.columns.get(name)) for item in items] for name in self._table.columns
+            },
         )
+
+    def _readable(self, value: Any) -> Any:
+        """The same, or the text that token ids stand for."""
+        return self._tokenizer.decode(value.ids) if isinstance(value, TokenIds) else value
 
 
 def eval_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptBatch:

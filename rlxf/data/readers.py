@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from rlxf.data.arrow import ArrowRows, ParquetRows
+from rlxf.data.indexed import IndexedRows, is_indexed
 from rlxf.data.spans import CsvRows, JsonList
 from rlxf.errors import DataError
 from rlxf.jsonl import Check, JsonLines, Problems, Row, require_file
@@ -38,7 +39,8 @@ def open_rows(path: str | Path, check: Check, problems: Problems | None = None, 
 
     Args:
         path: a file of one of the kinds in ``READERS``; a folder of such files, all of one kind, which are read in the
-            order of their names; or the folder that ``save_to_disk`` of a Hugging Face dataset wrote.
+            order of their names; the folder that ``save_to_disk`` of a Hugging Face dataset wrote; a prefix of indexed
+            files, or their folder.
         check: what is wrong with a row, or None.
         problems: collects wrong rows; one that allows some leaves them out and names them in ``bad``.
         part: which split of a Hugging Face ``DatasetDict``.
@@ -48,6 +50,8 @@ def open_rows(path: str | Path, check: Check, problems: Problems | None = None, 
     """
     place = Path(path)
     problems = Problems() if problems is None else problems
+    if is_indexed(place):
+        return IndexedRows(place, check, problems)
     if not place.is_dir():
         return _open_file(place, check, problems)
     if (place / _DATASET_DICT).is_file():

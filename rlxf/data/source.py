@@ -15,9 +15,9 @@ from rlxf.data.formats import Layout, Task
 from rlxf.data.readers import Part
 from rlxf.data.table import open_table, order_of
 from rlxf.data.text import is_chat, require_chat_template
+from rlxf.data.tokenized import Content, TokenIds
 from rlxf.errors import DataError, ModelError
 from rlxf.jsonl import Row
-from rlxf.types import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ class DataSource(ABC, Generic[Record, Item, Batch]):
         """What this stage takes from a row; raises `BadRow`."""
 
     @abstractmethod
-    def _text(self, record: Record) -> Text:
+    def _text(self, record: Record) -> Content:
         """One of the record's texts; all are of one kind."""
 
     @abstractmethod
@@ -115,6 +115,8 @@ class DataSource(ABC, Generic[Record, Item, Batch]):
 
     def _read(self, layout: Layout, row: Row) -> Record:
         record = self._take(layout, row)
+        if isinstance(self._text(record), TokenIds):
+            return record
         chat = is_chat(self._text(record))
         self._has_chat |= chat
         self._has_strings |= not chat
