@@ -49,7 +49,6 @@ class HiddenStates(GPTModel):  # type: ignore[misc]
         hidden: Tensor = super().forward(packed.tokens, None, None, packed_seq_params=packed.parameters())
         return hidden
 
-
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> Any:
