@@ -14,11 +14,12 @@ from rlxf.models.megatron.dist_folder import DistCheckpoint
 from rlxf.models.megatron.weights import Entry, adapter_entries, linear_name, to_full, to_local
 from rlxf.models.peft_folder import PeftAdapter
 
+SCORE = "score.weight"
 _FIRST = ".lora_A.weight"
 
 
 def adapters_of_run(checkpoint: DistCheckpoint, shape: Shape, *, rank: int, alpha: float) -> PeftAdapter:
-    """The adapters that a run with LoRA keeps in its checkpoints, by their Hugging Face names.
+    """The adapters that a run with LoRA keeps in its checkpoints, by their Hugging Face names; with a reward head.
 
     Raises:
         ModelError: it holds none.
@@ -30,6 +31,8 @@ def adapters_of_run(checkpoint: DistCheckpoint, shape: Shape, *, rank: int, alph
     for entry in adapter_entries(shape.table, ranks):
         full = to_full(entry.kind, [checkpoint.read(entry.hf_names[0])], shape.geometry())
         found |= dict(zip(entry.hf_names, full, strict=True))
+    if SCORE in checkpoint:  # it trains beside the adapters
+        found[SCORE] = checkpoint.read(SCORE)
     return PeftAdapter(rank=rank, alpha=alpha, tensors=found)
 
 
@@ -81,21 +84,26 @@ class MergedWeights:
         self._newest: tuple[Entry, list[Tensor]] | None = None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._weights
+        return name in self.names()
 
     def names(self) -> set[str]:
-        return self._weights.names()
+        return self._weights.names() | {SCORE}.intersection(self._adapter.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._weights.shape(name)
+        return tuple(self._adapter.tensors[name].shape) if self._is_head(name) else self._weights.shape(name)
 
     def read(self, name: str) -> Tensor:
+        if self._is_head(name):
+            return self._adapter.tensors[name]
         if name not in self._place:
             return self._weights.read(name)
         entry, index = self._place[name]
         if self._newest is None or self._newest[0] is not entry:
             self._newest = (entry, self._merge(entry))
         return self._newest[1][index].contiguous()
+
+    def _is_head(self, name: str) -> bool:
+        return name == SCORE and SCORE in self._adapter.tensors
 
     def _merge(self, entry: Entry) -> list[Tensor]:
         tensors: Mapping[str, Tensor] = self._adapter.tensors

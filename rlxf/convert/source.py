@@ -10,7 +10,7 @@ from typing import Any
 
 from rlxf.checkpoint import DRIVER, LATEST, MANIFEST, find_problems
 from rlxf.config.folders import assets_folder, megatron_checkpoint
-from rlxf.convert.adapters import MergedWeights, adapters_of_legacy, adapters_of_run
+from rlxf.convert.adapters import SCORE, MergedWeights, adapters_of_legacy, adapters_of_run
 from rlxf.convert.command import Request
 from rlxf.convert.layout import Shape
 from rlxf.convert.legacy import LegacyWeights
@@ -177,8 +177,8 @@ def _megatron(
         return _legacy(request, checkpoint, shape)
     run = _run_settings(checkpoint)
     opened = DistCheckpoint(checkpoint)
-    _check_head(checkpoint, "score" in opened, reward=request.reward)
     if run is None or not run.get("lora_r"):
+        _check_head(checkpoint, "score" in opened, reward=request.reward)
         if request.adapters_only:
             raise ModelError(f"{checkpoint}: holds no LoRA adapters; leave out --save-lora-to-hf")
         return DistWeights(checkpoint, shape.hf_config), None, []
@@ -190,16 +190,21 @@ def _megatron(
             f"{checkpoint}: a run with qlora=true, whose base is rounded to 4 bits; take the run's `policy` folder, or "
             "its adapter (--save-lora-to-hf)"
         )
-    base = _base(request, checkpoint, assets, shape)
+    base = _base(checkpoint, assets, shape, has_head=SCORE in adapter.tensors)
     return MergedWeights(base, adapter, shape), adapter, [f"merged the adapters of {checkpoint.name} into {assets}"]
 
 
-def _base(request: Request, checkpoint: Path, assets: Path, shape: Shape) -> ModelWeights:
-    """The frozen weights under the adapters of a run."""
+def _base(checkpoint: Path, assets: Path, shape: Shape, *, has_head: bool) -> ModelWeights:
+    """The frozen weights under the adapters of a run; ``has_head``: the checkpoint holds a reward model's head."""
+    if has_head and not shape.reward:
+        raise ModelError(f"{checkpoint}: holds the adapters of a reward model; add --orm")
     below = megatron_checkpoint(assets)
-    if below is not None:
-        return DistWeights(below, shape.hf_config)
-    return _hf_weights(assets, shape.hf_config, shape)
+    weights = HfWeights(assets) if below is None else DistWeights(below, shape.hf_config)
+    if shape.reward and not has_head and SCORE not in weights:
+        raise ModelError(f"{checkpoint}: no reward head in it nor in {assets}; leave out --orm")
+    plain = Shape.of(shape.hf_config, reward=SCORE in weights, folder=str(assets))
+    _check_names(assets, weights, plain)
+    return weights
 
 
 def _check_head(checkpoint: Path, has_score: bool, *, reward: bool) -> None:

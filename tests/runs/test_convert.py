@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.data_world import write_rows
 from tests.layouts import train, train_on
 from tests.runs.small import Recipe, World, make_world, run
 from tests.tiny_models import save_causal_lm
-from tests.unit.convert.helpers import assert_same_tensors, back
+from tests.unit.convert.helpers import assert_same_tensors, back, settings_of
 from tests.unit.convert.helpers import run as convert
 from tests.unit.models.test_layouts import FP32, SETTINGS, TP2, assert_equal_runs
 
@@ -67,3 +68,13 @@ def test_a_run_starts_from_a_checkpoint_of_another(world: World, tmp_path: Path)
     assert found[0].numbers == found[1].numbers == found[2].numbers
     assert_same_tensors(tmp_path / "next0" / "policy", tmp_path / "next2" / "policy")
     assert (tmp_path / "next0" / "policy" / "tokenizer.json").is_file()
+
+
+def test_a_checkpoint_of_a_reward_models_training_is_the_reward_model(world: World, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(12)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    recipe = world.recipe(training={"stage": "rm"}, actor_rollout={"data_path": str(tmp_path / "pairs.jsonl")})
+    run(saved(recipe, tmp_path / "ckpt"), tmp_path / "run")
+    back(tmp_path / "ckpt", tmp_path / "hf", "--orm")
+    assert_same_tensors(tmp_path / "hf", tmp_path / "run" / "policy")
+    assert settings_of(tmp_path / "hf") == settings_of(tmp_path / "run" / "policy")
