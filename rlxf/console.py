@@ -17,6 +17,7 @@ LINE = (
     ("loss", "loss", ".4f"),
     ("reward", "objective/scores", ".3f"),
     ("margin", "rewards/margins", ".3f"),
+    ("accuracy", "accuracy", ".3f"),
     ("kl", "objective/kl", ".3f"),
     ("tok/s", "rollout/tokens_per_s", ".0f"),
 )

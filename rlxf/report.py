@@ -39,6 +39,8 @@ TRAINING_ROWS = (
     ("dropped pairs", "pair/dropped"),
     ("score margin of the pairs", "pair/margin"),
     ("loss", "loss"),
+    ("reward model's accuracy", "accuracy"),
+    ("reward model's margin", "margin"),
     ("implicit reward accuracy", "rewards/accuracies"),
     ("implicit reward margin", "rewards/margins"),
     ("KL on the training pairs, nats", "objective/kl"),

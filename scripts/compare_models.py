@@ -68,6 +68,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parser.add_argument("--confidence", type=_number(float, 0.5, 0.9999), default=0.95, help="of the intervals (0.95)")
     parser.add_argument("--resamples", type=_number(int, 100), default=2000, help="of the bootstrap (2000)")
     parser.add_argument("--batch-size", type=positive, default=64, help="prompts that are answered at a time (64)")
+    parser.add_argument("--engine", choices=("hf", "vllm"), default="hf", help="what answers (hf)")
     parser.add_argument("--device", choices=get_args(Device), default="auto")
     parser.add_argument("--bf16", action="store_true", help="answer in bfloat16 instead of float32")
     parser.add_argument(
@@ -116,6 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         missing_eos_penalty=arguments.missing_eos_penalty,
         prompts_per_call=arguments.batch_size,
+        engine=arguments.engine,
         device=arguments.device,
         bf16=arguments.bf16,
         trust_remote_code=arguments.trust_remote_code,

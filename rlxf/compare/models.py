@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,13 +16,13 @@ from torch import Tensor
 from rlxf.assemble import build_engine, build_scorer, policy_tokenizer
 from rlxf.config.schema import RunConfig
 from rlxf.data.prompts import eval_prompts
-from rlxf.errors import ConfigError, ModelError
+from rlxf.errors import ConfigError, ModelError, WorkerLost
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.platform import Platform, Process, get_platform
 from rlxf.rollout.engine import Sampling
 from rlxf.score.penalty import with_scores
-from rlxf.types import PromptBatch, Text, Tokens
+from rlxf.types import PromptBatch, Rollouts, Text, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +41,7 @@ class Settings:
     seed: int = 1  # of the samples: the same for both models
     missing_eos_penalty: float = 0.0
     prompts_per_call: int = 64  # answered at a time
+    engine: Literal["hf", "vllm"] = "hf"
     device: str = "auto"
     bf16: bool = False
     trust_remote_code: bool = False
@@ -134,6 +139,7 @@ def recipe(folder: Path, settings: Settings) -> RunConfig:
             },
             "ref": {"model": "policy"},
             "reward": reward,
+            "rollout": {"engine": settings.engine},
             "eval": {"num_prompts": settings.num_prompts},
         }
     )
@@ -185,11 +191,10 @@ def answer(config: RunConfig, prompts: PromptBatch, settings: Settings, platform
         top_p=settings.top_p,
         seed=settings.seed,
     )
-    engine = build_engine(config, platform)
     size = settings.prompts_per_call
     parts = [prompts.slice(start, start + size) for start in range(0, len(prompts), size)]
-    rollouts = [engine.generate(part, sampling) for part in parts]
-    del engine
+    sample = _generate if settings.engine == "hf" else _generate_apart
+    rollouts = sample(config, parts, sampling, platform.name)
     scorer, tokenizer = build_scorer(config, platform, Process()), policy_tokenizer(config)
     eos_ids = eos_token_ids(str(config.actor_rollout.load), tokenizer)
     penalty = settings.missing_eos_penalty
@@ -200,3 +205,17 @@ def answer(config: RunConfig, prompts: PromptBatch, settings: Settings, platform
         scores=torch.cat([part.scores for part in scored]),
         contains_eos=torch.cat([part.contains_eos for part in scored]),
     )
+
+
+def _generate(config: RunConfig, parts: Sequence[PromptBatch], sampling: Sampling, device: str) -> list[Rollouts]:
+    engine = build_engine(config, get_platform(device))
+    return [engine.generate(part, sampling) for part in parts]
+
+
+def _generate_apart(config: RunConfig, parts: Sequence[PromptBatch], sampling: Sampling, device: str) -> list[Rollouts]:
+    """The same in a process of its own: vLLM must be alone in it on a CPU, and gives its memory back with its end."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(_generate, config, parts, sampling, device).result()
+        except BrokenProcessPool as error:
+            raise WorkerLost(f"the process of the vLLM engine died with {config.actor_rollout.load}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -146,6 +147,33 @@ def test_the_number_of_prompts_at_a_time_changes_nothing(
     for size in (64, 5):
         assert main(better, policy, *options(world, tmp_path / str(size), batch_size=size), "--sample") == 0
     assert results(tmp_path / "64")[1] == results(tmp_path / "5")[1]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_says_what_the_exact_engine_says(main: Callable[..., int], world: World, tmp_path: Path) -> None:
+    policy, better = world.folder / "policy", world.folder / "run"
+    for engine in ("hf", "vllm"):
+        assert main(better, policy, *options(world, tmp_path / engine, engine=engine)) == 0
+    (exact, rows), (fast, others) = results(tmp_path / "hf"), results(tmp_path / "vllm")
+    same = [one["a"] == two["a"] and one["b"] == two["b"] for one, two in zip(rows, others, strict=True)]
+    assert sum(same) >= len(rows) - 1  # but for a near tie of two tokens
+    assert fast["rate"] == pytest.approx(exact["rate"], abs=0.1)
+
+
+def test_an_engine_whose_process_dies_is_told(
+    main: Callable[..., int], world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlxf.compare import models
+
+    monkeypatch.setattr(models, "_generate", dies)
+    policy = world.folder / "policy"
+    assert main(policy, policy, *options(world, engine="vllm")) == 1
+    assert "error: the process of the vLLM engine died with" in capsys.readouterr().err
+
+
+def dies(*arguments: object) -> None:
+    os._exit(3)
 
 
 def test_a_reward_model_judges(main: Callable[..., int], world: World, tmp_path: Path) -> None:
