@@ -21,6 +21,7 @@ from torch import Tensor
 from rlxf.errors import ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HEAD = "score.weight"  # of a reward model, which trains beside the adapter and is saved with it
 _PREFIX = "base_model.model."
 
 # Linears here -> the Hugging Face linears that share their input, and so A.
@@ -40,12 +41,13 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),  # pissa and others change the base
     **dict.fromkeys(
         (
-            *("fan_in_fan_out", "use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save"),
+            *("fan_in_fan_out", "use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias"),
             *("alora_invocation_tokens", "trainable_token_indices", "target_parameters", "layer_replication"),
             *("velora_config", "monteclora_config", "kasa_config", "arrow_config"),
         ),
         _OFF,
     ),
+    "modules_to_save": (*_OFF, ["score"], ["classifier", "score"]),  # the second is what PEFT makes of SEQ_CLS
 }
 
 
@@ -55,7 +57,8 @@ class PeftAdapter:
 
     rank: int  # r of the config; the scale is alpha / r
     alpha: float
-    tensors: Mapping[str, Tensor]  # A [rank, in] under the first of each FUSED group, B [out, rank] under each name
+    # A [rank, in] under the first of each FUSED group, B [out, rank] under each name; a reward model's HEAD [1, H]
+    tensors: Mapping[str, Tensor]
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -95,14 +98,17 @@ def save_adapter(
                     patterns[block + other] = own.shape[0]
         else:
             written[_PREFIX + name] = own
+    has_head = _PREFIX + HEAD in written
+    linears = {_split(name.removeprefix(_PREFIX))[2] for name in written if name != _PREFIX + HEAD}
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if has_head else "CAUSAL_LM",
+        "modules_to_save": ["score"] if has_head else None,
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": dropout,
-        "target_modules": sorted({_split(name.removeprefix(_PREFIX))[2] for name in written}),
+        "target_modules": sorted(linears),
         "rank_pattern": patterns,
         "alpha_pattern": {name: r * alpha / rank for name, r in patterns.items()},
         "bias": "none",
@@ -134,17 +140,26 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> PeftAda
     if refused:
         raise ModelError(f"{folder}: {', '.join(refused)}: only plain LoRA can be loaded; merge it into a model first")
     tensors = _read_tensors(folder)
+    fused: dict[str, Tensor] = {}
+    if HEAD in tensors:
+        fused[HEAD] = _checked_head(folder, tensors.pop(HEAD), shapes)
     groups: dict[tuple[str, str], dict[str, _Pair]] = {}
     for module in sorted({name.rpartition(".lora_")[0] for name in tensors}):
         pair = _pair(folder, module, tensors, shapes)
         _check_scale(folder, module, settings)
         block, _, linear = _split(f"{module}.lora_A.weight")
         groups.setdefault((block, _TARGET_OF[linear]), {})[linear] = pair
-    fused: dict[str, Tensor] = {}
     for (block, target), pairs in groups.items():
         rows = {name: shapes[f"{block}{name}.weight"][0] for name in FUSED[target]}
         fused |= {block + name: tensor for name, tensor in _fuse(pairs, rows).items()}
     return PeftAdapter(rank=int(settings["r"]), alpha=float(settings["lora_alpha"]), tensors=fused)
+
+
+def _checked_head(folder: Path, head: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+    expected = (1, *shapes["model.norm.weight"])
+    if head.shape != expected:
+        raise ModelError(f"{folder}: {HEAD} has the shape {tuple(head.shape)}; expected {expected}: one label")
+    return head
 
 
 _Pair = tuple[Tensor, Tensor]  # A [r, in], B [out, r]
@@ -223,7 +238,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder / WEIGHTS}: not a readable safetensors file ({error})") from error
-    other = sorted(name for name in tensors if not re.search(r"\.lora_[AB]\.weight$", name))
+    other = sorted(
+        name for name in tensors if not re.search(rf"\.lora_[AB]\.weight$|^{re.escape(_PREFIX + HEAD)}$", name)
+    )
     if other:
         raise ModelError(f"{folder}: holds {other[0]}, which is no matrix A or B; merge it into a model first")
     return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}

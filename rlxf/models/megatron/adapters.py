@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from rlxf.config.schema import ActorConfig
 from rlxf.errors import ConfigError
 from rlxf.models.megatron.lora import attach, seed_dropout
-from rlxf.models.megatron.model import MegatronModel, Piece
+from rlxf.models.megatron.model import SCORE, MegatronModel, Piece
 from rlxf.models.megatron.nf4 import quantize_base
-from rlxf.models.megatron.weights import adapter_entries, linear_name, load_entries
+from rlxf.models.megatron.weights import Entry, adapter_entries, linear_name, load_entries
 from rlxf.models.peft_folder import PeftAdapter, read_adapter
 
 
@@ -54,12 +54,14 @@ def _given(model: MegatronModel, config: ActorConfig, folder: Path) -> PeftAdapt
             f"actor_rollout.lora_target_modules = {list(config.lora_target_modules)}: the adapter that "
             f"actor_rollout.lora_load names has {list(adapter.targets)}; set it to that"
         )
+    if SCORE in adapter.tensors and not model.reward:
+        raise ConfigError(f"actor_rollout.lora_load = {folder}: the adapter is of a reward model; expected stage=rm")
     return adapter
 
 
 def _fill(model: MegatronModel, chunk: int, given: PeftAdapter) -> None:
     """The given matrices, cut for this rank; a layer that the folder leaves out keeps a fresh adapter, which adds 0."""
-    table = adapter_entries(model.entries_of(chunk), model.adapter_ranks)
+    table = _trained(model, model.entries_of(chunk))
     load_entries(
         [entry for entry in table if entry.hf_names[0] in given.tensors],
         dict(model.chunks[chunk].named_parameters()),
@@ -70,14 +72,22 @@ def _fill(model: MegatronModel, chunk: int, given: PeftAdapter) -> None:
     )
 
 
+def _trained(model: MegatronModel, table: Iterable[Entry]) -> Iterator[Entry]:
+    """What a run with adapters trains of some parameters: their matrices, and a reward model's head."""
+    for entry in table:
+        yield from [entry] if entry.hf_names == (SCORE,) else adapter_entries([entry], model.adapter_ranks)
+
+
 @torch.no_grad()
 def export_adapters(model: MegatronModel) -> Iterator[tuple[str, Tensor]]:
     """The full matrices on rank 0, named as in ``PeftAdapter.tensors``; every rank exhausts the iterator."""
     pieces, shapes = list[Piece](), dict[str, tuple[int, ...]]()
     for piece in model.pieces:
-        found = list(adapter_entries([piece.entry], model.adapter_ranks))
+        found = list(_trained(model, [piece.entry]))
         pieces += [Piece(piece.stage, piece.chunk, entry) for entry in found]
-        if found:
+        if found == [piece.entry]:
+            shapes[SCORE] = model.shape_of(SCORE)
+        elif found:
             first, second = found
             rank = model.adapter_ranks[linear_name(piece.entry)]
             sizes = [model.weights.shape(name) for name in piece.entry.hf_names]
@@ -89,11 +99,12 @@ def export_adapters(model: MegatronModel) -> Iterator[tuple[str, Tensor]]:
 def sharded_adapters(model: MegatronModel, chunk: int) -> dict[str, Any]:
     """The matrices of one chunk as megatron's distributed checkpoint takes them: parameter -> its place in the whole.
 
-    On disk they have Hugging Face names, which count layers over all pipeline stages; any layout can load them.
+    A reward model's head is among them. On disk they have Hugging Face names, which count layers over all pipeline
+    stages; any layout can load them.
     """
     state: dict[str, Any] = {}
     parameters = dict(model.chunks[chunk].named_parameters())
-    for entry in adapter_entries(model.entries_of(chunk), model.adapter_ranks):
+    for entry in _trained(model, model.entries_of(chunk)):
         parameter = parameters[entry.parameter]
         name = entry.hf_names[0]
         is_cut = getattr(parameter, "tensor_model_parallel", False)

@@ -117,8 +117,8 @@ def attach(gpt: Any, table: Iterable[Entry], config: ActorConfig, *, ranks: Mapp
         ranks: Hugging Face name of a linear (of the first where several are fused) -> the rank of its adapter.
         seed: of the run.
     """
-    for parameter in gpt.parameters():
-        parameter.requires_grad_(False)
+    for name, parameter in gpt.named_parameters():
+        parameter.requires_grad_(name == "score")  # a reward model's head trains beside the adapters
     for entry in table:
         place, _, kind = entry.parameter.rpartition(".")
         name = linear_name(entry)
