@@ -77,9 +77,9 @@ def _share(first: RolePlan, second: RolePlan) -> bool:
 
 
 def _weights(shape: ModelConfig, role: RolePlan, section: RoleConfig) -> str:
-    each = 2 if section.bf16 else 4  # bytes
+    each = 4 if section.precision == "fp32" else 2  # bytes
     size: float = num_parameters(shape, output_head=role.role != "reward") * each
-    kind = "bf16" if section.bf16 else "fp32"
+    kind: str = section.precision
     if role.role == "train" and isinstance(section, ActorConfig) and section.qlora:
         size -= _linear_parameters(shape) * (each - _NF4_BYTES)
         kind = f"nf4 and {kind}"

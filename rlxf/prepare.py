@@ -185,7 +185,7 @@ def _reference(config: RunConfig, data: Data, roles: Roles, stop: Stop) -> Refer
         return roles.reference
     assert isinstance(data.training, PreferenceFile)
     folder = Path(config.ref.cache) if config.ref.cache else Path.home() / ".cache" / "rlxf" / "ref_logps"
-    path = cache_file(folder, Path(str(config.ref.load)), "bf16" if config.ref.bf16 else "fp32")
+    path = cache_file(folder, Path(str(config.ref.load)), config.ref.precision)
     cached = CachedReference(roles.reference, path)
     with stop.abandonable():
         count = cached.fill(_one_pass(data.training))

@@ -169,6 +169,13 @@ def _batches(config: RunConfig) -> Problems:
 
 def _optimizer(config: RunConfig) -> Problems:
     actor = config.actor_rollout
+    for name, role in _roles(config):
+        if role.bf16 and role.fp16:
+            expected = "expected false where bf16 is true: parameters have one type; set one of the two to false"
+            yield wrong(f"{name}.fp16", True, expected, f"{name}.bf16")
+    if actor.fp16 and actor.initial_loss_scale < actor.min_loss_scale:
+        expected = f"expected at least actor_rollout.min_loss_scale = {actor.min_loss_scale:g}"
+        yield wrong("actor_rollout.initial_loss_scale", actor.initial_loss_scale, expected)
     if actor.lr_warmup_iters and actor.lr_warmup_fraction:
         expected = f"actor_rollout.lr_warmup_fraction = {actor.lr_warmup_fraction} is set, too; keep one of them"
         yield wrong(

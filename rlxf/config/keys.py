@@ -62,7 +62,7 @@ _LEGACY_ROLE = _words(
     use_kv_cache use_mcore_models use_mc2 use_flash_attn use_fused_rmsnorm use_fused_swiglu use_fused_rotary_pos_emb
     use_distributed_optimizer overlap_grad_reduce overlap_param_gather reuse_fp32_param
     no_masked_softmax_fusion masked_softmax_fusion no_gradient_accumulation_fusion attention_softmax_in_fp32
-    distributed_backend distributed_timeout_minutes initial_loss_scale loss_scale transformer_impl
+    distributed_backend distributed_timeout_minutes transformer_impl
     recompute_method recompute_num_layers
 
     use_rotary_position_embeddings position_embedding_type rotary_base rope_scaling_type rope_scaling_factor

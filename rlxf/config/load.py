@@ -19,8 +19,8 @@ from rlxf.errors import ConfigError
 
 # Keys that the frozen models take from the actor when no section sets them.
 _FROM_ACTOR = {
-    "ref": ("load", "bf16", "seq_length", "micro_batch_size"),
-    "reward": ("bf16", "seq_length", "micro_batch_size"),
+    "ref": ("load", "bf16", "fp16", "seq_length", "micro_batch_size"),
+    "reward": ("bf16", "fp16", "seq_length", "micro_batch_size"),
 }
 
 

@@ -54,7 +54,7 @@ def say_which_reference(config: RunConfig) -> None:
         return
     if not config.reference_is_base:
         logger.warning(
-            "ref.load or ref.bf16 differs from the actor's: the reference is a second model, on its own devices"
+            "ref.load or ref.bf16 (fp16) differs from the actor's: the reference is a second model, on its own devices"
         )
     elif "ref" in config.resource_pool.model_fields_set:
         logger.warning("no effect with LoRA: resource_pool.ref; the reference is the actor with its adapters off")

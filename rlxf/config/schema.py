@@ -134,11 +134,21 @@ class RoleConfig(Strict):
     virtual_pipeline_model_parallel_size: Positive = 1  # pieces of layers per pipeline device; needs a token budget
     context_parallel_size: Positive = 1  # devices that share the tokens of each forward pass
     sequence_parallel: bool = False  # cut norms and residuals along the tokens over the tensor-parallel devices, too
-    bf16: bool = False  # false: fp32
+    bf16: bool = False  # false: fp32, unless fp16
+    fp16: bool = False  # half precision; the actor's loss is scaled
     seq_length: Positive = 1024  # longest prompt + completion, tokens
     micro_batch_size: Positive = 1  # pairs per forward/backward on one data-parallel rank
     max_tokens_per_micro_batch: Positive | None = None  # tokens per forward/backward instead, whatever the pairs
     share_prompts: bool = True  # compute a prompt once for the chosen and the rejected side, or for all its completions
+
+    @property
+    def precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16", "float16"]:
+        """Of the parameters, by torch's name."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
 
     @property
     def devices_per_replica(self) -> int:
@@ -197,6 +207,11 @@ class ActorConfig(RoleConfig):
     lr_warmup_fraction: Share | None = None  # share of train_iters
     weight_decay: Rate = 0.0  # of AdamW
     clip_grad: Rate = 1.0  # largest global gradient norm; 0 = no clipping
+    loss_scale: Annotated[Finite, Field(gt=0)] | None = None  # fp16: constant factor of the loss
+    initial_loss_scale: Finite = Field(65536.0, gt=0)  # fp16: the factor at the start; halved by gradients beyond fp16
+    min_loss_scale: Finite = Field(1.0, gt=0)  # fp16: an overflow at this factor ends the run
+    loss_scale_window: Positive = 1000  # fp16: optimizer steps without overflow before the factor is doubled
+    hysteresis: Positive = 2  # fp16: overflows before the factor is halved
     recompute_granularity: Literal["none", "selective", "full"] = "none"  # activations computed again in backward
     adam_beta1: BelowOne = 0.9  # decay of the mean of gradients
     adam_beta2: BelowOne = 0.999  # decay of the mean of squared gradients
@@ -365,7 +380,7 @@ class RunConfig(Strict):
     def reference_is_base(self) -> bool:
         """Whether the reference is the actor with its LoRA adapters off: no second model, no devices of its own."""
         actor, ref = self.actor_rollout, self.ref
-        return self.needs_reference and actor.lora_r > 0 and (ref.load, ref.bf16) == (actor.load, actor.bf16)
+        return self.needs_reference and actor.lora_r > 0 and (ref.load, ref.precision) == (actor.load, actor.precision)
 
     @property
     def loads_reference(self) -> bool:

@@ -49,7 +49,7 @@ def load_model(config: RunConfig, role: RoleName, platform: Platform, process: P
         section.load,
         platform=platform,
         layout=layout,
-        dtype=torch.bfloat16 if section.bf16 else torch.float32,
+        dtype=getattr(torch, section.dtype),
         reward=role == "reward" or trained_as_reward,
         new_head=config.training.seed if trained_as_reward else None,
         recompute=config.actor_rollout.recompute_granularity if role == "actor_rollout" else "none",

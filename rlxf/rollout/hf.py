@@ -33,7 +33,7 @@ class HfEngine:
         # A clear error for a wrong folder, before transformers' own, and for a model that the decoder does not compute.
         family_of(load_hf_config(actor.load, trust_remote_code=trust), actor.load)
         self._device = platform.set_device(0)
-        dtype = "bfloat16" if actor.bf16 else "float32"
+        dtype = actor.dtype
         model = _load_model(actor.load, dtype, trust).to(self._device)
         self._decoder = Decoder(model, platform.linear)
         self._platform = platform

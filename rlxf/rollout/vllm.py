@@ -140,7 +140,7 @@ def _start(config: RunConfig, platform: Platform, *, max_model_len: int) -> Any:
         if megatron_checkpoint(Path(str(actor.load))) is None
         else "dummy",  # the first push fills it
         trust_remote_code=config.training.trust_remote_code,
-        dtype="bfloat16" if actor.bf16 else "float32",
+        dtype=actor.dtype,
         tensor_parallel_size=ranks,
         distributed_executor_backend="mp" if ranks > 1 else "uni",
         max_model_len=max_model_len,

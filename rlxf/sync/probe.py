@@ -63,7 +63,7 @@ def make_probe(config: RunConfig, platform: Platform, prompts: Tokens) -> Probe:
     return Probe(
         prompt=Tokens.from_rows([list(islice(cycle(prompts.tokens.tolist()), length))]),
         num_tokens=min(_NUM_TOKENS, positions - length),
-        tolerance=_TOLERANCE_BF16 if actor.bf16 else _TOLERANCE_FP32,
+        tolerance=_TOLERANCE_FP32 if actor.precision == "fp32" else _TOLERANCE_BF16,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -88,7 +88,7 @@ class Actor:
 
         Returns:
             Means over all items and passes, by the names of docs/metrics.md; ``grad_norm`` is the mean over optimizer
-            steps.
+            steps (NaN: in fp16 all were passed over).
 
         Raises:
             TrainingError: the loss or the gradient norm is not finite; that optimizer step was not made.
@@ -101,7 +101,7 @@ class Actor:
         objective = self.objective
         sums = torch.zeros(len(objective.sums), dtype=torch.float64)
         maxima = torch.full((len(objective.maxima),), -torch.inf, dtype=torch.float64)
-        norms: list[float] = []
+        norms: list[float | None] = []
         for epoch in range(self.config.ppo_epochs):
             key = (self._seed, step, epoch) if self.config.shuffle_minibatch else None
             size = self.config.ppo_mini_batch_size * self.layout.dp_size
@@ -111,8 +111,15 @@ class Actor:
                 sums += found
                 maxima = torch.maximum(maxima, largest)
                 norms.append(self._step(learning_rate, step))
-        metrics = objective.metrics(sums, maxima)
-        return {**metrics, "grad_norm": sum(norms) / len(norms), "learning_rate": learning_rate}
+        return {**objective.metrics(sums, maxima), **self._step_metrics(norms), "learning_rate": learning_rate}
+
+    def _step_metrics(self, norms: Sequence[float | None]) -> Metrics:
+        """Of the optimizer steps; None: one that was passed over because gradients were beyond fp16."""
+        made = [norm for norm in norms if norm is not None]
+        metrics = {"grad_norm": sum(made) / len(made) if made else math.nan}
+        if self.trainable.loss_scale is not None:
+            metrics |= {"loss_scale": self.trainable.loss_scale, "skipped_steps": float(len(norms) - len(made))}
+        return metrics
 
     def evaluate(self, batch: Batch) -> Metrics:
         """What ``update`` would report of the batch, without training on it; the mean over its items."""
@@ -133,7 +140,7 @@ class Actor:
             )
         return sums, largest
 
-    def _step(self, learning_rate: float, step: int) -> float:
+    def _step(self, learning_rate: float, step: int) -> float | None:
         try:
             return self.trainable.step(learning_rate)
         except TrainingError as error:

@@ -50,6 +50,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         # Fused kernels need Transformer Engine or Apex.
         bias_dropout_fusion=False,
         bias_activation_fusion=False,

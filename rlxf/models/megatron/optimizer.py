@@ -120,6 +120,8 @@ class TrainableModel:
         self.model = model
         self.clip_grad = config.clip_grad
         self.weight_decay = config.weight_decay
+        # Where no smaller factor would follow an overflow, it is an error and not a step to pass over.
+        self._least_scale = (config.loss_scale or config.min_loss_scale) if config.fp16 else None
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         self.chunks = [DistributedDataParallel(model.config, ddp_config, gpt) for gpt in model.chunks]
         settings = OptimizerConfig(
@@ -133,6 +135,12 @@ class TrainableModel:
             clip_grad=config.clip_grad,
             use_distributed_optimizer=True,
             bf16=config.bf16,
+            fp16=config.fp16,
+            loss_scale=config.loss_scale,
+            initial_loss_scale=config.initial_loss_scale,
+            min_loss_scale=config.min_loss_scale,
+            loss_scale_window=config.loss_scale_window,
+            hysteresis=config.hysteresis,
             params_dtype=model.dtype,
         )
         self.optimizer = get_megatron_optimizer(settings, self.chunks)
@@ -163,16 +171,27 @@ class TrainableModel:
             reports = torch.stack(found)
         return from_last_stage(reports, layout)
 
-    def step(self, learning_rate: float) -> float:
+    @property
+    def loss_scale(self) -> float | None:
+        """The factor that the loss is multiplied with now; None unless the model is in fp16."""
+        return None if self._least_scale is None else float(self.optimizer.get_loss_scale())
+
+    def step(self, learning_rate: float) -> float | None:
         """Clip and apply the accumulated gradients; the global gradient norm before clipping.
 
+        None: gradients were beyond fp16, no parameter was touched, and the loss is scaled less from now on.
+
         Raises:
-            TrainingError: the norm is not finite; no parameter was touched.
+            TrainingError: the norm is not finite, and scaling the loss less is no help; no parameter was touched.
         """
+        scale = self.loss_scale
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.weight_decay * group["wd_mult"]  # megatron-core's 0 for norms and biases
-        self.optimizer.prepare_grads()
+        if self.optimizer.prepare_grads():
+            if scale is not None and self._least_scale is not None and scale > self._least_scale:
+                return None
+            raise TrainingError(f"gradients are beyond fp16 at a loss scale of {scale:g}; no parameter was changed")
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise TrainingError(f"the gradient norm is {norm}; no parameter was changed")
