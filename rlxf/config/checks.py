@@ -170,7 +170,8 @@ def _batches(config: RunConfig) -> Problems:
 def _optimizer(config: RunConfig) -> Problems:
     actor = config.actor_rollout
     for name, role in _roles(config):
-        if role.bf16 and role.fp16:
+        both = role.bf16 and role.fp16
+        if both and (name == "actor_rollout" or not (actor.bf16 and actor.fp16)):  # which the others may inherit
             expected = "expected false where bf16 is true: parameters have one type; set one of the two to false"
             yield wrong(f"{name}.fp16", True, expected, f"{name}.bf16")
     if actor.fp16 and actor.initial_loss_scale < actor.min_loss_scale:

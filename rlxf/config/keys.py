@@ -43,6 +43,7 @@ ALIASES: dict[tuple[str, str], tuple[str, str]] = {
     ("training", "shuffle"): ("training", "shuffle_minibatch"),
     ("actor_rollout", "shuffle"): ("actor_rollout", "shuffle_minibatch"),
     ("algorithm", "missing_eos_penalty"): ("actor_rollout", "missing_eos_penalty"),
+    ("actor_rollout", "refer_model_iter"): ("ref", "refer_model_iter"),
     ("training", "ref_model"): ("ref", "load"),
     ("actor_rollout", "ref_model"): ("ref", "load"),
 }
@@ -73,7 +74,7 @@ _LEGACY_ROLE = _words(
 
     tokenizer_type tokenizer_not_use_fast is_instruction_dataset is_pairwise_dataset variable_seq_lengths
     pad_to_multiple_of finetune no_load_optim no_load_rng no_save_optim no_save_rng no_shared_storage
-    log_interval eval_iters refer_model_iter lora_fusion
+    log_interval eval_iters lora_fusion
     """
 )
 LEGACY: dict[str, frozenset[str]] = {
@@ -86,9 +87,27 @@ LEGACY: dict[str, frozenset[str]] = {
     ),
 }
 
+_NO_EXPERTS = "mixture-of-experts models are not supported; the families are those of docs/architecture.md"
 # Keys of features that this version does not have: only the value that switches them off is accepted.
 NOT_YET: dict[str, Any] = {
     "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "num_experts": None,
+}
+WHY_NOT_YET = dict.fromkeys(NOT_YET, _NO_EXPERTS)
+# Sections and stages of reference recipes that mean another algorithm, and what to do instead.
+REFUSED_SECTIONS = {
+    "critic": "there is no critic here: DPO compares completions and needs no value function; remove the section",
+    "megatron_training": "the sections of this program are training, actor_rollout, ref and reward; docs/migration.md "
+    "says which key is where",
+}
+_POLICY_GRADIENT = "policy gradients are not trained here; the online stage is ray_online_dpo, which needs no critic"
+REFUSED_STAGES = {
+    **dict.fromkeys(("ray_ppo", "ray_grpo", "trl_ppo", "ppo", "grpo"), _POLICY_GRADIENT),
+    **dict.fromkeys(("simpo", "orpo"), "is a loss here: set training.stage=dpo and actor_rollout.dpo_loss_type to it"),
+    "online_dpo": "is called ray_online_dpo",
+    "prm": "process reward models are not trained here; rm trains an outcome reward model on pairs",
+    "pretrain": "pre-training is not done here; sft trains on examples, its data_path may be GeneralPretrainHandler's",
 }
 
 # What other programs call our keys.
@@ -144,7 +163,7 @@ def is_legacy(section: str, key: str) -> bool:
 
 
 def is_not_yet(section: str, key: str) -> bool:
-    return key in NOT_YET and section in ("training", "model", *ROLES)
+    return (key in NOT_YET or key.startswith("moe_")) and section in ("training", "model", *ROLES)
 
 
 def is_known(path: Sequence[str]) -> bool:

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from rlxf.config.checks import check
 from rlxf.config.fields import LocalPath
-from rlxf.config.keys import ROLES, SECTIONS
+from rlxf.config.keys import REFUSED_STAGES, ROLES, SECTIONS
 from rlxf.config.normalise import Section, normalise
 from rlxf.config.problems import Problem, concerning, expectation, lines, show
 from rlxf.config.schema import ModelConfig, RunConfig, Strict
@@ -78,7 +78,7 @@ def _only(values: Section, schema: type[Strict]) -> Section:
 
 def _validate(merged: Section, origins: Mapping[str, str]) -> tuple[RunConfig | None, list[Problem]]:
     """The config and no problems; or a config without the wrong values, so that other checks can still run; or None."""
-    located = _with_absolute_paths(merged)
+    located = _with_reference_iteration(_with_absolute_paths(merged))
     try:
         return RunConfig.model_validate(located), []
     except ValidationError as error:
@@ -101,6 +101,8 @@ def _problem(error: ErrorDetails, merged: Section, origins: Mapping[str, str]) -
     value: Any = merged
     for part in path[:depth]:
         value = value[part] if isinstance(value, Mapping) and part in value else error["input"]
+    if key == "training.stage" and value in REFUSED_STAGES:
+        return Problem((key,), f"{name} = {show(value)}: {REFUSED_STAGES[value]}")
     return Problem((key, *whole), f"{name} = {show(value)}: {_EXPLAINED.get(path[-1]) or expectation(error)}")
 
 
@@ -147,6 +149,15 @@ def _metadata(annotation: Any) -> Iterator[Any]:
     yield from getattr(annotation, "__metadata__", ())
     for inner in get_args(annotation):
         yield from _metadata(inner)
+
+
+def _with_reference_iteration(merged: Section) -> Section:
+    """``ref.refer_model_iter`` names one checkpoint of the folder of checkpoints that ``ref.load`` is."""
+    ref = merged["ref"]
+    number, folder = ref.get("refer_model_iter"), ref.get("load")
+    if not isinstance(number, int) or not isinstance(folder, str) or (Path(folder) / "config.json").is_file():
+        return merged  # a model folder has no iterations: the reference is what it holds, also when a run goes on
+    return merged | {"ref": ref | {"load": str(Path(folder) / f"iter_{number:07d}")}}
 
 
 def _with_absolute_paths(merged: Section) -> Section:

@@ -10,8 +10,10 @@ from rlxf.config.keys import (
     ALIASES,
     NOT_YET,
     REFERENCE_LAYOUT,
+    REFUSED_SECTIONS,
     SECTIONS,
     TOP_LEVEL,
+    WHY_NOT_YET,
     is_known,
     is_legacy,
     is_not_yet,
@@ -31,7 +33,8 @@ def normalise(raw: Mapping[str, Any]) -> tuple[Section, list[Problem]]:
     recipe: Section = {}
     for name, value in _in_plain_layout(raw, problems).items():
         if name not in TOP_LEVEL:
-            problems.append(wrong(str(name), value, unknown_key((str(name),))))
+            refused = REFUSED_SECTIONS.get(str(name))
+            problems.append(wrong(str(name), value, refused or unknown_key((str(name),))))
         elif name not in SECTIONS and name != "model":
             if value is not None:
                 recipe[name] = value
@@ -88,8 +91,10 @@ def _known(section: str, prefix: str, values: Mapping[str, Any], problems: list[
         if is_legacy(section, key):
             continue
         if is_not_yet(section, key):
-            if value not in (None, NOT_YET[key]):
-                expected = f"not available in this version; leave it out or set it to {show(NOT_YET[key])}"
+            off = NOT_YET.get(key)
+            if value not in (None, off):
+                why = WHY_NOT_YET.get(key, WHY_NOT_YET["num_experts"])
+                expected = f"{why}; leave it out" + (f" or set it to {show(off)}" if off is not None else "")
                 problems.append(wrong(full, value, expected))
         elif not is_known((*prefix.split("."), key)):
             problems.append(wrong(full, value, unknown_key((*prefix.split("."), key))))

@@ -240,6 +240,7 @@ class ActorConfig(RoleConfig):
 class ReferenceConfig(RoleConfig):
     """The frozen model that DPO is measured against. Without ``load`` it starts from the actor's folder."""
 
+    refer_model_iter: Positive | None = None  # which checkpoint, where `load` is a run's folder of checkpoints
     precompute_ref_log_probs: bool = False  # dpo: compute those of all pairs before the first step, and keep them
     cache: Annotated[str, LocalPath("output")] | None = None  # where they are kept; unset: ~/.cache/rlxf/ref_logps
     ref_update_interval: int = Field(0, ge=0)  # updates between moves of the reference after the policy; 0 = never

@@ -65,7 +65,7 @@ WRONG = [
     Wrong(actor(lr=-1e-6), "actor_rollout.lr", "expected at least 0"),
     Wrong(actor(dpo_beta=0), "actor_rollout.dpo_beta", "expected greater than 0"),
     Wrong(actor(dpo_loss_type="sigmod"), "actor_rollout.dpo_loss_type", 'did you mean "sigmoid"?'),
-    Wrong({"training": {"stage": "ppo"}}, "training.stage", "expected one of ray_online_dpo, dpo, sft, rm"),
+    Wrong({"training": {"stage": "rlhf"}}, "training.stage", "expected one of ray_online_dpo, dpo, sft, rm"),
     Wrong({"training": {"stage": None}}, "training.stage", '"ray_online_dpo" (online), "dpo" (offline), "sft" or "rm"'),
     Wrong({"training": {"device": "gpu"}}, "training.device", 'did you mean "cuda"?'),
     Wrong({"rollout": {"top_p": 1.5}}, "rollout.top_p", "expected at most 1"),

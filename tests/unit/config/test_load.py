@@ -104,7 +104,7 @@ def test_an_older_name_may_repeat_the_key_but_not_contradict_it() -> None:
 def test_unused_keys_of_the_reference_are_named_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     legacy: dict[str, Any] = {
         "training": {"distributed_backend": "nccl", "no_load_optim": True},
-        "actor_rollout": {"clip_ratio": 0.2, "entropy_coeff": 0.001, "use_kv_cache": True, "initial_loss_scale": 4096},
+        "actor_rollout": {"clip_ratio": 0.2, "entropy_coeff": 0.001, "use_kv_cache": True, "use_mc2": True},
         "algorithm": {
             "gamma": 1.0,
             "lam": 0.95,
@@ -120,6 +120,21 @@ def test_unused_keys_of_the_reference_are_named_in_one_warning(caplog: pytest.Lo
     keys = [f"{s}.{k}" for s, section in legacy.items() if s != "model" for k in section]
     for key in [*keys, *(f"model.tiny.{k}" for k in legacy["model"]["tiny"])]:
         assert key in record.getMessage()
+
+
+def test_the_reference_is_the_named_checkpoint_of_a_run(tmp_path: Path) -> None:
+    run, model = tmp_path / "ckpt", tmp_path / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").touch()
+    for key in ({"ref": {"load": str(run), "refer_model_iter": 1}}, {"ref": {"load": str(run)}, **_from_actor(1)}):
+        assert load_config(recipe(**key)).ref.load == str(run / "iter_0000001")
+    # A model folder is the same whatever a run has trained since.
+    assert load_config(recipe(ref={"load": str(model), "refer_model_iter": 1})).ref.load == str(model)
+
+
+def _from_actor(number: int) -> dict[str, Any]:
+    return {"actor_rollout": {"refer_model_iter": number}}
 
 
 def test_a_recipe_without_older_names_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
