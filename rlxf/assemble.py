@@ -53,11 +53,21 @@ def build_engine(config: RunConfig, platform: Platform) -> RolloutEngine:
 
 
 def policy_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer: prompts, completions and decoded texts are in its tokens."""
+    """The policy's tokenizer: prompts, completions and decoded texts are in its tokens.
+
+    Raises:
+        ConfigError: ``actor_rollout.prompt_type`` names no chat template.
+    """
+    from rlxf.data.templates import chat_template
     from rlxf.models.tokenizer import load_tokenizer
 
-    folder = config.actor_rollout.tokenizer_name_or_path or policy_folder(config)
-    return load_tokenizer(folder, trust_remote_code=config.training.trust_remote_code)
+    actor = config.actor_rollout
+    template = chat_template(actor.prompt_type).jinja if actor.prompt_type else None
+    folder = actor.tokenizer_name_or_path or policy_folder(config)
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.training.trust_remote_code)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def policy_folder(config: RunConfig) -> str:

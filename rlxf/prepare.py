@@ -15,6 +15,7 @@ from rlxf.config.schema import RunConfig
 from rlxf.data.examples import ExampleFile
 from rlxf.data.preferences import PreferenceFile
 from rlxf.data.prompts import PromptSource, eval_prompts
+from rlxf.data.templates import chat_template
 from rlxf.evaluate import Evaluation, OfflineEvaluation, Rooms, no_evaluation
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.platform.base import Platform
@@ -82,9 +83,12 @@ def load_data(config: RunConfig) -> Data:
 def with_epochs(config: RunConfig) -> tuple[RunConfig, Data | None]:
     """The recipe with its number of steps: ``training.epochs`` passes over the rows that are kept, rounded up.
 
+    And with the tokens that end a turn of its chat template (``actor_rollout.prompt_type``).
+
     Returns:
         The data, too, where they had to be read for that.
     """
+    config = _with_eos_tokens(config)
     epochs = config.training.epochs
     if epochs is None:
         return config, None
@@ -94,6 +98,14 @@ def with_epochs(config: RunConfig) -> tuple[RunConfig, Data | None]:
     training = config.training.model_copy(update={"train_iters": max(1, steps)})
     log.info("training.epochs = %g makes %d steps", epochs, training.train_iters)
     return config.model_copy(update={"training": training}), data
+
+
+def _with_eos_tokens(config: RunConfig) -> RunConfig:
+    actor = config.actor_rollout
+    if actor.prompt_type is None or actor.eos_tokens is not None:
+        return config
+    tokens = chat_template(actor.prompt_type).eos_tokens
+    return config.model_copy(update={"actor_rollout": actor.model_copy(update={"eos_tokens": tokens})})
 
 
 class SyncedActor(Actor, WeightSource, Weights, Protocol):
@@ -229,7 +241,7 @@ def _source(config: RunConfig, run_dir: Path, data: Data, roles: Roles, *, after
 
 
 def _eos_ids(config: RunConfig, data: Data) -> tuple[int, ...]:
-    return eos_token_ids(policy_folder(config), data.tokenizer)
+    return eos_token_ids(policy_folder(config), data.tokenizer, config.actor_rollout.eos_tokens)
 
 
 def _sync(config: RunConfig, data: Data, roles: Roles, platform: Platform) -> Sync:

@@ -81,6 +81,8 @@ def kind(annotation: Any, metadata: list[Any]) -> str:
         return "mapping, or one in JSON"
     if get_origin(annotation) is tuple and any(isinstance(part, LocalPath) for part in get_args(inner[0])):
         return kind(inner[0], [])
+    if get_origin(annotation) is tuple and inner[0] is str:
+        return "list of text"
     if get_origin(annotation) is tuple and float in (inner[0], getattr(inner[0], "__origin__", None)):
         return "list of float"
     if get_origin(annotation) is tuple:

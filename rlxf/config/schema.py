@@ -166,6 +166,10 @@ class ActorConfig(RoleConfig):
     map_keys: MapKeys | None = (
         None  # alpaca, sharegpt: the columns of prompt, query, response, history, system, chosen, rejected
     )
+    prompt_type: str | None = None  # chat template by name, see docs/data.md; unset: the tokenizer's own
+    eos_tokens: Annotated[tuple[str, ...], BeforeValidator(as_list)] | None = (
+        None  # tokens that end a completion besides the model's own; unset: those of prompt_type
+    )
     max_bad_rows: int = Field(0, ge=0)  # malformed rows that are left out; one more stops the run
     save: Annotated[str, LocalPath("output")] | None = (
         None  # folder of checkpoints; unset: `checkpoints` in the run folder

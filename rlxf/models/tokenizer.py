@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +48,16 @@ _KEYS = "`load` or `tokenizer_name_or_path`"
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def eos_token_ids(model_folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def eos_token_ids(
+    model_folder: str | Path, tokenizer: PreTrainedTokenizerBase, also: Sequence[str] | None = ()
+) -> tuple[int, ...]:
     """Every id that ends a completion, sorted: of `generation_config.json`, `config.json` and the tokenizer together.
 
     A chat model often ends a turn with another token than its tokenizer's EOS and says so only in one of the two files.
+    ``also``: further tokens, as ``actor_rollout.eos_tokens`` has them.
 
     Raises:
-        ModelError: none of the three names one.
+        ModelError: none of the three names one, or the tokenizer does not have one of ``also``.
     """
     folder = assets_folder(Path(model_folder))
     found: set[int] = set()
@@ -61,6 +65,15 @@ def eos_token_ids(model_folder: str | Path, tokenizer: PreTrainedTokenizerBase) 
         found |= _ids(_read_json(folder / name).get("eos_token_id"), folder / name)
     if tokenizer.eos_token_id is not None:
         found.add(int(tokenizer.eos_token_id))
+    vocabulary = tokenizer.get_vocab() if also else {}
+    for token in also or ():
+        if token not in vocabulary:
+            raise ModelError(
+                f"{tokenizer.name_or_path}: has no token {token!r}, which is to end completions (the chat template of "
+                "actor_rollout.prompt_type, or actor_rollout.eos_tokens, says so); name one that it has, or set "
+                "actor_rollout.eos_tokens=[] to do without"
+            )
+        found.add(int(vocabulary[token]))
     if not found:
         raise ModelError(
             f"{folder}: no end-of-sequence token in generation_config.json, config.json or the tokenizer; "

@@ -38,7 +38,7 @@ class HfEngine:
         self._decoder = Decoder(model, platform.linear)
         self._platform = platform
         tokenizer = load_tokenizer(actor.tokenizer_name_or_path or actor.load, trust_remote_code=trust)
-        self._eos_ids = eos_token_ids(actor.load, tokenizer)
+        self._eos_ids = eos_token_ids(actor.load, tokenizer, actor.eos_tokens)
         self._prompts_per_call = actor.num_samples_per_step
         self._parameters = dict(model.named_parameters())  # a tied head is in it once, as the embedding
         self._missing: set[str] = set()

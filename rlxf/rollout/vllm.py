@@ -39,7 +39,7 @@ class VllmEngine:
         trust = config.training.trust_remote_code
         positions = load_hf_config(actor.load, trust_remote_code=trust).get_text_config().max_position_embeddings
         tokenizer = load_tokenizer(actor.tokenizer_name_or_path or actor.load, trust_remote_code=trust)
-        self._eos_ids = eos_token_ids(actor.load, tokenizer)
+        self._eos_ids = eos_token_ids(actor.load, tokenizer, actor.eos_tokens)
         self._prompts_per_call = actor.num_samples_per_step
         self._state = WeightState()
         if megatron_checkpoint(Path(actor.load)) is not None:
