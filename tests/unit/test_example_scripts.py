@@ -1,4 +1,4 @@
-"""scripts/examples: what they type is a valid recipe or a valid conversion. Nothing is started."""
+"""scripts/examples: what they type is a valid recipe, conversion or preprocessing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,27 @@ import pytest
 from rlxf.config.load import load_config
 from rlxf.config.schema import RunConfig
 from rlxf.convert.command import read_command
+from rlxf.data.indexed import IndexedRows
 from rlxf.plan import NodeResources, fit, make_plan
+from scripts.preprocess_data import main as preprocess_data
+from tests.data_world import chat_tokenizer, write_rows
 from tests.unit.config.recipes import ROOT, compose
 
 EXAMPLES = ROOT / "scripts" / "examples"
 RUNS = {"dpo_llama3_8b_full_ptd": 1, "dpo_llama3_8b_lora_ptd": 1, "online_dpo_llama3_8b": 2}  # machines
 CONVERSIONS = ("convert_llama3_8b_hf2mcore", "convert_llama3_8b_mcore2hf")
-NAMES = (*RUNS, *CONVERSIONS)
+DATA = {  # one row for each, and the keys that it becomes
+    "data_convert_llama3_ppo": ({"prompt": "Q"}, {"input_ids", "attention_mask"}),
+    "data_convert_llama3_dpo": (
+        {"question": "Q", "chosen": "a", "rejected": "b", "system": ""},
+        {"chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels"},
+    ),
+    "data_convert_llama3_sft": (
+        {"instruction": "Q", "input": "", "output": "A"},
+        {"input_ids", "attention_mask", "labels"},
+    ),
+}
+NAMES = (*RUNS, *CONVERSIONS, *DATA)
 
 
 def typed(name: str, folder: Path, *more: str, **environment: str) -> list[str]:
@@ -87,3 +101,23 @@ def test_a_conversion_example_is_a_valid_command(name: str, tmp_path: Path) -> N
     request = read_command(arguments)
     assert (request.load_dir, request.save_dir) == (Path("from"), Path("to"))
     assert not request.notes
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_data_example_writes_the_files_of_its_stage(name: str, tmp_path: Path) -> None:
+    row, keys = DATA[name]
+    given = {
+        "INPUT": tmp_path / "rows.jsonl",
+        "TOKENIZER": tmp_path / "tokenizer",
+        "OUTPUT_PREFIX": tmp_path / "out" / "x",
+    }
+    write_rows(given["INPUT"], [row])
+    chat_tokenizer().save_pretrained(given["TOKENIZER"])
+    script, *arguments = typed(name, tmp_path, **{key: str(path) for key, path in given.items()})
+    assert script == "scripts/preprocess_data.py"
+    assert preprocess_data(arguments) == 0
+    assert set(IndexedRows(given["OUTPUT_PREFIX"]).columns) == keys
+
+
+def test_every_example_is_tested() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.sh")} == set(NAMES)
