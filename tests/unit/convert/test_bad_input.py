@@ -136,6 +136,7 @@ CASES: list[Case] = [
     ("model-type-unknown", HF_MG, "hf", "--model-type-hf deepseek3", NOTHING, "--model-type-hf deepseek3: not supp"),
     ("dtype", HF_MG, "hf", "--params-dtype int8", NOTHING, "invalid choice: 'int8'"),
     ("unknown-flag", HF_MG, "hf", "--target-tensor-size 2", NOTHING, "unrecognized arguments: --target-tensor-size"),
+    ("tokenizer", HF_MG, "hf", "--tokenizer-model nowhere", NOTHING, "--tokenizer-model nowhere: no tokenizer there"),
     ("lora-nowhere", HF_MG, "hf", "--lora-load nowhere", NOTHING, "--lora-load nowhere: no such folder"),
     ("lora-none", HF_MG, "hf", "--lora-load {rm}", NOTHING, "neither a PEFT folder .* nor a checkpoint"),
     ("legacy-to-hf", MG_HF, "dist", "--save-format legacy", NOTHING, "is for --save-model-type mg"),
