@@ -110,7 +110,7 @@ def _write_adapter(request: Request, source: Source, result: Path) -> None:
             adapter.tensors.items(),
             rank=adapter.rank,
             alpha=adapter.alpha,
-            dropout=0.0,
+            dropout=source.dropout,
             base=str(source.assets),
         )
 
