@@ -127,7 +127,7 @@ class RoleConfig(Strict):
     """What actor, reference and reward have in common."""
 
     model: str  # name of a file in configs/rlxf/model; ref and reward: unset = the actor's
-    load: Folder | None = None  # Hugging Face folder with the weights; ref: unset = the actor's
+    load: Folder | None = None  # folder with the weights: Hugging Face's or a checkpoint; ref: unset = the actor's
     tokenizer_name_or_path: Folder | None = None  # folder with the tokenizer; unset = `load`
     tensor_model_parallel_size: Positive = 1  # devices that share each layer
     pipeline_model_parallel_size: Positive = 1  # devices that the layers are spread over

@@ -12,9 +12,8 @@ from rlxf.errors import ModelError
 from rlxf.models.hf_folder import ModelWeights
 from rlxf.models.megatron.dist_folder import DistCheckpoint
 from rlxf.models.megatron.weights import Entry, adapter_entries, linear_name, to_full, to_local
-from rlxf.models.peft_folder import PeftAdapter
+from rlxf.models.peft_folder import HEAD, PeftAdapter
 
-SCORE = "score.weight"
 _FIRST = ".lora_A.weight"
 
 
@@ -31,8 +30,8 @@ def adapters_of_run(checkpoint: DistCheckpoint, shape: Shape, *, rank: int, alph
     for entry in adapter_entries(shape.table, ranks):
         full = to_full(entry.kind, [checkpoint.read(entry.hf_names[0])], shape.geometry())
         found |= dict(zip(entry.hf_names, full, strict=True))
-    if SCORE in checkpoint:  # it trains beside the adapters
-        found[SCORE] = checkpoint.read(SCORE)
+    if HEAD in checkpoint:  # it trains beside the adapters
+        found[HEAD] = checkpoint.read(HEAD)
     return PeftAdapter(rank=rank, alpha=alpha, tensors=found)
 
 
@@ -87,7 +86,7 @@ class MergedWeights:
         return name in self.names()
 
     def names(self) -> set[str]:
-        return self._weights.names() | {SCORE}.intersection(self._adapter.tensors)
+        return self._weights.names() | {HEAD}.intersection(self._adapter.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._adapter.tensors[name].shape) if self._is_head(name) else self._weights.shape(name)
@@ -103,7 +102,7 @@ class MergedWeights:
         return self._newest[1][index].contiguous()
 
     def _is_head(self, name: str) -> bool:
-        return name == SCORE and SCORE in self._adapter.tensors
+        return name == HEAD and HEAD in self._adapter.tensors
 
     def _merge(self, entry: Entry) -> list[Tensor]:
         tensors: Mapping[str, Tensor] = self._adapter.tensors

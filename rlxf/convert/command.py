@@ -137,6 +137,11 @@ def read_command(arguments: list[str]) -> Request:
     notes = [
         f"--{name.replace('_', '-')}: nothing to do, {why}" for name, why in _NOTHING_TO_DO.items() if name in given
     ]
+    if found.save_model_type == "hf" and (found.target_tensor_parallel_size, found.target_pipeline_parallel_size) != (
+        1,
+        1,
+    ):
+        notes.append("--target-*-parallel-size: nothing to do, a Hugging Face folder is not cut")
     tokenizer = found.tokenizer_model
     return Request(
         load_kind=found.load_model_type,

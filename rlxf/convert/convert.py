@@ -33,6 +33,8 @@ def convert(request: Request, say: Callable[[str], None]) -> Path:
         say(note)
     if not request.load_dir.is_dir():
         raise ConfigError(f"--load-dir {request.load_dir}: no such folder")
+    if request.tokenizer is not None and not _tokenizer_files(request.tokenizer):
+        raise ConfigError(f"--tokenizer-model {request.tokenizer}: no tokenizer there; name its folder or a file in it")
     source = open_source(request)
     result = _result(request, source.assets)
     _check_result(request, result)
@@ -108,7 +110,7 @@ def _write_adapter(request: Request, source: Source, result: Path) -> None:
             adapter.tensors.items(),
             rank=adapter.rank,
             alpha=adapter.alpha,
-            dropout=0.0,
+            dropout=source.dropout,
             base=str(source.assets),
         )
 
@@ -133,11 +135,13 @@ def _new_folder(result: Path) -> Iterator[Path]:
 
 
 def _copy_tokenizer(request: Request, folder: Path) -> None:
-    if request.tokenizer is None:
-        return
-    for pattern in ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*"):
-        for file in request.tokenizer.glob(pattern):
-            shutil.copy2(file, folder / file.name)
+    for file in () if request.tokenizer is None else _tokenizer_files(request.tokenizer):
+        shutil.copy2(file, folder / file.name)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    patterns = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*")
+    return [file for pattern in patterns for file in folder.glob(pattern)]
 
 
 def _describe(request: Request, source: Source) -> str:

@@ -10,21 +10,21 @@ from typing import Any
 
 from rlxf.checkpoint import DRIVER, LATEST, MANIFEST, find_problems
 from rlxf.config.folders import assets_folder, megatron_checkpoint
-from rlxf.convert.adapters import SCORE, MergedWeights, adapters_of_legacy, adapters_of_run
+from rlxf.convert.adapters import MergedWeights, adapters_of_legacy, adapters_of_run
 from rlxf.convert.command import Request
 from rlxf.convert.layout import Shape
 from rlxf.convert.legacy import LegacyWeights
 from rlxf.errors import ConfigError, ModelError
 from rlxf.models.hf_folder import HfWeights, ModelWeights, load_hf_config
 from rlxf.models.megatron.dist_folder import DistCheckpoint, DistWeights
-from rlxf.models.peft_folder import CONFIG, PeftAdapter, read_adapter
+from rlxf.models.peft_folder import CONFIG, HEAD, PeftAdapter, read_adapter
 from rlxf.models.tokenizer import padding_id
 
 # Names that MindSpeed-LLM gives model types, by how they begin -> model_type of config.json.
 _MODEL_TYPES = {"llama": "llama", "qwen15": "qwen2", "qwen1.5": "qwen2", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """A model that is about to be written in another form."""
 
@@ -33,6 +33,7 @@ class Source:
     assets: Path  # the Hugging Face folder with config.json and tokenizer
     changes: dict[str, Any]  # of its config.json
     adapter: PeftAdapter | None  # of the checkpoint itself
+    dropout: float  # that it was trained with
     notes: list[str]
 
 
@@ -47,15 +48,14 @@ def open_source(request: Request) -> Source:
     hf_config = load_hf_config(assets)
     _check_model_type(request.model_type, hf_config)
     shape = Shape.of(hf_config, reward=request.reward, folder=str(assets))
-    if checkpoint is None:
-        weights: ModelWeights | None = _hf_weights(assets, hf_config, shape)
-        adapter, notes = None, list[str]()
-    else:
-        weights, adapter, notes = _megatron(request, checkpoint, assets, shape)
+    opened = _opened_hf(assets) if checkpoint is None else _opened_megatron(request, checkpoint, assets, shape)
+    weights, notes = opened.weights, list(opened.notes)
     if request.lora_load is not None and weights is not None:
         weights = MergedWeights(weights, _given_adapter(request, weights, shape), shape)
+    if weights is not None:
+        _check_head(request, HEAD in weights)
     changes = _classifier(hf_config, assets) if request.reward else {}
-    return Source(weights=weights, shape=shape, assets=assets, changes=changes, adapter=adapter, notes=notes)
+    return Source(weights, shape, assets, changes, opened.adapter, opened.dropout, notes)
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -129,21 +129,32 @@ def _check_model_type(name: str | None, hf_config: Any) -> None:
         )
 
 
-def _hf_weights(folder: Path, hf_config: Any, shape: Shape) -> HfWeights:
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What ``--load-dir`` holds."""
+
+    weights: ModelWeights | None
+    adapter: PeftAdapter | None = None
+    dropout: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def _opened_hf(folder: Path) -> _Opened:
+    return _Opened(_hf_weights(folder, load_hf_config(folder)))
+
+
+def _hf_weights(folder: Path, hf_config: Any) -> HfWeights:
     weights = HfWeights(folder)
+    shape = Shape.of(hf_config, reward=HEAD in weights, folder=str(folder))
     _check_names(folder, weights, shape)
-    if shape.reward and weights.shape("score.weight")[0] != 1:
-        raise ModelError(f"{folder}: the reward head has {weights.shape('score.weight')[0]} labels; expected 1")
+    if shape.reward and weights.shape(HEAD)[0] != 1:
+        raise ModelError(f"{folder}: the reward head has {weights.shape(HEAD)[0]} labels; expected 1")
     _check_shapes(folder, weights, shape)
     return weights
 
 
 def _check_names(folder: Path, weights: ModelWeights, shape: Shape) -> None:
     expected, found = set(shape.hf_names), weights.names()
-    if shape.reward and "score.weight" not in found:
-        raise ModelError(f"{folder}: no score.weight; --orm is for a *ForSequenceClassification with one label")
-    if not shape.reward and "score.weight" in found:
-        raise ModelError(f"{folder}: holds a reward model (score.weight); add --orm")
     if missing := sorted(expected - found):
         raise ModelError(f"{folder}: no {missing[0]} ({len(missing)} tensors are missing); config.json asks for it")
     ignored = {"lm_head.weight"} if shape.tied else set[str]()
@@ -167,56 +178,39 @@ def _check_shapes(folder: Path, weights: ModelWeights, shape: Shape) -> None:
             raise ModelError(f"{folder}: {name} has shape {weights.shape(name)}; config.json says {size}")
 
 
-def _megatron(
-    request: Request, checkpoint: Path, assets: Path, shape: Shape
-) -> tuple[ModelWeights | None, PeftAdapter | None, list[str]]:
-    """Weights, the checkpoint's own adapters, and what is to be said about them."""
+def _opened_megatron(request: Request, checkpoint: Path, assets: Path, shape: Shape) -> _Opened:
     if (checkpoint / MANIFEST).is_file() and (problems := find_problems(checkpoint)):
         raise ModelError(f"{checkpoint}: damaged: {'; '.join(problems[:3])}")
     if any(checkpoint.glob("mp_rank_*")):
-        return _legacy(request, checkpoint, shape)
+        return _opened_legacy(request, checkpoint, shape)
     run = _run_settings(checkpoint)
-    opened = DistCheckpoint(checkpoint)
     if run is None or not run.get("lora_r"):
-        _check_head(checkpoint, "score" in opened, reward=request.reward)
         if request.adapters_only:
             raise ModelError(f"{checkpoint}: holds no LoRA adapters; leave out --save-lora-to-hf")
-        return DistWeights(checkpoint, shape.hf_config), None, []
-    adapter = adapters_of_run(opened, shape, rank=run["lora_r"], alpha=run["lora_alpha"])
+        return _Opened(DistWeights(checkpoint, shape.hf_config))
+    adapter = adapters_of_run(DistCheckpoint(checkpoint), shape, rank=run["lora_r"], alpha=run["lora_alpha"])
     if request.adapters_only:
-        return None, adapter, []
+        return _Opened(None, adapter, run["lora_dropout"])
     if run.get("qlora"):
         raise ModelError(
             f"{checkpoint}: a run with qlora=true, whose base is rounded to 4 bits; take the run's `policy` folder, or "
             "its adapter (--save-lora-to-hf)"
         )
-    base = _base(checkpoint, assets, shape, has_head=SCORE in adapter.tensors)
-    return MergedWeights(base, adapter, shape), adapter, [f"merged the adapters of {checkpoint.name} into {assets}"]
-
-
-def _base(checkpoint: Path, assets: Path, shape: Shape, *, has_head: bool) -> ModelWeights:
-    """The frozen weights under the adapters of a run; ``has_head``: the checkpoint holds a reward model's head."""
-    if has_head and not shape.reward:
-        raise ModelError(f"{checkpoint}: holds the adapters of a reward model; add --orm")
     below = megatron_checkpoint(assets)
-    weights = HfWeights(assets) if below is None else DistWeights(below, shape.hf_config)
-    if shape.reward and not has_head and SCORE not in weights:
-        raise ModelError(f"{checkpoint}: no reward head in it nor in {assets}; leave out --orm")
-    plain = Shape.of(shape.hf_config, reward=SCORE in weights, folder=str(assets))
-    _check_names(assets, weights, plain)
-    return weights
+    config = shape.hf_config
+    base = _hf_weights(assets, config) if below is None else DistWeights(below, config)
+    notes = (f"merged the adapters of {checkpoint.name} into {assets}",)
+    return _Opened(MergedWeights(base, adapter, shape), adapter, notes=notes)
 
 
-def _check_head(checkpoint: Path, has_score: bool, *, reward: bool) -> None:
-    if has_score and not reward:
-        raise ModelError(f"{checkpoint}: holds a reward model (score); add --orm")
-    if reward and not has_score:
-        raise ModelError(f"{checkpoint}: no reward head (score) in it; leave out --orm")
+def _check_head(request: Request, has_head: bool) -> None:
+    if request.reward and not has_head:
+        raise ModelError(f"{request.load_dir}: no reward head ({HEAD}) in it; leave out --orm")
+    if has_head and not request.reward:
+        raise ModelError(f"{request.load_dir}: holds a reward model ({HEAD}); add --orm")
 
 
-def _legacy(
-    request: Request, checkpoint: Path, shape: Shape
-) -> tuple[ModelWeights | None, PeftAdapter | None, list[str]]:
+def _opened_legacy(request: Request, checkpoint: Path, shape: Shape) -> _Opened:
     weights = LegacyWeights(checkpoint, shape, trust_pickle=request.trust_pickle)
     notes = []
     bias = weights.bias_of_score() if request.reward else None
@@ -225,12 +219,12 @@ def _legacy(
             f"left out rm_head.bias = {bias.tolist()}: it raises every score alike, and there is no place for it"
         )
     if not (request.adapters_only or weights.has_adapters):
-        return weights, None, notes
+        return _Opened(weights, notes=tuple(notes))
     adapter = adapters_of_legacy(weights, shape, alpha=request.lora_alpha)
     if request.adapters_only:
-        return None, adapter, notes
+        return _Opened(None, adapter, notes=tuple(notes))
     notes.append(f"merged the adapters of {checkpoint.name}: r = {adapter.rank}, alpha = {adapter.alpha:g}")
-    return MergedWeights(weights, adapter, shape), adapter, notes
+    return _Opened(MergedWeights(weights, adapter, shape), adapter, notes=tuple(notes))
 
 
 def _given_adapter(request: Request, weights: ModelWeights, shape: Shape) -> PeftAdapter:

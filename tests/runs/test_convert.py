@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlxf.errors import ModelError
 from tests.data_world import write_rows
 from tests.layouts import train, train_on
 from tests.runs.small import Recipe, World, make_world, run
@@ -70,11 +71,27 @@ def test_a_run_starts_from_a_checkpoint_of_another(world: World, tmp_path: Path)
     assert (tmp_path / "next0" / "policy" / "tokenizer.json").is_file()
 
 
-def test_a_checkpoint_of_a_reward_models_training_is_the_reward_model(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_a_checkpoint_of_a_reward_models_training_is_the_reward_model(
+    world: World, tmp_path: Path, lora_r: int
+) -> None:
     rows = [{"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(12)]
     write_rows(tmp_path / "pairs.jsonl", rows)
     recipe = world.recipe(training={"stage": "rm"}, actor_rollout={"data_path": str(tmp_path / "pairs.jsonl")})
+    recipe["actor_rollout"] |= {"lora_r": lora_r, "lr": 0.01}
     run(saved(recipe, tmp_path / "ckpt"), tmp_path / "run")
     back(tmp_path / "ckpt", tmp_path / "hf", "--orm")
     assert_same_tensors(tmp_path / "hf", tmp_path / "run" / "policy")
     assert settings_of(tmp_path / "hf") == settings_of(tmp_path / "run" / "policy")
+    if lora_r:
+        back(tmp_path / "ckpt", tmp_path / "adapter", "--save-lora-to-hf", "--orm")
+        files = [
+            folder / "adapter_model.safetensors"
+            for folder in (tmp_path / "adapter", tmp_path / "run" / "policy" / "adapter")
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        base, adapter = world.folder / "policy", str(tmp_path / "adapter")
+        convert(base, tmp_path / "merged", "--lora-load", adapter, "--orm", kinds=("hf", "hf"))
+        assert_same_tensors(tmp_path / "merged", tmp_path / "hf")
+        with pytest.raises(ModelError, match=r"holds a reward model .*; add --orm"):
+            convert(base, tmp_path / "wrong", "--lora-load", adapter, kinds=("hf", "hf"))
