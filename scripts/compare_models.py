@@ -1,6 +1,6 @@
 """Which of two models answers better, by a reward model or a reward function.
 
-scripts/compare_models.py A B --data prompts.jsonl --reward-model DIR [--sample] [--out FOLDER]
+python scripts/compare_models.py A B --data prompts.jsonl --reward-model DIR [--sample] [--out FOLDER]
 """
 
 from __future__ import annotations

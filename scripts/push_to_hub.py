@@ -1,4 +1,4 @@
-"""Upload a policy to a Hugging Face hub: ``scripts/push_to_hub.py FOLDER REPO [--private] [--dry-run]``.
+"""Upload a policy to a Hugging Face hub: ``python scripts/push_to_hub.py FOLDER REPO [--private] [--dry-run]``.
 
 The only command of this repository that sends a model anywhere.
 """

@@ -140,7 +140,7 @@ def recipe(folder: Path, settings: Settings) -> RunConfig:
             "ref": {"model": "policy"},
             "reward": reward,
             "rollout": {"engine": settings.engine},
-            "eval": {"num_prompts": settings.num_prompts},
+            "eval": {"num_prompts": settings.num_prompts, "data_path": str(settings.data_path)},
         }
     )
 

@@ -93,7 +93,7 @@ def _symmetric(part: int, whole: int) -> float:
 
 
 def wilson(rate: float, count: int, confidence: float) -> Interval:
-    """Wilson's score interval of a rate over ``count`` independent prompts (Wilson 1927, eq. for the limits of p).
+    """Wilson's score interval of a rate over ``count`` independent prompts (Wilson 1927).
 
     Ties make the outcomes vary less than wins and losses would, so with ties it is wider than it need be.
     """
@@ -115,7 +115,7 @@ def at_equal_lengths(outcomes: Floats, differences: Floats) -> Floats:
     """[R] win rates at equal lengths, each fitted to a row of outcomes.
 
     Logistic regression of an outcome on the difference of the two lengths, ``P(win) = sigmoid(theta + phi * d)``, read
-    at ``d = 0``: AlpacaEval 2's length control (Dubois et al. 2024, eq. 2) without its term for the instruction, which
+    at ``d = 0``: AlpacaEval 2's length control (Dubois et al. 2024) without its term for the instruction, which
     needs the answers of many models. A weak ridge keeps the coefficients finite where one model always wins.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a policy said to the evaluation prompts, and who of two said better."""
+"""How good a policy's answers to the evaluation prompts are, and who of two says better."""
 
 from __future__ import annotations
 
@@ -11,40 +11,29 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """One completion per evaluation prompt."""
+class Scores:
+    """Of a policy's answers, one per evaluation prompt; NaN where missing."""
 
-    scores: Tensor  # [num_prompts] float32, NaN where missing
-    texts: list[str]
-
-    def describe(self) -> dict[str, Any]:
-        """As JSON data."""
-        scores = [score if math.isfinite(score) else None for score in self.scores.tolist()]
-        return {"scores": scores, "texts": self.texts}
-
-    @staticmethod
-    def read(found: dict[str, Any]) -> Answers:
-        """What ``describe`` gave."""
-        scores = [math.nan if score is None else score for score in found["scores"]]
-        return Answers(torch.tensor(scores, dtype=torch.float32), found["texts"])
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """The answers of one evaluation."""
-
-    sampled: Answers
-    greedy: Answers | None  # None: eval.greedy is off
+    sampled: Tensor  # [num_prompts] float32
+    greedy: Tensor | None  # the same of its most probable answers; None: eval.greedy is off
 
     def describe(self) -> dict[str, Any]:
         """As JSON data."""
-        return {**self.sampled.describe(), "greedy": self.greedy.describe() if self.greedy else None}
+        return {"scores": _to_json(self.sampled), "greedy": None if self.greedy is None else _to_json(self.greedy)}
 
     @staticmethod
-    def read(found: dict[str, Any]) -> Round:
+    def read(found: dict[str, Any]) -> Scores:
         """What ``describe`` gave."""
         greedy = found.get("greedy")
-        return Round(Answers.read(found), Answers.read(greedy) if greedy else None)
+        return Scores(_from_json(found["scores"]), None if greedy is None else _from_json(greedy))
+
+
+def _to_json(scores: Tensor) -> list[float | None]:
+    return [score if math.isfinite(score) else None for score in scores.tolist()]
+
+
+def _from_json(scores: list[float | None]) -> Tensor:
+    return torch.tensor([math.nan if score is None else score for score in scores], dtype=torch.float32)
 
 
 def win_rate(scores: Tensor, others: Tensor) -> float:

@@ -8,8 +8,10 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from rlxf.config.schema import RunConfig
-from rlxf.evaluate.answers import Answers, Round, mean, win_rate
+from rlxf.evaluate.answers import Scores, mean, win_rate
 from rlxf.evaluate.due import is_due
 from rlxf.evaluate.user import call_metrics, load_metrics
 from rlxf.rollout.engine import Sampling
@@ -44,8 +46,8 @@ class Samples:
     texts: list[str]
 
     @property
-    def answers(self) -> Answers:
-        return Answers(self.scored.scores, self.texts)
+    def scores(self) -> Tensor:
+        return self.scored.scores  # [num_prompts] float32
 
 
 class Evaluation:
@@ -70,8 +72,9 @@ class Evaluation:
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._user_metrics = load_metrics(config.eval.metrics) if config.eval.metrics else None
-        self._baseline: Round | None = None  # the initial policy's
-        self._previous: Round | None = None  # the last evaluation's; at first the initial policy's
+        self._baseline: Scores | None = None  # the initial policy's
+        self._initial_texts: list[str] = []  # and what it said
+        self._previous: Scores | None = None  # the last evaluation's; at first the initial policy's
 
     def restore(self, found: dict[str, Any] | None) -> None:
         """Take over what ``describe_baseline`` of the resumed run gave; engine and actor still hold the initial policy.
@@ -79,22 +82,24 @@ class Evaluation:
         If it does not answer this run's prompts (another ``eval`` section, or no evaluations so far), the initial
         policy is sampled now.
         """
-        fits = found is not None and found["prompts"] == self._prompts_digest()
-        known = Round.read(found) if found is not None and fits else None
-        if known is None or (self._config.eval.greedy and known.greedy is None):
-            log.warning("the checkpoint has no such evaluation of these prompts: the initial policy is sampled again")
-            greedy = self._greedy(0)
-            sampled = known.sampled if known else self._sample(_BASELINE_STEP).answers
-            known = Round(sampled, greedy.answers if greedy else None)
-        previous = found.get("previous") if found is not None and fits else None
-        self._baseline, self._previous = known, Round.read(previous) if previous else known
+        if found is None or found["prompts"] != self._prompts_digest():
+            log.warning("the checkpoint has no evaluation of these prompts: the initial policy is sampled again")
+            self._start(self._greedy(0))
+            return
+        self._baseline, self._initial_texts = Scores.read(found), found["texts"]
+        if self._config.eval.greedy and self._baseline.greedy is None:
+            log.warning("the checkpoint has no greedy answers: the initial policy is asked again")
+            self._baseline = Scores(self._baseline.sampled, _scores(self._greedy(0)))
+        previous = found.get("previous")
+        self._previous = Scores.read(previous) if previous else self._baseline
 
     def describe_baseline(self) -> dict[str, Any] | None:
         """Initial and last answers as JSON data, for ``restore``; None before the first evaluation."""
         if self._baseline is None or self._previous is None:
             return None
         previous = None if self._previous is self._baseline else self._previous.describe()
-        return {"prompts": self._prompts_digest(), **self._baseline.describe(), "previous": previous}
+        initial = {**self._baseline.describe(), "texts": self._initial_texts}
+        return {"prompts": self._prompts_digest(), **initial, "previous": previous}
 
     def _prompts_digest(self) -> str:
         return hashlib.sha256(json.dumps(self._prompts.prompts.rows()).encode()).hexdigest()
@@ -104,29 +109,34 @@ class Evaluation:
         if not is_due(self._config.training, step):
             return {}
         greedy = self._greedy(step)
-        if self._baseline is None:  # its greedy answers are those of this evaluation: the weights are the same
-            sampled = self._sample(_BASELINE_STEP).answers
-            self._baseline = self._previous = Round(sampled, greedy.answers if greedy else None)
+        if self._baseline is None:
+            self._start(greedy)  # the weights are the same
         samples = self._sample(_BASELINE_STEP - 1 - step)
         metrics = {
             "eval/reward": _reward(samples),
-            **self._win_rates(samples.answers, greedy.answers if greedy else None),
+            **self._win_rates(samples, greedy),
             "eval/kl": self._kl(samples.scored.rollouts.sequences),
             **_lengths(samples, ""),
         }
         if greedy is not None:
             metrics |= {"eval/greedy_reward": _reward(greedy), **_lengths(greedy, "greedy_")}
-        metrics |= self._from_user(samples.texts, self._baseline.sampled.texts)
-        self._previous = Round(samples.answers, greedy.answers if greedy else None)  # last: this one is complete
+        metrics |= self._from_user(samples.texts, self._initial_texts)
+        self._previous = Scores(samples.scores, _scores(greedy))  # last: this one is complete
         return metrics
 
-    def _win_rates(self, sampled: Answers, greedy: Answers | None) -> Metrics:
+    def _start(self, greedy: Samples | None) -> None:
+        """Keep what the initial policy says."""
+        samples = self._sample(_BASELINE_STEP)
+        self._baseline = self._previous = Scores(samples.scores, _scores(greedy))
+        self._initial_texts = samples.texts
+
+    def _win_rates(self, sampled: Samples, greedy: Samples | None) -> Metrics:
         metrics: Metrics = {}
         for name, other in (("win_rate", self._baseline), ("win_rate_previous", self._previous)):
             assert other is not None
-            metrics[f"eval/{name}"] = win_rate(sampled.scores, other.sampled.scores)
+            metrics[f"eval/{name}"] = win_rate(sampled.scores, other.sampled)
             if greedy is not None and other.greedy is not None:
-                metrics[f"eval/greedy_{name}"] = win_rate(greedy.scores, other.greedy.scores)
+                metrics[f"eval/greedy_{name}"] = win_rate(greedy.scores, other.greedy)
         return metrics
 
     def _greedy(self, step: int) -> Samples | None:
@@ -160,8 +170,12 @@ class Evaluation:
         return call_metrics(self._user_metrics, path, list(self._prompts.texts), texts, initial_texts)
 
 
+def _scores(samples: Samples | None) -> Tensor | None:
+    return None if samples is None else samples.scores
+
+
 def _reward(samples: Samples) -> float:
-    scores = samples.scored.scores
+    scores = samples.scores
     return mean(scores[scores.isfinite()].double())
 
 
