@@ -23,7 +23,8 @@ def train(run: Run) -> None:
                 data, metrics = collect(run)
             metrics |= learn(run, data) if len(data) else skip(run)
             state.step += 1
-            metrics |= {"epoch": run.source.epoch(state.step - 1), "num_tokens": float(state.num_tokens)}
+            metrics |= {"epoch": run.source.epoch(state.step - 1), "data/dropped": float(run.source.num_dropped)}
+            metrics["num_tokens"] = float(state.num_tokens)
             state.metrics, state.unevaluated = metrics | run.clock.timings(), True
             finish_step(run)
         save(run, wait=True)

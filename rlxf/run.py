@@ -42,6 +42,11 @@ class PromptSource(Protocol):
         """Passes over the data at the end of a step."""
         ...
 
+    @property
+    def num_dropped(self) -> int:
+        """Rows left out so far, each counted once."""
+        ...
+
 
 class FileSource(Protocol):
     """What an offline run trains on, a step at a time: preference pairs (dpo), examples (sft), reward pairs (rm)."""
@@ -49,6 +54,9 @@ class FileSource(Protocol):
     def next_batch(self, step: int) -> Pairs | Examples: ...
 
     def epoch(self, step: int) -> float: ...
+
+    @property
+    def num_dropped(self) -> int: ...
 
 
 class Rollout(Protocol):
@@ -171,6 +179,10 @@ class Online:
 
     def epoch(self, step: int) -> float:
         return self.prompts.epoch(step)
+
+    @property
+    def num_dropped(self) -> int:
+        return self.prompts.num_dropped
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

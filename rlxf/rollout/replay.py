@@ -57,6 +57,11 @@ class ReplayEngine:
         """Passes over the file at the end of a step."""
         return (step + 1) * self._batch_size / len(self._rows)
 
+    @property
+    def num_dropped(self) -> int:
+        """No row of a recording is left out."""
+        return 0
+
     def next_batch(self, step: int) -> PromptBatch:
         """The prompts of a step. A recording holds no texts: they are the decoded tokens, and there are no columns."""
         numbers = self.prompt_ids(step)

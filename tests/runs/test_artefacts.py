@@ -16,7 +16,7 @@ NUM_STEPS, SAVE_INTERVAL, EVAL_INTERVAL, SAMPLES_INTERVAL = 5, 2, 3, 4
 
 # The table of docs/metrics.md.
 STEP_NAMES = {
-    "loss", "grad_norm", "learning_rate", "beta", "epoch", "num_tokens",
+    "loss", "grad_norm", "learning_rate", "beta", "epoch", "data/dropped", "num_tokens",
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
     "objective/kl", "objective/entropy", "objective/scores", "objective/scores_margin", "val/contain_eos_token",
     "pair/kept", "pair/dropped", "pair/tie_rate", "pair/margin",

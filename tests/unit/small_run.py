@@ -210,6 +210,8 @@ class SmallPrompts:
     def epoch(self, step: int) -> float:
         return (step + 1) / 2
 
+    num_dropped = 0
+
 
 class TokenCounter:
     """Scores a completion by how many liked tokens it holds."""
