@@ -163,6 +163,7 @@ def _build(folder: Path, recipe: Recipe, say: Say) -> None:
     costs = _Costs(say)
     with costs("data"):
         _write_data(folder, recipe)
+    say(f"  python ray_gpt.py --config-name {STAGES[0]}, then {STAGES[1]}: the policy and the reward model")
     with costs("policy"):
         policy = _train(folder, recipe, "sft_trainer_tiny", "sft", recipe.policy_overrides)
     with costs("reward_model"):
