@@ -85,7 +85,7 @@ class Standard:
         return frozenset((self.prompt_key,))
 
     def prompt(self, row: Row) -> Text:
-        if self._is_implicit(row):
+        if row.get(self.prompt_key) is None and self._is_implicit(row):
             return self.pair(row)[0]
         return prompt_field(row, self.prompt_key)
 

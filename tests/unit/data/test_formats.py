@@ -53,6 +53,10 @@ PROMPTS: dict[str, tuple[Row, Any]] = {
     "messages without an answer": ({"messages": [system("s"), user("u")]}, [system("s"), user("u")]),
     "completion": ({"prompt": "p", "completion": "c"}, "p"),
     "pair": ({"prompt": "p", "chosen": "c", "rejected": "r"}, "p"),
+    "pair of chats beside a string": (
+        {"prompt": "u", "chosen": [user("u"), assistant("a")], "rejected": [user("u"), assistant("b")]},
+        "u",
+    ),
     "implicit strings": ({"chosen": "Q: x A: one", "rejected": "Q: x A: two"}, "Q: x A:"),
     "implicit chats": ({"chosen": [user("u"), assistant("a")], "rejected": [user("u"), assistant("b")]}, [user("u")]),
     "alpaca": (ALPACA, ALPACA_PROMPT),
