@@ -37,7 +37,8 @@ def read_pickle(path: Path, *, trust_pickle: bool) -> Any:
     Raises:
         ModelError: it is damaged, or asks for something that it may not use; nothing of that was run.
     """
-    is_zip = path.open("rb").read(2) == b"PK"  # torch before 1.6 wrote bare pickles, whose needs only reading tells
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"  # torch before 1.6 wrote bare pickles, whose needs only reading tells
     try:
         wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {_PLAIN} if is_zip else set[str]()
     except (OSError, RuntimeError) as error:
