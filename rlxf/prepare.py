@@ -193,7 +193,7 @@ def _nothing_else(folder: Path) -> None:
 
 def _reference(config: RunConfig, data: Data, roles: Roles, stop: Stop) -> Reference:
     """The reference; with ``ref.precompute_ref_log_probs`` one that knows all pairs of the data already."""
-    if not config.ref.precompute_ref_log_probs:
+    if not config.ref.precompute_ref_log_probs or config.training.eval_only:
         return roles.reference
     assert isinstance(data.training, PreferenceFile)
     folder = Path(config.ref.cache) if config.ref.cache else Path.home() / ".cache" / "rlxf" / "ref_logps"

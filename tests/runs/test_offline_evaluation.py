@@ -82,6 +82,13 @@ def test_a_checkpoint_is_evaluated_as_the_training_run_did(
     assert "held-out loss" in told
 
 
+def test_an_evaluation_alone_computes_the_reference_of_its_own_rows_only(world: World, tmp_path: Path) -> None:
+    wanted = recipe(world, tmp_path, "dpo", eval_only=True)
+    wanted["ref"] |= {"precompute_ref_log_probs": True, "cache": str(tmp_path / "cache")}
+    run(wanted, tmp_path / "run")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_the_size_of_the_batches_does_not_matter(world: World, tmp_path: Path) -> None:
     def evaluated(size: int) -> Finished:
         folder = tmp_path / str(size)
