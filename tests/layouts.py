@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,25 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from rlxf.config.schema import RunConfig
 from rlxf.models.backend import load_model, sequence_scores
 from rlxf.models.batching import Limits
 from rlxf.models.megatron.parallel import free_port
 from rlxf.platform import Process, get_platform
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.frozen import FrozenReference
-from rlxf.types import ReferencedPairs
+from rlxf.reference.none import NoReference
+from rlxf.run import Reference
+from rlxf.types import Batch, ReferencedPairs
 from rlxf.update.actor import Actor
-from tests.settings import random_pairs, run_config
+from tests.settings import random_examples, random_pairs, random_reward_pairs, run_config
 
 NUM_STEPS = 3
 NUM_PAIRS = 7  # odd on purpose: no size divides it
 
 
 def train(folder: Path, reward: Path | None, process: Process, settings: dict[str, Any]) -> dict[str, Any]:
-    """Metrics, log-probs, scores and final weights of a few steps, on this rank; weights on rank 0 only.
+    """Metrics, evaluation, log-probs, scores and weights of a few steps, on this rank; weights on rank 0 only.
 
     ``settings`` are those of ``run_config``, and ``steps``, ``start`` and ``checkpoint``: folders to go on from and to
     leave behind.
@@ -42,28 +45,51 @@ def train(folder: Path, reward: Path | None, process: Process, settings: dict[st
     config = run_config(folder, reward=reward, **settings)
     platform = get_platform("cpu")
     actor = Actor(config, platform, process)
-    is_base = config.reference_is_base
-    reference = AdapterOffReference(actor) if is_base else FrozenReference(config, platform, process)
+    make = _batches(config, actor, process)
     metrics = []
     if start:
         actor.load_checkpoint(Path(start))
     for step in steps or range(NUM_STEPS):
-        pairs = random_pairs(NUM_PAIRS, seed=step)
-        metrics.append(actor.update(ReferencedPairs(pairs=pairs, reference=reference.logps(pairs)), step))
+        metrics.append(actor.update(make(step), step))
     if checkpoint:
         actor.save_checkpoint(Path(checkpoint))
     names = [name for name, _ in actor.model.exported_shapes()]
     rows = random_pairs(5, seed=9).chosen
-    scores = torch.zeros(0)
+    scores, logps = torch.zeros(0), torch.zeros(0)
+    if actor.model.reward:
+        scores = sequence_scores(actor.model, rows, Limits.of(config.actor_rollout))
+    else:
+        logps = actor.token_logps(rows)
     if reward is not None:
         scores = sequence_scores(load_model(config, "reward", platform, process), rows, Limits.of(config.reward))
     return {
         "metrics": metrics,
-        "logps": actor.token_logps(rows),
+        "evaluation": actor.evaluate(make(NUM_STEPS)),
+        "logps": logps,
         "scores": scores,
         "weights": {name: value.clone() for name, value in actor.model.export(names)},
         "adapters": {name: value.detach().clone() for name, value in _export_adapters(actor)},
     }
+
+
+def _batches(config: RunConfig, actor: Actor, process: Process) -> Callable[[int], Batch]:
+    """What the stage of ``config`` trains on in a step; the same on every rank."""
+    stage = config.training.stage
+    if stage == "sft":
+        return lambda step: random_examples(NUM_PAIRS, seed=step)
+    if stage == "rm":
+        return lambda step: random_reward_pairs(NUM_PAIRS, seed=step)
+    reference: Reference = NoReference()
+    if config.reference_is_base:
+        reference = AdapterOffReference(actor)
+    elif config.needs_reference:
+        reference = FrozenReference(config, get_platform("cpu"), process)
+
+    def referenced_pairs(step: int) -> ReferencedPairs:
+        pairs = random_pairs(NUM_PAIRS, seed=step)
+        return ReferencedPairs(pairs=pairs, reference=reference.logps(pairs))
+
+    return referenced_pairs
 
 
 def _export_adapters(actor: Actor) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from rlxf.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from rlxf.types import PairLogps, Pairs, ReferencedPairs, Sequences
+from rlxf.types import Examples, PairLogps, Pairs, ReferencedPairs, RewardPairs, Sequences
 from tests.tiny_models import VOCAB
 
 MODEL = ModelConfig(
@@ -68,3 +68,22 @@ def referenced(pairs: Pairs, seed: int = 0) -> ReferencedPairs:
     generator = torch.Generator().manual_seed(seed)
     chosen, rejected = (-40 + 5 * torch.randn(len(pairs), generator=generator) for _ in range(2))
     return ReferencedPairs(pairs=pairs, reference=PairLogps(chosen=chosen, rejected=rejected))
+
+
+def random_reward_pairs(count: int, seed: int = 0) -> RewardPairs:
+    """The same pairs with margins."""
+    pairs = random_pairs(count, seed)
+    margin = torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    return RewardPairs(chosen=pairs.chosen, rejected=pairs.rejected, margin=margin)
+
+
+def random_examples(count: int, seed: int = 0) -> Examples:
+    """Of unequal lengths, with tokens that do not count; every second row shares its prompt with the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = random_rows(count, 2, 12, generator)
+    prompts = [prompts[row - row % 2] for row in range(count)]
+    sequences = Sequences.from_rows(prompts, random_rows(count, 2, 30, generator))
+    lengths = sequences.completion_lengths
+    counted = torch.rand(int(lengths.sum()), generator=generator) < 0.7
+    counted[lengths.cumsum(0) - lengths] = True  # a completion begins with a token that counts
+    return Examples(sequences=sequences, counted=counted)

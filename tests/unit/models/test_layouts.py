@@ -86,7 +86,12 @@ def assert_equal_runs(found: dict[str, Any], expected: dict[str, Any], tolerance
             if name != "rewards/accuracies" or (step > 0 and tolerance is FP32):
                 near = pytest.approx(value, rel=10 * tolerance.loss, abs=max(10 * tolerance.loss, tolerance.logps))
                 assert ours[name] == near, f"{name} in step {step}"
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=tolerance.loss), f"loss in step {step}"
+        near = pytest.approx(theirs["loss"], rel=tolerance.loss, abs=tolerance.loss)
+        assert ours["loss"] == near, f"loss in step {step}"
+    for name, value in expected["evaluation"].items():
+        if name != "rewards/accuracies":
+            near = pytest.approx(value, rel=10 * tolerance.loss, abs=max(10 * tolerance.loss, tolerance.logps))
+            assert found["evaluation"][name] == near, f"{name} of the evaluation"
     for name in ("logps", "scores"):
         torch.testing.assert_close(found[name], expected[name], atol=tolerance.logps, rtol=0)
     assert set(found["weights"]) == set(expected["weights"])
@@ -108,3 +113,37 @@ def test_a_layout_equals_one_process(
     one = train(folder, reward, Process(), SETTINGS | (BF16 if half else {}))
     found = train_on(folder, world_size, tmp_path / "found.pt", reward=reward, **(SETTINGS | layout))
     assert_equal_runs(found, one, HALF if half else FP32)
+
+
+# The other stages: stage, keys of actor_rollout.
+STAGES: dict[str, dict[str, Any]] = {
+    "sigmoid": {"stage": "dpo"},
+    "aot": {"stage": "dpo", "dpo_loss_type": "aot"},
+    "simpo": {"stage": "dpo", "dpo_loss_type": "simpo", "dpo_beta": 2.0},
+    "sft": {"stage": "sft"},
+    "rm": {"stage": "rm", "center_rewards_coefficient": 0.01},
+}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, TP2),
+    "tp2-sp": (2, TP2 | SP),
+    "pp2": (2, PP2),
+    "dp2": (2, DP2),
+    "cp2": (2, CP2),
+}
+EVERY_TIME = {("sft", "tp2-sp"), ("rm", "pp2"), ("aot", "dp2")}
+STAGE_PARAMETERS = [
+    pytest.param(stage, layout, id=f"{stage}-{layout}", marks=[] if (stage, layout) in EVERY_TIME else pytest.mark.slow)
+    for stage in STAGES
+    for layout in LAYOUTS
+]
+
+
+@pytest.mark.parametrize(("stage", "layout"), STAGE_PARAMETERS)
+def test_a_layout_of_another_stage_equals_one_process(tmp_path: Path, stage: str, layout: str) -> None:
+    """A reward model begins as a language model: every rank must make up the same head."""
+    folder = save_causal_lm(tmp_path / "model", tied=True, num_hidden_layers=4)
+    world_size, sizes = LAYOUTS[layout]
+    settings = SETTINGS | STAGES[stage]
+    one = train(folder, None, Process(), settings)
+    found = train_on(folder, world_size, tmp_path / "found.pt", **(settings | sizes))
+    assert_equal_runs(found, one, FP32)

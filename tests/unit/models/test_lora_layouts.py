@@ -65,6 +65,39 @@ def test_a_layout_equals_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", [TP2 | SP, PP2, {"context_parallel_size": 2}], ids=["tp2-sp", "pp2", "cp2"])
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_a_layout_of_another_stage_equals_one_process(tmp_path: Path, stage: str, layout: dict[str, Any]) -> None:
+    """A reward model's head trains beside the adapters, on the ranks that hold it."""
+    folder = save_causal_lm(tmp_path / "model", tied=True, num_hidden_layers=4)
+    settings = SETTINGS | {"stage": stage}
+    one = train(folder, None, Process(), settings)
+    assert ("score.weight" in one["adapters"]) == (stage == "rm")
+    found = train_on(folder, 2, tmp_path / "found.pt", **(settings | layout))
+    assert_equal_runs(found, one, tolerance=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
+@pytest.mark.parametrize(("before", "after"), [(TP2, PP2), (PP2, {})], ids=["tp2-pp2", "pp2-one"])
+def test_a_checkpoint_of_a_reward_model_goes_on_in_another_layout(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any], rank: int
+) -> None:
+    folder = save_causal_lm(tmp_path / "model", num_hidden_layers=4)
+    (tmp_path / "saved").mkdir()
+    settings = SETTINGS | {"stage": "rm", "lora_r": rank, "lr": 1e-2 if rank else 1e-3}
+
+    def run(name: str, layout: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return train_on(folder, 2 if layout else 1, tmp_path / f"{name}.pt", **(settings | layout | more))
+
+    run("first", before, checkpoint=str(tmp_path / "saved"), steps=[0, 1])
+    resumed = run("second", after, start=str(tmp_path / "saved"), steps=[2, 3])
+    whole = run("whole", before, steps=[0, 1, 2, 3])
+    whole["metrics"] = whole["metrics"][2:]
+    assert_equal_runs(resumed, whole, tolerance=1e-5)
+
+
+@pytest.mark.slow
 def test_a_4_bit_base_trains_the_same_with_and_without_a_split_sequence(tmp_path: Path) -> None:
     folder = save_causal_lm(tmp_path / "model", num_hidden_layers=4)
     settings = SETTINGS | TP2 | {"qlora": True}

@@ -23,7 +23,7 @@ from rlxf.update.actor import Actor
 from rlxf.update.reward import bradley_terry_loss
 from tests import actors
 from tests.actors import assert_equal_steps, weights
-from tests.settings import random_pairs, run_config
+from tests.settings import random_pairs, random_reward_pairs, run_config
 from tests.tiny_models import PAD, save_causal_lm, save_reward_model
 
 CENTERING = 0.03
@@ -41,12 +41,6 @@ def language_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 
 def actor(folder: Path, **settings: Any) -> Actor:
     return actors.actor(folder, "rm", **{"center_rewards_coefficient": CENTERING, "ppo_mini_batch_size": 6} | settings)
-
-
-def reward_pairs(count: int, seed: int = 0) -> RewardPairs:
-    pairs = random_pairs(count, seed)
-    margin = torch.rand(count, generator=torch.Generator().manual_seed(seed))
-    return RewardPairs(chosen=pairs.chosen, rejected=pairs.rejected, margin=margin)
 
 
 def scores_of(of: Actor, sequences: Sequences) -> Tensor:
@@ -79,7 +73,7 @@ def test_five_steps_equal_plain_hugging_face_training(folder: Path) -> None:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.0)
     for step in range(5):
-        batch = reward_pairs(6, seed=step)
+        batch = random_reward_pairs(6, seed=step)
         metrics = trained.update(batch, step)
         chosen, rejected = hf_scores(model, batch.chosen), hf_scores(model, batch.rejected)
         centred = CENTERING * (chosen + rejected).square()
@@ -112,24 +106,24 @@ def test_the_loss_is_the_papers() -> None:
     ids=str,
 )
 def test_how_the_batch_is_cut_never_changes_report_or_weights(folder: Path, settings: dict[str, Any]) -> None:
-    batch = reward_pairs(7)
+    batch = random_reward_pairs(7)
     assert_equal_steps(one_step(folder, batch, **settings), one_step(folder, batch, micro_batch_size=7))
 
 
 def test_order_of_the_pairs_never_changes_report_or_weights(folder: Path) -> None:
-    batch = reward_pairs(7)
+    batch = random_reward_pairs(7)
     shuffled = batch.select(torch.tensor([4, 2, 6, 0, 1, 5, 3]))
     assert_equal_steps(*(one_step(folder, rows, micro_batch_size=3) for rows in (batch, shuffled)))
 
 
 def test_a_pass_takes_as_many_pairs_as_the_recipe_says(folder: Path) -> None:
-    trained, batch = actor(folder, micro_batch_size=2), reward_pairs(7)
+    trained, batch = actor(folder, micro_batch_size=2), random_reward_pairs(7)
     parts = trained._micro_batches(trained.objective.mini_batch(batch, torch.arange(7), fresh=True))
     assert [len(part.packed.lengths) for part in parts] == [4, 4, 4, 2]  # sequences: two a pair
 
 
 def test_evaluation_is_what_an_update_reports_and_trains_nothing(folder: Path) -> None:
-    trained, batch = actor(folder), reward_pairs(6)
+    trained, batch = actor(folder), random_reward_pairs(6)
     before = weights(trained)
     found = trained.evaluate(batch)
     assert all(torch.equal(value, before[name]) for name, value in weights(trained).items())
@@ -140,7 +134,7 @@ def test_evaluation_is_what_an_update_reports_and_trains_nothing(folder: Path) -
 
 
 def test_a_non_finite_loss_stops_before_the_weights_change(folder: Path) -> None:
-    batch = reward_pairs(4)
+    batch = random_reward_pairs(4)
     trained = actor(folder, ppo_mini_batch_size=4)
     before = weights(trained)
     with pytest.raises(TrainingError, match=r"step 3: the loss is nan"):
@@ -170,7 +164,7 @@ def test_a_saved_model_scores_as_the_trained_one(
 ) -> None:
     trained = actor(language_model, lr=1e-2, **settings)
     for step in range(3):
-        trained.update(reward_pairs(6, seed=step), step)
+        trained.update(random_reward_pairs(6, seed=step), step)
     trained.save_hf(tmp_path / "saved")
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "saved", output_loading_info=True
@@ -187,7 +181,7 @@ def test_a_saved_model_scores_as_the_trained_one(
 
 
 def test_training_goes_on_bit_for_bit_from_a_checkpoint(language_model: Path, tmp_path: Path) -> None:
-    batches = [reward_pairs(4, seed=seed) for seed in range(4)]
+    batches = [random_reward_pairs(4, seed=seed) for seed in range(4)]
     whole = actor(language_model, ppo_mini_batch_size=4)
     for step in range(2):
         whole.update(batches[step], step)
@@ -209,7 +203,7 @@ def lora_actor(folder: Path, **settings: Any) -> Actor:
 def test_with_adapters_the_head_trains_and_the_base_does_not(language_model: Path) -> None:
     trained = lora_actor(language_model, lora_target_modules=("linear_proj",))
     before = weights(trained)
-    trained.update(reward_pairs(6), 0)
+    trained.update(random_reward_pairs(6), 0)
     moved = {name for name, value in weights(trained).items() if not torch.equal(value, before[name])}
     # In a first step B is zero, so nothing flows into A, but B and the head move.
     assert moved == {"score.weight", *(f"model.layers.{i}.self_attn.o_proj.weight" for i in range(2))}
@@ -227,7 +221,7 @@ def test_five_steps_with_adapters_equal_training_with_peft(folder: Path, tmp_pat
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.0)
     for step in range(5):
-        batch = reward_pairs(6, seed=step)
+        batch = random_reward_pairs(6, seed=step)
         metrics = trained.update(batch, step)
         chosen, rejected = hf_scores(model, batch.chosen), hf_scores(model, batch.rejected)
         losses = bradley_terry_loss(chosen, rejected, batch.margin, centering=CENTERING)
@@ -242,7 +236,7 @@ def test_five_steps_with_adapters_equal_training_with_peft(folder: Path, tmp_pat
 def test_a_saved_adapter_has_the_head_for_peft_and_for_us(language_model: Path, tmp_path: Path) -> None:
     trained = lora_actor(language_model)
     for step in range(3):
-        trained.update(reward_pairs(6, seed=step), step)
+        trained.update(random_reward_pairs(6, seed=step), step)
     trained.save_hf(tmp_path / "saved")
     adapter = tmp_path / "saved" / "adapter"
     base = transformers.AutoModelForSequenceClassification.from_pretrained(language_model, num_labels=1)
@@ -262,20 +256,20 @@ def test_a_saved_adapter_has_the_head_for_peft_and_for_us(language_model: Path, 
 
 def test_adapters_and_head_go_on_bit_for_bit_from_a_checkpoint(language_model: Path, tmp_path: Path) -> None:
     whole = lora_actor(language_model)
-    whole.update(reward_pairs(6), 0)
+    whole.update(random_reward_pairs(6), 0)
     whole.save_checkpoint(tmp_path)
-    expected = [whole.update(reward_pairs(6, seed=step), step) for step in (1, 2)]
+    expected = [whole.update(random_reward_pairs(6, seed=step), step) for step in (1, 2)]
     resumed = lora_actor(language_model)
     start = weights(resumed)["score.weight"]
     resumed.load_checkpoint(tmp_path)
     assert not torch.equal(weights(resumed)["score.weight"], start)
-    assert [resumed.update(reward_pairs(6, seed=step), step) for step in (1, 2)] == expected
+    assert [resumed.update(random_reward_pairs(6, seed=step), step) for step in (1, 2)] == expected
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
 
 
 def test_the_base_of_adapters_is_the_folders(language_model: Path) -> None:
     trained = lora_actor(language_model, lora_target_modules=("linear_proj",))
-    trained.update(reward_pairs(6), 0)
+    trained.update(random_reward_pairs(6), 0)
     files, found = HfWeights(language_model), weights(trained)
     assert torch.equal(found["model.embed_tokens.weight"], files.read("model.embed_tokens.weight"))
     assert torch.equal(found["model.norm.weight"], files.read("model.norm.weight"))

@@ -15,7 +15,7 @@ from rlxf.types import Examples, Metrics, Sequences
 from rlxf.update.actor import Actor
 from tests import actors
 from tests.actors import assert_equal_steps, hf_token_logps, weights
-from tests.settings import random_rows
+from tests.settings import random_examples, random_rows
 from tests.tiny_models import save_causal_lm
 
 
@@ -30,17 +30,6 @@ def actor(folder: Path, **settings: Any) -> Actor:
 
 def one_step(folder: Path, batch: Examples, **settings: Any) -> tuple[Metrics, dict[str, Tensor]]:
     return actors.one_step(folder, "sft", batch, **settings)
-
-
-def examples(count: int, seed: int = 0) -> Examples:
-    """Of unequal lengths, with tokens that do not count; every second row shares its prompt with the one before."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = random_rows(count, 2, 12, generator)
-    prompts = [prompts[i - i % 2] for i in range(count)]
-    sequences = Sequences.from_rows(prompts, random_rows(count, 2, 30, generator))
-    counted = torch.rand(int(sequences.completion_lengths.sum()), generator=generator) < 0.7
-    counted[sequences.completion_lengths.cumsum(0) - sequences.completion_lengths] = True  # the first of each row
-    return Examples(sequences=sequences, counted=counted)
 
 
 def all_counted(sequences: Sequences) -> Examples:
@@ -67,7 +56,7 @@ def test_five_steps_equal_plain_hugging_face_training(folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.0)
     for step in range(5):
-        batch = examples(6, seed=step)
+        batch = random_examples(6, seed=step)
         metrics = trained.update(batch, step)
         loss = hf_loss(model, batch)
         optimizer.zero_grad()
@@ -109,7 +98,7 @@ def test_a_token_that_is_not_counted_is_a_context_of_those_behind_it(folder: Pat
 
 
 def test_a_row_without_a_counted_token_adds_nothing(folder: Path) -> None:
-    batch = examples(4)
+    batch = random_examples(4)
     silent = Examples(sequences=Sequences.from_rows([[5, 6]], [[7, 8, 9]]), counted=torch.zeros(3, dtype=torch.bool))
     both = Examples(
         sequences=Sequences.concat([batch.sequences, silent.sequences]),
@@ -125,12 +114,12 @@ def test_a_row_without_a_counted_token_adds_nothing(folder: Path) -> None:
     ids=str,
 )
 def test_how_the_batch_is_cut_never_changes_loss_or_weights(folder: Path, settings: dict[str, Any]) -> None:
-    batch = examples(7)
+    batch = random_examples(7)
     assert_equal_steps(one_step(folder, batch, **settings), one_step(folder, batch, micro_batch_size=7))
 
 
 def test_order_of_the_rows_never_changes_loss_or_weights(folder: Path) -> None:
-    batch = examples(7)
+    batch = random_examples(7)
     shuffled = batch.select(torch.tensor([4, 2, 6, 0, 1, 5, 3]))
     assert_equal_steps(*(one_step(folder, rows, micro_batch_size=3) for rows in (batch, shuffled)))
 
@@ -147,13 +136,13 @@ def test_a_neighbour_of_any_length_never_changes_a_rows_loss(folder: Path) -> No
 
 
 def test_a_pass_takes_as_many_sequences_as_the_recipe_says(folder: Path) -> None:
-    trained, batch = actor(folder, micro_batch_size=3), examples(7)
+    trained, batch = actor(folder, micro_batch_size=3), random_examples(7)
     parts = trained._micro_batches(trained.objective.mini_batch(batch, torch.arange(7), fresh=True))
     assert [len(part.packed.lengths) for part in parts] == [3, 3, 1]
 
 
 def test_evaluation_is_what_an_update_reports_and_trains_nothing(folder: Path) -> None:
-    trained, batch = actor(folder), examples(6)
+    trained, batch = actor(folder), random_examples(6)
     before = weights(trained)
     found = trained.evaluate(batch)
     assert all(torch.equal(value, before[name]) for name, value in weights(trained).items())
@@ -162,16 +151,18 @@ def test_evaluation_is_what_an_update_reports_and_trains_nothing(folder: Path) -
 
 def test_a_saved_model_loads_in_transformers_with_the_trained_weights(folder: Path, tmp_path: Path) -> None:
     trained = actor(folder)
-    trained.update(examples(6), 0)
+    trained.update(random_examples(6), 0)
     trained.save_hf(tmp_path / "policy")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     with torch.no_grad():
-        assert hf_loss(model, examples(6)).item() == pytest.approx(trained.evaluate(examples(6))["loss"], rel=1e-5)
+        assert hf_loss(model, random_examples(6)).item() == pytest.approx(
+            trained.evaluate(random_examples(6))["loss"], rel=1e-5
+        )
 
 
 def test_adapters_learn_and_leave_the_base_alone(folder: Path) -> None:
     trained = actor(folder, lora_r=4, lora_alpha=8.0, lr=1e-2, lora_target_modules=("linear_fc2",))
-    losses = [trained.update(examples(6), step)["loss"] for step in range(8)]
+    losses = [trained.update(random_examples(6), step)["loss"] for step in range(8)]
     assert losses[-1] < losses[0] - 0.1
     files, found = HfWeights(folder), weights(trained)
     moved = {name for name in found if not torch.equal(found[name], files.read(name))}
@@ -182,10 +173,10 @@ def test_adapters_learn_and_leave_the_base_alone(folder: Path) -> None:
 def test_training_goes_on_bit_for_bit_from_a_checkpoint(folder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     whole = actor(folder, **settings)
     for step in range(2):
-        whole.update(examples(6, seed=step), step)
+        whole.update(random_examples(6, seed=step), step)
     whole.save_checkpoint(tmp_path)
-    expected = [whole.update(examples(6, seed=step), step) for step in (2, 3)]
+    expected = [whole.update(random_examples(6, seed=step), step) for step in (2, 3)]
     resumed = actor(folder, **settings)
     resumed.load_checkpoint(tmp_path)
-    assert [resumed.update(examples(6, seed=step), step) for step in (2, 3)] == expected
+    assert [resumed.update(random_examples(6, seed=step), step) for step in (2, 3)] == expected
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
