@@ -127,6 +127,10 @@ def folder_problems(config: RunConfig) -> Iterator[Problem]:
                 yield Problem((key,), f"{key} = {place}: a folder that holds no file that ends in {_either(named)}")
         elif named.data and indexed_files(named.path):
             continue
+        elif named.data and not named.path.suffix and not named.exists:  # a folder or a prefix, still to be made
+            if not config.dry_run:
+                expected = f"no such folder, and no files of that prefix; paths are relative to {Path.cwd()}"
+                yield Problem((key,), f"{key} = {place}: {expected}")
         elif named.suffixes and named.path.suffix.lower() not in named.suffixes:
             yield Problem((key,), f"{key} = {place}: expected a file that ends in {_either(named)}")
         elif not named.exists and not config.dry_run:
