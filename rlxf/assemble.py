@@ -5,6 +5,9 @@ A room's imports are inside its function, so that a process imports only what it
 
 from __future__ import annotations
 
+import json
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlxf.config.schema import RunConfig
@@ -24,7 +27,9 @@ def build_actor(config: RunConfig, platform: Platform, process: Process) -> Acto
     """One rank of the actor."""
     from rlxf.update.actor import Actor
 
-    return Actor(config, platform, process)
+    actor = config.actor_rollout
+    own = actor.tokenizer_name_or_path or actor.prompt_type or actor.eos_tokens
+    return Actor(config, platform, process, save_tokenizer=partial(save_policy_tokenizer, config) if own else None)
 
 
 def build_reference(config: RunConfig, platform: Platform, process: Process) -> FrozenReference:
@@ -68,6 +73,21 @@ def policy_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
+
+
+def save_policy_tokenizer(config: RunConfig, folder: Path) -> None:
+    """Write the tokenizer that the policy was trained with, its chat template and its EOS into a model folder.
+
+    ``generate`` then stops where a turn of that template ends.
+    """
+    from rlxf.models.tokenizer import eos_token_ids
+
+    tokenizer = policy_tokenizer(config)
+    tokenizer.save_pretrained(folder)
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings["eos_token_id"] = list(eos_token_ids(policy_folder(config), tokenizer, config.actor_rollout.eos_tokens))
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def policy_folder(config: RunConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +55,7 @@ class Actor:
         config: the whole recipe; its stage decides what is minimised.
         platform: the device.
         process: this rank's place.
+        save_tokenizer: writes the policy's tokenizer into a model folder; None: it is that of ``actor_rollout.load``.
 
     Raises:
         ModelError: ``actor_rollout.load`` does not hold a model of that stage.
@@ -62,8 +63,16 @@ class Actor:
 
     _write: Write | None = None  # the newest checkpoint
 
-    def __init__(self, config: RunConfig, platform: Platform, process: Process) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        platform: Platform,
+        process: Process,
+        *,
+        save_tokenizer: Callable[[Path], None] | None = None,
+    ) -> None:
         self.config = config.actor_rollout
+        self._save_tokenizer = save_tokenizer
         self.model = load_model(config, "actor_rollout", platform, process)
         self.layout = self.model.layout
         self.schedule = make_schedule(self.config, config.training.train_iters)
@@ -216,15 +225,20 @@ class Actor:
         names = [name for name, _ in self.model.exported_shapes()]
         tensors = self.model.export(names)
         if dist.get_rank() == 0:
-            extra = self._save_adapter if self.config.lora_r else None
             changes = self.model.config_changes()
-            save_hf_folder(folder, tensors, like=self.model.folder, changes=changes, extra=extra)
+            save_hf_folder(folder, tensors, like=self.model.folder, changes=changes, extra=self._save_extra)
         else:
             for _ in tensors:
                 continue
             if self.config.lora_r:
                 self._save_adapter(folder)
         dist.barrier()
+
+    def _save_extra(self, folder: Path) -> None:
+        if self.config.lora_r:
+            self._save_adapter(folder)
+        if self._save_tokenizer is not None:
+            self._save_tokenizer(folder)
 
     def _save_adapter(self, folder: Path) -> None:
         from rlxf.models.megatron.adapters import export_adapters

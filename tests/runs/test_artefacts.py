@@ -182,3 +182,18 @@ def test_checkpoints_go_where_the_recipe_says(world: World, tmp_path: Path) -> N
     finished = run(recipe, tmp_path / "run")
     assert (tmp_path / "elsewhere" / "iter_0000001" / "driver.json").is_file()
     assert not (finished.folder / "checkpoints").exists()
+
+
+def test_the_policy_keeps_the_template_and_the_end_of_turn_that_it_was_trained_with(
+    world: World, tmp_path: Path
+) -> None:
+    """With a chat template by name the folder's own tokenizer files would write other prompts."""
+    import transformers
+
+    keys = {"prompt_type": "chatml", "eos_tokens": ["!"]}
+    done = run(world.recipe(training={"train_iters": 1}, actor_rollout=keys), tmp_path / "run")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(done.folder / "policy")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    ends = transformers.GenerationConfig.from_pretrained(done.folder / "policy").eos_token_id
+    assert {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("!")} <= set(ends)
