@@ -149,7 +149,7 @@ def _dataset_files(folder: Path) -> list[Path]:
 
 def _split_name(folder: Path, part: Part) -> str:
     names = _split_names(folder)
-    if len(names) == 1 and part == "train":
+    if len(names) == 1:  # cut by actor_rollout.split, as a file is
         return names[0]
     for name in _SPLIT_NAMES[part]:
         if name in names:

@@ -127,6 +127,14 @@ def test_a_dataset_dict_brings_its_own_parts(tmp_path: Path) -> None:
     assert texts(source(path, part="valid", batch=2), 1) == ["p8", "p9"]
 
 
+def test_a_dataset_dict_of_one_split_is_cut_like_a_file(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}"} for i in range(10)]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "hf")
+    path = [tmp_path / "hf"]
+    assert texts(source(path, part="valid", split="80,20,0", batch=2), 1) == ["p8", "p9"]
+    assert len(source(path, split="80,20,0")) == 8
+
+
 def test_a_share_that_comes_to_no_row_is_an_error(two: list[Path]) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl: actor_rollout\.split=99,1,0 leaves no row for valid"):
         source(two, part="valid", split="99,1,0")
