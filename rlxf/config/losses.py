@@ -8,6 +8,7 @@ from rlxf.config.problems import Problem, wrong
 from rlxf.config.schema import RunConfig
 
 _SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo")
+# Those that read the difference of two scores, which an f-divergence and a division by the length are defined for.
 _DIVERGENCE = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm")
 _AVERAGED = ("sigmoid_norm", "simpo", "orpo", "sft")  # divided by the length as they are defined
 _TYPE = "actor_rollout.dpo_loss_type"
@@ -29,12 +30,18 @@ def loss_problems(config: RunConfig) -> Iterator[Problem]:
     yield from _smoothing(config)
     yield from _reference(config)
     divergence = actor.f_divergence_type
-    if divergence != "reverse_kl" and (plain := [name for name in names if name not in _DIVERGENCE]):
+    # Beside a loss that reads the divergence, sft may stand: it has no reference to be kept near.
+    plain = [name for name in names if name not in _DIVERGENCE and (name != "sft" or len(names) == 1)]
+    if divergence != "reverse_kl" and plain:
         expected = f"expected reverse_kl with {', '.join(plain)}: defined for {', '.join(_DIVERGENCE)}"
         yield wrong("actor_rollout.f_divergence_type", divergence, expected, _TYPE)
     if actor.dpo_logp_reduction == "sum" and (own := [name for name in names if name in _AVERAGED]):
         expected = f"expected auto with {', '.join(own)}, which reads log-probabilities per token"
         yield wrong("actor_rollout.dpo_logp_reduction", "sum", expected, _TYPE)
+    summed = [name for name in names if name not in (*_DIVERGENCE, *_AVERAGED)]
+    if actor.dpo_logp_reduction == "mean" and summed:
+        expected = f"expected auto with {', '.join(summed)}, which reads log-probabilities of whole completions"
+        yield wrong("actor_rollout.dpo_logp_reduction", "mean", expected, _TYPE)
 
 
 def _smoothing(config: RunConfig) -> Iterator[Problem]:

@@ -40,6 +40,7 @@ LOSSES = {
     "js_divergence": Settings(divergence="js_divergence"),
     "alpha_divergence": Settings(divergence="alpha_divergence"),
     "alpha_divergence-hinge": Settings(loss_type="hinge", divergence="alpha_divergence", alpha=0.8),
+    "js_divergence-and-sft": Settings(loss_type=("sigmoid", "sft"), divergence="js_divergence"),
     "js_divergence-ipo": Settings(loss_type="ipo", divergence="js_divergence"),
 }
 # One per way in which a loss reads the batch: ratios, length, sorted batch, token mean, divergence.

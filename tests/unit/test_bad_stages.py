@@ -29,6 +29,16 @@ WRONG = [
         "actor_rollout.dpo_logp_reduction",
         "expected auto with simpo",
     ),
+    Wrong(
+        actor(dpo_loss_type=["sigmoid", "aot"], dpo_logp_reduction="mean"),
+        "actor_rollout.dpo_logp_reduction",
+        "expected auto with aot, which reads log-probabilities of whole completions",
+    ),
+    Wrong(
+        actor(dpo_loss_type="sft", f_divergence_type="js_divergence"),
+        "actor_rollout.f_divergence_type",
+        "expected reverse_kl with sft",
+    ),
     Wrong({"ref": {"precompute_ref_log_probs": True}}, "ref.precompute_ref_log_probs", "an online run are not known"),
     Wrong(
         {"ref": {"ref_update_interval": 5}} | actor(lora_r=4),
@@ -53,3 +63,15 @@ def test_a_wrong_recipe_gets_one_line_with_key_and_fix(wrong: Wrong) -> None:
     (line,) = caught.value.problems
     assert wrong.key in line.split(": ")[0]
     assert wrong.says in line
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"dpo_loss_type": ["sigmoid", "sft"], "f_divergence_type": "js_divergence"},
+        {"dpo_loss_type": ["hinge", "simpo"], "dpo_logp_reduction": "mean"},
+    ],
+    ids=str,
+)
+def test_losses_that_go_together_are_accepted(keys: dict[str, object]) -> None:
+    load_config(recipe(**actor(**keys)))
