@@ -193,7 +193,9 @@ def test_the_policy_keeps_the_template_and_the_end_of_turn_that_it_was_trained_w
     keys = {"prompt_type": "chatml", "eos_tokens": ["!"]}
     done = run(world.recipe(training={"train_iters": 1}, actor_rollout=keys), tmp_path / "run")
     tokenizer = transformers.AutoTokenizer.from_pretrained(done.folder / "policy")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert text.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     ends = transformers.GenerationConfig.from_pretrained(done.folder / "policy").eos_token_id
     assert {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("!")} <= set(ends)

@@ -60,10 +60,11 @@ def test_five_steps_learn_and_are_evaluated(work: Path) -> None:
     rows = read_jsonl(work / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
-    assert rows[-1]["rewards/margins"] > rows[0]["rewards/margins"]
     first, last = read_jsonl(work / "run" / "eval.jsonl")
     assert (first["step"], last["step"]) == (0, 5)
-    assert last["eval/loss"] < first["eval/loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert first["eval/loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert last["eval/loss"] < first["eval/loss"]
+    assert last["eval/rewards/margins"] > 0.0
 
 
 def test_the_merged_model_is_the_trained_policy_and_answers(work: Path) -> None:
@@ -75,6 +76,7 @@ def test_the_merged_model_is_the_trained_policy_and_answers(work: Path) -> None:
     )
     base = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "smollm2-135m").state_dict()
     assert set(merged) == set(policy)
-    assert all(torch.equal(merged[name], policy[name]) for name in policy)
+    for name, value in policy.items():  # merged one projection at a time, and query, key and value together
+        torch.testing.assert_close(merged[name], value, atol=1e-6, rtol=1e-5)
     assert any(not torch.equal(merged[name], base[name]) for name in base)
     assert "Paris" in (work / "stdout.txt").read_text().split("answer:")[1]
