@@ -171,4 +171,4 @@ def test_a_recipe_may_name_a_prefix_or_its_folder(world: World) -> None:
         assert {file.name for file in data_files([str(path)])} == set(world.outputs())
     problems = [p.text for p in folder_problems(config(world.folder / "out" / "dat")) if "data_path" in p.text]
     assert len(problems) == 1
-    assert "expected a file that ends in .jsonl" in problems[0]
+    assert "no such folder, and no files of that prefix" in problems[0]
