@@ -68,6 +68,8 @@ def load_data(config: RunConfig) -> Data:
         DataError: a file is missing or wrong.
     """
     tokenizer = policy_tokenizer(config)
+    if config.actor_rollout.eos_tokens:  # one that the tokenizer lacks is told now, not by the first save
+        eos_token_ids(policy_folder(config), tokenizer, config.actor_rollout.eos_tokens)
     if config.offline:
         kind = ExampleFile if config.training.stage == "sft" else PreferenceFile
         training = kind(config, tokenizer)

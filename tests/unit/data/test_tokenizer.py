@@ -67,6 +67,12 @@ def test_a_recipe_may_do_without_the_tokens_of_the_template(tmp_path: Path) -> N
     assert config.actor_rollout.eos_tokens == ()
 
 
+def test_a_template_that_does_not_fit_the_tokenizer_is_told_before_the_run(tmp_path: Path) -> None:
+    config, _ = with_epochs(with_template(tmp_path, prompt_type="chatml"))
+    with pytest.raises(ModelError, match=r"has no token '<\|im_end\|>', which is to end completions"):
+        load_data(config)
+
+
 def test_a_recipe_without_a_template_keeps_the_tokenizers(tmp_path: Path) -> None:
     config, _ = with_epochs(with_template(tmp_path))
     assert config.actor_rollout.eos_tokens is None
