@@ -10,7 +10,7 @@ from rlxf.data.fields import BadRow, common_start
 from rlxf.data.handlers import Columns
 from rlxf.data.text import apply_template, text_problem
 from rlxf.data.tokenized import IGNORED
-from rlxf.data.turns import encode_turns
+from rlxf.data.turns import encode_many_turns
 from rlxf.errors import DataError, ModelError
 from rlxf.jsonl import Row, describe
 from rlxf.types import Messages
@@ -142,14 +142,15 @@ class ChatEncoder:
         if not chats:
             return []
         if self._makes == "example":
-            return [self._example(*encode_turns(self._tokenizer, chat)) for (chat,) in chats]
+            turns = encode_many_turns(self._tokenizer, [chat for (chat,) in chats])
+            return [self._example(ids, counted) for ids, counted in turns]
         asked = encode_texts(self._tokenizer, self._render([chat[0] for chat in chats], add_generation_prompt=True))
         if self._makes == "prompt":
             return [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in asked]
         answers = encode_texts(self._tokenizer, self._render([side for chat in chats for side in chat[1:]]))
         return list(map(self._pair, asked, answers[::2], answers[1::2]))
 
-    def _render(self, chats: list[Any], **options: bool) -> list[str]:
+    def _render(self, chats: list[Messages], **options: bool) -> list[str]:
         texts: list[str] = apply_template(self._tokenizer, chats, tokenize=False, **options)
         return texts
 

@@ -29,7 +29,7 @@ from rlxf.models.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK_ROWS = 256  # rows that a worker tokenizes at a time
+CHUNK_ROWS = 1024  # rows that a worker tokenizes at a time; every call of the tokenizer costs as much as tens of rows
 ANY_NUMBER = 2**62
 Say = Callable[[str], None]
 

@@ -84,8 +84,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, **templa
     return list(apply_template(tokenizer, messages, tokenize=True, return_dict=True, **template)["input_ids"])
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: bool) -> Any:
-    """What ``apply_chat_template`` gives for chat messages.
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Messages | list[Messages], **options: bool) -> Any:
+    """What ``apply_chat_template`` gives for chat messages, or for a list of conversations.
 
     Raises:
         DataError: the template refuses the messages.

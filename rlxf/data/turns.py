@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlxf.data.fields import common_start
@@ -28,11 +29,22 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tupl
         DataError: the template refuses the messages, or writes earlier turns differently once others follow, so that
             nothing tells where a turn is.
     """
-    if _GENERATION.search(tokenizer.get_chat_template()):
-        encoded = apply_template(
-            tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
+    return encode_many_turns(tokenizer, [messages])[0]
+
+
+def encode_many_turns(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages]
+) -> list[tuple[list[int], list[bool]]]:
+    """The same of many conversations, in one call where the template marks the turns: that is what makes it fast."""
+    if not _GENERATION.search(tokenizer.get_chat_template()):
+        return [_encode_by_rendering(tokenizer, messages) for messages in chats]
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = apply_template(tokenizer, list(chats), **options)
+    pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    return [(list(ids), [bool(mark) for mark in marks]) for ids, marks in pairs]
+
+
+def _encode_by_rendering(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
     text: str = apply_template(tokenizer, messages, tokenize=False)
     spans = [
         _span(tokenizer, messages, i, text) for i, message in enumerate(messages) if message["role"] == "assistant"
