@@ -31,6 +31,7 @@ def pair_loss(log_ratio: Tensor, settings: Settings) -> Tensor:
         return -torch.nn.functional.logsigmoid(settings.beta * log_ratio)
     if settings.loss_type == "hinge":
         return torch.relu(1 - settings.beta * log_ratio)
+    assert settings.loss_type == "ipo", f"the oracle does not know {settings.loss_type}"
     return (log_ratio - 1 / (2 * settings.beta)) ** 2
 
 

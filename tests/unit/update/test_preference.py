@@ -16,11 +16,13 @@ from rlxf.platform import Process, get_platform
 from rlxf.reference.none import NoReference
 from rlxf.types import Metrics, ReferencedPairs
 from rlxf.update.actor import Actor
+from rlxf.update.losses import LOSSES
 from tests.actors import assert_equal_steps, hf_sums, one_step, weights
 from tests.settings import random_pairs, referenced, run_config
 from tests.tiny_models import save_causal_lm
 
 BETA = 0.1
+SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo")
 Sides = tuple[Tensor, Tensor]  # chosen, rejected
 
 
@@ -178,6 +180,18 @@ def test_evaluation_is_what_an_update_reports_and_trains_nothing(folder: Path, n
     assert set(found) == set(reported) - {"grad_norm", "learning_rate", "beta"}
     for key, value in found.items():
         assert value == pytest.approx(reported[key], rel=1e-6, abs=1e-6), key
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_loss_is_the_same_online_and_offline(folder: Path, name: str) -> None:
+    """ipo when it is told how to count lengths: by itself it divides by them offline only, as TRL does."""
+    batch = near(folder, 5)
+    keys: dict[str, Any] = {"dpo_loss_type": name, "dpo_label_smoothing": 0.1 if name in SMOOTHED else 0.0}
+    keys |= {"dpo_logp_reduction": "sum"} if name == "ipo" else {}
+    online, offline = (one_step(folder, stage, batch, **keys) for stage in ("ray_online_dpo", "dpo"))
+    assert online[0]["loss"] == offline[0]["loss"]
+    assert online[0]["grad_norm"] == offline[0]["grad_norm"] > 0
+    assert all(torch.equal(value, offline[1][key]) for key, value in online[1].items())
 
 
 def test_the_sft_term_is_supervised_fine_tuning_on_the_chosen_side(folder: Path) -> None:
