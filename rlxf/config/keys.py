@@ -205,9 +205,11 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def unknown_key(path: Sequence[str]) -> str:
-    """What to say about a key that no recipe may hold: the nearest valid key, or the keys of its section."""
+    """What to say about a key that no recipe may hold: the nearest valid key, the keys of its section, or why not."""
     path = plain_layout(path)
     section, key = path[0], path[-1]
+    if section in REFUSED_SECTIONS:
+        return REFUSED_SECTIONS[section]
     if section in SECTIONS or section == "model":
         return "unknown key" + _within(path, section, key)
     if len(path) == 1:

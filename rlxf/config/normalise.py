@@ -10,7 +10,6 @@ from rlxf.config.keys import (
     ALIASES,
     NOT_YET,
     REFERENCE_LAYOUT,
-    REFUSED_SECTIONS,
     SECTIONS,
     TOP_LEVEL,
     WHY_NOT_YET,
@@ -33,8 +32,7 @@ def normalise(raw: Mapping[str, Any]) -> tuple[Section, list[Problem]]:
     recipe: Section = {}
     for name, value in _in_plain_layout(raw, problems).items():
         if name not in TOP_LEVEL:
-            refused = REFUSED_SECTIONS.get(str(name))
-            problems.append(wrong(str(name), value, refused or unknown_key((str(name),))))
+            problems.append(wrong(str(name), value, unknown_key((str(name),))))
         elif name not in SECTIONS and name != "model":
             if value is not None:
                 recipe[name] = value

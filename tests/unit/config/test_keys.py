@@ -81,6 +81,12 @@ def test_an_unknown_key_on_the_command_line_is_ours_to_report(argument: str) -> 
     assert not any("trainig" in part for part in command.arguments)
 
 
+@pytest.mark.parametrize("argument", ["+critic.lr=1", "critic={}"])
+def test_a_section_of_another_algorithm_is_refused_with_its_reason(argument: str) -> None:
+    (problem,) = cli.read_command([argument]).problems
+    assert "there is no critic here" in problem
+
+
 def test_a_word_without_a_value_is_reported() -> None:
     assert cli.read_command(["-cn", "x", "seed"]).problems == ["seed: expected key=value, such as training.seed=1"]
 
