@@ -86,7 +86,7 @@ def preprocess(options: Options, say: Say) -> Summary:
     _check(options, handler)
     template = None if options.prompt_type is None else chat_template(options.prompt_type)
     tokenizer = load_tokenizer(options.tokenizer_name_or_path)
-    encoder = _encoder(options, columns, tokenizer, template, say)
+    encoder = make_encoder(options, columns, tokenizer, template, say)
     problems = Problems(ANY_NUMBER, "--max-bad-rows")
     rows = open_input(
         options.input,
@@ -243,9 +243,10 @@ def _check(options: Options, handler: Handler) -> None:
         raise ConfigError(*problems)
 
 
-def _encoder(
+def make_encoder(
     options: Options, columns: Columns, tokenizer: PreTrainedTokenizerBase, template: Template | None, say: Say
 ) -> Encoder:
+    """What a worker does with rows; the tokenizer gets the template."""
     if options.append_eod and tokenizer.eos_token_id is None:
         raise ConfigError(f"--append-eod: the tokenizer {options.tokenizer_name_or_path} has no eos_token")
     if columns.handler.makes == "text":
