@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,6 +142,14 @@ def test_sorted_losses_are_the_optimal_matching() -> None:
 
 def test_every_loss_has_a_formula_here() -> None:
     assert {*FORMULAS, *SMOOTHED_FORMULAS, "aot", "aot_unpaired"} == set(LOSSES)
+
+
+def test_every_loss_is_in_the_docs() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "losses.md").read_text(encoding="utf-8")
+    assert {name: text.count(f"\n| `{name}` |") for name in LOSSES} == {
+        name: 2 if name == "sft" else 1  # a stage has that name, too
+        for name in LOSSES
+    }
 
 
 DIVERGENCES: dict[str, Callable[[float], float]] = {
