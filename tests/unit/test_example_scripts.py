@@ -117,7 +117,3 @@ def test_a_data_example_writes_the_files_of_its_stage(name: str, tmp_path: Path)
     assert script == "scripts/preprocess_data.py"
     assert preprocess_data(arguments) == 0
     assert set(IndexedRows(given["OUTPUT_PREFIX"]).columns) == keys
-
-
-def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.sh")} == set(NAMES)
