@@ -45,7 +45,8 @@ class Problems:
         self._num_rows += num_rows
         if self.total <= self.allowed:
             return
-        hint = f"; {self._key}={self.total} leaves such rows out" if self._key else ""
+        some = self._key and self.total < self._num_rows  # when all are wrong, the file is meant otherwise
+        hint = f"; {self._key}={self.total} leaves such rows out" if some else ""
         *lines, last = self.report()
         raise DataError(*lines, last + hint)
 

@@ -129,6 +129,7 @@ def page() -> str:
     parts.append(section("training", schema.TrainingConfig, texts, frozenset()))
     parts.append(section("actor_rollout, ref and reward", schema.RoleConfig, texts, frozenset()))
     parts.append(section("actor_rollout", schema.ActorConfig, texts, common))
+    parts.append(section("ref", schema.ReferenceConfig, texts, common))
     parts.append(section("reward", schema.RewardConfig, texts, common))
     for name in ("rollout", "sync", "algorithm", "resource_pool", "eval", "log"):
         parts.append(section(name, keys.SECTIONS[name], texts, frozenset()))

@@ -15,7 +15,12 @@ from typing import Any
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,6 +38,7 @@ _OPTIONS_WITH_VALUE = {
 _OPTIONS_WITHOUT_VALUE = {"--multirun", "-m", "--run", "-r", "--resolve"}
 _OPTIONS_THAT_ONLY_SHOW = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "--version"}
 _OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[^=+~]+)(?P<value>=.*)?", re.DOTALL)
+_SWEEP = re.compile(r"Ambiguous value for argument '\+*(?P<key>[^=]+)=(?P<value>.*)'$", re.MULTILINE)  # Hydra's words
 _GROUPS = ("model", "rlxf_schema")  # config groups: chosen, not set
 
 
@@ -160,6 +166,9 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
         return f"{where}: not valid YAML: {' '.join(part for part in (error.problem, error.context) if part)}"
     if isinstance(error, OmegaConfBaseException):
         return _interpolation(error)
+    if isinstance(error, ConfigCompositionException) and (sweep := _SWEEP.match(str(error))):
+        key, value = sweep["key"], sweep["value"]
+        return f"{key} = {value}: several values; a list is typed {key}=[{value}], and --multirun makes a run of each"
     if isinstance(error, OverrideParseException):
         return f"{error.override.lstrip('+')}: cannot be read as key=value: {_first_line(error)}"
     return _first_line(error)

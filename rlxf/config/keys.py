@@ -44,6 +44,7 @@ ALIASES: dict[tuple[str, str], tuple[str, str]] = {
     ("actor_rollout", "shuffle"): ("actor_rollout", "shuffle_minibatch"),
     ("algorithm", "missing_eos_penalty"): ("actor_rollout", "missing_eos_penalty"),
     ("actor_rollout", "refer_model_iter"): ("ref", "refer_model_iter"),
+    ("training", "log_interval"): ("log", "interval"),
     ("training", "ref_model"): ("ref", "load"),
     ("actor_rollout", "ref_model"): ("ref", "load"),
 }
@@ -74,7 +75,7 @@ _LEGACY_ROLE = _words(
 
     tokenizer_type tokenizer_not_use_fast is_instruction_dataset is_pairwise_dataset variable_seq_lengths
     pad_to_multiple_of finetune no_load_optim no_load_rng no_save_optim no_save_rng no_shared_storage
-    log_interval eval_iters lora_fusion
+    eval_iters lora_fusion
     """
 )
 LEGACY: dict[str, frozenset[str]] = {
@@ -93,6 +94,7 @@ NOT_YET: dict[str, Any] = {
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": 1,
     "num_experts": None,
+    "use_moe": False,
 }
 WHY_NOT_YET = dict.fromkeys(NOT_YET, _NO_EXPERTS)
 # Sections and stages of reference recipes that mean another algorithm, and what to do instead.
@@ -122,12 +124,41 @@ _SYNONYMS: dict[str, str] = {
     "max_grad_norm": "actor_rollout.clip_grad",
     "max_length": "actor_rollout.seq_length",
     "max_steps": "training.train_iters",
+    "num_train_epochs": "training.epochs",
+    "total_epochs": "training.epochs",
+    "total_training_steps": "training.train_iters",
+    "per_device_train_batch_size": "actor_rollout.micro_batch_size",
+    "gradient_accumulation_steps": "actor_rollout.ppo_mini_batch_size",
+    "accumulation_steps": "actor_rollout.ppo_mini_batch_size",
+    "gradient_checkpointing": "actor_rollout.recompute_granularity",
+    "grad_clip": "actor_rollout.clip_grad",
+    "model_name_or_path": "actor_rollout.load",
+    "reward_model_path": "reward.load",
+    "reward_weights": "reward.function",
+    "use_vllm": "rollout.engine",
+    "vllm_mode": "resource_pool.colocate",
+    "vllm_tensor_parallel_size": "actor_rollout.inference_tensor_model_parallel_size",
+    "output_dir": "actor_rollout.save",
+    "dataset_name": "actor_rollout.data_path",
+    "train_files": "actor_rollout.data_path",
+    "val_files": "eval.data_path",
+    "truncation_mode": "actor_rollout.prompt_overflow",
+    "max_completion_length": "actor_rollout.max_new_tokens",
+    "max_response_length": "actor_rollout.max_new_tokens",
+    "rpo_alpha": "actor_rollout.dpo_loss_weights",
+    "gamma_beta_ratio": "actor_rollout.simpo_gamma",
+    "sync_ref_model": "ref.ref_update_interval",
+    "ref_model_sync_steps": "ref.ref_update_interval",
     "num_generations": "actor_rollout.n_samples_per_prompt",
     "mini_batch_size": "actor_rollout.ppo_mini_batch_size",
     "batch_size": "training.global_batch_size",
     "train_batch_size": "training.global_batch_size",
     "save_steps": "training.save_interval",
+    "save_freq": "training.save_interval",
     "eval_steps": "training.eval_interval",
+    "test_freq": "training.eval_interval",
+    "logging_steps": "log.interval",
+    "use_wandb": "log.report_to",
     "project_name": "log.project",
     "experiment_name": "log.run_name",
     "logger": "log.report_to",
@@ -136,6 +167,7 @@ _SYNONYMS: dict[str, str] = {
     "save_total_limit": "training.keep_latest",
     "max_actor_ckpt_to_keep": "training.keep_latest",
     "save_top_k": "training.keep_best",
+    "load_best_model_at_end": "training.keep_best",
     "metric_for_best_model": "training.keep_best_metric",
     "greater_is_better": "training.keep_best_mode",
     "tp": "actor_rollout.tensor_model_parallel_size",

@@ -435,6 +435,7 @@ COMMANDS: list[tuple[tuple[str, ...], list[str]]] = [
     ),
     ((*TINY, "model=[tinny]"), ["model 'tinny', named in the defaults list, does not exist; did you mean \"tiny\"?"]),
     ((*TINY, "actor_rollout.lr=${training.lrr}"), ["actor_rollout.lr: Interpolation key 'training.lrr' not found"]),
+    ((*TINY, "actor_rollout.split=90,10,0"), ["actor_rollout.split=[90,10,0]"]),
     ((*TINY, "training.seed=[1"), ["training.seed=[1: cannot be read as key=value"]),
     (
         (*TINY, "runtime=local", "rollout.engine=vllm", "training.device=cpu", "dry_run=true"),

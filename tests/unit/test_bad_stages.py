@@ -49,6 +49,7 @@ WRONG = [
     Wrong(actor(fp16=True, initial_loss_scale=0.5), "actor_rollout.initial_loss_scale", "expected at least"),
     Wrong({"critic": {"model": "tiny"}}, "critic", "there is no critic here"),
     Wrong(actor(num_experts=8), "actor_rollout.num_experts", "mixture-of-experts models are not supported"),
+    Wrong({"training": {"use_moe": True}}, "training.use_moe", "mixture-of-experts models are not supported"),
     Wrong(actor(moe_router_topk=2), "actor_rollout.moe_router_topk", "mixture-of-experts models are not supported"),
     Wrong({"training": {"stage": "ray_ppo"}}, "training.stage", "policy gradients are not trained here"),
     Wrong({"training": {"stage": "simpo"}}, "training.stage", "set training.stage=dpo"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlxf.config.keys import LEGACY, SECTIONS, keys_of
+from rlxf.config.keys import LEGACY, SECTIONS, keys_of, unknown_key
 from rlxf.config.schema import ActorConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "migration.md"
@@ -72,6 +72,14 @@ def test_flags_that_are_accepted_and_read_by_nothing_are_accepted() -> None:
     row = next(row for row in rows("MindSpeed-LLM") if "--is-pairwise-dataset" in row[0])
     for flag in _CODE.findall(row[0]):
         assert flag.removeprefix("--").replace("-", "_") in LEGACY["training"]
+
+
+def test_a_recipe_that_uses_a_name_of_trl_is_told_ours() -> None:
+    for theirs, ours, _ in rows("TRL"):
+        keys = [key.rpartition(".")[2] for key in _CODE.findall(ours)]
+        for name in _CODE.findall(theirs) if keys else ():
+            known = any(is_a_key(f"{section}.{name}") for section in SECTIONS)
+            assert known or any(f'.{key}"?' in unknown_key(("training", name)) for key in keys), name
 
 
 def test_every_setting_of_a_preference_loss_has_a_name_elsewhere() -> None:

@@ -109,6 +109,8 @@ def test_a_word_without_a_value_is_reported() -> None:
         ("training.num_generations", "actor_rollout.n_samples_per_prompt"),
         ("training.save_total_limit", "training.keep_latest"),
         ("training.resume_from_checkpoint", "training.resume"),
+        ("training.gradient_accumulation_steps", "actor_rollout.ppo_mini_batch_size"),
+        ("actor_rollout.log_interval", "log.interval"),
         ("model.tiny.num_hidden_layers", "model.tiny.num_layers"),
         ("model.tiny.head_dim", "model.tiny.kv_channels"),
         ("rollout.enigne", "rollout.engine"),
@@ -186,6 +188,15 @@ def test_a_recipe_is_checked_without_torch_or_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+def test_the_reference_page_has_every_key() -> None:
+    page = (ROOT / "docs" / "config.md").read_text()
+    sections = {part.partition("\n")[0]: part for part in page.split("\n## ")[1:]}
+    common = sections["`actor_rollout, ref and reward`"]
+    for name, schema in SECTIONS.items():
+        for key in schema.model_fields:
+            assert f"| `{key}` |" in sections[f"`{name}`"] + (common if name in ROLES else ""), f"{name}.{key}"
 
 
 def test_the_reference_page_is_up_to_date() -> None:
