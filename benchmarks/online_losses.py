@@ -35,7 +35,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "robust": ("actor_rollout.dpo_label_smoothing=0.1", "actor_rollout.lr=4e-4"),
     "exo_pair": ("actor_rollout.dpo_label_smoothing=0.001", *_SLOWER),
     "sigmoid_norm": ("actor_rollout.lr=4e-4",),
-    "simpo": ("actor_rollout.dpo_beta=2.0", "actor_rollout.simpo_gamma=0.5"),
+    "simpo": ("actor_rollout.dpo_beta=2.0", "actor_rollout.simpo_gamma=0.5", "actor_rollout.lr=1e-4"),
     **dict.fromkeys(("kto_pair", "aot", "aot_unpaired", "apo_zero", "apo_down"), _SLOWER),
 }
 
