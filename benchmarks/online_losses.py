@@ -34,6 +34,7 @@ _SLOWER = ("actor_rollout.lr=2e-4",)  # with the recipe's 8e-4 the text leaves t
 SETTINGS: dict[str, tuple[str, ...]] = {
     "robust": ("actor_rollout.dpo_label_smoothing=0.1", "actor_rollout.lr=4e-4"),
     "exo_pair": ("actor_rollout.dpo_label_smoothing=0.001", *_SLOWER),
+    "orpo": ("actor_rollout.lr=1e-4",),  # without a reference nothing but the learning rate holds the policy back
     "sigmoid_norm": ("actor_rollout.lr=4e-4",),
     "simpo": ("actor_rollout.dpo_beta=2.0", "actor_rollout.simpo_gamma=0.5", "actor_rollout.lr=1e-4"),
     **dict.fromkeys(("kto_pair", "aot", "aot_unpaired", "apo_zero", "apo_down"), _SLOWER),
