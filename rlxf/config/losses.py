@@ -16,6 +16,7 @@ _TYPE = "actor_rollout.dpo_loss_type"
 
 def loss_problems(config: RunConfig) -> Iterator[Problem]:
     """Every mistake in the loss keys that single values do not show."""
+    yield from _reference(config)
     if config.training.stage not in ("ray_online_dpo", "dpo"):
         return
     actor = config.actor_rollout
@@ -28,7 +29,6 @@ def loss_problems(config: RunConfig) -> Iterator[Problem]:
     elif weights is not None and not any(weights):
         yield wrong(key, list(weights), "expected at least one weight above 0: nothing would be trained")
     yield from _smoothing(config)
-    yield from _reference(config)
     divergence = actor.f_divergence_type
     # Beside a loss that reads the divergence, sft may stand: it has no reference to be kept near.
     plain = [name for name in names if name not in _DIVERGENCE and (name != "sft" or len(names) == 1)]

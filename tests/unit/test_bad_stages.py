@@ -45,6 +45,16 @@ WRONG = [
         "ref.ref_update_interval",
         "expected 0: the reference is the actor with its adapters off",
     ),
+    Wrong(
+        {"training": {"stage": "sft"}, "ref": {"ref_update_interval": 5}},
+        "ref.ref_update_interval",
+        "expected 0: the reference takes no part in this run",
+    ),
+    Wrong(
+        {"training": {"stage": "rm"}, "ref": {"precompute_ref_log_probs": True}},
+        "ref.precompute_ref_log_probs",
+        "expected false: the reference takes no part in this run",
+    ),
     Wrong(actor(bf16=True, fp16=True), "actor_rollout.fp16", "parameters have one type"),
     Wrong(actor(fp16=True, initial_loss_scale=0.5), "actor_rollout.initial_loss_scale", "expected at least"),
     Wrong({"critic": {"model": "tiny"}}, "critic", "there is no critic here"),
