@@ -13,7 +13,7 @@ from rlxf.config.evaluation import evaluation_problems, say_what_is_not_evaluate
 from rlxf.config.folders import folder_problems
 from rlxf.config.keys import nearest
 from rlxf.config.lora import lora_problems, say_which_reference, warn_of_unused
-from rlxf.config.losses import loss_problems
+from rlxf.config.losses import loss_problems, warn_of_other_stages
 from rlxf.config.parallel import layout_problems, rollout_layout_problems
 from rlxf.config.placement import placement_problems
 from rlxf.config.problems import Problem, wrong
@@ -283,6 +283,7 @@ def _local(config: RunConfig) -> Problems:
 
 def _warn(config: RunConfig) -> None:
     warn_of_unused(config)
+    warn_of_other_stages(config)
     say_which_reference(config)
     if config.needs_reference and config.ref.load != config.actor_rollout.load:
         logger.warning("ref.load differs from actor_rollout.load: the policy starts away from its reference")

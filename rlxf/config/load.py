@@ -11,10 +11,10 @@ from pydantic_core import ErrorDetails
 
 from rlxf.config.checks import check
 from rlxf.config.fields import LocalPath
-from rlxf.config.keys import REFUSED_STAGES, ROLES, SECTIONS
+from rlxf.config.keys import REFUSED_STAGES, ROLES, SECTIONS, nearest
 from rlxf.config.normalise import Section, normalise
 from rlxf.config.problems import Problem, concerning, expectation, lines, show
-from rlxf.config.schema import ModelConfig, RunConfig, Strict
+from rlxf.config.schema import ModelConfig, RunConfig, Stage, Strict
 from rlxf.errors import ConfigError
 
 # Keys that the frozen models take from the actor when no section sets them.
@@ -101,7 +101,7 @@ def _problem(error: ErrorDetails, merged: Section, origins: Mapping[str, str]) -
     value: Any = merged
     for part in path[:depth]:
         value = value[part] if isinstance(value, Mapping) and part in value else error["input"]
-    if key == "training.stage" and value in REFUSED_STAGES:
+    if key == "training.stage" and str(value) in REFUSED_STAGES:
         return Problem((key,), f"{name} = {show(value)}: {REFUSED_STAGES[value]}")
     return Problem((key, *whole), f"{name} = {show(value)}: {_EXPLAINED.get(path[-1]) or expectation(error)}")
 
@@ -128,10 +128,16 @@ def _without(merged: Section, errors: Sequence[ErrorDetails]) -> Section:
             rest[section].pop(keys[0], None)
         else:
             rest.pop(section, None)
-    rest["training"].setdefault("stage", "ray_online_dpo")
+    rest["training"].setdefault("stage", _stage_meant(merged["training"].get("stage")))
     for role in ("actor_rollout", "ref"):
         rest[role].setdefault("model", "")
     return rest
+
+
+def _stage_meant(value: Any) -> str:
+    """The stage that other checks go by where there is none, or a wrong one."""
+    near = None if str(value) in REFUSED_STAGES else nearest(str(value), get_args(Stage))
+    return near or "ray_online_dpo"
 
 
 def _absolute(path: Any) -> Any:

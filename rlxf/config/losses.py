@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from rlxf.config.problems import Problem, wrong
-from rlxf.config.schema import RunConfig
+from rlxf.config.schema import ActorConfig, RunConfig
 
+logger = logging.getLogger(__name__)
+
+_PREFERENCE = ("dpo_", "f_", "discopop_", "simpo_", "pref_")  # keys of the preference losses begin so
+_REWARD = ("margin_key", "center_rewards_coefficient")
 _SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo")
 # Those that read the difference of two scores, which an f-divergence and a division by the length are defined for.
 _DIVERGENCE = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm")
@@ -16,6 +21,7 @@ _TYPE = "actor_rollout.dpo_loss_type"
 
 def loss_problems(config: RunConfig) -> Iterator[Problem]:
     """Every mistake in the loss keys that single values do not show."""
+    yield from _reference(config)
     if config.training.stage not in ("ray_online_dpo", "dpo"):
         return
     actor = config.actor_rollout
@@ -28,7 +34,6 @@ def loss_problems(config: RunConfig) -> Iterator[Problem]:
     elif weights is not None and not any(weights):
         yield wrong(key, list(weights), "expected at least one weight above 0: nothing would be trained")
     yield from _smoothing(config)
-    yield from _reference(config)
     divergence = actor.f_divergence_type
     # Beside a loss that reads the divergence, sft may stand: it has no reference to be kept near.
     plain = [name for name in names if name not in _DIVERGENCE and (name != "sft" or len(names) == 1)]
@@ -42,6 +47,16 @@ def loss_problems(config: RunConfig) -> Iterator[Problem]:
     if actor.dpo_logp_reduction == "mean" and summed:
         expected = f"expected auto with {', '.join(summed)}, which reads log-probabilities of whole completions"
         yield wrong("actor_rollout.dpo_logp_reduction", "mean", expected, _TYPE)
+
+
+def warn_of_other_stages(config: RunConfig) -> None:
+    """Names loss keys that a recipe sets and this stage does not read."""
+    stage = config.training.stage
+    unread = [key for key in ActorConfig.model_fields if key.startswith(_PREFERENCE)] if stage in ("sft", "rm") else []
+    unread += _REWARD if stage != "rm" else ()
+    found = [f"actor_rollout.{key}" for key in unread if key in config.actor_rollout.model_fields_set]
+    if found:
+        logger.warning("no effect with training.stage = %s: %s", stage, ", ".join(found))
 
 
 def _smoothing(config: RunConfig) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from rlxf.config.keys import (
     ALIASES,
     NOT_YET,
     REFERENCE_LAYOUT,
+    ROLES,
     SECTIONS,
     TOP_LEVEL,
     WHY_NOT_YET,
@@ -128,6 +129,9 @@ def _resolve_aliases(recipe: Section, problems: list[Problem]) -> None:
         if alias not in recipe.get(section, {}):
             continue
         value = recipe[section].pop(alias)
+        field = SECTIONS[target].model_fields[key]
+        if target not in ROLES and recipe.get(target, {}).get(key) == field.default:  # the composed recipe has it
+            del recipe[target][key]
         own = recipe.setdefault(target, {}).setdefault(key, value)
         if own != value:
             expected = f"{target}.{key} = {own} says something else; keep {target}.{key} and remove this key"

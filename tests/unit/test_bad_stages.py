@@ -45,12 +45,28 @@ WRONG = [
         "ref.ref_update_interval",
         "expected 0: the reference is the actor with its adapters off",
     ),
+    Wrong(
+        {"training": {"stage": "sft"}, "ref": {"ref_update_interval": 5}},
+        "ref.ref_update_interval",
+        "expected 0: the reference takes no part in this run",
+    ),
+    Wrong(
+        {"training": {"stage": "rm"}, "ref": {"precompute_ref_log_probs": True}},
+        "ref.precompute_ref_log_probs",
+        "expected false: the reference takes no part in this run",
+    ),
     Wrong(actor(bf16=True, fp16=True), "actor_rollout.fp16", "parameters have one type"),
     Wrong(actor(fp16=True, initial_loss_scale=0.5), "actor_rollout.initial_loss_scale", "expected at least"),
     Wrong({"critic": {"model": "tiny"}}, "critic", "there is no critic here"),
     Wrong(actor(num_experts=8), "actor_rollout.num_experts", "mixture-of-experts models are not supported"),
     Wrong({"training": {"use_moe": True}}, "training.use_moe", "mixture-of-experts models are not supported"),
     Wrong(actor(moe_router_topk=2), "actor_rollout.moe_router_topk", "mixture-of-experts models are not supported"),
+    Wrong(
+        {"training": {"stage": "sfft"}, "resource_pool": {"actor_rollout": [9]}},  # which an online run would not fill
+        "training.stage",
+        'did you mean "sft"?',
+    ),
+    Wrong({"training": {"stage": ["sft"]}}, "training.stage", "expected one of ray_online_dpo, dpo, sft, rm"),
     Wrong({"training": {"stage": "ray_ppo"}}, "training.stage", "policy gradients are not trained here"),
     Wrong({"training": {"stage": "simpo"}}, "training.stage", "set training.stage=dpo"),
     Wrong({"training": {"epochs": 0}}, "training.epochs", "expected greater than 0"),
@@ -76,3 +92,11 @@ def test_a_wrong_recipe_gets_one_line_with_key_and_fix(wrong: Wrong) -> None:
 )
 def test_losses_that_go_together_are_accepted(keys: dict[str, object]) -> None:
     load_config(recipe(**actor(**keys)))
+
+
+def test_a_loss_key_that_the_stage_does_not_read_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    load_config(recipe(training={"stage": "sft"}, actor_rollout={"dpo_loss_type": "simpo", "margin_key": "m"}))
+    assert "no effect with training.stage = sft: actor_rollout.dpo_loss_type, actor_rollout.margin_key" in caplog.text
+    caplog.clear()
+    load_config(recipe(training={"stage": "rm"}, actor_rollout={"margin_key": "m"}))
+    assert "no effect" not in caplog.text

@@ -93,6 +93,14 @@ def test_older_names_set_the_key_that_they_mean(caplog: pytest.LogCaptureFixture
     assert "actor_rollout.shuffle is read as actor_rollout.shuffle_minibatch" in caplog.text
 
 
+def test_the_default_of_a_composed_recipe_does_not_contradict_an_older_name() -> None:
+    raw = recipe(training={"log_interval": 3}, log={"interval": 1})
+    assert load_config(raw).log.interval == 3
+    raw = recipe(training={"log_interval": 3}, log={"interval": 2})
+    with pytest.raises(ConfigError, match=r"training\.log_interval = 3: log\.interval = 2 says something else"):
+        load_config(raw)
+
+
 def test_an_older_name_may_repeat_the_key_but_not_contradict_it() -> None:
     both = recipe(actor_rollout={"missing_eos_penalty": 2.0}, algorithm={"missing_eos_penalty": 2.0})
     assert load_config(both).actor_rollout.missing_eos_penalty == 2.0
