@@ -203,7 +203,7 @@ def _reference(config: RunConfig, data: Data, roles: Roles, stop: Stop) -> Refer
     cached = CachedReference(roles.reference, path)
     with stop.abandonable():
         count = cached.fill(_one_pass(data.training))
-    log.info("reference log-probabilities of %d pairs computed, the others were in %s", count, path)
+    log.info("reference log-probabilities of %d pairs computed; %s holds all of them", count, path)
     return cached
 
 
