@@ -75,7 +75,8 @@ class CpuPlatform:
         # torch's varlen and nested-tensor attention have no CPU kernel; a loop of SDPA leaves all else packed.
         queries, keys = ((cu[1:] - cu[:-1]).tolist() for cu in (cu_seqlens_q, cu_seqlens_kv))
         # The fused kernel is twice as slow in half precision, its backward pass above all.
-        wide = [x.float() for x in (query, key, value)]
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        wide = [x.float() if half else x for x in (query, key, value)]
         pieces = torch.split(wide[0], queries), torch.split(wide[1], keys), torch.split(wide[2], keys)
         outputs = []
         for q, k, v in zip(*pieces, strict=True):
