@@ -47,6 +47,8 @@ TRAINING_ROWS = (
 )
 # Told by the metrics files; the final table leaves them out.
 _UNSHOWN = ("eval/greedy_win_rate_previous", "eval/greedy_length", "eval/greedy_eos_rate")
+# Of pairs that the policy did not sample: no estimate of the KL.
+_OFFLINE_TITLES = {"objective/kl": "mean log-ratio on the pairs, nats"}
 _TITLES = {"ray_online_dpo": "online DPO", "dpo": "offline DPO", "sft": "supervised fine-tuning", "rm": "reward model"}
 
 
@@ -66,6 +68,8 @@ class RunReport:
         self._console = console
         self._only = config.training.eval_only
         self._title = _TITLES[config.training.stage]
+        self._product = "reward model" if config.training.stage == "rm" else "policy"
+        self._online = not config.offline
         self._num_steps = config.training.train_iters
         self._bar = Progressbar(console, first_step, self._num_steps, config.log.interval)
         self._started = time.monotonic()
@@ -111,14 +115,16 @@ class RunReport:
         done = f"evaluated after {self._step} steps" if self._only else f"{self._step} steps"
         title = f"{self._title}: {done} in {duration(seconds)}"
         self._console.print(final_table(title, self._rows(), self._start, self._end))
-        self.say(f"policy: {policy}")
+        self.say(f"{self._product}: {policy}")
         self.say(f"run folder: {self._run_dir}")
 
     def _rows(self) -> list[tuple[str, str]]:
         """Of the final table, with what the stage or ``eval.metrics`` adds to the usual evaluation."""
         known = {name for _, name in EVAL_ROWS} | set(_UNSHOWN)
         added = [name for name in self._end if name.startswith("eval/") and name not in known]
-        return [*EVAL_ROWS, *((name.removeprefix("eval/"), name) for name in added), *TRAINING_ROWS]
+        kind = "" if self._online else "held-out "
+        training = [(_OFFLINE_TITLES.get(name, title) if kind else title, name) for title, name in TRAINING_ROWS]
+        return [*EVAL_ROWS, *((kind + name.removeprefix("eval/"), name) for name in added), *training]
 
     def say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)

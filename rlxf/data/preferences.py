@@ -58,7 +58,7 @@ class PreferenceFile(DataSource[PairRecord, PairIds, Pairs]):
         super().__init__(config, tokenizer, part)
 
     def _take(self, layout: Layout, row: Row) -> PairRecord:
-        return PairRecord(*layout.pair(row), _margin(row, self._config.margin_key))
+        return PairRecord(*layout.pair(row), _margin(row, self._config.margin_key if self._with_margin else None))
 
     def _text(self, record: PairRecord) -> Content:
         return record.prompt
@@ -123,7 +123,11 @@ def _margin(row: Row, column: str | None) -> float:
     """How much better chosen is said to be: a finite number, which a CSV file writes as text; 0 without a column."""
     if column is None:
         return 0.0
-    value: Any = row.get(column)
+    if column not in row:
+        raise BadRow(
+            f"field {column!r} (actor_rollout.margin_key) is missing; the row has: {', '.join(map(repr, row))}"
+        )
+    value: Any = row[column]
     try:
         margin = float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError, OverflowError):
