@@ -227,7 +227,7 @@ def test_a_margin_that_is_no_number_is_named(margin: Any, tmp_path: Path) -> Non
 def test_a_missing_margin_column_is_named_with_those_that_are_there(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "chosen": "good", "rejected": "bad", "strength": 1}] * 2
     with pytest.raises(
-        DataError, match="'margin' .* is missing; the row has: 'prompt', 'chosen', 'rejected', 'strength'"
+        DataError, match=r"'margin' .* is missing; the row has: 'prompt', 'chosen', 'rejected', 'strength'"
     ):
         preferences(rows, tmp_path, stage="rm", margin_key="margin")
     assert len(preferences(rows, tmp_path, stage="dpo", margin_key="margin").next_batch(0)) > 0  # it reads none
