@@ -35,9 +35,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "robust": ("actor_rollout.dpo_label_smoothing=0.1", *_SLOWER),
     "exo_pair": ("actor_rollout.dpo_label_smoothing=0.001", *_SLOWER),
     "orpo": ("actor_rollout.lr=3e-4",),  # without a reference nothing but the learning rate holds the policy back
-    "sigmoid_norm": ("actor_rollout.lr=2e-4",),
+    **dict.fromkeys(("sigmoid_norm", "aot_unpaired"), ("actor_rollout.lr=3e-4",)),
     "simpo": ("actor_rollout.dpo_beta=2.0", "actor_rollout.simpo_gamma=0.5", "actor_rollout.lr=3e-4"),
-    **dict.fromkeys(("kto_pair", "aot", "aot_unpaired", "apo_zero", "apo_down", "sft"), _SLOWER),
+    **dict.fromkeys(("kto_pair", "aot", "apo_zero", "apo_down", "sft"), _SLOWER),
 }
 
 
@@ -48,7 +48,8 @@ def main() -> None:
     for loss in arguments.losses or get_args(LossType):
         found[loss] = run_loss(loss, arguments.seed)
         print(next(rows({loss: found[loss]})), flush=True)
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        ordered = {name: found[name] for name in get_args(LossType) if name in found}
+        RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
     print("\n".join(("", *table(found))))
 
 
