@@ -9,7 +9,8 @@
 set -euo pipefail
 readonly INPUT="${INPUT:?set INPUT to a file of ShareGPT pairs}"
 readonly MODEL="${MODEL:-./models/smollm2-135m}" WORK="${WORK:-./outputs/sharegpt}"
-readonly ROOT="$(dirname "${BASH_SOURCE[0]}")/../.."
+ROOT="$(dirname "${BASH_SOURCE[0]}")/../.."
+readonly ROOT
 readonly PYTHON="${PYTHON:-python}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
 
