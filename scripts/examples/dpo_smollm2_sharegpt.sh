@@ -30,7 +30,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
   "$@"
 
 "$PYTHON" "$ROOT/scripts/convert_ckpt.py" --load-model-type hf --save-model-type hf \
-  --load-dir "$MODEL" --lora-load "$WORK/run/policy/adapter" --save-dir "$WORK/merged"
+  --load-dir "$MODEL" --lora-load "$WORK/run/policy/adapter" --save-dir "$WORK/merged" --params-dtype fp32
 
 "$PYTHON" - "$WORK/merged" <<'PYTHON'
 import sys
