@@ -12,9 +12,9 @@ from rlxf.errors import ConfigError, RlxfError
 from workers import cli
 
 
-def start(composed: DictConfig, problems: list[str]) -> None:
+def start(composed: DictConfig, command: cli.Command) -> None:
     """Check the composed recipe, then run it, or print its plan."""
-    config = load_config(cli.plain(composed, problems), earlier=problems)
+    config = load_config(cli.plain(composed, command.problems), earlier=command.problems)
     if config.dry_run:
         from workers.dry_run import dry_run
 
@@ -22,11 +22,11 @@ def start(composed: DictConfig, problems: list[str]) -> None:
     elif config.runtime == "ray":
         from workers.launch import launch
 
-        launch(config, cli.run_folder())
+        launch(config, cli.run_folder(), cli.typed(command))
     else:
         from rlxf.local import launch
 
-        launch(config, cli.run_folder())
+        launch(config, cli.run_folder(), cli.typed(command))
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
     @hydra.main(version_base="1.3", config_path="configs/rlxf", config_name=None)
     def job(composed: DictConfig) -> None:
         try:
-            start(composed, command.problems)
+            start(composed, command)
         except RlxfError as error:
             raise SystemExit(cli.report(error)) from None  # Hydra lets this pass without a word of its own
         finally:

@@ -172,16 +172,24 @@ def require_good(folder: Path) -> None:
         raise CheckpointError(f"training.resume = {Damaged(folder, problems)}; name another one, or `auto`")
 
 
-def best(root: Path, metric: str, count: int, *, largest: bool, newest: int | None = None) -> list[Path]:
+def best(
+    root: Path,
+    metric: str,
+    count: int,
+    *,
+    largest: bool,
+    newest: int | None = None,
+    ignore: frozenset[int] = frozenset(),
+) -> list[Path]:
     """The ``count`` checkpoints with the best value of a metric at their own step, best first.
 
-    One without a value, whose ``driver.json`` cannot be read, or of a step after ``newest`` is not among them. Of equal
-    ones the newer is better.
+    One without a value, whose ``driver.json`` cannot be read, of a step after ``newest`` or in ``ignore`` is not among
+    them. Of equal ones the newer is better.
     """
     values: list[tuple[float, int, Path]] = []
     for folder in list_checkpoints(root):
         value, step = metric_of(folder, metric), step_of(folder)
-        if value is not None and (newest is None or step <= newest):
+        if value is not None and (newest is None or step <= newest) and step not in ignore:
             values.append((value if largest else -value, step, folder))
     return [folder for _, _, folder in sorted(values, reverse=True)[:count]]
 
@@ -194,16 +202,25 @@ def metric_of(folder: Path, metric: str) -> float | None:
         return None
 
 
-def prune(root: Path, keep_latest: int, *, newest: int, keep: frozenset[Path] = frozenset()) -> list[Path]:
+def prune(
+    root: Path,
+    keep_latest: int,
+    *,
+    newest: int,
+    keep: frozenset[Path] = frozenset(),
+    ignore: frozenset[int] = frozenset(),
+) -> list[Path]:
     """Delete all but the ``keep_latest`` newest checkpoints (0 = keep all) and those in ``keep``; the deleted ones.
 
     Only folders that this program made are touched: named like a checkpoint, with a manifest, and no link. Those of
     steps after ``newest`` neither count nor go: they are damaged, and a run that fell back behind them replaces them.
+    Nor do those of the steps in ``ignore``.
     """
     if keep_latest == 0:
         return []
     deleted = []
-    for folder in [folder for folder in list_checkpoints(root) if step_of(folder) <= newest][:-keep_latest]:
+    counted = [f for f in list_checkpoints(root) if step_of(f) <= newest and step_of(f) not in ignore]
+    for folder in counted[:-keep_latest]:
         if folder not in keep and not folder.is_symlink() and (folder / MANIFEST).is_file():
             remove(folder)
             deleted.append(folder)

@@ -69,6 +69,20 @@ def finite_or_null(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
+class Source(Protocol):
+    """What steps are made of."""
+
+    def epoch(self, step: int) -> float: ...
+
+    @property
+    def num_dropped(self) -> int: ...
+
+
+def data_metrics(source: Source, step: int) -> Metrics:
+    """How far the data is used after step ``step`` (0 is the first), and how many of its rows were left out so far."""
+    return {"epoch": source.epoch(step), "data/dropped": float(source.num_dropped)}
+
+
 def rollout_metrics(scored: ScoredRollouts, generate_s: float) -> Metrics:
     """Lengths, scores and EOS over all completions of a step, dropped ones included; missing scores are left out."""
     sequences = scored.rollouts.sequences

@@ -158,7 +158,15 @@ def build_run(
         }
 
     also = refresh.save if refresh else _nothing_else
-    folder = RunFolder(config, run_dir, roles.actor, describe=describe, saved=report.saved, also=also)
+    folder = RunFolder(
+        config,
+        run_dir,
+        roles.actor,
+        describe=describe,
+        saved=report.saved,
+        also=also,
+        resumed=resume.folder if resume else None,
+    )
     if resume is not None:
         with stop.abandonable():
             _restore(resume, data, roles, evaluation)

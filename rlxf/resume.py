@@ -78,7 +78,7 @@ def is_complete(resume: Resume, config: RunConfig, run_dir: Path) -> bool:
         log.info("evaluating %s, after %d of %d steps", resume.folder, step, steps)
         return False
     for folder in (run_dir, resume.run_folder) if step >= steps else ():
-        if _summarised_steps(folder) == step and (folder / "policy").is_dir():
+        if summarised_steps(folder) == step and (folder / "policy").is_dir():
             if resume.changes:
                 raise CheckpointError(
                     f"{resume.folder}: that run is complete, and the recipe has changed since: "
@@ -104,7 +104,7 @@ def policy_source(config: RunConfig, resume: Resume | None) -> Path:
 
 def _choose(config: RunConfig, root: Path) -> tuple[Path | None, list[Damaged]]:
     wanted = config.training.resume
-    if wanted == "auto":
+    if wanted in ("auto", "last"):  # of the run folder that `last` found
         return newest_good(root)
     earlier = list_checkpoints(root)
     if wanted == "never":
@@ -169,11 +169,16 @@ def _data(found: dict[str, Any] | None) -> str:
 
 
 def _state(driver: dict[str, Any]) -> State:
-    values = {item.name: driver[item.name] for item in fields(State)}
-    return State(**{**values, "metrics": from_json(values["metrics"])})
+    """The driver's state; a field that an older version did not write has its default."""
+    values = {item.name: driver[item.name] for item in fields(State) if item.name in driver}
+    if driver.get("unevaluated"):  # how the first version said that an evaluation was cut
+        values["owed"] = ("evaluation", "row", "hf")
+    return State(
+        **{**values, "metrics": from_json(values["metrics"]), "owed": tuple(values.get("owed", ())), "under_way": ""}
+    )
 
 
-def _summarised_steps(run_dir: Path) -> int:
+def summarised_steps(run_dir: Path) -> int:
     """The steps of a run that has ended; -1 for one that has not."""
     try:
         return int(json.loads((run_dir / "summary.json").read_text())["steps"])

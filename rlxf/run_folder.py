@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ from rlxf.errors import CheckpointError
 from rlxf.metrics import finite_or_null
 from rlxf.pair.strategies import PairingResult
 from rlxf.record import RolloutRecorder, SampleRecorder
+from rlxf.rolling import drop_rolling, mark_rolling, rolling_steps
 from rlxf.run import Actor, State
 from rlxf.types import ScoredRollouts
 
@@ -59,6 +61,7 @@ class Saving:
 
     folder: Path
     temporary: Path
+    rolling: bool = False  # the next checkpoint replaces it
     published: Future[None] | None = None  # None: the actor is still writing
 
 
@@ -72,6 +75,8 @@ class RunFolder:
         describe: what else a resumed run needs, for ``driver.json``.
         saved: told of each complete checkpoint.
         also: writes what training changes besides the actor into a checkpoint's folder.
+        resumed: the checkpoint that the run goes on from.
+        now: seconds of a clock that only goes forward.
     """
 
     def __init__(
@@ -83,6 +88,8 @@ class RunFolder:
         describe: Callable[[State], dict[str, Any]] = lambda state: {},
         saved: Callable[[Path], None] = lambda folder: None,
         also: Callable[[Path], None] = lambda folder: None,
+        resumed: Path | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._run_dir = run_dir
@@ -93,12 +100,15 @@ class RunFolder:
         self._also = also
         # Now and not in the first save, which a stop signal may be waiting for.
         self._data = fingerprint(*training_files(config))
+        self._newest = resumed
+        self._now = now
+        self._saved_at = now()
         self._saving: Saving | None = None
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._require_space()
 
     def save_checkpoint(self, state: State) -> None:
-        """``<checkpoints>/iter_0000020`` after 20 steps: what the actor writes, and ``driver.json``.
+        """``<checkpoints>/iter_0000020`` after 20 steps: what the actor writes, and ``driver.json``. Not twice.
 
         Returns when it is complete; with ``training.async_save`` when the state is copied, and ``poll`` does the rest.
 
@@ -106,18 +116,62 @@ class RunFolder:
             CheckpointError: there is not enough space, or it could not be written; those before are untouched.
         """
         self.wait()  # never two at a time
+        if self._newest is not None and step_of(self._newest) == state.step:
+            mark_rolling(self._checkpoints, rolling_steps(self._checkpoints) - {state.step})  # it stays
+        else:
+            self._save(state, rolling=False)
+
+    def save_in_time(self, state: State) -> None:
+        """The same after ``training.save_every_minutes`` without a checkpoint; the next one of any kind replaces it.
+
+        Nobody asked for this one, so the run goes on if it cannot be written.
+        """
+        minutes, last = self._config.training.save_every_minutes, self._config.training.train_iters
+        if not minutes or self._now() - self._saved_at < 60 * minutes or state.step >= last:
+            return
+        self.wait()
+        try:
+            self._save(state, rolling=True)
+        except CheckpointError as error:
+            self._saved_at = self._now()  # not at every step
+            log.warning("%s (training.save_every_minutes = %g; 0 = off)", error, minutes)
+
+    def _save(self, state: State, *, rolling: bool) -> None:
         self._require_space()
-        background = self._config.training.async_save
-        folder = folder_of(self._checkpoints, state.step)
-        self._saving = Saving(folder, temporary_for(folder))
+        background, root = self._config.training.async_save, self._checkpoints
+        folder = folder_of(root, state.step)
+        self._saving = Saving(folder, temporary_for(folder), rolling)
         with self._discarded_on_failure():
+            # Before it has its name: what is not marked stays for ever.
+            earlier = rolling_steps(root) - {state.step}
+            mark_rolling(root, earlier | {state.step} if rolling else earlier)
             self._actor.save_checkpoint(self._saving.temporary, background)
             self._also(self._saving.temporary)
             write_json(self._saving.temporary / DRIVER, self._driver(state))
             self._sync_logs()
+            self._saved_at = self._now()
             if not background:
                 self._publish(self._saving)
                 self._complete()
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint: of this run, or the one that it goes on from."""
+        return self._newest
+
+    def finish(self, *, ask_actor: bool) -> None:
+        """For a run that failed: publish the checkpoint that is being written if it is whole, or drop it.
+
+        Args:
+            ask_actor: wait for the actor to write the rest; else only what is fully written is published.
+        """
+        try:
+            if self._saving is None or self._saving.published is not None or ask_actor:
+                self.wait()
+            else:
+                with self._discarded_on_failure():
+                    raise CheckpointError(f"{self._saving.folder}: the actor could not finish writing it")
+        except Exception as error:  # noqa: BLE001  the run has failed already, and that is what is told
+            log.warning("the checkpoint that was being written is lost: %s", error)
 
     def poll(self) -> None:
         """Finish a checkpoint that has been written in the background, without waiting."""
@@ -145,18 +199,26 @@ class RunFolder:
 
     def _complete(self) -> None:
         assert self._saving is not None
-        folder, self._saving = self._saving.folder, None
-        self._saved(folder)
-        self.prune(step_of(folder))
+        saving, self._saving = self._saving, None
+        self._newest, step = saving.folder, step_of(saving.folder)
+        self._saved(saving.folder)
+        try:
+            drop_rolling(self._checkpoints, but=step)
+            mark_rolling(self._checkpoints, {step} if saving.rolling else ())
+        except OSError as error:  # the run does not depend on it
+            log.warning("an old checkpoint could not be deleted: %s", error)
+        self.prune(step)
 
     def prune(self, step: int) -> None:
         """Delete the checkpoints up to ``step`` that are not kept; at the start those that a killed run did not."""
         training, root = self._config.training, self._checkpoints
         metric, largest = best_metric(self._config)
+        rolling = rolling_steps(root)
         try:
             if training.keep_latest:
-                kept = best(root, metric, training.keep_best, largest=largest) if training.keep_best else []
-                prune(root, training.keep_latest, newest=step, keep=frozenset(kept))
+                count = training.keep_best
+                kept = best(root, metric, count, largest=largest, ignore=rolling) if count else []
+                prune(root, training.keep_latest, newest=step, keep=frozenset(kept), ignore=rolling)
             self._point_to_best(metric, step, largest=largest)
         except OSError as error:  # the run does not depend on it
             log.warning("an old checkpoint could not be deleted: %s", error)
@@ -164,7 +226,7 @@ class RunFolder:
     def _point_to_best(self, metric: str, newest: int, *, largest: bool) -> None:
         """``best_checkpointed_iteration.txt``: the step of the best checkpoint that is there, and why in JSON."""
         root = self._checkpoints
-        found = best(root, metric, 1, largest=largest, newest=newest)
+        found = best(root, metric, 1, largest=largest, newest=newest, ignore=rolling_steps(root))
         if not found:
             return
         value = metric_of(found[0], metric)
@@ -187,9 +249,10 @@ class RunFolder:
 
     def _driver(self, state: State) -> dict[str, Any]:
         training = self._config.training
+        kept = {name: value for name, value in asdict(state).items() if name != "under_way"}
         return {
             "format": FORMAT,
-            **asdict(state),
+            **kept,
             "metrics": finite_or_null(state.metrics),
             "sampling": {"seed": training.seed, "step": state.step},
             "reported_step": state.reported_step,

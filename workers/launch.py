@@ -13,21 +13,17 @@ from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from rich.console import Console
 
 from rlxf.clock import Clock
+from rlxf.command import Typed
 from rlxf.config.schema import Role, RunConfig
-from rlxf.driver import train
-from rlxf.evaluate import evaluate_only
 from rlxf.plan import Plan, make_plan
 from rlxf.platform import Platform, get_platform
-from rlxf.prepare import Roles, build_run, load_data, needs_scorer, with_epochs
+from rlxf.prepare import Roles, needs_scorer
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
-from rlxf.report import make_report
-from rlxf.resume import find_resume, is_complete, policy_source
 from rlxf.run import Reference
-from rlxf.run_folder import owned_checkpoints, save_config
+from rlxf.start import prepared, run_prepared
 from rlxf.stop import Stop
 from workers.actor import ActorWorker, RemoteActor
 from workers.cluster import Cluster, connect
@@ -49,35 +45,26 @@ WORKERS: dict[Role, type] = {
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
-def launch(config: RunConfig, run_dir: Path) -> None:
-    """Run the recipe on Ray; what it leaves is under ``run_dir``, and in ``actor_rollout.save`` if set."""
-    run_dir = run_dir.absolute()  # workers have other working folders
-    stop = Stop()
-    with stop.installed(), owned_checkpoints(config, run_dir):
-        config, data = with_epochs(config)
-        resume = find_resume(config, run_dir)  # before Ray starts: what is wrong is told at once
-        if resume is not None and is_complete(resume, config, run_dir):
+def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None:
+    """Run the recipe on Ray; what it leaves is under ``run_dir``, and in ``actor_rollout.save`` if set.
+
+    ``typed``: the command, for messages.
+    """
+    stop = Stop(grace_s=config.training.stop_grace_s)
+    with prepared(config, run_dir, stop, typed) as found:
+        if found is None:
             return
-        data = data or load_data(config)
+        config = found.config
         platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
         plan = make_plan(config)
-        save_config(config, run_dir)
         with connected(config, plan, platform, stop) as cluster:
             clock = Clock()
             waiter = Waiter(clock, stop, config.training.stage_timeout_s, cluster.logs)
             with stop.abandonable():
                 groups, loading = start_workers(config, plan, platform, waiter)
                 waiter.gather(loading, config.training.start_timeout_s)
-            report = make_report(config, run_dir, Console(), resume)
-            try:
-                run = build_run(
-                    config, run_dir, data, make_roles(config, platform, groups),
-                    platform=platform, report=report, clock=clock, stop=stop, resume=resume,
-                )  # fmt: skip
-                evaluate_only(run, policy_source(config, resume)) if config.training.eval_only else train(run)
-                data.say_dropped()
-            finally:
-                report.close()
+            roles = make_roles(config, platform, groups)
+            run_prepared(found, roles, platform=platform, clock=clock, stop=stop)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ class SmallActor(Bigram):
         self._trace = trace
         self.num_pairs = 0
         self.during_update: Callable[[], None] = lambda: None
+        self.untouched: Callable[[], bool] = lambda: True  # whether a failed update made no optimizer step
 
     def update(self, batch: ReferencedPairs, step: int) -> Metrics:
         self._trace.append("update")
@@ -120,6 +121,9 @@ class SmallActor(Bigram):
         with torch.no_grad():
             self.logits -= self._config.lr * gradient
         return {"loss": float(losses.detach().mean())}
+
+    def is_untouched(self) -> bool:
+        return self.untouched()
 
     def save_checkpoint(self, folder: Path, background: bool = False) -> None:
         self._copy = (folder / "logits.pt", self.logits.detach().clone())
@@ -271,13 +275,30 @@ class Notes:
 class SavedSteps:
     """A folder that notes which steps were saved, with which policy version."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: int) -> None:
         self.saved: list[tuple[int, int]] = []
+        self.states: list[State] = []
         self.hf: list[int] = []
         self.waits = 0
+        self.finished: list[bool] = []  # whether the actor was asked, each time that a failed run ended
+        self.during_save: Callable[[], None] = lambda: None
+        self._step = step
 
     def save_checkpoint(self, state: State) -> None:
-        self.saved.append((state.step, state.policy_version))
+        if state.step != self._step:
+            self.during_save()
+            self._step = state.step
+            self.saved.append((state.step, state.policy_version))
+            self.states.append(replace(state))
+
+    def save_in_time(self, state: State) -> None:
+        return None
+
+    def newest(self) -> Path | None:
+        return Path(f"iter_{self._step:07d}") if self._step else None
+
+    def finish(self, *, ask_actor: bool) -> None:
+        self.finished.append(ask_actor)
 
     def save_hf(self, step: int) -> None:
         self.hf.append(step)
@@ -325,7 +346,7 @@ def small_run(
         with torch.no_grad():
             actor.logits.copy_(logits)
     sync, recorder = SmallSync(actor, engine, trace, deliver=deliver), LastRecord()
-    notes, folder, stop = Notes(), SavedSteps(), Stop(interrupt=True)
+    notes, folder, stop = Notes(), SavedSteps(state.step if state else 0), Stop(interrupt=True)
     online = Online(
         prompts=SmallPrompts(config, trace),
         rollout=engine,

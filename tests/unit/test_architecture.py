@@ -18,9 +18,10 @@ PRODUCT = ("rlxf", "workers", "scripts", "benchmarks", "ray_gpt.py")
 
 ROOMS = {"data", "rollout", "score", "pair", "reference", "update", "sync"}
 FLOOR = {"types", "config", "errors"}
-TOOLS = {"clock", "console", "jsonl", "record", "stop"}  # files and terminals; they know no room
+TOOLS = {"clock", "command", "console", "jsonl", "record", "stop"}  # files and terminals; they know no room
 BELOW_ROOMS = FLOOR | TOOLS | {"models", "platform"}
 ASSEMBLY = {"run", "evaluate", "assemble", "prepare", "driver", "metrics", "report", "resume", "run_folder"}
+STORE = {"checkpoint", "rolling"}
 
 # What each part of rlxf may import besides itself. A new part needs a line here: decide where it stands.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -39,20 +40,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tiny": BELOW_ROOMS,
     # What a run says and leaves behind; of the rooms they know pairs only.
     "metrics": FLOOR | {"jsonl", "pair"},
-    "run_folder": FLOOR | TOOLS | {"checkpoint", "metrics", "pair", "run"},
+    "rolling": {"checkpoint", "run_folder"},
+    "run_folder": FLOOR | TOOLS | STORE | {"metrics", "pair", "run"},
     "resume": FLOOR | TOOLS | {"checkpoint", "metrics", "run", "run_folder"},
     "trackers": FLOOR,
     "hub": {"errors"},
     "report": FLOOR | TOOLS | {"metrics", "resume", "run_folder", "trackers"},
     # The loop and the protocols of its members: no device, no model, nothing that builds a room.
     "run": FLOOR | TOOLS | {"pair", "rollout", "score", "sync"},
-    "driver": FLOOR | TOOLS | {"run", "metrics", "pair", "rollout", "score"},
+    "loop": FLOOR | TOOLS | {"run"},
+    "driver": FLOOR | TOOLS | {"loop", "run", "metrics", "pair", "rollout", "score"},
     # The only ones that may build several rooms.
     "evaluate": BELOW_ROOMS | ROOMS | {"run", "metrics"},
     "assemble": BELOW_ROOMS | ROOMS,
     "compare": BELOW_ROOMS | ROOMS | {"assemble", "metrics", "run_folder"},
     "prepare": BELOW_ROOMS | ROOMS | ASSEMBLY - {"driver"},
-    "local": BELOW_ROOMS | ROOMS | ASSEMBLY,
+    # What every run does before and around its loop, whichever runtime it has.
+    "unfinished": FLOOR | TOOLS | {"checkpoint", "resume", "run_folder"},
+    "start": FLOOR | TOOLS | ASSEMBLY | {"checkpoint", "platform", "unfinished"},
+    "local": BELOW_ROOMS | ROOMS | ASSEMBLY | {"start"},
 }
 # The wire format between trainer and engines belongs to both.
 EXCEPTIONS = {(room, "rlxf.sync.plan") for room in ("rollout", "update", "reference")}

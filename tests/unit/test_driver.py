@@ -21,11 +21,16 @@ ONLINE_NAMES = {
     "val/contain_eos_token",
     "pair/kept", "pair/dropped", "pair/tie_rate", "pair/margin", "rollout/tokens_per_s",
     "sync/bytes", "sync/version_lag",
-    "timing/gen", "timing/adv", "timing/ref", "timing/update_actor", "timing/sync", "timing/all",
+    "timing/gen", "timing/adv", "timing/ref", "timing/update_actor", "timing/sync", "timing/eval",
+    "timing/save", "timing/all",
     "reward/score/mean", "reward/score/max", "reward/score/min",
     "response_length/mean", "response_length/max", "response_length/min",
     "prompt_length/mean", "prompt_length/max", "prompt_length/min",
 }  # fmt: skip
+
+
+def unclocked(metrics: Metrics) -> Metrics:
+    return {name: value for name, value in metrics.items() if not name.startswith(("timing/", "rollout/"))}
 
 
 def mean_score(small: SmallRun, step: int) -> float:
@@ -63,7 +68,9 @@ def test_every_step_has_every_metric() -> None:
         assert set(metrics) == ONLINE_NAMES
     assert small.notes.steps[4]["epoch"] == 2.0
     stages = [
-        value for name, value in small.notes.steps[1].items() if name.startswith("timing/") and name != "timing/all"
+        value
+        for name, value in small.notes.steps[1].items()
+        if name.startswith("timing/") and name not in ("timing/all", "timing/eval", "timing/save")
     ]
     assert sum(stages) <= small.notes.steps[1]["timing/all"]
 
@@ -238,12 +245,12 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run() -> None:
     with small.stop.installed(), pytest.raises(StopRequested):
         train(small.run)
     assert "eval/reward" not in small.notes.steps[2]
-    assert (small.run.state.unevaluated, small.run.state.reported_step) == (True, 1)
+    assert (small.run.state.owed, small.run.state.reported_step) == (("evaluation", "row", "hf"), 1)
     assert (small.folder.saved, small.folder.hf) == ([(2, 2)], [])
     stopping.append(False)
     again = small_run(small_config(**changes), evaluate=evaluate, state=small.run.state)
     train(again.run)
-    assert again.notes.steps[2] == small.notes.steps[2] | {"eval/reward": 2.0}
+    assert unclocked(again.notes.steps[2]) == unclocked(small.notes.steps[2]) | {"eval/reward": 2.0}
     assert list(again.notes.steps) == [2, 3]
     assert again.notes.evaluations == {2: {}}  # none before the first step: that was the first run's
     assert (again.folder.saved, again.folder.hf) == ([(3, 3)], [2])
@@ -258,16 +265,12 @@ def test_a_resumed_run_goes_on_at_its_step_with_its_version() -> None:
     train(again.run)
     assert again.sync.versions == [2, 3, 4]
     assert [sampling.step for sampling in again.engine.samplings] == [2, 3]
-    unclocked = [
-        {name: value for name, value in steps[4].items() if not name.startswith(("timing/", "rollout/"))}
-        for steps in (again.notes.steps, whole.notes.steps)
-    ]
-    assert unclocked[0] == unclocked[1]
+    assert unclocked(again.notes.steps[4]) == unclocked(whole.notes.steps[4])
     assert bool((again.actor.logits == whole.actor.logits).all())
 
 
 def test_a_run_whose_steps_are_done_only_writes_its_policy() -> None:
-    small = small_run(small_config(), state=State(step=4, policy_version=4, saved_step=4))
+    small = small_run(small_config(), state=State(step=4, policy_version=4))
     train(small.run)
     assert small.trace == ["sync"]
     assert small.folder.saved == []
@@ -278,7 +281,7 @@ def test_a_run_that_fails_waits_for_the_checkpoint_that_is_being_written() -> No
     small = small_run(small_config(algorithm__max_empty_steps=1), scorer=Constant())
     with pytest.raises(TrainingError):
         train(small.run)
-    assert small.folder.waits == 1
+    assert small.folder.finished == [True]
 
 
 def test_a_signal_before_the_first_step_saves_nothing() -> None:

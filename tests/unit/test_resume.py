@@ -40,9 +40,7 @@ def save(run_dir: Path, *steps: int, **changes: Any) -> list[Path]:
 
     folder = RunFolder(recipe, run_dir, SmallActor(recipe, []), describe=describe, saved=saved.append)
     for step in steps:
-        folder.save_checkpoint(
-            State(step=step, policy_version=step - 1, saved_step=step, metrics={"loss": float("nan")})
-        )
+        folder.save_checkpoint(State(step=step, policy_version=step - 1, metrics={"loss": float("nan")}))
     return saved
 
 
@@ -67,7 +65,7 @@ def test_the_newest_checkpoint_is_taken_with_the_drivers_state(tmp_path: Path) -
     _, newest = save(tmp_path, 2, 3)
     resume = find(tmp_path)
     assert resume.folder == newest
-    assert (resume.state.step, resume.state.policy_version, resume.state.saved_step) == (3, 2, 3)
+    assert (resume.state.step, resume.state.policy_version) == (3, 2)
     assert resume.state.metrics["loss"] != resume.state.metrics["loss"]  # NaN, through JSON's null
     assert resume.prompt_ids == [3]
     assert resume.start == {"loss": 0.7}
