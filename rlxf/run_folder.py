@@ -38,6 +38,7 @@ from rlxf.checkpoint import (
     temporary_for,
     write_manifest,
 )
+from rlxf.config.curve import CURVE
 from rlxf.config.evaluation import best_metric
 from rlxf.config.folders import data_files
 from rlxf.config.schema import RunConfig
@@ -189,9 +190,10 @@ class RunFolder:
         training = self._config.training
         return {
             "format": FORMAT,
+            "curve": CURVE,
             **asdict(state),
             "metrics": finite_or_null(state.metrics),
-            "sampling": {"seed": training.seed, "step": state.step},
+            "sampling": {"seed": training.seed, "position": state.step * training.global_batch_size},
             "reported_step": state.reported_step,
             "run_folder": str(self._run_dir.absolute()),
             **self._describe(state),
