@@ -10,6 +10,7 @@ from typing import Any
 
 from rlxf.checkpoint import DRIVER, Damaged, list_checkpoints, newest_good, require_good, step_of
 from rlxf.config.changes import compare
+from rlxf.config.curve import changed_since
 from rlxf.config.schema import RunConfig
 from rlxf.errors import CheckpointError
 from rlxf.metrics import from_json
@@ -38,7 +39,8 @@ class Resume:
 def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
     """The checkpoint that ``training.resume`` asks for; None for a run that starts at the beginning.
 
-    A damaged checkpoint, a changed recipe and another layout are warned about, by name.
+    A damaged checkpoint, a changed recipe, another layout and a version of this program that gave the same recipe
+    another curve are warned about, by name.
 
     Raises:
         CheckpointError: none of the checkpoints is whole, or the one that was found belongs to other data or another
@@ -158,6 +160,14 @@ def _check(config: RunConfig, folder: Path, driver: dict[str, Any]) -> list[str]
             "the layout has changed since %s: %s; the run goes on to float tolerance, not bit for bit",
             folder.name,
             "; ".join(changes.layout),
+        )
+    moved = changed_since(driver.get("curve", 1), config)
+    if moved and driver["step"] < config.training.train_iters and not config.training.eval_only:
+        log.warning(
+            "%s was written by an earlier version of this program, and these have changed since: %s; the run goes on, "
+            "but not as that version would have",
+            folder.name,
+            ", ".join(moved),
         )
     return changes.curve
 

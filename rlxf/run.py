@@ -244,7 +244,7 @@ class Run:
             return ReferencedPairs(pairs=data, reference=self.reference.logps(data))
 
     def training_sampling(self) -> Sampling:
-        """The recipe's sampling for the current step: seeds depend on run, step, prompt and sample only."""
+        """The recipe's sampling, the same in every step: the prompts' positions give each completion its seed."""
         actor, rollout = self.config.actor_rollout, self.config.rollout
         return Sampling(
             num_samples=actor.n_samples_per_prompt,
@@ -253,5 +253,4 @@ class Run:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             seed=self.config.training.seed,
-            step=self.state.step,
         )

@@ -39,6 +39,7 @@ from rlxf.checkpoint import (
     temporary_for,
     write_manifest,
 )
+from rlxf.config.curve import CURVE
 from rlxf.config.evaluation import best_metric
 from rlxf.config.folders import data_files
 from rlxf.config.schema import RunConfig
@@ -252,9 +253,10 @@ class RunFolder:
         kept = {name: value for name, value in asdict(state).items() if name != "under_way"}
         return {
             "format": FORMAT,
+            "curve": CURVE,
             **kept,
             "metrics": finite_or_null(state.metrics),
-            "sampling": {"seed": training.seed, "step": state.step},
+            "sampling": {"seed": training.seed, "position": state.step * training.global_batch_size},
             "reported_step": state.reported_step,
             "run_folder": str(self._run_dir.absolute()),
             **self._describe(state),

@@ -177,6 +177,7 @@ def _only(prompts: PromptBatch, wanted: set[int]) -> PromptBatch:
     return PromptBatch(
         prompts=Tokens.from_rows([tokens[row] for row in rows]),
         prompt_ids=prompts.prompt_ids[rows],
+        positions=prompts.positions[rows],
         texts=tuple(prompts.texts[row] for row in rows),
         columns={name: [values[row] for row in rows] for name, values in prompts.columns.items()},
     )
@@ -190,6 +191,7 @@ def answer(config: RunConfig, prompts: PromptBatch, settings: Settings, platform
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=settings.seed,
+        purpose="eval",
     )
     size = settings.prompts_per_call
     parts = [prompts.slice(start, start + size) for start in range(0, len(prompts), size)]

@@ -15,8 +15,8 @@ from rlxf.clock import Clock
 from rlxf.config.schema import RunConfig
 from rlxf.evaluate import no_evaluation
 from rlxf.pair.strategies import PairingResult
-from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_seed
-from rlxf.run import Evaluate, FileSource, Online, Run, State
+from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_requests
+from rlxf.run import Evaluate, FileSource, Online, PromptSource, Run, State
 from rlxf.stop import Stop
 from rlxf.sync.push import SyncReport
 from rlxf.sync.refresh import no_refresh
@@ -153,18 +153,16 @@ class SmallEngine:
         self.version = 0
         self._trace = trace
         self.samplings: list[Sampling] = []
+        self.seeds: list[list[int]] = []  # of each call, one per completion
         self.during_generate: Callable[[], None] = lambda: None
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         self._trace.append("rollout")
         self.during_generate()
         self.samplings.append(sampling)
-        rows = zip(prompts.prompts.rows(), prompts.prompt_ids.tolist(), strict=True)
-        completions = [
-            self._sample(row, sampling, sample_seed(sampling.seed, sampling.step, prompt_id, k))
-            for row, prompt_id in rows
-            for k in range(sampling.num_samples)
-        ]
+        requests = [request for part in sample_requests(prompts, sampling, None) for request in part]
+        self.seeds.append([seed for _, seed in requests])
+        completions = [self._sample(row, sampling, seed) for row, seed in requests]
         return pack_rollouts(prompts, sampling.num_samples, completions, self.version)
 
     def _sample(self, prompt: list[int], sampling: Sampling, seed: int) -> Completion:
@@ -205,10 +203,10 @@ class SmallPrompts:
 
     def next_batch(self, step: int) -> PromptBatch:
         self._trace.append("prompts")
-        ids = range(step * self._size, (step + 1) * self._size)
-        rows = [[2 + i % 2, 2 + i % 4] for i in ids]
+        ids = torch.arange(step * self._size, (step + 1) * self._size)
+        rows = [[2 + i % 2, 2 + i % 4] for i in ids.tolist()]
         return PromptBatch(
-            prompts=Tokens.from_rows(rows), prompt_ids=torch.tensor(list(ids)), texts=("?",) * self._size, columns={}
+            prompts=Tokens.from_rows(rows), prompt_ids=ids, positions=ids, texts=("?",) * self._size, columns={}
         )
 
     def epoch(self, step: int) -> float:
@@ -333,6 +331,7 @@ def small_run(
     config: RunConfig,
     *,
     scorer: Any = None,
+    prompts: PromptSource | None = None,
     offline: FileSource | None = None,
     evaluate: Evaluate = no_evaluation,
     deliver: Callable[[int], bool] = lambda version: True,
@@ -348,7 +347,7 @@ def small_run(
     sync, recorder = SmallSync(actor, engine, trace, deliver=deliver), LastRecord()
     notes, folder, stop = Notes(), SavedSteps(state.step if state else 0), Stop(interrupt=True)
     online = Online(
-        prompts=SmallPrompts(config, trace),
+        prompts=prompts or SmallPrompts(config, trace),
         rollout=engine,
         scorer=scorer or TokenCounter(trace),
         eos_ids=(EOS,),

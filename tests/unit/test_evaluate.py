@@ -30,6 +30,7 @@ def evaluation(small: SmallRun) -> Evaluation:
     prompts = PromptBatch(
         prompts=Tokens.from_rows([[2, 2 + i % 4] for i in range(NUM_PROMPTS)]),
         prompt_ids=torch.arange(NUM_PROMPTS),
+        positions=torch.arange(NUM_PROMPTS),
         texts=tuple(f"prompt {i}" for i in range(NUM_PROMPTS)),
         columns={},
     )
@@ -76,9 +77,9 @@ def test_samples_are_fresh_and_never_those_of_training() -> None:
     evaluate = evaluation(run)
     for step in range(6):
         evaluate(step)
-    steps = [sampling.step for sampling in run.engine.samplings if sampling.temperature]
-    assert len(set(steps)) == len(steps) == 5  # the initial policy's, and four evaluations
-    assert max(steps) < 0
+    sampled = [(sampling.purpose, sampling.step) for sampling in run.engine.samplings if sampling.temperature]
+    assert sampled == [("initial", 0), ("eval", 0), ("eval", 2), ("eval", 4), ("eval", 5)]
+    assert {s.purpose for s in run.engine.samplings if not s.temperature} == {"greedy"}
     assert {(s.temperature, s.top_p, s.num_samples) for s in run.engine.samplings} == {(1.0, 1.0, 1), (0.0, 1.0, 1)}
 
 

@@ -25,7 +25,11 @@ def scored(scores: list[float], completions: list[list[int]], versions: list[int
     sequences = Sequences.from_rows(rows, completions)
     rollouts = Rollouts(
         prompts=PromptBatch(
-            prompts=Tokens.from_rows(prompts), prompt_ids=torch.arange(count), texts=("",) * count, columns={}
+            prompts=Tokens.from_rows(prompts),
+            prompt_ids=torch.arange(count),
+            positions=torch.arange(count),
+            texts=("",) * count,
+            columns={},
         ),
         sequences=sequences,
         prompt_index=torch.arange(count).repeat_interleave(2),

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from rlxf.checkpoint import LATEST
+from rlxf.checkpoint import LATEST, write_manifest
+from rlxf.config import curve
 from rlxf.config.changes import compare
+from rlxf.config.curve import CurveChange
 from rlxf.config.schema import RunConfig
 from rlxf.errors import CheckpointError
 from rlxf.resume import Resume, find_resume, is_complete
@@ -167,8 +169,60 @@ def test_a_change_of_the_recipe_is_said_by_name(tmp_path: Path, caplog: pytest.L
     assert "ref.tensor_model_parallel_size 1 -> 2; the run goes on to float tolerance" in caplog.text
 
 
+def before_curves(*checkpoints: Path) -> None:
+    """Make checkpoints those of a version that did not number its curves yet."""
+    for folder in checkpoints:
+        driver = json.loads((folder / "driver.json").read_text())
+        del driver["curve"]
+        (folder / "driver.json").write_text(json.dumps(driver))
+        write_manifest(folder)
+
+
+OLD_VERSION = "iter_0000002 was written by an earlier version of this program, and these have changed since: "
+
+
 @pytest.mark.parametrize(
-    ("change", "curve", "layout"),
+    ("recipe", "names"),
+    [
+        ({}, "sampling seeds"),
+        ({"actor_rollout__lr_decay_style": "linear"}, "sampling seeds, learning rate of decaying schedules"),
+        ({"training__stage": "dpo", "actor_rollout__lr_decay_style": "cosine"}, "learning rate of decaying schedules"),
+        ({"training__stage": "dpo"}, ""),  # samples nothing, and its rate is the same in every step
+    ],
+)
+def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_moved_the_curve(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, recipe: dict[str, Any], names: str
+) -> None:
+    before_curves(*save(tmp_path, 2, **recipe))
+    assert find(tmp_path, **recipe).state.step == 2
+    assert (f"{OLD_VERSION}{names}; the run goes on" in caplog.text) == bool(names)
+    assert bool(caplog.text) == bool(names)
+
+
+def test_a_run_that_trains_no_further_has_no_curve_to_warn_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before_curves(*save(tmp_path, 2, training__train_iters=2))
+    find(tmp_path, training__train_iters=2)
+    find(tmp_path, training__train_iters=2, training__eval_only=True)
+    assert caplog.text == ""
+    resume = find(tmp_path, training__train_iters=3)
+    assert OLD_VERSION in caplog.text
+    assert resume.changes == []  # of the recipe: a complete run stays complete
+
+
+def test_a_change_that_is_added_later_is_told_to_today_s_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 2)
+    later = CurveChange(curve.CURVE + 1, "another loss", lambda config: True)
+    monkeypatch.setattr(curve, "CURVE_CHANGES", (*curve.CURVE_CHANGES, later))
+    find(tmp_path)
+    assert f"{OLD_VERSION}another loss; the run goes on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "moved", "layout"),
     [
         ({"training__seed": 8}, ["training.seed 7 -> 8"], []),
         ({"training__global_batch_size": 4}, ["training.global_batch_size 8 -> 4"], []),
@@ -201,9 +255,9 @@ def test_a_change_of_the_recipe_is_said_by_name(tmp_path: Path, caplog: pytest.L
         ({"sync__verify_interval": 3, "eval__num_prompts": 3, "training__keep_latest": 2}, [], []),
     ],
 )
-def test_what_a_change_does_to_a_run(change: dict[str, Any], curve: list[str], layout: list[str]) -> None:
+def test_what_a_change_does_to_a_run(change: dict[str, Any], moved: list[str], layout: list[str]) -> None:
     changes = compare(small_config(model__bigram=SHAPE).dump(), small_config(model__bigram=SHAPE, **change))
-    assert changes.curve == curve
+    assert changes.curve == moved
     assert changes.layout == layout
     assert changes.shape == []
 

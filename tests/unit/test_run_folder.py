@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from rlxf.checkpoint import find_problems, list_checkpoints, newest_good
+from rlxf.config.curve import CURVE
 from rlxf.errors import CheckpointError
 from rlxf.run import State
 from rlxf.run_folder import RunFolder, fingerprint, owned_checkpoints, save_config
@@ -45,8 +46,8 @@ def test_a_checkpoint_holds_the_actor_and_the_drivers_state(tmp_path: Path) -> N
     assert torch.load(told[0] / "logits.pt", weights_only=True).shape == (6, 6)
     driver = json.loads((told[0] / "driver.json").read_text(), parse_constant=pytest.fail)
     expected = {
-        "format": 1, "step": 20, "policy_version": 18, "empty_steps": 1, "num_tokens": 500,
-        "metrics": {"loss": 0.5, "kl": None}, "sampling": {"seed": 7, "step": 20}, "reported_step": 20,
+        "format": 1, "curve": CURVE, "step": 20, "policy_version": 18, "empty_steps": 1, "num_tokens": 500,
+        "metrics": {"loss": 0.5, "kl": None}, "sampling": {"seed": 7, "position": 20 * 8}, "reported_step": 20,
         "prompt_ids": [3, 1], "run_folder": str(tmp_path),
     }  # fmt: skip
     assert {name: driver[name] for name in expected} == expected
