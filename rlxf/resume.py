@@ -33,6 +33,7 @@ class Resume:
     end: Metrics  # and the newest ones
     baseline: dict[str, Any] | None  # what the initial policy said to the evaluation's prompts
     changes: list[str]  # of the recipe since then, that change the curve
+    seconds: float = 0.0  # that the run had taken; a checkpoint of the first version does not say
     trackers: dict[str, str] = field(default_factory=dict)  # the run's id in each experiment tracker
 
 
@@ -66,6 +67,7 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         baseline=driver["baseline"],
         changes=changes,
         trackers=driver["report"].get("trackers", {}),
+        seconds=driver["report"].get("seconds", 0.0),
     )
 
 

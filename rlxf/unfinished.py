@@ -47,7 +47,12 @@ def newest_unfinished(config: RunConfig, run_dir: Path, typed: Typed | None) -> 
             continue
         path, driver = checkpoint
         steps = config.training.train_iters
-        if summarised_steps(folder) >= steps or _is_locked(path.parent) or _has_changed(driver, config):
+        if (
+            summarised_steps(folder) >= steps
+            or driver["step"] > steps
+            or _is_locked(path.parent)
+            or _has_changed(driver, config)
+        ):
             continue
         data = data or fingerprint(*training_files(config))
         if (driver.get("data") or {}).get("sha256") == (data or {}).get("sha256"):

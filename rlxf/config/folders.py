@@ -95,7 +95,7 @@ def named_paths(config: RunConfig) -> list[NamedPath]:
         "ref.load": config.ref.load,
         "reward.load": None if config.offline else reward.load,
         "reward.tokenizer_name_or_path": reward.tokenizer_name_or_path if config.scores else None,
-        "training.resume": None if config.training.resume in ("auto", "never") else config.training.resume,
+        "training.resume": None if config.training.resume in ("auto", "never", "last") else config.training.resume,
     }
     files: dict[str, tuple[str | None, tuple[str, ...]]] = {
         "reward.function": (None if config.offline else reward.function, (".py",)),
