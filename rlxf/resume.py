@@ -27,7 +27,7 @@ class Resume:
     folder: Path
     state: State
     run_folder: Path  # of the run that wrote it
-    prompt_ids: list[int]  # rows of the data that the last step was made of
+    prompt_ids: list[int] | None  # rows of the data that the last step was made of; None: it does not say
     start: Metrics  # of the report: the first evaluation and the first step
     end: Metrics  # and the newest ones
     baseline: dict[str, Any] | None  # what the initial policy said to the evaluation's prompts
@@ -50,20 +50,19 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         log.warning("damaged checkpoint: %s", item)
     if folder is None:
         return None
-    driver = json.loads((folder / DRIVER).read_text())
-    if driver.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: written by another version (format {driver.get('format')}, not {FORMAT})")
+    driver = _read_driver(folder)
     changes = _check(config, folder, driver)
+    report = driver.get("report", {})
     return Resume(
         folder=folder,
         state=_state(driver),
-        run_folder=Path(driver["run_folder"]),
-        prompt_ids=driver["prompt_ids"],
-        start=from_json(driver["report"]["start"]),
-        end=from_json(driver["report"]["end"]),
-        baseline=driver["baseline"],
+        run_folder=Path(driver.get("run_folder", run_dir)),
+        prompt_ids=driver.get("prompt_ids"),
+        start=from_json(report.get("start", {})),
+        end=from_json(report.get("end", {})),
+        baseline=driver.get("baseline"),
         changes=changes,
-        trackers=driver["report"].get("trackers", {}),
+        trackers=report.get("trackers", {}),
     )
 
 
@@ -144,7 +143,7 @@ def _check(config: RunConfig, folder: Path, driver: dict[str, Any]) -> list[str]
     other = "name that one, or start a new run with another folder in actor_rollout.save (or hydra.run.dir)"
     if changes.shape:
         raise CheckpointError(f"{folder}: holds a model of another shape: {'; '.join(changes.shape)}; {other}")
-    now, then = fingerprint(*training_files(config)), driver["data"]
+    now, then = fingerprint(*training_files(config)), driver.get("data")
     if (then or {}).get("sha256") != (now or {}).get("sha256"):
         raise CheckpointError(f"{folder}: was trained on {_data(then)}, but this run reads {_data(now)}; {other}")
     if changes.curve:
@@ -168,9 +167,26 @@ def _data(found: dict[str, Any] | None) -> str:
     return f"{found['path']} ({found['num_bytes']} bytes, SHA-256 {found['sha256'][:12]})"
 
 
+def _read_driver(folder: Path) -> dict[str, Any]:
+    """What the driver wrote into a checkpoint. A field that an older revision did not write is not in it."""
+    path = folder / DRIVER
+    try:
+        driver = json.loads(path.read_text())
+        found, config = driver.get("format"), driver.get("config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); copy the checkpoint again, or name another one in training.resume"
+        ) from error
+    if found != FORMAT or config is None:
+        raise CheckpointError(f"{folder}: written by another version (format {found}, not {FORMAT})")
+    content: dict[str, Any] = driver
+    return content
+
+
 def _state(driver: dict[str, Any]) -> State:
-    values = {item.name: driver[item.name] for item in fields(State)}
-    return State(**{**values, "metrics": from_json(values["metrics"])})
+    """The driver's state; a field that the checkpoint does not have takes its default."""
+    values = {item.name: driver[item.name] for item in fields(State) if item.name in driver}
+    return State(**{**values, "metrics": from_json(values.get("metrics", {}))})
 
 
 def _summarised_steps(run_dir: Path) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlxf.checkpoint import LATEST
+from rlxf.checkpoint import LATEST, write_manifest
 from rlxf.config.changes import compare
 from rlxf.config.schema import RunConfig
 from rlxf.errors import CheckpointError
@@ -244,3 +246,40 @@ def test_a_run_is_complete_when_its_policy_is_there(tmp_path: Path, caplog: pyte
     with pytest.raises(CheckpointError, match=r"complete, and the recipe has changed .*lr 0\.5 -> 0\.25"):
         is_complete(find(tmp_path, **other), config(tmp_path, **other), tmp_path)
     assert not is_complete(find(tmp_path), config(tmp_path, training__train_iters=5), tmp_path)
+
+
+def rewrite_driver(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "driver.json"
+    driver = json.loads(path.read_text())
+    change(driver)
+    path.write_text(json.dumps(driver))
+    write_manifest(folder)
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(State)])
+def test_a_field_that_an_older_revision_did_not_write_takes_its_default(tmp_path: Path, name: str) -> None:
+    (folder,) = save(tmp_path, 3)
+    expected = find(tmp_path).state
+    rewrite_driver(folder, lambda driver: driver.pop(name))
+    assert find(tmp_path).state == replace(expected, **{name: getattr(State(), name)})
+
+
+@pytest.mark.parametrize("name", ["run_folder", "prompt_ids", "report", "baseline", "sampling", "epoch"])
+def test_what_a_report_needs_may_be_missing(tmp_path: Path, name: str) -> None:
+    (folder,) = save(tmp_path, 3)
+    rewrite_driver(folder, lambda driver: driver.pop(name, None))
+    found = find(tmp_path)
+    assert found.state.step == 3
+    assert found.run_folder == tmp_path
+    assert found.baseline is None
+    if name == "report":
+        assert found.start == found.end == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\x80\x04", b"{", b"null"])
+def test_a_drivers_file_that_says_nothing_is_named(tmp_path: Path, content: bytes) -> None:
+    (folder,) = save(tmp_path, 3)
+    (folder / "driver.json").write_bytes(content)
+    write_manifest(folder)
+    with pytest.raises(CheckpointError, match=r"driver\.json: cannot be read"):
+        find(tmp_path)
