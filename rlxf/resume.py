@@ -11,6 +11,7 @@ from typing import Any
 from rlxf.checkpoint import DRIVER, Damaged, list_checkpoints, newest_good, require_good, step_of
 from rlxf.config.changes import compare
 from rlxf.config.schema import RunConfig
+from rlxf.core.files import file_sizes
 from rlxf.errors import CheckpointError
 from rlxf.metrics import from_json
 from rlxf.run import State
@@ -18,6 +19,7 @@ from rlxf.run_folder import FORMAT, checkpoints_folder, fingerprint, training_fi
 from rlxf.types import Metrics
 
 log = logging.getLogger(__name__)
+_LONGEST_HEADER = 10**8  # bytes, of a safetensors file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +79,12 @@ def is_complete(resume: Resume, config: RunConfig, run_dir: Path) -> bool:
         log.info("evaluating %s, after %d of %d steps", resume.folder, step, steps)
         return False
     for folder in (run_dir, resume.run_folder) if step >= steps else ():
-        if _summarised_steps(folder) == step and (folder / "policy").is_dir():
+        summary = _summary(folder)
+        if summary.get("steps") != step:
+            continue
+        if problem := _policy_problem(folder / "policy", summary.get("policy_files", {})):
+            log.warning("%s: %s; it is not used", folder / "policy", problem)
+        else:
             if resume.changes:
                 raise CheckpointError(
                     f"{resume.folder}: that run is complete, and the recipe has changed since: "
@@ -189,9 +196,39 @@ def _state(driver: dict[str, Any]) -> State:
     return State(**{**values, "metrics": from_json(values.get("metrics", {}))})
 
 
-def _summarised_steps(run_dir: Path) -> int:
-    """The steps of a run that has ended; -1 for one that has not."""
+def _summary(run_dir: Path) -> dict[str, Any]:
+    """What a run that has ended says of itself; empty for one that has not."""
     try:
-        return int(json.loads((run_dir / "summary.json").read_text())["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
+        summary = json.loads((run_dir / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def _policy_problem(policy: Path, sizes: dict[str, int]) -> str | None:
+    """Why a policy is not whole, as far as sizes show it; None if it is.
+
+    Args:
+        sizes: of its files when they were written; empty: an older revision did not note them.
+    """
+    found = file_sizes(policy)
+    for name, num_bytes in sizes.items():
+        if found.get(name) != num_bytes:
+            return f"{name} has {found[name]} bytes, {num_bytes} were written" if name in found else f"no {name} in it"
+    tensors = [name for name in found if name.endswith(".safetensors")]
+    if not tensors or "config.json" not in found:
+        return "holds no model"
+    cut = (name for name in tensors if found[name] != _safetensors_bytes(policy / name))
+    return next((f"{name} is damaged" for name in cut), None)
+
+
+def _safetensors_bytes(path: Path) -> int:
+    """The size that a safetensors file should have by its own header; -1 without a readable one."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, _LONGEST_HEADER)))
+        ends = [int(item["data_offsets"][1]) for name, item in header.items() if name != "__metadata__"]
+        return 8 + length + max(ends)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return -1
