@@ -1,22 +1,20 @@
 """Which checkpoint to go on from: a manifest with a hash of every file, and the newest folder that still fits its own.
 
-A folder is made under a temporary name and renamed last (``publish``), so a crash leaves no half of one. The manifest
-is for what comes later: a truncated copy, a flipped bit, a deleted shard, which no loader notices.
+A folder is made under a temporary name and renamed last (``core.files.publish``), so a crash leaves no half of one. The
+manifest is for what comes later: a truncated copy, a flipped bit, a deleted shard, which no loader notices.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import secrets
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlxf.core.files import remove
 from rlxf.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -24,8 +22,8 @@ DRIVER = "driver.json"
 LATEST = "latest_checkpointed_iteration.txt"  # megatron's tracker: the step of the newest checkpoint
 BEST = "best_checkpointed_iteration.txt"  # the step of the best one, in the same form
 BEST_REASON = "best_checkpointed_iteration.json"  # and by which metric
+PUBLISHED = r"(?:iter|hf)_\d{7,}|policy"  # the folders of a run that get their names when they are whole
 _NAME = re.compile(r"iter_(\d{7,})")
-_LEFTOVER = re.compile(r"\.((iter|hf)_\d{7,}|policy)\..+")  # what a killed run was writing or deleting
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,50 +223,3 @@ def prune(
             remove(folder)
             deleted.append(folder)
     return deleted
-
-
-def temporary_for(folder: Path) -> Path:
-    """A new empty folder beside ``folder``, for what will be published under its name.
-
-    No two have the same name: a process that a killed run has left behind cannot write into the next run's.
-    """
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir(parents=True)
-    return temporary
-
-
-def publish(temporary: Path, folder: Path) -> None:
-    """Give a complete folder its name, once it is on disk. One of that name stays until then, and is deleted."""
-    for path in sorted(temporary.rglob("*")):
-        fsync(path)
-    fsync(temporary)
-    old = _put_aside(folder) if folder.exists() else None
-    temporary.rename(folder)
-    fsync(folder.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder whose name nobody sees half deleted."""
-    shutil.rmtree(_put_aside(folder), ignore_errors=True)
-
-
-def _put_aside(folder: Path) -> Path:
-    return folder.rename(folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old"))
-
-
-def remove_leftovers(root: Path) -> None:
-    """Delete what a killed run was writing or deleting below ``root``."""
-    for path in root.iterdir() if root.is_dir() else ():
-        if _LEFTOVER.fullmatch(path.name) and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

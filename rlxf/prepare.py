@@ -226,7 +226,7 @@ def _one_pass(source: PreferenceFile) -> Iterator[Pairs]:
 
 
 def _restore(resume: Resume, data: Data, roles: Roles, evaluation: Evaluate | None) -> None:
-    if data.training.prompt_ids(resume.state.step - 1) != resume.prompt_ids:
+    if resume.prompt_ids is not None and data.training.prompt_ids(resume.state.step - 1) != resume.prompt_ids:
         log.warning("the rows of step %d are not those that %s saw", resume.state.step, resume.folder)
     if isinstance(evaluation, Evaluation):
         evaluation.restore(resume.baseline)  # before the actor leaves the initial policy

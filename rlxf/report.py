@@ -12,9 +12,9 @@ from rich.console import Console
 
 from rlxf.config.schema import RunConfig
 from rlxf.console import Progressbar, duration, final_table
+from rlxf.core.files import file_sizes, write_json
 from rlxf.metrics import JsonlSink, Sink, TensorBoardSink, finite_or_null
 from rlxf.resume import Resume
-from rlxf.run_folder import write_json
 from rlxf.trackers import TrackerSink
 from rlxf.types import Metrics
 
@@ -118,6 +118,8 @@ class RunReport:
             "steps": self._step,
             "seconds": round(seconds, 3),
             "policy": str(policy),
+            # A resumed run writes the policy again if it is no longer so.
+            **({} if self._only else {"policy_files": file_sizes(policy)}),
             "start": finite_or_null(self._start),
             "end": finite_or_null(self._end),
         }

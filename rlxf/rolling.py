@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from rlxf.checkpoint import MANIFEST, folder_of, remove
+from rlxf.checkpoint import MANIFEST, folder_of
+from rlxf.core.files import remove, write_text
 
 ROLLING = "rolling_checkpointed_iteration.txt"  # their steps, one a line: one, or two while it is being replaced
 
@@ -22,8 +23,6 @@ def mark_rolling(root: Path, steps: Iterable[int]) -> None:
     """Make ``steps`` the rolling ones; none: no checkpoint is."""
     found = sorted(steps)
     if found:
-        from rlxf.run_folder import write_text
-
         write_text(root / ROLLING, "".join(f"{step}\n" for step in found))
     else:
         (root / ROLLING).unlink(missing_ok=True)

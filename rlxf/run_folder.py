@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -25,24 +24,22 @@ from rlxf.checkpoint import (
     BEST_REASON,
     DRIVER,
     LATEST,
+    PUBLISHED,
     best,
     file_digest,
     folder_of,
-    fsync,
     list_checkpoints,
     metric_of,
     num_bytes,
     prune,
-    publish,
-    remove_leftovers,
     step_of,
-    temporary_for,
     write_manifest,
 )
 from rlxf.config.curve import CURVE
 from rlxf.config.evaluation import best_metric
 from rlxf.config.folders import data_files
 from rlxf.config.schema import RunConfig
+from rlxf.core.files import fsync, make_folder, publish, remove_leftovers, temporary_for, write_json, write_text
 from rlxf.errors import CheckpointError
 from rlxf.metrics import finite_or_null
 from rlxf.pair.strategies import PairingResult
@@ -316,7 +313,8 @@ def owned_checkpoints(config: RunConfig, run_dir: Path) -> Iterator[None]:
         CheckpointError: another run writes there now.
     """
     root = checkpoints_folder(config, run_dir)
-    root.mkdir(parents=True, exist_ok=True)
+    made = not root.exists()
+    make_folder(root)
     lock = root / ".lock"
     with lock.open("a+") as file:  # let go by the system when this process ends, however it does
         try:
@@ -332,13 +330,15 @@ def owned_checkpoints(config: RunConfig, run_dir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        remove_leftovers(root)
-        remove_leftovers(run_dir)
+        remove_leftovers(root, PUBLISHED)
+        remove_leftovers(run_dir, PUBLISHED)
         try:
             yield
         finally:
             if [path.name for path in root.iterdir()] == [lock.name]:  # a run that did not start leaves nothing
-                shutil.rmtree(root)
+                lock.unlink()
+                if made:
+                    root.rmdir()
 
 
 def checkpoints_folder(config: RunConfig, run_dir: Path) -> Path:
@@ -385,17 +385,3 @@ def fingerprint(*paths: Path) -> dict[str, Any] | None:
 def _digest(path: Path, num_bytes: int, modified_ns: int) -> str:
     """The hash of a file that may be large, and is asked for twice in a resumed run."""
     return file_digest(path)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    fsync(temporary)
-    temporary.rename(path)
-    fsync(path.parent)

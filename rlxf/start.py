@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rlxf.checkpoint import list_checkpoints
 from rlxf.clock import Clock
 from rlxf.command import TYPED, Typed
 from rlxf.config.schema import RunConfig
+from rlxf.core.files import write_json
 from rlxf.driver import train
 from rlxf.errors import add_note
 from rlxf.evaluate import evaluate_only
@@ -22,7 +22,7 @@ from rlxf.platform import Platform
 from rlxf.prepare import Data, Roles, build_run, load_data, with_epochs
 from rlxf.report import make_report
 from rlxf.resume import Resume, find_resume, is_complete, policy_source
-from rlxf.run_folder import checkpoints_folder, owned_checkpoints, save_config, write_text
+from rlxf.run_folder import checkpoints_folder, owned_checkpoints, save_config
 from rlxf.stop import Stop
 from rlxf.unfinished import newest_unfinished
 
@@ -91,8 +91,7 @@ def _prepare(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None, 
         data = data or load_data(config)
         save_config(config, run_dir)
         if typed is not None and not config.training.eval_only:
-            text = json.dumps({"config_name": typed.config_name, "command": str(typed)}, indent=2, ensure_ascii=False)
-            write_text(run_dir / TYPED, text + "\n")
+            write_json(run_dir / TYPED, {"config_name": typed.config_name, "command": str(typed)})
     return Prepared(config=config, run_dir=run_dir, data=data, resume=resume)
 
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shutil
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # also without an installed package
+
+from rlxf.core.files import new_folder, remove_leftovers  # noqa: E402 (the path comes first)
+
 END_OF_TURN = "<|im_end|>"
 QUESTION = "What is the capital of France? Answer in one sentence."
 ANSWER = "The capital of France is Paris."
@@ -96,11 +100,10 @@ def make(folder: Path, dtype: str) -> None:
 
     say(f"reading {weights.name}")
     model, tokenizer = load(weights, getattr(torch, dtype))
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+    remove_leftovers(folder.parent, re.escape(folder.name))
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     say(f"{folder}: {model.num_parameters():,} parameters, {dtype}")
 
 

@@ -94,6 +94,19 @@ def test_a_finished_run_says_so_and_touches_nothing(recipe: Recipe, undisturbed:
     assert contents() == before
 
 
+def test_a_finished_run_whose_policy_is_cut_off_writes_it_again(recipe: Recipe, tmp_path: Path) -> None:
+    """As after a power loss in a revision that did not sync it."""
+    run_dir, short = tmp_path / "run", changed(recipe, "training", train_iters=2, eval_interval=0)
+    finish(short, run_dir)
+    policy = run_dir / "policy" / "model.safetensors"
+    whole = policy.read_bytes()
+    policy.write_bytes(whole[:-1])
+    output = finish(short, run_dir)
+    assert f"{run_dir / 'policy'}: model.safetensors has {len(whole) - 1} bytes" in output
+    assert policy.read_bytes() == whole
+    assert "complete: 2 of 2 steps" in finish(short, run_dir)
+
+
 def test_a_new_run_folder_gets_files_of_its_own(world: World, undisturbed: Finished, tmp_path: Path) -> None:
     """The same command again, whose run folder carries the date; ``actor_rollout.save`` holds the checkpoints."""
     recipe = changed(recipe_of(world), "actor_rollout", save=str(tmp_path / "ckpt"))

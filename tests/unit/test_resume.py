@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rlxf.checkpoint import LATEST, write_manifest
 from rlxf.config import curve
 from rlxf.config.changes import compare
 from rlxf.config.curve import CurveChange
 from rlxf.config.schema import RunConfig
+from rlxf.core.files import file_sizes
 from rlxf.errors import CheckpointError
 from rlxf.resume import Resume, find_resume, is_complete
 from rlxf.run import State
@@ -283,12 +288,24 @@ def test_adapters_of_another_rank_or_place_do_not_fit() -> None:
         assert compare(before, small_config(model__bigram=SHAPE, **keys)).shape == said
 
 
+def write_policy(run_dir: Path, *, notes_files: bool = True, steps: int = 4) -> Path:
+    """What a run of so many steps leaves at its end."""
+    policy = run_dir / "policy"
+    (policy / "adapter").mkdir(parents=True)
+    (policy / "config.json").write_text("{}\n")
+    (policy / "tokenizer.json").write_text('{"tokens": 3}\n')
+    for file in (policy / "model.safetensors", policy / "adapter" / "adapter_model.safetensors"):
+        save_file({"weight": torch.zeros(5, 3)}, file)
+    files = {"policy_files": file_sizes(policy)} if notes_files else {}  # an older revision did not
+    (run_dir / "summary.json").write_text(json.dumps({"steps": steps, **files}))
+    return policy
+
+
 def test_a_run_is_complete_when_its_policy_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     save(tmp_path, 4)
     assert not is_complete(find(tmp_path), config(tmp_path), tmp_path)  # killed before the policy was written
-    (tmp_path / "policy").mkdir()
-    (tmp_path / "summary.json").write_text(json.dumps({"steps": 4}))
+    write_policy(tmp_path)
     assert is_complete(find(tmp_path), config(tmp_path), tmp_path)
     assert is_complete(find(tmp_path), config(tmp_path), tmp_path / "another")
     assert "complete: 4 of 4 steps" in caplog.text
@@ -296,3 +313,75 @@ def test_a_run_is_complete_when_its_policy_is_there(tmp_path: Path, caplog: pyte
     with pytest.raises(CheckpointError, match=r"complete, and the recipe has changed .*lr 0\.5 -> 0\.25"):
         is_complete(find(tmp_path, **other), config(tmp_path, **other), tmp_path)
     assert not is_complete(find(tmp_path), config(tmp_path, training__train_iters=5), tmp_path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def fill_with_zeros(path: Path) -> None:
+    """What some file systems make of a file that was not synced."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+FILES = ["model.safetensors", "adapter/adapter_model.safetensors", "config.json", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+def test_a_run_whose_policy_is_damaged_is_not_complete(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[Path], None]
+) -> None:
+    save(tmp_path, 4)
+    damage(write_policy(tmp_path) / name)
+    assert not is_complete(find(tmp_path), config(tmp_path), tmp_path)
+    assert f"{tmp_path / 'policy'}: " in caplog.text
+    assert name in caplog.text
+
+
+@pytest.mark.parametrize("damage", [cut, fill_with_zeros, Path.unlink])
+def test_so_is_one_whose_files_were_not_noted(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    save(tmp_path, 4)
+    policy = write_policy(tmp_path, notes_files=False)
+    assert is_complete(find(tmp_path), config(tmp_path), tmp_path)
+    damage(policy / "model.safetensors")
+    if damage is Path.unlink:
+        damage(policy / "adapter" / "adapter_model.safetensors")
+    assert not is_complete(find(tmp_path), config(tmp_path), tmp_path)
+
+
+def rewrite_driver(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "driver.json"
+    driver = json.loads(path.read_text())
+    change(driver)
+    path.write_text(json.dumps(driver))
+    write_manifest(folder)
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(State)])
+def test_a_field_that_an_older_revision_did_not_write_takes_its_default(tmp_path: Path, name: str) -> None:
+    (folder,) = save(tmp_path, 3)
+    expected = find(tmp_path).state
+    rewrite_driver(folder, lambda driver: driver.pop(name))
+    assert find(tmp_path).state == replace(expected, **{name: getattr(State(), name)})
+
+
+@pytest.mark.parametrize("name", ["run_folder", "prompt_ids", "report", "baseline", "sampling", "epoch"])
+def test_what_a_report_needs_may_be_missing(tmp_path: Path, name: str) -> None:
+    (folder,) = save(tmp_path, 3)
+    rewrite_driver(folder, lambda driver: driver.pop(name, None))
+    found = find(tmp_path)
+    assert found.state.step == 3
+    assert found.run_folder == tmp_path
+    assert found.baseline is None
+    if name == "report":
+        assert found.start == found.end == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\x80\x04", b"{", b"null"])
+def test_a_drivers_file_that_says_nothing_is_named(tmp_path: Path, content: bytes) -> None:
+    (folder,) = save(tmp_path, 3)
+    (folder / "driver.json").write_bytes(content)
+    write_manifest(folder)
+    with pytest.raises(CheckpointError, match=r"driver\.json: cannot be read"):
+        find(tmp_path)

@@ -201,7 +201,16 @@ def test_two_runs_never_write_into_one_folder(tmp_path: Path) -> None:
     other.join()
     with owned_checkpoints(config, Path("run")):
         pass
-    assert not tmp_path.exists()  # nothing was saved
+    assert list(tmp_path.iterdir()) == []  # nothing was saved, and the folder was there before
+
+
+def test_a_run_that_did_not_start_removes_only_the_folder_that_it_made(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name, stays in (("mine", True), ("new", False)):
+        with owned_checkpoints(small_config(actor_rollout__save=str(tmp_path / name)), tmp_path / "run"):
+            assert (tmp_path / name).is_dir()
+        assert (tmp_path / name).exists() == stays
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_the_merged_recipe_is_readable_yaml(tmp_path: Path) -> None:
