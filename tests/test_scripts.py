@@ -257,3 +257,15 @@ def test_quickstart_hands_signals_on_and_returns_the_run_s_status(signal: str, s
     output, _ = process.communicate(timeout=20)
     assert output == f"status {status}\n"
     assert (tmp_path / "saved").exists()
+
+
+def test_the_suite_may_be_started_in_the_background() -> None:
+    """A shell without job control starts background jobs with SIGINT ignored; the tests of Ctrl-C pass nevertheless."""
+    case = f"{__file__}::{test_quickstart_hands_signals_on_and_returns_the_run_s_status.__name__}[INT-130]"
+    program = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "os.execv(sys.executable, [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *sys.argv[1:]])"
+    )
+    result = run(sys.executable, "-c", program, case)
+    assert result.returncode == 0, result.stdout
+    assert "1 passed" in result.stdout
