@@ -218,6 +218,38 @@ def test_switching_authentication_off_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / ".ray").exists()
 
 
+@pytest.fixture
+def spaced(tmp_path: Path) -> Path:
+    """A checkout with a space in its path, whose environment holds stand-ins for Ray and its interpreter."""
+    folder = tmp_path / "a checkout"
+    (folder / "scripts").mkdir(parents=True)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(CLUSTER_UP, folder / "scripts")
+    for name, text in (("ray", "ray, version 2.56.0"), ("python", "$0 $1 $2")):
+        (folder / ".venv" / "bin" / name).write_text(f'#!/bin/sh\necho "{text}"\n')
+        (folder / ".venv" / "bin" / name).chmod(0o755)
+    (tmp_path / "home" / ".ray").mkdir(parents=True)
+    (tmp_path / "home" / ".ray" / "auth_token").write_text("secret")
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [["head"], ["worker", "--address", "10.0.0.1:6344"]])
+def test_from_a_folder_with_a_space_ray_starts_by_a_path_without_one(arguments: list[str], spaced: Path) -> None:
+    """Ray starts workers of jobs, and its client server, through a shell line in which the interpreter is unquoted."""
+    script, home = spaced / "scripts" / "cluster_up.sh", spaced.parent / "home"
+    for _ in range(2):  # the link of the first time is in the way of nothing
+        result = run(script, *arguments, HOME=str(home), RAY_AUTH_TOKEN_PATH="")
+        assert result.returncode == 0, result.stderr
+        python, ray, start = result.stdout.split()[-3:]
+        assert start == "start"
+        for path, name in ((python, "python"), (ray, "ray")):
+            assert Path(path).resolve() == spaced.resolve() / ".venv" / "bin" / name
+    moved = run(script, *arguments, HOME=str(spaced), RAY_AUTH_TOKEN_PATH=str(home / ".ray" / "auth_token"))
+    assert moved.returncode == 2
+    assert "spaces in the path" in moved.stderr
+    assert "set HOME" in moved.stderr
+
+
 # The tiny world's command.
 
 

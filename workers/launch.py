@@ -126,7 +126,7 @@ def _start_group(
     config: RunConfig, role: Role, slots: list[tuple[dict[str, Any], str]], platform: Platform, waiter: Waiter
 ) -> WorkerGroup:
     environment: dict[str, Any] = {"env_vars": _environment(config, role, platform)}
-    if " " in sys.executable:
+    if shlex.quote(sys.executable) != sys.executable:
         # Ray starts a worker through a shell and quotes everything but the interpreter.
         environment["py_executable"] = shlex.quote(sys.executable)
     worker = ray.remote(WORKERS[role])
