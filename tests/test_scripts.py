@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -148,6 +155,145 @@ def make_stamped_environment(checkout: Path) -> Path:
     (checkout / ".venv" / ".stamp-cpu").write_text(f"{digest}\n")
     (checkout / ".venv" / ".made-in").write_text(f"{checkout}\n")
     return python
+
+
+# Where torch comes from. Wheels with the pinned version and nothing in them stand in for its builds.
+
+TORCH = "2.13.0"
+
+
+def wheel(folder: Path, name: str, version: str, *wishes: str) -> None:
+    """An installable wheel without a file in it."""
+    folder.mkdir(exist_ok=True)
+    info = f"{name}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    metadata += "".join(f"Requires-Dist: {wish}\n" for wish in wishes)
+    files = {"METADATA": metadata, "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        for file, text in files.items():
+            archive.writestr(f"{info}/{file}", text)
+        record = "".join(f"{info}/{file},,\n" for file in (*files, "RECORD"))
+        archive.writestr(f"{info}/RECORD", record)
+
+
+def cuda_build(folder: Path) -> Path:
+    """A folder with a build that asks for CUDA packages, as those on the default index do."""
+    linux = 'platform_system == "Linux"'
+    wheel(
+        folder, "torch", TORCH, f"nvidia-cublas==1.0; {linux}", f"cuda-toolkit[cufft]==1.0; {linux}", "opt; extra=='o'"
+    )
+    for name in ("nvidia_cublas", "cuda_toolkit"):
+        wheel(folder, name, "1.0")
+    return folder
+
+
+def cpu_build(folder: Path) -> Path:
+    wheel(folder, "torch", f"{TORCH}+cpu")
+    return folder
+
+
+@dataclass(frozen=True)
+class Installer:
+    """The installer in a checkout with an empty environment; it ends after torch, where there is nothing more."""
+
+    folder: Path
+
+    def __call__(
+        self, *arguments: str, index: str = "http://127.0.0.1:1", as_defaults: bool = False, **pip: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Its result, with ``index`` for PyTorch's; ``as_defaults``: what ``pip`` sets counts as nobody's settings."""
+        script = self.folder / "scripts" / "install.sh"
+        text = (ROOT / "scripts" / "install.sh").read_text().replace("https://download.pytorch.org/whl/cpu", index)
+        script.write_text(text.replace("|find-links|no-index", "") if as_defaults else text)
+        dead = "http://127.0.0.1:1"  # nothing is asked of the real indexes
+        clean = dict.fromkeys((name for name in os.environ if name.startswith("PIP_")), "")
+        settings = {"PIP_CONFIG_FILE": "/dev/null", "PIP_RETRIES": "0", "https_proxy": dead, "HTTPS_PROXY": dead}
+        return run(script, *arguments, **clean | {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"} | settings | pip)
+
+    @property
+    def torch(self) -> list[str]:
+        """Names of the installed builds."""
+        return [path.name for path in (self.folder / ".venv").glob("lib/python3.*/site-packages/torch-*.dist-info")]
+
+
+@pytest.fixture(scope="module")
+def bare_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("installer") / "a checkout"
+    (folder / "scripts").mkdir(parents=True)
+    (folder / "locks").mkdir()
+    for lane in ("cpu", "dev"):
+        (folder / "locks" / f"{lane}.txt").write_text(f"torch=={TORCH}\n" if lane == "cpu" else "")
+    shutil.copy(ROOT / "scripts" / "install.sh", folder / "scripts")
+    subprocess.run([sys.executable, "-m", "venv", folder / ".venv"], check=True, timeout=120)
+    return folder
+
+
+@pytest.fixture
+def installer(bare_checkout: Path) -> Installer:
+    installed = Installer(bare_checkout)
+    for name in ("torch", "nvidia_cublas", "cuda_toolkit"):
+        for path in (bare_checkout / ".venv").glob(f"lib/python3.*/site-packages/{name}-*.dist-info"):
+            shutil.rmtree(path)
+    return installed
+
+
+def test_pips_own_settings_say_where_torch_comes_from(installer: Installer, tmp_path: Path) -> None:
+    wheels = cpu_build(cuda_build(tmp_path / "my wheels"))
+    result = installer(PIP_NO_INDEX="1", PIP_FIND_LINKS=wheels.as_uri())
+    assert f"torch {TORCH}+cpu comes from {wheels}, by pip's own settings (find-links, no-index)" in result.stdout
+    assert installer.torch == [f"torch-{TORCH}+cpu.dist-info"]
+
+
+def test_a_cuda_build_is_not_taken_unasked(installer: Installer, tmp_path: Path) -> None:
+    wheels = cuda_build(tmp_path / "wheels")
+    result = installer(PIP_NO_INDEX="1", PIP_FIND_LINKS=wheels.as_uri())
+    assert result.returncode == 1
+    assert "this is a CUDA build: with its 2 CUDA packages" in result.stderr
+    assert "pip's own settings (find-links, no-index) say where packages come from" in result.stderr
+    assert "PIP_EXTRA_INDEX_URL=" in result.stderr
+    assert "--allow-cuda-build" in result.stderr
+    assert installer.torch == []
+
+
+def test_a_cuda_build_is_taken_when_asked_for(installer: Installer, tmp_path: Path) -> None:
+    wheels = cuda_build(tmp_path / "wheels")
+    result = installer("--allow-cuda-build", PIP_NO_INDEX="1", PIP_FIND_LINKS=wheels.as_uri())
+    assert f"torch {TORCH} comes from {wheels}" in result.stdout
+    assert "CUDA" not in result.stderr
+    assert installer.torch == [f"torch-{TORCH}.dist-info"]
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[str]:
+    """A package index on this machine, with the CPU build of torch."""
+    wheels = cpu_build(tmp_path / "torch")
+    (wheels / "index.html").write_text("".join(f'<a href="{p.name}">{p.name}</a>' for p in wheels.glob("*.whl")))
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        return None
+
+
+def test_pytorchs_cpu_index_is_added_where_pip_has_no_settings(installer: Installer, index: str) -> None:
+    result = installer(index=index)
+    assert f"torch {TORCH}+cpu comes from 127.0.0.1\n" in result.stdout
+    assert installer.torch == [f"torch-{TORCH}+cpu.dist-info"]
+
+
+def test_an_index_that_does_not_answer_costs_two_seconds_and_is_named(installer: Installer, tmp_path: Path) -> None:
+    wheels = cuda_build(tmp_path / "wheels")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        index = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        result = installer(index=index, as_defaults=True, PIP_NO_INDEX="1", PIP_FIND_LINKS=wheels.as_uri())
+    assert result.returncode == 1  # and not the time-out of this call
+    assert f"PyTorch's CPU index, {index}, did not answer within 2 s" in result.stderr
+    assert installer.torch == []
 
 
 # The cluster: refusals come before Ray is started; `--print` shows the line that would start it.
