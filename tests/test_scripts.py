@@ -6,16 +6,19 @@ import functools
 import hashlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -410,8 +413,8 @@ def test_build_tiny_world_refuses_a_folder_that_it_did_not_make(tmp_path: Path) 
 # Signals: a stopped quick start leaves no training run behind.
 
 
-@pytest.mark.parametrize(("signal", "status"), [("INT", 130), ("TERM", 143)])
-def test_quickstart_hands_signals_on_and_returns_the_run_s_status(signal: str, status: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "status"), [("INT", 130), ("TERM", 143)])
+def test_quickstart_hands_signals_on_and_returns_the_run_s_status(name: str, status: int, tmp_path: Path) -> None:
     """The script's own `supervise`, around a program that ends by itself half a second after the signal."""
     source = (ROOT / "scripts" / "quickstart.sh").read_text()
     function = source[source.index("supervise() {") : source.index("main() {")]
@@ -431,7 +434,7 @@ def test_quickstart_hands_signals_on_and_returns_the_run_s_status(signal: str, s
     process = subprocess.Popen(["bash", str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    subprocess.run(["kill", f"-{signal}", str(process.pid)], check=True)
+    subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
     output, _ = process.communicate(timeout=20)
     assert output == f"status {status}\n"
     assert (tmp_path / "saved").exists()
@@ -447,3 +450,62 @@ def test_the_suite_may_be_started_in_the_background() -> None:
     result = run(sys.executable, "-c", program, case)
     assert result.returncode == 0, result.stdout
     assert "1 passed" in result.stdout
+
+
+# Two parts of the test command at the same time.
+
+
+def beside(tmp_path: Path, first: str, second: str) -> Path:
+    """A script that runs two lines of shell with `together` of scripts/test.sh."""
+    source = (ROOT / "scripts" / "test.sh").read_text()
+    functions = source[source.index("together() {") : source.index("checks() {")]
+    script = tmp_path / "script.sh"
+    lines = ("set -euo pipefail", functions, f"one() {{ {first}; }}", f"two() {{ {second}; }}")
+    script.write_text("\n".join((*lines, "together one two", "echo end\n")))
+    return script
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "status"), [("true", "true", 0), ("exit 3", "true", 3), ("true", "exit 4", 4)]
+)
+def test_two_parts_run_at_once_and_fail_together(tmp_path: Path, first: str, second: str, status: int) -> None:
+    meet = f"until [[ -e {tmp_path}/two ]]; do sleep 0.05; done; echo one"  # waits for the other: not one by one
+    script = beside(tmp_path, f"{meet}; {first}", f"touch {tmp_path}/two; echo two; {second}")
+    result = run("timeout", "60", "bash", script)
+    assert result.returncode == status
+    assert result.stdout.split() == ["one", "two", *(["end"] if status == 0 else [])]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_interrupts_both_parts_and_all_that_they_started(number: signal.Signals, tmp_path: Path) -> None:
+    wait = f"trap 'echo $1 >>{tmp_path}/ended; exit 130' INT; sleep 98765 & touch {tmp_path}/$1; wait"
+    script = beside(tmp_path, f"set -- one; {wait}", f"set -- two; {wait}")
+    process = subprocess.Popen(["bash", str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob("???"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == -number
+    assert "end" not in output
+    assert sorted((tmp_path / "ended").read_text().split()) == ["one", "two"]
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+def test_a_second_signal_ends_parts_that_do_not_listen(tmp_path: Path) -> None:
+    deaf = "trap '' INT; touch {}; sleep 98765"
+    script = beside(tmp_path, deaf.format(tmp_path / "one"), deaf.format(tmp_path / "two"))
+    process = subprocess.Popen(["bash", str(script)], start_new_session=True)
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob("???"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == -signal.SIGINT
+    assert psutil.wait_procs(family, timeout=10)[1] == []
