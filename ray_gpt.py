@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from rlxf.config.load import load_config
 from rlxf.errors import ConfigError, RlxfError
 from workers import cli
+from workers.address import require_cores
 
 
 def start(composed: DictConfig, command: cli.Command) -> None:
@@ -20,6 +21,7 @@ def start(composed: DictConfig, command: cli.Command) -> None:
 
         dry_run(config)
     elif config.runtime == "ray":
+        require_cores(config)  # before torch and Ray are imported
         from workers.launch import launch
 
         launch(config, cli.run_folder(), cli.typed(command))
@@ -47,11 +49,9 @@ def main() -> int:
         cli.check(command)
         cli.register()
         job()
-    except RlxfError as error:
-        return cli.report(error)
     except cli.COMPOSE_ERRORS as error:
         return cli.report(ConfigError(*command.problems, cli.explain(error, command.arguments)))
-    except OSError as error:  # a run folder that cannot be made, a full disk
+    except (RlxfError, OSError) as error:  # OSError: a run folder that cannot be made, a full disk
         return cli.report(error)
     return 0
 

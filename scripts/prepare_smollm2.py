@@ -7,6 +7,7 @@ python scripts/prepare_smollm2.py [--out models/smollm2-135m] [--dtype bfloat16|
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.util
 import re
 import sys
@@ -82,10 +83,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the saved weights")
     parser.add_argument("--check", action="store_true", help="ask the saved model one question")
     arguments = parser.parse_args()
-    if (arguments.out / "config.json").is_file():
-        say(f"{arguments.out} is there; delete it to make it anew")
-    else:
-        make(arguments.out, arguments.dtype)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.with_name(f".{arguments.out.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands started together: the second waits, then finds the folder
+        if (arguments.out / "config.json").is_file():
+            say(f"{arguments.out} is there; delete it to make it anew")
+        else:
+            make(arguments.out, arguments.dtype)
     if arguments.check:
         said = answer(arguments.out)
         say(f"{QUESTION} -> {said}")

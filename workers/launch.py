@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rlxf.command import Typed
 from rlxf.config.schema import Role, RunConfig
 from rlxf.plan import Plan, make_plan
 from rlxf.platform import Platform, get_platform
+from rlxf.platform.environment import differing_exports, with_exports
 from rlxf.prepare import Roles, needs_scorer
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
@@ -99,6 +100,7 @@ def start_workers(
         slots = [({"num_cpus": 0, "scheduling_strategy": here}, "of the driver")]
         groups["reward"] = _start_group(config, "reward", slots, platform, waiter)
     _say_who_is_where(groups)
+    _say_exports(config, groups, platform)
     for group in groups.values():
         master = group.members[0].handle.address.remote()  # a reference: Ray hands the value on when it is there
         loading += [
@@ -111,7 +113,7 @@ def _start_group(
     config: RunConfig, role: Role, slots: list[tuple[dict[str, Any], str]], platform: Platform, waiter: Waiter
 ) -> WorkerGroup:
     environment: dict[str, Any] = {"env_vars": _environment(config, role, platform)}
-    if " " in sys.executable:
+    if shlex.quote(sys.executable) != sys.executable:
         # Ray starts a worker through a shell and quotes everything but the interpreter.
         environment["py_executable"] = shlex.quote(sys.executable)
     worker = ray.remote(WORKERS[role])
@@ -133,12 +135,26 @@ def _say_who_is_where(groups: dict[Role, WorkerGroup]) -> None:
 
 
 def _environment(config: RunConfig, role: Role, platform: Platform) -> dict[str, str]:
-    """Environment variables of a role's processes: the device's, and where this checkout is."""
-    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    """Environment variables of a role's processes: the device's or the user's, and where this checkout is."""
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    return {**with_exports(_defaults(config, role, platform), os.environ), "PYTHONPATH": path}
+
+
+def _defaults(config: RunConfig, role: Role, platform: Platform) -> dict[str, str]:
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     if role == "infer":
-        return {**platform.rollout_environment(threads, config.rollout.cpu_kv_cache_gib), "PYTHONPATH": path}
-    return {**platform.worker_environment(threads), "PYTHONPATH": path}
+        return platform.rollout_environment(threads, config.rollout.cpu_kv_cache_gib)
+    return platform.worker_environment(threads)
+
+
+def _say_exports(config: RunConfig, roles: Iterable[Role], platform: Platform) -> None:
+    """Which exported variables the workers get in place of a default, and which they do not get."""
+    defaults = {name: value for role in roles for name, value in _defaults(config, role, platform).items()}
+    taken, refused = differing_exports(defaults, os.environ)
+    if taken:
+        log.info("environment of the workers, as exported: %s", ", ".join(taken))
+    if refused:
+        log.warning("exported, but not used: %s", ", ".join(refused))
 
 
 def make_roles(config: RunConfig, platform: Platform, groups: dict[Role, WorkerGroup]) -> Roles:
