@@ -10,6 +10,7 @@ from typing import Any
 
 from rlxf.checkpoint import DRIVER, Damaged, list_checkpoints, newest_good, require_good, step_of
 from rlxf.config.changes import compare
+from rlxf.config.folders import megatron_checkpoint
 from rlxf.config.schema import RunConfig
 from rlxf.errors import CheckpointError
 from rlxf.metrics import from_json
@@ -33,6 +34,13 @@ class Resume:
     baseline: dict[str, Any] | None  # what the initial policy said to the evaluation's prompts
     changes: list[str]  # of the recipe since then, that change the curve
     trackers: dict[str, str] = field(default_factory=dict)  # the run's id in each experiment tracker
+    other_start: list[str] = field(default_factory=list)  # keys by which the recipe now starts from another policy
+
+
+def initial_policy(config: RunConfig) -> str:
+    """The folder of the weights that the run starts from; of a folder of checkpoints the one that is the newest now."""
+    load = Path(str(config.actor_rollout.load))
+    return str((megatron_checkpoint(load) or load).absolute())
 
 
 def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
@@ -64,6 +72,7 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         baseline=driver["baseline"],
         changes=changes,
         trackers=driver["report"].get("trackers", {}),
+        other_start=_other_start(driver, config),
     )
 
 
@@ -160,6 +169,16 @@ def _check(config: RunConfig, folder: Path, driver: dict[str, Any]) -> list[str]
             "; ".join(changes.layout),
         )
     return changes.curve
+
+
+def _other_start(driver: dict[str, Any], config: RunConfig) -> list[str]:
+    """``key old -> new`` of the keys by which the recipe starts from another policy than the run of the checkpoint did."""
+    then, now = driver["config"]["actor_rollout"], config.actor_rollout.model_dump(mode="json")
+    if "initial_policy" in driver:  # else of an earlier version
+        then, now = then | {"load": driver["initial_policy"]}, now | {"load": initial_policy(config)}
+    keys = ("load", "lora_load", "qlora", "bf16", "fp16")
+    changed = [key for key in keys if key in then and then[key] != now[key]]
+    return [f"actor_rollout.{key} {json.dumps(then[key])} -> {json.dumps(now[key])}" for key in changed]
 
 
 def _data(found: dict[str, Any] | None) -> str:
