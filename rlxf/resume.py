@@ -172,7 +172,7 @@ def _check(config: RunConfig, folder: Path, driver: dict[str, Any]) -> list[str]
 
 
 def _other_start(driver: dict[str, Any], config: RunConfig) -> list[str]:
-    """``key old -> new`` of the keys by which the recipe starts from another policy than the run of the checkpoint did."""
+    """``key old -> new`` of the keys by which the recipe starts from another policy than the checkpoint's run did."""
     then, now = driver["config"]["actor_rollout"], config.actor_rollout.model_dump(mode="json")
     if "initial_policy" in driver:  # else of an earlier version
         then, now = then | {"load": driver["initial_policy"]}, now | {"load": initial_policy(config)}
