@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -103,6 +102,17 @@ class Sync(Protocol):
         ...
 
 
+class MovesReference(Protocol):
+    """Moves the reference after the update that made ``version``, if a move is due."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the reference's weights have made the same moves; false after a move that broke off."""
+        ...
+
+    def __call__(self, version: int) -> None: ...
+
+
 class Recorder(Protocol):
     """Writes what the policy said."""
 
@@ -194,7 +204,7 @@ class Run:
     reference: Reference
     actor: Actor
     sync: Sync
-    refresh: Callable[[int], None]  # moves the reference after an update, if one is due
+    refresh: MovesReference
     evaluate: Evaluate
     report: Report
     folder: Folder
