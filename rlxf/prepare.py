@@ -23,7 +23,7 @@ from rlxf.evaluate import Evaluation, OfflineEvaluation, Rooms, no_evaluation
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.platform.base import Platform
 from rlxf.record import RolloutRecorder, SampleRecorder
-from rlxf.reference.cached import CachedReference, cache_file
+from rlxf.reference.cached import CachedReference, cache_folder
 from rlxf.report import RunReport
 from rlxf.resume import Resume, initial_policy
 from rlxf.rollout.replay import ReplayEngine
@@ -148,7 +148,7 @@ def build_run(
     resume: Resume | None = None,
 ) -> Run:
     """The run that the driver trains; with ``resume`` its actor and state are those of the checkpoint."""
-    reference = _reference(config, data, roles, stop)
+    reference = _reference(config, data, roles, stop, platform)
     evaluation = _evaluation(config, data, roles, reference)
     refresh = _refresh(config, roles)
     sync = _sync(config, data, roles, platform)
@@ -198,17 +198,17 @@ def _nothing_else(folder: Path) -> None:
     """A run changes nothing but the actor."""
 
 
-def _reference(config: RunConfig, data: Data, roles: Roles, stop: Stop) -> Reference:
+def _reference(config: RunConfig, data: Data, roles: Roles, stop: Stop, platform: Platform) -> Reference:
     """The reference; with ``ref.precompute_ref_log_probs`` one that knows all pairs of the data already."""
     if not config.ref.precompute_ref_log_probs or config.training.eval_only:
         return roles.reference
     assert isinstance(data.training, PreferenceFile)
-    folder = Path(config.ref.cache) if config.ref.cache else Path.home() / ".cache" / "rlxf" / "ref_logps"
-    path = cache_file(folder, Path(str(config.ref.load)), config.ref.precision)
-    cached = CachedReference(roles.reference, path)
+    root = Path(config.ref.cache) if config.ref.cache else Path.home() / ".cache" / "rlxf" / "ref_logps"
+    folder = cache_folder(root, Path(str(config.ref.load)), config.ref.precision, platform.name)
+    cached = CachedReference(roles.reference, folder)
     with stop.abandonable():
         count = cached.fill(_one_pass(data.training))
-    log.info("reference log-probabilities of %d pairs computed; %s holds all of them", count, path)
+    log.info("reference log-probabilities of %d pairs computed; %s holds all of them", count, folder)
     return cached
 
 
