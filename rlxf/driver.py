@@ -76,10 +76,10 @@ def learn(run: Run, data: Pairs | Examples, metrics: Metrics) -> None:
     with run.stop.abandonable():
         batch = run.with_reference(data)
     metrics |= version_lag(data, state.policy_version)
-    state.under_way = "update"
+    state.updating = True
     with run.clock("update_actor"):
         metrics |= run.actor.update(batch, state.step)
-    state.under_way = ""
+    state.updating = False
     state.policy_version += 1
     state.empty_steps = 0
     state.num_tokens += num_tokens(data) * run.config.actor_rollout.ppo_epochs

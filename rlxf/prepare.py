@@ -6,23 +6,26 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rlxf.assemble import policy_folder, policy_tokenizer
 from rlxf.clock import Clock
+from rlxf.config.folders import megatron_checkpoint
 from rlxf.config.schema import RunConfig
 from rlxf.data.examples import ExampleFile
 from rlxf.data.preferences import PreferenceFile
 from rlxf.data.prompts import PromptSource, eval_prompts
 from rlxf.data.templates import chat_template
+from rlxf.errors import CheckpointError
 from rlxf.evaluate import Evaluation, OfflineEvaluation, Rooms, no_evaluation
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.platform.base import Platform
 from rlxf.record import RolloutRecorder, SampleRecorder
-from rlxf.reference.cached import CachedReference, cache_file
+from rlxf.reference.cached import CachedReference, cache_folder
 from rlxf.report import RunReport
-from rlxf.resume import Resume
+from rlxf.resume import Resume, initial_policy
 from rlxf.rollout.replay import ReplayEngine
 from rlxf.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
 from rlxf.run_folder import Recorders, RunFolder
@@ -145,9 +148,10 @@ def build_run(
     resume: Resume | None = None,
 ) -> Run:
     """The run that the driver trains; with ``resume`` its actor and state are those of the checkpoint."""
-    reference = _reference(config, data, roles, stop)
+    reference = _reference(config, data, roles, stop, platform)
     evaluation = _evaluation(config, data, roles, reference)
     refresh = _refresh(config, roles)
+    sync = _sync(config, data, roles, platform)
 
     def describe(state: State) -> dict[str, Any]:
         return {
@@ -155,6 +159,7 @@ def build_run(
             "epoch": data.training.epoch(state.step - 1),
             "report": report.describe(),
             "baseline": evaluation.describe_baseline() if isinstance(evaluation, Evaluation) else None,
+            "initial_policy": initial_policy(config),
         }
 
     also = refresh.save if refresh else _nothing_else
@@ -169,7 +174,7 @@ def build_run(
     )
     if resume is not None:
         with stop.abandonable():
-            _restore(resume, data, roles, evaluation)
+            _restore(resume, data, roles, sync, evaluation)
             if refresh:
                 refresh.load(resume.folder)
         if not config.training.eval_only:
@@ -179,7 +184,7 @@ def build_run(
         source=_source(config, run_dir, data, roles, after=resume.state.step if resume else None),
         reference=reference,
         actor=roles.actor,
-        sync=_sync(config, data, roles, platform),
+        sync=sync,
         refresh=refresh or no_refresh,
         evaluate=evaluation or no_evaluation,
         report=report,
@@ -201,17 +206,17 @@ def _nothing_else(folder: Path) -> None:
     """A run changes nothing but the actor."""
 
 
-def _reference(config: RunConfig, data: Data, roles: Roles, stop: Stop) -> Reference:
+def _reference(config: RunConfig, data: Data, roles: Roles, stop: Stop, platform: Platform) -> Reference:
     """The reference; with ``ref.precompute_ref_log_probs`` one that knows all pairs of the data already."""
     if not config.ref.precompute_ref_log_probs or config.training.eval_only:
         return roles.reference
     assert isinstance(data.training, PreferenceFile)
-    folder = Path(config.ref.cache) if config.ref.cache else Path.home() / ".cache" / "rlxf" / "ref_logps"
-    path = cache_file(folder, Path(str(config.ref.load)), config.ref.precision)
-    cached = CachedReference(roles.reference, path)
+    root = Path(config.ref.cache) if config.ref.cache else Path.home() / ".cache" / "rlxf" / "ref_logps"
+    folder = cache_folder(root, Path(str(config.ref.load)), config.ref.precision, platform.name)
+    cached = CachedReference(roles.reference, folder)
     with stop.abandonable():
         count = cached.fill(_one_pass(data.training))
-    log.info("reference log-probabilities of %d pairs computed; %s holds all of them", count, path)
+    log.info("reference log-probabilities of %d pairs computed; %s holds all of them", count, folder)
     return cached
 
 
@@ -225,12 +230,30 @@ def _one_pass(source: PreferenceFile) -> Iterator[Pairs]:
         step += 1
 
 
-def _restore(resume: Resume, data: Data, roles: Roles, evaluation: Evaluate | None) -> None:
+def _restore(resume: Resume, data: Data, roles: Roles, sync: Sync, evaluation: Evaluate | None) -> None:
     if resume.prompt_ids is not None and data.training.prompt_ids(resume.state.step - 1) != resume.prompt_ids:
         log.warning("the rows of step %d are not those that %s saw", resume.state.step, resume.folder)
     if isinstance(evaluation, Evaluation):
-        evaluation.restore(resume.baseline)  # before the actor leaves the initial policy
+        # Before the actor leaves the initial policy.
+        evaluation.restore(resume.baseline, push_initial=partial(_push_initial, resume, sync))
     roles.actor.load_checkpoint(resume.folder)
+
+
+def _push_initial(resume: Resume, sync: Sync) -> None:
+    """The initial policy from the actor into the engines, as in the first start.
+
+    What the engines loaded lacks the weights of a megatron checkpoint, an adapter that is loaded, and 4-bit rounding.
+
+    Raises:
+        CheckpointError: the recipe starts from another policy than the run did.
+    """
+    if resume.other_start:
+        raise CheckpointError(
+            f"{resume.folder}: holds no evaluation of the initial policy on these prompts, and the recipe starts from "
+            f"another policy now: {'; '.join(resume.other_start)}; set it back, evaluate the prompts that the run "
+            "evaluated, or set training.eval_interval=0"
+        )
+    sync.push(0)
 
 
 def _source(config: RunConfig, run_dir: Path, data: Data, roles: Roles, *, after: int | None) -> Online | FileSource:
@@ -259,7 +282,8 @@ def _sync(config: RunConfig, data: Data, roles: Roles, platform: Platform) -> Sy
         return NoSync()
     assert isinstance(data.training, PromptSource)  # a run that has engines samples from prompts
     probe = make_probe(config, platform, data.training.next_batch(0).prompts)
-    return WeightSync(roles.actor, roles.sink, config.sync, probe)
+    filled = megatron_checkpoint(Path(policy_folder(config))) is None
+    return WeightSync(roles.actor, roles.sink, config.sync, probe, filled=filled)
 
 
 def _evaluation(config: RunConfig, data: Data, roles: Roles, reference: Reference) -> Evaluate | None:

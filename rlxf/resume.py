@@ -11,6 +11,7 @@ from typing import Any
 from rlxf.checkpoint import DRIVER, Damaged, list_checkpoints, newest_good, require_good, step_of
 from rlxf.config.changes import compare
 from rlxf.config.curve import changed_since
+from rlxf.config.folders import megatron_checkpoint
 from rlxf.config.schema import RunConfig
 from rlxf.core.files import file_sizes
 from rlxf.errors import CheckpointError
@@ -37,6 +38,13 @@ class Resume:
     changes: list[str]  # of the recipe since then, that change the curve
     seconds: float = 0.0  # that the run had taken; a checkpoint of the first version does not say
     trackers: dict[str, str] = field(default_factory=dict)  # the run's id in each experiment tracker
+    other_start: list[str] = field(default_factory=list)  # keys by which the recipe now starts from another policy
+
+
+def initial_policy(config: RunConfig) -> str:
+    """The folder of the weights that the run starts from; of a folder of checkpoints the one that is the newest now."""
+    load = Path(str(config.actor_rollout.load))
+    return str((megatron_checkpoint(load) or load).absolute())
 
 
 def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
@@ -69,6 +77,7 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         changes=changes,
         trackers=report.get("trackers", {}),
         seconds=report.get("seconds", 0.0),
+        other_start=_other_start(driver, config),
     )
 
 
@@ -180,6 +189,16 @@ def _check(config: RunConfig, folder: Path, driver: dict[str, Any]) -> list[str]
     return changes.curve
 
 
+def _other_start(driver: dict[str, Any], config: RunConfig) -> list[str]:
+    """``key old -> new`` of the keys by which the recipe starts from another policy than the checkpoint's run did."""
+    then, now = driver["config"]["actor_rollout"], config.actor_rollout.model_dump(mode="json")
+    if "initial_policy" in driver:  # else of an earlier version
+        then, now = then | {"load": driver["initial_policy"]}, now | {"load": initial_policy(config)}
+    keys = ("load", "lora_load", "qlora", "bf16", "fp16")
+    changed = [key for key in keys if key in then and then[key] != now[key]]
+    return [f"actor_rollout.{key} {json.dumps(then[key])} -> {json.dumps(now[key])}" for key in changed]
+
+
 def _data(found: dict[str, Any] | None) -> str:
     if found is None:
         return "no data"
@@ -214,7 +233,7 @@ def _state(driver: dict[str, Any]) -> State:
     owed = tuple(values.get("owed", ()))
     if driver.get("unevaluated"):  # how the first version said that an evaluation was cut
         owed = ("evaluation", "row", "hf")
-    return State(**{**values, "metrics": from_json(values.get("metrics", {})), "owed": owed, "under_way": ""})
+    return State(**{**values, "metrics": from_json(values.get("metrics", {})), "owed": owed})
 
 
 def _summary(run_dir: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -111,6 +110,17 @@ class Sync(Protocol):
         ...
 
 
+class MovesReference(Protocol):
+    """Moves the reference after the update that made ``version``, if a move is due."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the reference's weights have made the same moves; false after a move that broke off."""
+        ...
+
+    def __call__(self, version: int) -> None: ...
+
+
 class Recorder(Protocol):
     """Writes what the policy said."""
 
@@ -153,8 +163,7 @@ class State:
     num_tokens: int = 0  # trained on so far
     metrics: Metrics = field(default_factory=dict)  # of the last complete step
     owed: tuple[Owed, ...] = ()  # by the last complete step: new weights to the engines, move of the reference, ...
-    # Not saved: what changes weights just now. If it fails half way, nothing can be saved.
-    under_way: Literal["", "update", "move"] = ""
+    updating: bool = False  # never saved: the actor's weights are changing, and may be those of no complete step
 
     @property
     def reported_step(self) -> int:
@@ -228,7 +237,7 @@ class Run:
     reference: Reference
     actor: Actor
     sync: Sync
-    refresh: Callable[[int], None]  # moves the reference after an update, if one is due
+    refresh: MovesReference
     evaluate: Evaluate
     report: Report
     folder: Folder

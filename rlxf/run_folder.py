@@ -247,7 +247,7 @@ class RunFolder:
 
     def _driver(self, state: State) -> dict[str, Any]:
         training = self._config.training
-        kept = {name: value for name, value in asdict(state).items() if name != "under_way"}
+        kept = {name: value for name, value in asdict(state).items() if name != "updating"}
         return {
             "format": FORMAT,
             "curve": CURVE,

@@ -61,8 +61,9 @@ class ActorWorker(Worker):
         self.room.export_bucket(index, self.shared.slot(index, self.room.sync_plan()[index].num_bytes))
         return None, index
 
-    def export_copy(self, index: int) -> Any:
-        return self.answer(self.room.export_copy(index).numpy())
+    def export_copy(self, index: int) -> tuple[None, Any]:
+        """As ``export_bucket``, and always the bytes."""
+        return None, self.answer(self.room.export_copy(index).numpy())
 
     def save_hf(self, folder: Path) -> None:
         self.room.save_hf(folder)
@@ -125,16 +126,22 @@ class RemoteActor:
 
     def export_bucket(self, index: int) -> Any:
         """A reference to the payload: the bytes go from the actor to the engines without passing through here."""
-        payloads = []
-        for member in self._group.members:
-            done, payload = member.handle.export_bucket.options(num_returns=2).remote(index)
-            self.exports.append(Pending(done, member.name, "export_bucket"))
-            payloads.append(payload)
-        return payloads[0]
+        calls, payload = self._export("export_bucket", index)
+        self.exports += calls
+        return payload
 
     def export_copy(self, index: int) -> Any:
-        """The bytes of bucket ``index``."""
-        return self._group.call("export_copy", index)
+        """A reference to the bytes of bucket ``index``, which are there: they do not pass through here either."""
+        calls, payload = self._export("export_copy", index)
+        self._group.waiter.gather(calls)
+        return payload
+
+    def _export(self, method: str, index: int) -> tuple[list[Pending], Any]:
+        """What to wait for, and a reference to rank 0's payload."""
+        members = self._group.members
+        found = [getattr(member.handle, method).options(num_returns=2).remote(index) for member in members]
+        calls = [Pending(done, member.name, method) for member, (done, _) in zip(members, found, strict=True)]
+        return calls, found[0][1]
 
     def save_hf(self, folder: Path) -> None:
         self._group.call("save_hf", folder)

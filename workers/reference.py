@@ -29,6 +29,7 @@ class ReferenceWorker(Worker):
         return self.answer(self.room.token_logps(sequences))
 
     def mix(self, bucket: Bucket, payload: Any, alpha: float) -> None:
+        """``payload``: an array of the bucket's bytes."""
         self.room.mix(bucket, torch.from_numpy(payload), alpha)
 
     def save(self, folder: Path) -> None:
@@ -53,6 +54,7 @@ class RemoteReference:
         return logps
 
     def mix(self, bucket: Bucket, payload: Any, alpha: float) -> None:
+        """``payload``: a reference to what ``ReferenceWorker.mix`` takes."""
         self._group.call("mix", bucket, payload, alpha)
 
     def save(self, folder: Path) -> None:

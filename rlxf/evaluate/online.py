@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,19 +75,25 @@ class Evaluation:
         self._initial_texts: list[str] = []  # and what it said
         self._previous: Scores | None = None  # the last evaluation's; at first the initial policy's
 
-    def restore(self, found: dict[str, Any] | None) -> None:
-        """Take over what ``describe_baseline`` of the resumed run gave; engine and actor still hold the initial policy.
+    def restore(self, found: dict[str, Any] | None, *, push_initial: Callable[[], object] = lambda: None) -> None:
+        """Take over what ``describe_baseline`` of the resumed run gave; the actor still holds the initial policy.
 
         If it does not answer this run's prompts (another ``eval`` section, or no evaluations so far), the initial
         policy is sampled now.
+
+        Args:
+            found: of the checkpoint.
+            push_initial: puts the initial policy into the engines; called only if it is sampled.
         """
         if found is None or found["prompts"] != self._prompts_digest():
             log.warning("the checkpoint has no evaluation of these prompts: the initial policy is sampled again")
+            push_initial()
             self._start(self._greedy(0))
             return
         self._baseline, self._initial_texts = Scores.read(found), found["texts"]
         if self._config.eval.greedy and self._baseline.greedy is None:
             log.warning("the checkpoint has no greedy answers: the initial policy is asked again")
+            push_initial()
             self._baseline = Scores(self._baseline.sampled, _scores(self._greedy(0)))
         previous = found.get("previous")
         self._previous = Scores.read(previous) if previous else self._baseline

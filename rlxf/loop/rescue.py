@@ -44,17 +44,17 @@ def _why_not_whole(run: Run, error: Exception) -> str:
     """Why the actor holds no complete step; empty if it holds the last one."""
     state = run.state
     where = f"step {state.step + 1}"
-    if state.under_way == "move":
+    if not run.refresh.whole:
         return f"the reference was being moved after step {state.step}, and is neither the old nor the new one"
-    if isinstance(error, StopRequested) and state.under_way == "update":
+    if isinstance(error, StopRequested) and state.updating:
         return f"the update of {where} took longer than training.stop_grace_s = {run.stop.grace_s:g} and was cut"
-    if state.under_way == "update" or isinstance(error, StageTimeout | WorkerLost):
+    if state.updating or isinstance(error, StageTimeout | WorkerLost):
         try:
             untouched = run.actor.is_untouched()
         except Exception as second:
             log.debug("the actor does not answer", exc_info=second)
             return f"the actor is lost or does not answer ({where})"
-        if state.under_way == "update" and not untouched:
+        if state.updating and not untouched:
             return f"{where} failed after its first optimizer step, so the weights are those of no complete step"
     return ""
 

@@ -13,10 +13,8 @@ def settle(run: Run) -> None:
             state.metrics |= {"sync/bytes": float(run.sync.push(state.policy_version).num_bytes)}
         state.settled("push")
     if "move" in state.owed:
-        state.under_way = "move"
         with run.clock("sync"):
             run.refresh(state.policy_version)
-        state.under_way = ""
         state.settled("move")
     if "evaluation" in state.owed:
         with run.stop.abandonable(), run.clock("eval"):

@@ -1,27 +1,39 @@
-"""Reference log-probabilities on disk: computed once for a pair and a model, whatever run asks for them."""
+"""Reference log-probabilities on disk: computed once for a pair and a model, whatever run asks for them.
+
+A model has a folder, with a file of each run that computed something. A run appends to its own file only, so runs at
+the same time, on several machines too, need no lock.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
+import secrets
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+import rlxf
 from rlxf.checkpoint import file_digest
 from rlxf.config.folders import assets_folder, megatron_checkpoint
 from rlxf.types import PairLogps, Pairs, Sequences
 
 log = logging.getLogger(__name__)
 
+VERSION = 2  # raise it when a reference computes other numbers, or when a record changes
+
 _RECORD = struct.Struct("<16sffI")  # digest of the pair's tokens, chosen, rejected, CRC-32 of the three
 _DIGEST_BYTES = 16
+_MANY = 2**16  # records at a time
+Part = tuple[NDArray[np.bytes_], NDArray[np.float32]]  # [n] digests, [n, 2] chosen and rejected
 
 
 class PairReference(Protocol):
@@ -33,20 +45,20 @@ class PairReference(Protocol):
 
 
 class CachedReference:
-    """A frozen reference whose answers are kept in a file of one model.
+    """A frozen reference whose answers are kept in a folder of its model.
 
     A pair is known by its tokens, so neither the order nor the file that it came from matters, and a changed pair is
-    another pair. A record that was cut or changed on disk is computed again.
+    another pair. A record that was cut or changed on disk is computed again. In memory a pair takes 24 bytes.
 
     Args:
         inner: the reference.
-        path: the file; see ``cache_file``.
+        folder: see ``cache_folder``.
     """
 
-    def __init__(self, inner: PairReference, path: Path) -> None:
+    def __init__(self, inner: PairReference, folder: Path) -> None:
         self._inner = inner
-        self._path = path
-        self._known = _read(path)
+        self._file = folder / f"{secrets.token_hex(8)}.logps"  # of this run
+        self._known = _Known([part for path in sorted(folder.glob("*.logps")) for part in _read(path)])
         self.num_computed = 0
 
     def token_logps(self, sequences: Sequences) -> Tensor:
@@ -54,14 +66,15 @@ class CachedReference:
 
     def logps(self, pairs: Pairs) -> PairLogps:
         """Log-probabilities of both sides, summed over the completion tokens."""
-        keys = _keys(pairs)
-        missing = torch.tensor([row for row, key in enumerate(keys) if key not in self._known], dtype=torch.int64)
+        keys = _as_array(_keys(pairs))
+        values, known = self._known.find(keys)
+        missing = np.flatnonzero(~known)
         if len(missing):
-            found = self._inner.logps(pairs.select(missing))
-            rows = zip(missing.tolist(), found.chosen.tolist(), found.rejected.tolist(), strict=True)
-            self._add([(keys[row], chosen, rejected) for row, chosen, rejected in rows])
-        values = torch.tensor([self._known[key] for key in keys], dtype=torch.float32)  # [N, 2]
-        return PairLogps(chosen=values[:, 0].contiguous(), rejected=values[:, 1].contiguous())
+            found = self._inner.logps(pairs.select(torch.from_numpy(missing)))
+            values[missing] = torch.stack([found.chosen, found.rejected], dim=1).numpy()
+            self._add(keys[missing], values[missing])
+        logps = torch.from_numpy(values)
+        return PairLogps(chosen=logps[:, 0].contiguous(), rejected=logps[:, 1].contiguous())
 
     def fill(self, batches: Iterable[Pairs]) -> int:
         """Compute what is missing of all pairs of a data set; the number of pairs that were not known."""
@@ -70,49 +83,96 @@ class CachedReference:
             self.logps(pairs)
         return self.num_computed - before
 
-    def _add(self, rows: list[tuple[bytes, float, float]]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
-            file.write(b"".join(_record(*row) for row in rows))
+    def _add(self, keys: NDArray[np.bytes_], logps: NDArray[np.float32]) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("ab") as file:
+            file.write(b"".join(_record(key, *sides) for key, sides in zip(keys.tolist(), logps.tolist(), strict=True)))
             file.flush()
             os.fsync(file.fileno())
-        self._known |= {key: (chosen, rejected) for key, chosen, rejected in rows}
-        self.num_computed += len(rows)
+        self._known.add(keys, logps)
+        self.num_computed += len(keys)
 
 
-def cache_file(folder: Path, model: Path, dtype: str) -> Path:
-    """The file of one model: its name is a hash of the model's weights and config, and of the dtype it computes in."""
-    digest = hashlib.sha256(dtype.encode())
+class _Known:
+    """What is known of pairs: arrays that are sorted by key, and a dict of the newest ones."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._keys, self._logps = _merged(parts)
+        self._new: dict[bytes, list[float]] = {}
+
+    def find(self, keys: NDArray[np.bytes_]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """[N, 2] log-probs, and [N] which of them are known; the others are 0."""
+        values, known = np.zeros((len(keys), 2), dtype=np.float32), np.zeros(len(keys), dtype=np.bool_)
+        if len(self._keys):
+            places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+            known = self._keys[places] == keys
+            values[known] = self._logps[places[known]]
+        for row, key in enumerate(keys.tolist()):
+            if key in self._new:
+                values[row], known[row] = self._new[key], True
+        return values, known
+
+    def add(self, keys: NDArray[np.bytes_], logps: NDArray[np.float32]) -> None:
+        self._new |= dict(zip(keys.tolist(), logps.tolist(), strict=True))
+        if len(self._new) >= _MANY:
+            new = _as_array(self._new), np.array(list(self._new.values()), dtype=np.float32)
+            self._keys, self._logps = _merged([(self._keys, self._logps), new])
+            self._new = {}
+
+
+def _merged(parts: Sequence[Part]) -> Part:
+    """One part with each key once, sorted."""
+    if not parts:
+        return _as_array(()), np.zeros((0, 2), dtype=np.float32)
+    keys, first = np.unique(np.concatenate([keys for keys, _ in parts]), return_index=True)
+    return keys, np.concatenate([logps for _, logps in parts])[first]
+
+
+def _as_array(keys: Iterable[bytes]) -> NDArray[np.bytes_]:
+    """Digests as numpy has them: zeros at the end do not show in single items, and no two digests become equal."""
+    return np.array(list(keys), dtype=f"S{_DIGEST_BYTES}")
+
+
+def cache_folder(root: Path, model: Path, dtype: str, device: str) -> Path:
+    """The folder of one model below ``root``.
+
+    Its name is a hash of the model's weights and config, the dtype and kind of device that it computes with, and the
+    version of this program.
+    """
     checkpoint = megatron_checkpoint(model)
     weights = model.glob("*.safetensors") if checkpoint is None else checkpoint.glob("*.distcp")
-    for path in sorted([*weights, assets_folder(model) / "config.json"]):
-        digest.update(file_digest(path).encode())
-    return folder / f"{digest.hexdigest()[:32]}.logps"
+    files = [file_digest(path) for path in sorted([*weights, assets_folder(model) / "config.json"])]
+    earlier = root / f"{_name(dtype, *files)}.logps"  # of version 1, which knew neither device nor version
+    if earlier.is_file():
+        log.info("%s is of an earlier version and is not read; it can be deleted", earlier)
+    return root / _name(f"{rlxf.__version__} {VERSION} {device} {dtype} ", *files)
+
+
+def _name(*parts: str) -> str:
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
 
 
 def _record(key: bytes, chosen: float, rejected: float) -> bytes:
     return _RECORD.pack(key, chosen, rejected, zlib.crc32(_RECORD.pack(key, chosen, rejected, 0)))
 
 
-def _read(path: Path) -> dict[bytes, tuple[float, float]]:
-    """The whole records; the file is cut behind the last of them, so that new ones stand on their places."""
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
-    whole = len(content) // _RECORD.size * _RECORD.size
-    known: dict[bytes, tuple[float, float]] = {}
-    damaged = int(whole < len(content))
-    for key, chosen, rejected, crc in _RECORD.iter_unpack(content[:whole]):
-        if crc == zlib.crc32(_RECORD.pack(key, chosen, rejected, 0)):
-            known[key] = (chosen, rejected)
-        else:
-            damaged += 1
+def _read(path: Path) -> Iterator[Part]:
+    """The whole records of a file; what stands behind the last of them, a run may be writing now."""
+    damaged = 0
+    with path.open("rb") as file:
+        while content := file.read(_MANY * _RECORD.size):
+            whole = len(content) // _RECORD.size * _RECORD.size
+            damaged += int(whole < len(content))
+            keys, logps = list[bytes](), list[tuple[float, float]]()
+            for key, chosen, rejected, crc in _RECORD.iter_unpack(content[:whole]):
+                if crc == zlib.crc32(_RECORD.pack(key, chosen, rejected, 0)):
+                    keys.append(key)
+                    logps.append((chosen, rejected))
+                else:
+                    damaged += 1
+            yield _as_array(keys), np.array(logps, dtype=np.float32).reshape(-1, 2)
     if damaged:
         log.warning("%s: %d records are damaged; those pairs are computed again", path, damaged)
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    return known
 
 
 def _keys(pairs: Pairs) -> list[bytes]:

@@ -1,10 +1,12 @@
-"""A reference of its own: the starting weights, which training does not touch."""
+"""A reference of its own: the starting weights, which training does not touch unless the recipe moves them."""
 
 from __future__ import annotations
 
+import logging
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -15,6 +17,11 @@ from rlxf.models.hf_folder import HfWeights, save_hf_folder
 from rlxf.platform.base import Platform, Process
 from rlxf.sync.plan import Bucket
 from rlxf.types import PairLogps, Pairs, Sequences
+
+if TYPE_CHECKING:
+    from rlxf.models.megatron.moving import MovingWeights
+
+log = logging.getLogger(__name__)
 
 
 class FrozenReference:
@@ -28,6 +35,14 @@ class FrozenReference:
         self.model = load_model(config, "ref", platform, process)
         self.model.requires_grad_(False)
         self._limits = Limits.of(config.ref)
+        if config.ref.ref_update_interval:
+            _ = self._moving  # its memory is taken now, not after hours
+
+    @cached_property
+    def _moving(self) -> MovingWeights:
+        from rlxf.models.megatron.moving import MovingWeights
+
+        return MovingWeights(self.model)
 
     def token_logps(self, sequences: Sequences) -> Tensor:
         """[sum completion tokens] float32 log-probabilities of every completion token."""
@@ -40,7 +55,6 @@ class FrozenReference:
         """
         return pair_logps(self.model, pairs, self._limits)
 
-    @torch.no_grad()
     def mix(self, bucket: Bucket, payload: Tensor, alpha: float) -> None:
         """Move the bucket's parameters: ``alpha`` times what it holds, plus ``1 - alpha`` times what they were.
 
@@ -49,20 +63,26 @@ class FrozenReference:
             payload: [num_bytes] uint8.
             alpha: 1 takes over the policy's.
         """
-        self.model.blend(dict(bucket.views(payload)), alpha)
+        tensors = dict(bucket.views(payload))
+        self._moving.blend(tensors, tensors.__getitem__, alpha)
 
     def save(self, folder: Path) -> None:
-        """Write the weights as a Hugging Face folder, for ``load``; every rank takes part."""
-        tensors = self.model.export([name for name, _ in self.model.exported_shapes()])
+        """Write the weights as a Hugging Face folder in fp32, for ``load``; every rank takes part."""
+        tensors = self._moving.export()
         if dist.get_rank() == 0:
-            save_hf_folder(folder, tensors, like=self.model.folder, changes=self.model.config_changes())
+            changes = self.model.config_changes() | {"dtype": "float32"}
+            save_hf_folder(folder, tensors, like=self.model.folder, changes=changes)
         else:
             for _ in tensors:
                 continue
         dist.barrier()
 
-    @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Take over the weights that ``save`` wrote, whatever layout wrote them."""
+        """Take over the weights that ``save`` wrote, whatever layout wrote them; a parameter at a time."""
         weights = HfWeights(folder)
-        self.model.blend({name: weights.read(name) for name in weights.names()}, 1.0)
+        names = weights.names()
+        dtype = weights.read(next(iter(names))).dtype
+        if dtype.itemsize < 4 and dist.get_rank() == 0:
+            kind = str(dtype).removeprefix("torch.")
+            log.warning("%s: holds %s weights, of an earlier version; the reference moves on from them", folder, kind)
+        self._moving.blend(names, weights.read, 1.0)

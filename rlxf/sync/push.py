@@ -87,16 +87,26 @@ class SyncReport:
 
 
 class WeightSync:
-    """Pushes versions from one source into one sink, and probes the first ones and every so many."""
+    """Pushes versions from one source into one sink, and probes the first ones and every so many.
 
-    def __init__(self, source: WeightSource, sink: WeightSink, config: SyncConfig, probe: Probe) -> None:
+    Args:
+        source: the actor.
+        sink: the rollout engines.
+        config: which versions are probed.
+        probe: what the engines are asked.
+        filled: whether the engines hold weights before the first push; those of a megatron checkpoint come with it.
+    """
+
+    def __init__(
+        self, source: WeightSource, sink: WeightSink, config: SyncConfig, probe: Probe, *, filled: bool = True
+    ) -> None:
         self._source = source
         self._sink = sink
         self._config = config
         self._probe = probe
         self._plan = source.sync_plan()
         self._num_updates = 0  # pushes that changed weights: version 0 is what both sides loaded from the same folder
-        self._interrupted = False
+        self._can_sample = filled  # false: empty, or a push broke off
 
     def push(self, version: int) -> SyncReport:
         """Make every engine sample from the source's newest weights, which are ``version`` from now on.
@@ -106,15 +116,15 @@ class WeightSync:
         """
         start = time.perf_counter()
         due = self._is_due(version)
-        if due and not self._interrupted:
+        if due and self._can_sample:
             # Fills the prefix cache from the old weights: if the update leaves that there, the probe below shows it.
             self._sink.probe(self._probe.prompt, self._probe.num_tokens)
-        self._interrupted = True
+        self._can_sample = False
         self._sink.begin_update()
         for index, bucket in enumerate(self._plan):
             self._sink.load_bucket(bucket, self._source.export_bucket(index))
         self._sink.end_update(version)
-        self._interrupted = False
+        self._can_sample = True
         self._num_updates += version > 0
         difference = self._verify(version) if due else None
         return SyncReport(

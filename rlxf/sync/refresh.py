@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlxf.config.schema import ReferenceConfig
+from rlxf.errors import CheckpointError
 from rlxf.sync.plan import Bucket
+
+log = logging.getLogger(__name__)
 
 FOLDER = "reference"  # in a checkpoint
 
@@ -17,14 +21,20 @@ class Weights(Protocol):
     def sync_plan(self) -> tuple[Bucket, ...]: ...
 
     def export_copy(self, index: int) -> Any:
-        """Bucket ``index`` of the plan, which stays as it is while training goes on."""
+        """Bucket ``index`` of the plan, which stays as it is while training goes on.
+
+        [num_bytes] uint8 in one process; between processes a reference to it, so that its bytes go from the actor to
+        the reference without passing through the caller.
+        """
         ...
 
 
 class Movable(Protocol):
     """A reference with weights of its own, which can be moved."""
 
-    def mix(self, bucket: Bucket, payload: Any, alpha: float) -> None: ...
+    def mix(self, bucket: Bucket, payload: Any, alpha: float) -> None:
+        """``payload``: what ``Weights.export_copy`` gave."""
+        ...
 
     def save(self, folder: Path) -> None: ...
 
@@ -39,22 +49,50 @@ class Refresh:
         self._reference = reference
         self._config = config
         self._plan = actor.sync_plan()
+        self._whole = True
+
+    @property
+    def whole(self) -> bool:
+        """False during a move, and after one that broke off: then some weights have moved and others have not."""
+        return self._whole
 
     def __call__(self, version: int) -> None:
         """After the update that made ``version``; does nothing unless one is due."""
         if version % self._config.ref_update_interval:
             return
+        self._whole = False
         for index, bucket in enumerate(self._plan):
             self._reference.mix(bucket, self._actor.export_copy(index), self._config.ref_mixup_alpha)
+        self._whole = True
 
     def save(self, checkpoint: Path) -> None:
-        """The reference as it is now, beside the actor's state."""
+        """The reference as it is now, beside the actor's state.
+
+        Raises:
+            CheckpointError: a move broke off.
+        """
+        if not self._whole:
+            raise CheckpointError(
+                f"{checkpoint}: not saved: a move of the reference broke off, so part of its weights have moved and "
+                "others have not; the run goes on from the checkpoint before"
+            )
         self._reference.save(checkpoint / FOLDER)
 
     def load(self, checkpoint: Path) -> None:
-        """Of a run that is resumed."""
+        """Of a run that is resumed; a reference that has not moved so far stays what it is."""
+        if not (checkpoint / FOLDER).is_dir():
+            log.warning("%s: its run did not move the reference, which moves from here on", checkpoint)
+            return
         self._reference.load(checkpoint / FOLDER)
 
 
-def no_refresh(version: int) -> None:
+class NoRefresh:
     """For a reference that stays what it is."""
+
+    whole = True
+
+    def __call__(self, version: int) -> None:
+        """Nothing moves."""
+
+
+no_refresh = NoRefresh()

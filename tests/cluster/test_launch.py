@@ -258,3 +258,22 @@ def test_a_run_is_a_ray_job(recipe: Recipe, two_nodes: TwoNodes, tmp_path: Path)
     job("submit", "--no-wait", "--submission-id=small", "--", *command)
     wait_until(ended, 200)
     assert len(numbers(tmp_path / "run")) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_moving_reference_on_ray_gives_the_numbers_of_one_process(recipe: Recipe, tmp_path: Path) -> None:
+    """In bf16, where small moves need an fp32 copy of the weights; and after a resume."""
+    moving = (*recipe.offline, "training.bf16=true", "ref.ref_update_interval=1", "ref.ref_mixup_alpha=0.01")
+    for runtime in ("ray", "local"):
+        common = (f"runtime={runtime}", "actor_rollout.lr=0.01", *moving)
+        succeed(recipe.run(tmp_path / runtime, *common))
+        succeed(recipe.run(tmp_path / runtime, *common, "training.train_iters=5"))
+    rows = numbers(tmp_path / "ray")
+    assert rows == numbers(tmp_path / "local")
+    assert len(rows) == 5
+    last = "checkpoints/iter_0000005/reference/model.safetensors"
+    assert (tmp_path / "ray" / last).read_bytes() == (tmp_path / "local" / last).read_bytes()
+    still = (*recipe.offline, "training.bf16=true", "actor_rollout.lr=0.01")
+    succeed(recipe.run(tmp_path / "still", "runtime=local", *still))
+    assert rows[1]["rewards/chosen"] != numbers(tmp_path / "still")[1]["rewards/chosen"]  # it did move

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +30,7 @@ from rlxf.models.megatron.lora import exported_parameter
 from rlxf.models.megatron.modules import PackedRotaryEmbedding, block_spec
 from rlxf.models.megatron.packing import Packed
 from rlxf.models.megatron.parallel import Layout
-from rlxf.models.megatron.weights import Entry, Geometry, entries, load_entries, to_full, to_local
+from rlxf.models.megatron.weights import Entry, Geometry, entries, load_entries, to_full
 from rlxf.models.tokenizer import padding_id
 from rlxf.platform.base import Platform
 
@@ -146,23 +146,6 @@ class MegatronModel:
                 )
             except ValueError as error:
                 raise ModelError(f"{self.folder}: {error}") from error
-
-    @torch.no_grad()
-    def blend(self, tensors: Mapping[str, Tensor], alpha: float) -> None:
-        """Move parameters to ``alpha`` times the full tensors given, plus ``1 - alpha`` times what they are.
-
-        A parameter that holds several tensors (query, key and value) needs all of them; others are left alone.
-        """
-        layout = self.layout
-        for chunk, gpt in enumerate(self.chunks):
-            parameters = dict(gpt.named_parameters())
-            for entry in self.entries_of(chunk):
-                if not all(name in tensors for name in entry.hf_names):
-                    continue
-                full = [tensors[name] for name in entry.hf_names]
-                local = to_local(entry.kind, full, self.geometry, tp_rank=layout.tp_rank, tp_size=layout.tp_size)
-                own = parameters[entry.parameter].data
-                own.copy_(torch.lerp(own.float(), local.to(own.device).float(), alpha) if alpha < 1 else local)
 
     def _read(self, name: str) -> Tensor:
         return self._new_head if name == SCORE and self._new_head is not None else self.weights.read(name)
@@ -280,14 +263,30 @@ class MegatronModel:
         pieces = (piece for piece in self._exported() if wanted.intersection(piece.entry.hf_names))
         yield from self.collect(pieces, self.shape_of)
 
+    @torch.no_grad()
+    def export_all(self, local: Callable[[Piece], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """As ``export``, but what ``local`` holds of each parameter on this rank, in fp32; every tensor."""
+        yield from self.collect(self._exported(), self.shape_of, local, torch.float32)
+
     def collect(
-        self, pieces: Iterable[Piece], shape_of: Callable[[str], tuple[int, ...]]
+        self,
+        pieces: Iterable[Piece],
+        shape_of: Callable[[str], tuple[int, ...]],
+        local: Callable[[Piece], Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """The full tensors of some parameters, as ``export`` gives them; ``shape_of``: name -> full shape."""
+        """The full tensors of some parameters, as ``export`` gives them.
+
+        Args:
+            pieces: the parameters.
+            shape_of: name -> full shape.
+            local: this rank's share of a parameter that its stage holds; None: the parameter itself, LoRA merged.
+            dtype: of what ``local`` gives; None: the model's.
+        """
         if not self.layout.is_first_replica:
             return
         for piece in pieces:
-            full = self._full(piece, shape_of)
+            full = self._full(piece, shape_of, local or self.local_weight, dtype or self.dtype)
             if self.layout.pp_rank == self.layout.tp_rank == 0:
                 yield from zip(piece.entry.hf_names, full, strict=True)
 
@@ -299,11 +298,17 @@ class MegatronModel:
                 seen.add(piece.entry.hf_names)
                 yield piece
 
-    def _full(self, piece: Piece, shape_of: Callable[[str], tuple[int, ...]]) -> list[Tensor]:
+    def _full(
+        self,
+        piece: Piece,
+        shape_of: Callable[[str], tuple[int, ...]],
+        local: Callable[[Piece], Tensor],
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
         """The full tensors of one parameter, on the first stage's first rank; elsewhere what happens to be there."""
         layout, full = self.layout, list[Tensor]()
         if piece.stage == layout.pp_rank:
-            own = self.local_weight(piece).detach()
+            own = local(piece).detach()
             full = to_full(piece.entry.kind, _gather_tensor_parallel(own, layout.tp_size), self.geometry)
         if piece.stage == 0 or layout.tp_rank != 0:
             return full
@@ -313,7 +318,7 @@ class MegatronModel:
                 dist.send(tensor.contiguous(), group=group, group_dst=0)
         elif layout.pp_rank == 0:
             for name in piece.entry.hf_names:
-                tensor = torch.empty(shape_of(name), dtype=self.dtype, device=layout.device)
+                tensor = torch.empty(shape_of(name), dtype=dtype, device=layout.device)
                 dist.recv(tensor, group=group, group_src=piece.stage)
                 full.append(tensor)
         return full

@@ -17,7 +17,7 @@ from rlxf.errors import ModelError, SyncError
 from rlxf.models.hf_folder import HfWeights, load_hf_config
 from rlxf.models.megatron.weights import to_local
 from rlxf.platform import get_platform
-from rlxf.reference.cached import cache_file
+from rlxf.reference.cached import cache_folder
 from rlxf.rollout.engine import Sampling
 from rlxf.rollout.hf import HfEngine
 from tests.rollout_world import prompt_batch
@@ -93,7 +93,7 @@ def test_references_of_two_checkpoints_have_two_caches(folder: Path, tmp_path: P
     other = save_causal_lm(tmp_path / "other", "llama", num_hidden_layers=4, seed=7)
     for name, source in (("a", folder), ("b", other), ("c", folder)):
         run(source, tmp_path / name)
-    first, second, third = (cache_file(tmp_path, tmp_path / name, "fp32") for name in "abc")
+    first, second, third = (cache_folder(tmp_path, tmp_path / name, "fp32", "cpu") for name in "abc")
     assert first != second
     assert first == third
 

@@ -51,12 +51,12 @@ class Journal(LocalSink):
 
 
 class World:
-    def __init__(self, folder: Path, actor: HfActor, **sync: int) -> None:
+    def __init__(self, folder: Path, actor: HfActor, *, filled: bool = True, **sync: int) -> None:
         config, platform = run_config(folder), get_platform("cpu")
         self.actor = actor
         self.sink = Journal(HfEngine(config, platform))
         self.probe: Probe = make_probe(config, platform, Tokens.from_rows(random_prompts([9, 8])))
-        self.sync = WeightSync(actor, self.sink, SyncConfig(**sync), self.probe)
+        self.sync = WeightSync(actor, self.sink, SyncConfig(**sync), self.probe, filled=filled)
 
     def probed(self, version: int) -> bool:
         """Push new weights; whether the engine was asked, which is always once before and once after."""
@@ -83,6 +83,15 @@ def test_without_an_interval_only_the_first_updates_are_probed(folder: Path) -> 
 def test_a_resumed_run_probes_its_first_push(folder: Path) -> None:
     world = World(folder, HfActor(load_model(folder)), verify_first=1)
     assert [version for version in range(37, 40) if world.probed(version)] == [37]
+
+
+def test_an_engine_without_weights_is_not_asked_before_its_first_push(folder: Path) -> None:
+    world = World(folder, HfActor(load_model(folder)), filled=False, verify_first=2)
+    world.sink.begin_update()  # as an engine that waits for the weights of a megatron checkpoint
+    world.sink.calls.clear()
+    assert world.sync.push(37).probe_difference is not None
+    assert (world.sink.calls[0], world.sink.calls[-1]) == ("begin", "probe")
+    assert world.probed(38)
 
 
 def test_the_report_counts_what_travelled(folder: Path) -> None:
