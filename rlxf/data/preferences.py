@@ -15,9 +15,10 @@ from rlxf.data.fields import BadRow, common_start
 from rlxf.data.formats import Layout
 from rlxf.data.readers import Part
 from rlxf.data.source import DataSource
-from rlxf.data.text import encode_chat, encode_string, shorten_left, with_eos
+from rlxf.data.text import shorten_left
 from rlxf.data.tokenized import Content, TokenIds
 from rlxf.jsonl import Row, describe
+from rlxf.models.encoding import encode_chat, encode_string, with_eos
 from rlxf.types import Pairs, RewardPairs, Sequences
 
 if TYPE_CHECKING:

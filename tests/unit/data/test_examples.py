@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from rlxf.data.examples import ExampleFile
-from rlxf.data.text import encode_chat
+from rlxf.models.encoding import encode_chat
 from rlxf.data.turns import encode_turns
 from rlxf.errors import DataError, ModelError
 from rlxf.types import Examples
