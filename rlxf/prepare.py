@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rlxf.assemble import policy_folder, policy_tokenizer
 from rlxf.clock import Clock
+from rlxf.config.read_position import READ_AT, TRAINED_AT
 from rlxf.config.schema import RunConfig
 from rlxf.data.examples import ExampleFile
 from rlxf.data.preferences import PreferenceFile
@@ -155,6 +156,7 @@ def build_run(
             "epoch": data.training.epoch(state.step - 1),
             "report": report.describe(),
             "baseline": evaluation.describe_baseline() if isinstance(evaluation, Evaluation) else None,
+            **({READ_AT: TRAINED_AT} if config.training.stage == "rm" else {}),
         }
 
     also = refresh.save if refresh else _nothing_else
