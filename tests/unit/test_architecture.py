@@ -18,7 +18,7 @@ PRODUCT = ("rlxf", "workers", "scripts", "benchmarks", "ray_gpt.py")
 
 ROOMS = {"data", "rollout", "score", "pair", "reference", "update", "sync"}
 FLOOR = {"types", "config", "errors"}
-TOOLS = {"clock", "console", "jsonl", "record", "stop"}  # files and terminals; they know no room
+TOOLS = {"clock", "console", "jsonl", "record", "stop", "user_file"}  # files and terminals; they know no room
 BELOW_ROOMS = FLOOR | TOOLS | {"models", "platform"}
 ASSEMBLY = {"run", "evaluate", "assemble", "prepare", "driver", "metrics", "report", "resume", "run_folder"}
 
