@@ -27,6 +27,7 @@ from rlxf.resume import Resume
 from rlxf.rollout.replay import ReplayEngine
 from rlxf.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
 from rlxf.run_folder import Recorders, RunFolder
+from rlxf.score.failures import FailureLimit
 from rlxf.score.recorded import RecordedScorer, has_scores
 from rlxf.score.scorer import Scorer
 from rlxf.stop import Stop
@@ -146,8 +147,9 @@ def build_run(
     resume: Resume | None = None,
 ) -> Run:
     """The run that the driver trains; with ``resume`` its actor and state are those of the checkpoint."""
+    state = resume.state if resume else State()
     reference = _reference(config, data, roles, stop)
-    evaluation = _evaluation(config, data, roles, reference)
+    evaluation = _evaluation(config, data, roles, reference, state)
     refresh = _refresh(config, roles)
 
     def describe(state: State) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def build_run(
             folder.prune(resume.state.step)
     return Run(
         config=config,
-        source=_source(config, run_dir, data, roles, after=resume.state.step if resume else None),
+        source=_source(config, run_dir, data, roles, state, after=resume.state.step if resume else None),
         reference=reference,
         actor=roles.actor,
         sync=_sync(config, data, roles, platform),
@@ -180,7 +182,7 @@ def build_run(
         folder=folder,
         clock=clock,
         stop=stop,
-        state=resume.state if resume else State(),
+        state=state,
     )
 
 
@@ -227,11 +229,14 @@ def _restore(resume: Resume, data: Data, roles: Roles, evaluation: Evaluate | No
     roles.actor.load_checkpoint(resume.folder)
 
 
-def _source(config: RunConfig, run_dir: Path, data: Data, roles: Roles, *, after: int | None) -> Online | FileSource:
+def _source(
+    config: RunConfig, run_dir: Path, data: Data, roles: Roles, state: State, *, after: int | None
+) -> Online | FileSource:
     if isinstance(data.training, PreferenceFile | ExampleFile):
         return data.training
     rollout = data.training if isinstance(data.training, ReplayEngine) else roles.rollout
-    scorer = roles.scorer or RecordedScorer(str(config.rollout.replay_path))
+    scorer: Scorer = roles.scorer or RecordedScorer(str(config.rollout.replay_path))
+    scorer = FailureLimit(scorer, state, config.reward.max_failures, lambda: f"step {state.step + 1}")
     assert rollout is not None  # a run that samples has an engine
     logs, trains = config.log, not config.training.eval_only
     samples = trains and logs.samples_interval > 0
@@ -256,12 +261,14 @@ def _sync(config: RunConfig, data: Data, roles: Roles, platform: Platform) -> Sy
     return WeightSync(roles.actor, roles.sink, config.sync, probe)
 
 
-def _evaluation(config: RunConfig, data: Data, roles: Roles, reference: Reference) -> Evaluate | None:
+def _evaluation(config: RunConfig, data: Data, roles: Roles, reference: Reference, state: State) -> Evaluate | None:
     if config.offline and data.evaluation:
         assert not isinstance(data.evaluation, PromptBatch)
         return OfflineEvaluation(config, data.evaluation, roles.actor, reference)
     if not isinstance(data.evaluation, PromptBatch) or roles.rollout is None or roles.scorer is None:
         return None
-    rooms = Rooms(rollout=roles.rollout, scorer=roles.scorer, actor=roles.actor, reference=roles.reference)
+    limit, place = config.reward.max_failures, lambda: f"the evaluation after {state.step} steps"
+    scorer = FailureLimit(roles.scorer, state, limit, place)
+    rooms = Rooms(rollout=roles.rollout, scorer=scorer, actor=roles.actor, reference=roles.reference)
     eos_ids = _eos_ids(config, data)
     return Evaluation(config, data.evaluation, rooms, tokenizer=data.tokenizer, eos_ids=eos_ids)

@@ -169,7 +169,7 @@ def _data(found: dict[str, Any] | None) -> str:
 
 
 def _state(driver: dict[str, Any]) -> State:
-    values = {item.name: driver[item.name] for item in fields(State)}
+    values = {item.name: driver[item.name] for item in fields(State) if item.name in driver}  # else the default
     return State(**{**values, "metrics": from_json(values["metrics"])})
 
 

@@ -137,6 +137,7 @@ class State:
     policy_version: int = 0  # updates of the actor
     empty_steps: int = 0  # steps without a pair, in a row
     num_tokens: int = 0  # trained on so far
+    failed_scores: int = 0  # completions that have no score because a call of the scorer failed
     saved_step: int = 0  # of the newest checkpoint
     metrics: Metrics = field(default_factory=dict)  # of the last complete step
     unevaluated: bool = False  # a stop cut the evaluation after that step off; it is due before the next one

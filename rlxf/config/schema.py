@@ -260,6 +260,7 @@ class RewardConfig(RoleConfig):
         None  # path of a Python file that defines `reward(prompts, completions, completion_ids, **columns)`
     )
     read_at: ReadAt = "auto"  # token where a reward model's score is read; auto: what its folder says, else last_token
+    max_failures: int = Field(0, ge=0)  # completions of a whole run that may stay without a score when calls fail
 
 
 class RolloutConfig(Strict):

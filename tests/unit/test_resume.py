@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlxf.checkpoint import LATEST
+from rlxf.checkpoint import LATEST, write_manifest
 from rlxf.config.changes import compare
 from rlxf.config.schema import RunConfig
 from rlxf.errors import CheckpointError
@@ -73,6 +73,18 @@ def test_the_newest_checkpoint_is_taken_with_the_drivers_state(tmp_path: Path) -
     assert resume.start == {"loss": 0.7}
     assert resume.end["eval/reward"] != resume.end["eval/reward"]
     assert resume.run_folder == tmp_path
+
+
+def test_a_state_of_revision_de81d37_has_no_failed_scores(tmp_path: Path) -> None:
+    (folder,) = save(tmp_path, 2)
+    driver = json.loads((folder / "driver.json").read_text())
+    (folder / "driver.json").write_text(json.dumps(driver | {"failed_scores": 7}))
+    write_manifest(folder)
+    assert find(tmp_path).state.failed_scores == 7
+    del driver["failed_scores"]
+    (folder / "driver.json").write_text(json.dumps(driver))
+    write_manifest(folder)
+    assert find(tmp_path).state.failed_scores == 0
 
 
 def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
