@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_folder": FLOOR | TOOLS | {"checkpoint", "metrics", "pair", "run"},
     "resume": FLOOR | TOOLS | {"checkpoint", "metrics", "run", "run_folder"},
     "trackers": FLOOR,
-    "hub": {"errors"},
+    "hub": FLOOR,
     "report": FLOOR | TOOLS | {"metrics", "resume", "run_folder", "trackers"},
     # The loop and the protocols of its members: no device, no model, nothing that builds a room.
     "run": FLOOR | TOOLS | {"pair", "rollout", "score", "sync"},
