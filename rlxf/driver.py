@@ -49,6 +49,7 @@ def begin(run: Run) -> None:
         settle(run)
     with run.stop.abandonable():
         run.report.evaluated(state.step, {} if state.step else run.evaluate(0))
+    state.count_failures()
 
 
 def collect(run: Run) -> tuple[Pairs | Examples, Metrics]:
@@ -83,6 +84,7 @@ def learn(run: Run, data: Pairs | Examples, metrics: Metrics) -> None:
     state.policy_version += 1
     state.empty_steps = 0
     state.num_tokens += num_tokens(data) * run.config.actor_rollout.ppo_epochs
+    state.count_failures()
     state.step, state.metrics, state.owed = state.step + 1, metrics, AFTER_UPDATE
 
 
@@ -96,4 +98,5 @@ def skip(run: Run, metrics: Metrics) -> None:
             f"raise algorithm.max_empty_steps = {limit}"
         )
     state.empty_steps += 1
+    state.count_failures()
     state.step, state.metrics, state.owed = state.step + 1, metrics, WITHOUT_UPDATE

@@ -63,6 +63,10 @@ class TrainingError(RlxfError):
     """Training cannot go on: a non-finite loss, or too many steps without a single pair."""
 
 
+class ScoreError(RlxfError):
+    """Completions could not be scored: the user's reward function failed, or returned something else than scores."""
+
+
 class StopRequested(RlxfError):
     """The user asked the run to end (SIGINT or SIGTERM); raised at a point where nothing is half done."""
 

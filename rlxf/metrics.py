@@ -90,6 +90,7 @@ def rollout_metrics(scored: ScoredRollouts, generate_s: float) -> Metrics:
     return {
         "objective/scores": _mean(scores),
         "objective/scores_margin": _mean(best_minus_worst(scored)),
+        "score/missing": float(len(scored) - len(scores)),
         "val/contain_eos_token": _mean(scored.contains_eos.double()),
         **_spread("reward/score", scores),
         **_spread("response_length", sequences.completion_lengths.double()),
@@ -114,6 +115,7 @@ def pair_metrics(pairing: PairingResult) -> Metrics:
     return {
         "pair/kept": float(len(pairing.pairs)),
         "pair/dropped": float(pairing.dropped),
+        "pair/missing": float(pairing.missing),
         "pair/tie_rate": pairing.ties / max(pairing.num_prompts, 1),
         "pair/margin": _mean(pairing.pairs.margin.double()),
     }

@@ -161,18 +161,29 @@ class State:
     policy_version: int = 0  # updates of the actor
     empty_steps: int = 0  # steps without a pair, in a row
     num_tokens: int = 0  # trained on so far
+    failed_scores: int = 0  # completions that have no score because a call of the scorer failed
     metrics: Metrics = field(default_factory=dict)  # of the last complete step
     owed: tuple[Owed, ...] = ()  # by the last complete step: new weights to the engines, move of the reference, ...
-    updating: bool = False  # never saved: the actor's weights are changing, and may be those of no complete step
+    # Of the step under way, never saved:
+    updating: bool = False  # the actor's weights are changing, and may be those of no complete step
+    failing_scores: int = 0  # what it adds to failed_scores once it is complete
 
     @property
     def reported_step(self) -> int:
         """The last step whose row in the run's files is final."""
         return self.step - 1 if "row" in self.owed else self.step
 
+    def count_failures(self) -> None:
+        """What was under way is complete: its failed scores count, and will not be asked for again."""
+        self.failed_scores += self.failing_scores
+        self.failing_scores = 0
+
     def settled(self, item: Owed) -> None:
         """``item`` is no longer owed."""
         self.owed = tuple(other for other in self.owed if other != item)
+
+
+UNSAVED = frozenset({"updating", "failing_scores"})
 
 
 class Folder(Protocol):

@@ -45,7 +45,7 @@ from rlxf.metrics import finite_or_null
 from rlxf.pair.strategies import PairingResult
 from rlxf.record import RolloutRecorder, SampleRecorder
 from rlxf.rolling import drop_rolling, mark_rolling, rolling_steps
-from rlxf.run import Actor, State
+from rlxf.run import UNSAVED, Actor, State
 from rlxf.types import ScoredRollouts
 
 log = logging.getLogger(__name__)
@@ -247,7 +247,7 @@ class RunFolder:
 
     def _driver(self, state: State) -> dict[str, Any]:
         training = self._config.training
-        kept = {name: value for name, value in asdict(state).items() if name != "updating"}
+        kept = {name: value for name, value in asdict(state).items() if name not in UNSAVED}
         return {
             "format": FORMAT,
             "curve": CURVE,

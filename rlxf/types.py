@@ -248,7 +248,7 @@ class OnlinePairs(Pairs):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardPairs(Pairs):
-    """Pairs that a reward model is trained on."""
+    """Pairs that a reward model is trained on; a side's last token is the one that ends its answer."""
 
     margin: Tensor  # [N] float32, how much better chosen is said to be; 0 where the data says nothing
 

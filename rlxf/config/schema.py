@@ -65,6 +65,7 @@ REFERENCE_FREE = frozenset({"simpo", "orpo", "sft"})
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab"]
 DataFormat = Literal["auto", "standard", "messages", "alpaca", "sharegpt"]
+ReadAt = Literal["auto", "end_of_turn", "last_token"]
 Role = Literal["train", "infer", "ref", "reward"]
 
 
@@ -262,6 +263,8 @@ class RewardConfig(RoleConfig):
     function: File | None = (
         None  # path of a Python file that defines `reward(prompts, completions, completion_ids, **columns)`
     )
+    read_at: ReadAt = "auto"  # token where a reward model's score is read; auto: what its folder says, else last_token
+    max_failures: int = Field(0, ge=0)  # completions of a whole run that may stay without a score when calls fail
 
 
 class RolloutConfig(Strict):

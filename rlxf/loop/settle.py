@@ -19,6 +19,7 @@ def settle(run: Run) -> None:
     if "evaluation" in state.owed:
         with run.stop.abandonable(), run.clock("eval"):
             state.metrics |= run.evaluate(state.step)
+        state.count_failures()
         state.settled("evaluation")
     if "row" in state.owed:
         state.metrics |= {"num_tokens": float(state.num_tokens)} | run.clock.timings()

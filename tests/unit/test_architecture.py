@@ -18,7 +18,7 @@ PRODUCT = ("rlxf", "workers", "scripts", "benchmarks", "ray_gpt.py")
 
 ROOMS = {"data", "rollout", "score", "pair", "reference", "update", "sync"}
 FLOOR = {"types", "config", "core", "errors"}
-TOOLS = {"clock", "command", "console", "jsonl", "record", "stop"}  # files and terminals; they know no room
+TOOLS = {"clock", "command", "console", "jsonl", "record", "stop", "user_file"}  # files and terminals; no room
 BELOW_ROOMS = FLOOR | TOOLS | {"models", "platform"}
 ASSEMBLY = {"run", "evaluate", "assemble", "prepare", "driver", "metrics", "report", "resume", "run_folder"}
 STORE = {"checkpoint", "rolling"}
@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_folder": FLOOR | TOOLS | STORE | {"metrics", "pair", "run"},
     "resume": FLOOR | TOOLS | {"checkpoint", "metrics", "run", "run_folder"},
     "trackers": FLOOR,
-    "hub": {"errors"},
+    "hub": FLOOR,
     "report": FLOOR | TOOLS | {"metrics", "resume", "run_folder", "trackers"},
     # The loop and the protocols of its members: no device, no model, nothing that builds a room.
     "run": FLOOR | TOOLS | {"pair", "rollout", "score", "sync"},

@@ -12,6 +12,7 @@ import torch
 from rlxf.errors import ConfigError, StopRequested
 from rlxf.evaluate import Evaluation, Rooms, load_metrics
 from rlxf.evaluate.answers import win_rate
+from rlxf.evaluate.user import BUILT_IN
 from rlxf.types import PromptBatch, Tokens
 from tests.tiny_models import byte_tokenizer
 from tests.unit.small_run import EOS, LIKED, VOCAB, SmallRun, TokenCounter, small_config, small_run
@@ -219,10 +220,11 @@ def test_a_file_of_the_user_adds_metrics(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (None, "no such Python file"),
+        (None, "no such file; expected a Python file"),
         ("x = 1", "defines no function `evaluate`"),
-        ("import nowhere_to_be_found", "cannot be loaded: ModuleNotFoundError"),
-        ("evaluate = 3", "defines no function `evaluate`"),
+        ("import nowhere_to_be_found", r"cannot be loaded: .*wrong\.py:1: ModuleNotFoundError"),
+        ("evaluate = 3", "`evaluate` is a int; expected a function"),
+        ("async def evaluate(p, c, i): ...", "`evaluate` is asynchronous"),
     ],
 )
 def test_a_wrong_file_is_refused_when_the_run_starts(tmp_path: Path, source: str | None, message: str) -> None:
@@ -237,5 +239,40 @@ def test_a_wrong_file_is_refused_when_the_run_starts(tmp_path: Path, source: str
 def test_a_function_that_fails_is_named(tmp_path: Path) -> None:
     path = tmp_path / "fails.py"
     path.write_text("def evaluate(prompts, completions, initial_completions):\n    raise ValueError('no')\n")
-    with pytest.raises(ConfigError, match=r"eval\.metrics=.*fails\.py: `evaluate` failed: ValueError: no"):
+    with pytest.raises(
+        ConfigError, match=r"eval\.metrics=.*fails\.py: `evaluate` failed: .*fails\.py:2: ValueError: no"
+    ):
         evaluation(small(eval__metrics=str(path)))(0)
+
+
+DATACLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Found:
+    count: float
+
+def evaluate(prompts, completions, initial_completions):
+    return {"count": Found(len(completions)).count}
+"""
+
+
+def test_a_file_may_define_dataclasses(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(DATACLASS)
+    assert evaluation(small(eval__metrics=str(tmp_path / "mine.py")))(0)["eval/count"] == NUM_PROMPTS
+
+
+def test_an_evaluations_own_names_are_those_that_a_file_may_not_take() -> None:
+    assert {f"eval/{name}" for name in BUILT_IN} == SAMPLED | GREEDY
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_metric_of_an_evaluations_own_name_is_refused(tmp_path: Path, greedy: bool) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def evaluate(prompts, completions, initial):\n    return {'mine': 1, 'reward': 9, 'greedy_length': 0}"
+    )
+    message = r"`evaluate` returns 'greedy_length', 'reward', but .* \(eval/greedy_length\); give it another name"
+    with pytest.raises(ConfigError, match=message):
+        evaluation(small(eval__metrics=str(path), eval__greedy=greedy))(0)

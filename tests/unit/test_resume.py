@@ -22,7 +22,7 @@ from rlxf.config.schema import RunConfig
 from rlxf.core.files import file_sizes
 from rlxf.errors import CheckpointError
 from rlxf.resume import Resume, find_resume, is_complete
-from rlxf.run import State
+from rlxf.run import UNSAVED, State
 from rlxf.run_folder import RunFolder
 from tests.settings import MODEL
 from tests.unit.small_run import SmallActor, small_config
@@ -78,6 +78,18 @@ def test_the_newest_checkpoint_is_taken_with_the_drivers_state(tmp_path: Path) -
     assert resume.start == {"loss": 0.7}
     assert resume.end["eval/reward"] != resume.end["eval/reward"]
     assert resume.run_folder == tmp_path
+
+
+def test_a_state_of_revision_de81d37_has_no_failed_scores(tmp_path: Path) -> None:
+    (folder,) = save(tmp_path, 2)
+    driver = json.loads((folder / "driver.json").read_text())
+    (folder / "driver.json").write_text(json.dumps(driver | {"failed_scores": 7}))
+    write_manifest(folder)
+    assert find(tmp_path).state.failed_scores == 7
+    del driver["failed_scores"]
+    (folder / "driver.json").write_text(json.dumps(driver))
+    write_manifest(folder)
+    assert find(tmp_path).state.failed_scores == 0
 
 
 def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -358,7 +370,7 @@ def rewrite_driver(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Non
     write_manifest(folder)
 
 
-@pytest.mark.parametrize("name", [item.name for item in fields(State) if item.name != "updating"])
+@pytest.mark.parametrize("name", [item.name for item in fields(State) if item.name not in UNSAVED])
 def test_a_field_that_an_older_revision_did_not_write_takes_its_default(tmp_path: Path, name: str) -> None:
     (folder,) = save(tmp_path, 3)
     expected = find(tmp_path).state
