@@ -288,3 +288,20 @@ def test_a_signal_before_the_first_step_saves_nothing() -> None:
     with small.stop.installed(), pytest.raises(StopRequested):
         train(small.run)
     assert small.folder.saved == []
+
+
+def test_failures_of_a_step_that_is_not_complete_are_not_saved() -> None:
+    """The resumed run scores it again."""
+    state = State(step=1, policy_version=1)
+    small = small_run(small_config(), state=state)
+
+    def fail() -> None:
+        state.failing_scores += 3
+        if state.step == 2:
+            raise TrainingError("in the update of step 3")
+
+    small.actor.during_update = fail
+    with pytest.raises(TrainingError):
+        train(small.run)
+    assert [(saved.step, saved.failed_scores) for saved in small.folder.states] == [(2, 3)]
+    assert state.failing_scores == 3
