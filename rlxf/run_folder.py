@@ -9,7 +9,8 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -38,6 +39,7 @@ from rlxf.config.evaluation import best_metric
 from rlxf.config.folders import data_files
 from rlxf.config.schema import RunConfig
 from rlxf.core.files import fsync, make_folder, publish, remove_leftovers, temporary_for, write_json, write_text
+from rlxf.core.waiting import in_thread
 from rlxf.errors import CheckpointError
 from rlxf.metrics import finite_or_null
 from rlxf.pair.strategies import PairingResult
@@ -91,7 +93,6 @@ class RunFolder:
         # Now and not in the first save, which a stop signal may be waiting for.
         self._data = fingerprint(*training_files(config))
         self._saving: Saving | None = None
-        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._require_space()
 
     def save_checkpoint(self, state: State) -> None:
@@ -113,8 +114,8 @@ class RunFolder:
             write_json(self._saving.temporary / DRIVER, self._driver(state))
             self._sync_logs()
             if not background:
-                self._publish(self._saving)
-                self._complete()
+                self._saving.published = self._start_publishing(self._saving)
+                self._finish_publishing(self._saving)
 
     def poll(self) -> None:
         """Finish a checkpoint that has been written in the background, without waiting."""
@@ -130,10 +131,28 @@ class RunFolder:
             return
         with self._discarded_on_failure():
             if saving.published is None and self._actor.checkpoint_written(wait):
-                saving.published = self._publisher.submit(self._publish, saving)  # hashing takes its time
+                saving.published = self._start_publishing(saving)
             if saving.published is not None and (wait or saving.published.done()):
-                saving.published.result()
-                self._complete()
+                self._finish_publishing(saving)
+
+    def _start_publishing(self, saving: Saving) -> Future[None]:
+        """In a thread: hashing takes its time, and a disk that hangs must not keep the process alive."""
+        return in_thread(lambda: self._publish(saving), "publish")
+
+    def _finish_publishing(self, saving: Saving) -> None:
+        assert saving.published is not None
+        limit = self._config.training.stage_timeout_s
+        try:
+            saving.published.result(timeout=limit)
+        except FutureTimeout as error:
+            if saving.published.done():  # the disk's own words
+                raise
+            self._saving = None  # its thread is still at it: nothing of it is touched
+            raise CheckpointError(
+                f"{saving.folder}: not on disk within {limit} s; look whether the disk is there, or raise "
+                "training.stage_timeout_s. The checkpoints before it are as they were"
+            ) from error
+        self._complete()
 
     def _publish(self, saving: Saving) -> None:
         write_manifest(saving.temporary)
