@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from rlxf.errors import ConfigError
+from rlxf.errors import ConfigError, StageTimeout, TrainingError
 from rlxf.tiny import assets, world
 from rlxf.tiny.recipe import Recipe
 
@@ -154,6 +155,25 @@ def test_build_that_dies_leaves_the_old_world(folder: Path) -> None:
     assert (folder / "manifest.json").read_bytes() == before
     assert assets.why_stale(folder, SMALL) is None
     assert assets.ensure(folder, SMALL) is False
+
+
+def test_a_build_that_another_process_does_not_end_is_waited_for_only_so_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assets, "LIMIT_S", 0.5)
+    (tmp_path / ".tiny.lock").write_text("process 4711 on node1\n")
+    said: list[str] = []
+    with (tmp_path / ".tiny.lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(StageTimeout, match=r"process 4711 on node1 has built the tiny world for 0\.5 s"):
+            assets.ensure(tmp_path / "tiny", SMALL, say=said.append)
+    assert said == ["waiting for process 4711 on node1, which builds the tiny world"]
+
+
+def test_a_stage_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "LIMIT_S", 0.2)
+    with pytest.raises(TrainingError, match=r"sft_trainer_tiny was ended after 0\.2 s"):
+        assets._train(tmp_path, SMALL, "sft_trainer_tiny", "sft", ())
 
 
 def test_folder_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
