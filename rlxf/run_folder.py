@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -41,6 +42,7 @@ from rlxf.checkpoint import (
 from rlxf.config.evaluation import best_metric
 from rlxf.config.folders import data_files
 from rlxf.config.schema import RunConfig
+from rlxf.console import with_error
 from rlxf.errors import CheckpointError
 from rlxf.metrics import finite_or_null
 from rlxf.pair.strategies import PairingResult
@@ -94,6 +96,7 @@ class RunFolder:
         # Now and not in the first save, which a stop signal may be waiting for.
         self._data = fingerprint(*training_files(config))
         self._saving: Saving | None = None
+        self._near: list[Path] = []  # the best checkpoint and the next one, told to be as good as each other
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._require_space()
 
@@ -164,13 +167,32 @@ class RunFolder:
     def _point_to_best(self, metric: str, newest: int, *, largest: bool) -> None:
         """``best_checkpointed_iteration.txt``: the step of the best checkpoint that is there, and why in JSON."""
         root = self._checkpoints
-        found = best(root, metric, 1, largest=largest, newest=newest)
+        found = best(root, metric, 2, largest=largest, newest=newest)
         if not found:
             return
+        self._say_if_near(found, metric)
         value = metric_of(found[0], metric)
         step, mode = step_of(found[0]), "max" if largest else "min"
         write_json(root / BEST_REASON, {"step": step, "metric": metric, "mode": mode, "value": value})
         write_text(root / BEST, f"{step}\n")
+
+    def _say_if_near(self, found: list[Path], metric: str) -> None:
+        """The best checkpoint may be the best by chance: tell if it and the next differ by less than their errors."""
+        measured = [(metric_of(folder, metric), metric_of(folder, f"{metric}_se")) for folder in found]
+        known = [(value, error) for value, error in measured if value is not None and error is not None]
+        if len(known) < 2 or found == self._near:
+            return
+        (first, first_error), (second, second_error) = known
+        if abs(first - second) <= math.hypot(first_error, second_error):
+            self._near = found
+            log.info(
+                "%s: the best checkpoint, %s (%s), and the next, %s (%s), are within their standard errors",
+                metric,
+                found[0].name,
+                with_error(first, first_error),
+                found[1].name,
+                with_error(second, second_error),
+            )
 
     @contextmanager
     def _discarded_on_failure(self) -> Iterator[None]:
