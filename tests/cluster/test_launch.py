@@ -91,7 +91,8 @@ def test_a_reward_function_and_a_replay_need_no_device(recipe: Recipe, tmp_path:
     assert "with 3 logical CPU" in text
     assert "node of the driver: reward rank 0" in text
     recorded = ("rollout.engine=replay", f"rollout.replay_path={tmp_path / 'live' / 'rollouts.jsonl'}")
-    text = succeed(recipe.run(tmp_path / "replay", "reward.load=null", *recorded))
+    text = succeed(recipe.run(tmp_path / "replay", *recorded))  # the recipe has a reward model, the file has scores
+    assert "with 2 logical CPU" in text
     assert "infer" not in text
     assert "reward rank" not in text
     losses = [[row["loss"] for row in numbers(tmp_path / run)] for run in ("live", "replay")]
