@@ -76,7 +76,7 @@ def learn(run: Run, data: Pairs | Examples) -> Metrics:
     state.empty_steps = 0
     state.num_tokens += num_tokens(data) * run.config.actor_rollout.ppo_epochs
     with run.clock("sync"):
-        metrics |= {"sync/bytes": float(run.sync.push(state.policy_version).num_bytes)}
+        metrics |= run.sync.push(state.policy_version).metrics()
         run.refresh(state.policy_version)
     return metrics
 
