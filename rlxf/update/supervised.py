@@ -51,6 +51,5 @@ class SupervisedObjective:
 
     def evaluate(self, batch: Examples) -> Metrics:
         logps = token_logps(self._place.model, batch.sequences, self._place.limits).double()
-        lengths, counted = batch.sequences.completion_lengths, batch.counted.double()
-        of_examples = moments(sum_rows(-logps * counted, lengths), sum_rows(counted, lengths))
-        return {"loss": -float(logps[batch.counted].mean()), **of_examples}
+        losses = sum_rows(-logps * batch.counted, batch.sequences.completion_lengths)  # [N] of whole examples
+        return {"loss": -float(logps[batch.counted].mean()), **moments(losses, batch.num_counted)}
