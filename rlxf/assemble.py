@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlxf.config.schema import RunConfig
 from rlxf.errors import ConfigError
@@ -78,16 +78,26 @@ def policy_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 def save_policy_tokenizer(config: RunConfig, folder: Path) -> None:
     """Write the tokenizer that the policy was trained with, its chat template and its EOS into a model folder.
 
-    ``generate`` then stops where a turn of that template ends.
+    It takes the place of the one that is there. ``generate`` then stops where a turn of that template ends, and a
+    reward model's score is read before that tokenizer's padding.
     """
-    from rlxf.models.tokenizer import eos_token_ids
+    from rlxf.models.hf_folder import remove_tokenizer
+    from rlxf.models.tokenizer import eos_token_ids, padding_id
 
+    actor = config.actor_rollout
     tokenizer = policy_tokenizer(config)
+    remove_tokenizer(folder)
     tokenizer.save_pretrained(folder)
-    file = folder / "generation_config.json"
+    eos_ids = eos_token_ids(policy_folder(config), tokenizer, actor.eos_tokens)
+    _change(folder / "generation_config.json", {"eos_token_id": list(eos_ids)})
+    padding = padding_id(folder) if actor.tokenizer_name_or_path and config.training.stage == "rm" else None
+    if padding is not None:
+        _change(folder / "config.json", {"pad_token_id": padding})
+
+
+def _change(file: Path, changes: dict[str, Any]) -> None:
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    settings["eos_token_id"] = list(eos_token_ids(policy_folder(config), tokenizer, config.actor_rollout.eos_tokens))
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(settings | changes, indent=2) + "\n", encoding="utf-8")
 
 
 def policy_folder(config: RunConfig) -> str:

@@ -71,18 +71,32 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def final_table(title: str, rows: Sequence[tuple[str, str]], start: Metrics, end: Metrics) -> Table:
-    """Measures at the start and at the end. ``rows``: label and metric name; a metric that neither has is left out."""
+def final_table(title: str, rows: Sequence[tuple[str, str]], columns: Mapping[str, Metrics]) -> Table:
+    """Measures with their standard errors, ``5.506 ± 0.12``, where these are known.
+
+    Args:
+        title: above the table.
+        rows: label and metric name; a metric that no column has is left out.
+        columns: such as ``start`` and ``end``, each with its metrics.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column("measure")
-    table.add_column("start", justify="right")
-    table.add_column("end", justify="right")
+    for head in columns:
+        table.add_column(head, justify="right")
     for label, name in rows:
-        if name in start or name in end:
-            table.add_row(label, _cell(start, name), _cell(end, name))
+        if any(name in metrics for metrics in columns.values()):
+            table.add_row(label, *(_cell(metrics, name) for metrics in columns.values()))
     return table
 
 
 def _cell(metrics: Mapping[str, float], name: str) -> str:
-    value = metrics.get(name, math.nan)
-    return "-" if math.isnan(value) else f"{value:.3f}"
+    value, error = metrics.get(name, math.nan), metrics.get(f"{name}_se", math.nan)
+    return "-" if math.isnan(value) else with_error(value, error)
+
+
+def with_error(value: float, error: float) -> str:
+    """``5.506 ± 0.12``: two digits of the standard error, three decimals at most; NaN: the value alone."""
+    if not math.isfinite(error):
+        return f"{value:.3f}"
+    decimals = 3 if error < 0.1 else 2 if error < 1 else 1 if error < 10 else 0
+    return f"{value:.3f} ± {error:.{decimals}f}"

@@ -42,7 +42,7 @@ def begin(run: Run) -> None:
     with run.stop.abandonable():
         pushed = run.sync.push(state.policy_version)
     if "push" in state.owed:
-        state.metrics |= {"sync/bytes": float(pushed.num_bytes)}
+        state.metrics |= pushed.metrics()
         state.settled("push")
     if state.owed:
         run.clock.start(state.step - 1)

@@ -31,7 +31,7 @@ from rlxf.rollout.replay import ReplayEngine
 from rlxf.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
 from rlxf.run_folder import Recorders, RunFolder
 from rlxf.score.failures import FailureLimit
-from rlxf.score.recorded import RecordedScorer, has_scores
+from rlxf.score.recorded import RecordedScorer
 from rlxf.score.scorer import Scorer
 from rlxf.stop import Stop
 from rlxf.sync.probe import make_probe
@@ -48,8 +48,7 @@ log = logging.getLogger(__name__)
 
 def needs_scorer(config: RunConfig) -> bool:
     """Whether a reward model or function has to score: not offline, and not when the replayed file holds scores."""
-    recorded = config.rollout.replay_path if config.engine == "replay" else None
-    return not config.offline and not (recorded and has_scores(recorded))
+    return not config.offline and not config.replays_scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,7 +51,6 @@ class RecordedRollouts:
         """``vocab_size``: token ids at or above it are refused; ``seq_length``: so are longer prompt + completion."""
         self._largest_id = (vocab_size or _INT32_MAX + 1) - 1
         self._seq_length = seq_length
-        self.num_scored = 0  # completions with a score
         self._rows = JsonLines(path, self._check)
 
     def __len__(self) -> int:
@@ -87,7 +86,6 @@ class RecordedRollouts:
             problem = self._completion_problem(completion, len(row["prompt_ids"]))
             if problem:
                 return f"completion {index}: {problem}"
-        self.num_scored += sum(completion.get("score") is not None for completion in completions)
         return None
 
     def _completion_problem(self, completion: Any, prompt_length: int) -> str | None:

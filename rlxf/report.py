@@ -22,6 +22,8 @@ from rlxf.types import Metrics
 EVAL_ROWS = (
     ("reward score", "eval/reward"),
     ("reward score, greedy", "eval/greedy_reward"),
+    ("reward score before the EOS penalty", "eval/raw_reward"),
+    ("reward score before the EOS penalty, greedy", "eval/greedy_raw_reward"),
     ("win rate against the initial policy", "eval/win_rate"),
     ("win rate against the initial policy, greedy", "eval/greedy_win_rate"),
     ("win rate against the evaluation before", "eval/win_rate_previous"),
@@ -47,6 +49,7 @@ TRAINING_ROWS = (
 )
 # Told by the metrics files; the final table leaves them out.
 _UNSHOWN = ("eval/greedy_win_rate_previous", "eval/greedy_length", "eval/greedy_eos_rate")
+_BEFORE_PENALTY = ("eval/raw_reward", "eval/greedy_raw_reward")  # equal to the rewards where there is no penalty
 # Of pairs that the policy did not sample: no estimate of the KL.
 _OFFLINE_TITLES = {"objective/kl": "mean log-ratio on the pairs, nats"}
 _TITLES = {"ray_online_dpo": "online DPO", "dpo": "offline DPO", "sft": "supervised fine-tuning", "rm": "reward model"}
@@ -70,6 +73,7 @@ class RunReport:
         self._title = _TITLES[config.training.stage]
         self._product = "reward model" if config.training.stage == "rm" else "policy"
         self._online = not config.offline
+        self._unshown = {*_UNSHOWN, *(() if config.actor_rollout.missing_eos_penalty else _BEFORE_PENALTY)}
         self._num_steps = config.training.train_iters
         self._bar = Progressbar(console, first_step, self._num_steps, config.log.interval)
         self._started = time.monotonic()
@@ -77,6 +81,7 @@ class RunReport:
         self._step = first_step
         self._start: Metrics = dict(resume.start) if resume else {}  # the first evaluation and the first step
         self._end: Metrics = dict(resume.end) if resume else {}  # the newest ones
+        self._measured: Metrics = {}  # by this process before its first step
 
     def describe(self) -> dict[str, Any]:
         """What the report of a resumed run needs, as JSON data."""
@@ -97,6 +102,7 @@ class RunReport:
         for sink in self._sinks:
             if metrics and not isinstance(sink, JsonlSink):  # metrics.jsonl holds steps only
                 sink.write(step, metrics)
+        self._measured = metrics
         self._keep(step, metrics)
         self._bar.begin()
 
@@ -126,17 +132,20 @@ class RunReport:
         write_json(self._run_dir / "summary.json", summary)
         done = f"evaluated after {self._step} steps" if self._only else f"{self._step} steps"
         title = f"{self._title}: {done} in {duration(seconds)}"
-        self._console.print(final_table(title, self._rows(), self._start, self._end))
+        columns = {"value": self._measured} if self._only else {"start": self._start, "end": self._end}
+        self._console.print(final_table(title, self._rows(), columns))
         self.say(f"{self._product}: {policy}")
         self.say(f"run folder: {self._run_dir}")
 
     def _rows(self) -> list[tuple[str, str]]:
         """Of the final table, with what the stage or ``eval.metrics`` adds to the usual evaluation."""
-        known = {name for _, name in EVAL_ROWS} | set(_UNSHOWN)
+        known = {name for _, name in EVAL_ROWS} | self._unshown
+        known |= {name for name in self._end if name.removesuffix("_se") in self._end and name.endswith("_se")}
         added = [name for name in self._end if name.startswith("eval/") and name not in known]
         kind = "" if self._online else "held-out "
         training = [(_OFFLINE_TITLES.get(name, title) if kind else title, name) for title, name in TRAINING_ROWS]
-        return [*EVAL_ROWS, *((kind + name.removeprefix("eval/"), name) for name in added), *training]
+        usual = [row for row in EVAL_ROWS if row[1] not in self._unshown]
+        return [*usual, *((kind + name.removeprefix("eval/"), name) for name in added), *training]
 
     def say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -150,9 +159,12 @@ class RunReport:
             self._evaluations.close()
 
     def _keep(self, step: int, metrics: Metrics) -> None:
-        self._start = metrics | self._start
-        self._end = self._end | metrics
         evaluation = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        first = metrics
+        if any(name.startswith("eval/") for name in self._start):  # what a later evaluation measures besides is later
+            first = {name: value for name, value in metrics.items() if name not in evaluation}
+        self._start = first | self._start
+        self._end = self._end | metrics
         if evaluation and self._evaluations is not None:
             self._evaluations.write(step, evaluation)
 

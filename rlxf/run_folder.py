@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import shutil
 import socket
@@ -40,6 +41,7 @@ from rlxf.config.curve import CURVE
 from rlxf.config.evaluation import best_metric
 from rlxf.config.folders import data_files
 from rlxf.config.schema import RunConfig
+from rlxf.console import with_error
 from rlxf.core.files import fsync, make_folder, publish, remove_leftovers, temporary_for, write_json, write_text
 from rlxf.core.waiting import in_thread
 from rlxf.errors import CheckpointError
@@ -104,6 +106,7 @@ class RunFolder:
         self._now = now
         self._saved_at = now()
         self._saving: Saving | None = None
+        self._near: list[Path] = []  # the best checkpoint and the next one, told to be as good as each other
         self._require_space()
 
     def save_checkpoint(self, state: State) -> None:
@@ -243,13 +246,32 @@ class RunFolder:
     def _point_to_best(self, metric: str, newest: int, *, largest: bool) -> None:
         """``best_checkpointed_iteration.txt``: the step of the best checkpoint that is there, and why in JSON."""
         root = self._checkpoints
-        found = best(root, metric, 1, largest=largest, newest=newest, ignore=rolling_steps(root))
+        found = best(root, metric, 2, largest=largest, newest=newest, ignore=rolling_steps(root))
         if not found:
             return
+        self._say_if_near(found, metric)
         value = metric_of(found[0], metric)
         step, mode = step_of(found[0]), "max" if largest else "min"
         write_json(root / BEST_REASON, {"step": step, "metric": metric, "mode": mode, "value": value})
         write_text(root / BEST, f"{step}\n")
+
+    def _say_if_near(self, found: list[Path], metric: str) -> None:
+        """The best checkpoint may be the best by chance: tell if it and the next differ by less than their errors."""
+        measured = [(metric_of(folder, metric), metric_of(folder, f"{metric}_se")) for folder in found]
+        known = [(value, error) for value, error in measured if value is not None and error is not None]
+        if len(known) < 2 or found == self._near:
+            return
+        (first, first_error), (second, second_error) = known
+        if abs(first - second) <= math.hypot(first_error, second_error):
+            self._near = found
+            log.info(
+                "%s: the best checkpoint, %s (%s), and the next, %s (%s), are within their standard errors",
+                metric,
+                found[0].name,
+                with_error(first, first_error),
+                found[1].name,
+                with_error(second, second_error),
+            )
 
     @contextmanager
     def _discarded_on_failure(self) -> Iterator[None]:

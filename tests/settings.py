@@ -16,7 +16,8 @@ from rlxf.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from rlxf.types import Examples, PairLogps, Pairs, ReferencedPairs, RewardPairs, Sequences
+from rlxf.types import Examples, Metrics, PairLogps, Pairs, ReferencedPairs, RewardPairs, Sequences
+from rlxf.update.objective import MOMENTS
 from tests.tiny_models import VOCAB
 
 MODEL = ModelConfig(
@@ -87,3 +88,8 @@ def random_examples(count: int, seed: int = 0) -> Examples:
     counted = torch.rand(int(lengths.sum()), generator=generator) < 0.7
     counted[lengths.cumsum(0) - lengths] = True  # a completion begins with a token that counts
     return Examples(sequences=sequences, counted=counted)
+
+
+def without_moments(metrics: Metrics) -> Metrics:
+    """An evaluation's numbers but those that only standard errors are made of."""
+    return {name: value for name, value in metrics.items() if not name.startswith(MOMENTS)}

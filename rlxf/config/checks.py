@@ -16,8 +16,9 @@ from rlxf.config.lora import lora_problems, say_which_reference, warn_of_unused
 from rlxf.config.losses import loss_problems, warn_of_other_stages
 from rlxf.config.parallel import layout_problems, rollout_layout_problems
 from rlxf.config.placement import placement_problems
-from rlxf.config.problems import Problem, wrong
+from rlxf.config.problems import Problem, show, wrong
 from rlxf.config.read_position import warn_of_read_position
+from rlxf.config.recording import holds_scores
 from rlxf.config.schema import ActorConfig, ModelConfig, RoleConfig, RunConfig
 from rlxf.config.trackers import tracker_problems
 
@@ -195,9 +196,14 @@ def _reward(config: RunConfig) -> Problems:
     if reward.load is not None and reward.function is not None:
         text = "reward.load and reward.function are both set: completions are scored by one of them; remove the other"
         yield Problem(("reward.load", "reward.function"), text)
-    if config.samples and reward.load is None and reward.function is None:
-        text = "reward.load is required: a reward model's folder; or give reward.function, a Python file that scores"
+    if reward.load is not None or reward.function is not None:
+        return
+    text = "reward.load is required: a reward model's folder; or give reward.function, a Python file that scores"
+    path = config.rollout.replay_path
+    if config.samples:
         yield Problem(("reward.load", "reward.function"), text)
+    elif config.engine == "replay" and path is not None and holds_scores(path) is False:
+        yield Problem(("reward.load", "reward.function"), f"{text}: rollout.replay_path = {show(path)} holds no scores")
 
 
 def _inputs(config: RunConfig) -> Problems:
@@ -283,6 +289,8 @@ def _local(config: RunConfig) -> Problems:
 
 
 def _warn(config: RunConfig) -> None:
+    if config.replays_scores and (config.reward.load is not None or config.reward.function is not None):
+        logger.warning("no effect: reward.load and reward.function; rollout.replay_path holds scores, which are used")
     warn_of_unused(config)
     warn_of_other_stages(config)
     warn_of_read_position(config)

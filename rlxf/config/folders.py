@@ -93,12 +93,12 @@ def named_paths(config: RunConfig) -> list[NamedPath]:
         "actor_rollout.tokenizer_name_or_path": actor.tokenizer_name_or_path,
         "actor_rollout.lora_load": actor.lora_load,
         "ref.load": config.ref.load,
-        "reward.load": None if config.offline else reward.load,
+        "reward.load": reward.load if config.scores else None,
         "reward.tokenizer_name_or_path": reward.tokenizer_name_or_path if config.scores else None,
         "training.resume": None if config.training.resume in ("auto", "never", "last") else config.training.resume,
     }
     files: dict[str, tuple[str | None, tuple[str, ...]]] = {
-        "reward.function": (None if config.offline else reward.function, (".py",)),
+        "reward.function": (None if config.offline or config.replays_scores else reward.function, (".py",)),
         "rollout.replay_path": (config.rollout.replay_path if config.engine == "replay" else None, (".jsonl",)),
         "eval.metrics": (config.eval.metrics if evaluates else None, (".py",)),
     }
@@ -171,7 +171,7 @@ def _model_folders(config: RunConfig) -> Iterator[Problem]:
     seen: set[tuple[str, str]] = set()
     for role in ("actor_rollout", "ref", "reward"):
         section = getattr(config, role)
-        unused = role == "reward" and config.offline
+        unused = role == "reward" and not config.scores
         if section.load is None or unused or not Path(section.load).is_dir():
             continue
         if (section.load, section.model) in seen and role == "ref":

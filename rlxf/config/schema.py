@@ -22,6 +22,7 @@ from rlxf.config.fields import (
     as_tuple,
     finite,
 )
+from rlxf.config.recording import holds_scores
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, BeforeValidator(finite), Field(ge=0)]
@@ -274,7 +275,7 @@ class RolloutConfig(Strict):
     temperature: Finite = Field(1.0, gt=0)  # divides the logits
     top_p: Finite = Field(1.0, gt=0, le=1)  # smallest set of tokens with this probability; 1 = all
     top_k: int = Field(-1, ge=-1)  # -1 or 0: off
-    replay_path: File | None = None  # rollouts.jsonl that engine=replay trains on
+    replay_path: File | None = None  # rollouts.jsonl that engine=replay trains on; its scores are used, too
     gpu_memory_utilization: Finite = Field(
         0.85, gt=0, le=1
     )  # npu and cuda: share of the device for weights and KV cache
@@ -373,9 +374,15 @@ class RunConfig(Strict):
         return not self.offline and self.engine != "replay"
 
     @property
+    def replays_scores(self) -> bool:
+        """Whether completions and scores are those of a recorded run, so that nothing scores."""
+        path = self.rollout.replay_path
+        return not self.offline and self.engine == "replay" and path is not None and bool(holds_scores(path))
+
+    @property
     def scores(self) -> bool:
         """Whether a reward model, which needs devices, scores this run's completions."""
-        return not self.offline and self.reward.load is not None
+        return not self.offline and self.reward.load is not None and not self.replays_scores
 
     @property
     def holds_out(self) -> bool:

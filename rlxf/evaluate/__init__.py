@@ -1,9 +1,9 @@
 """Measuring the policy while it is trained, or instead of training it."""
 
-from rlxf.evaluate.due import is_due, no_evaluation
+from rlxf.evaluate.due import no_evaluation
 from rlxf.evaluate.offline import OfflineEvaluation
 from rlxf.evaluate.online import Evaluation, Rooms
 from rlxf.evaluate.only import evaluate_only
 from rlxf.evaluate.user import load_metrics
 
-__all__ = ["Evaluation", "OfflineEvaluation", "Rooms", "evaluate_only", "is_due", "load_metrics", "no_evaluation"]
+__all__ = ["Evaluation", "OfflineEvaluation", "Rooms", "evaluate_only", "load_metrics", "no_evaluation"]

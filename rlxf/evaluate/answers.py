@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlxf.types import Metrics
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
@@ -38,11 +40,25 @@ def _from_json(scores: list[float | None]) -> Tensor:
 
 def win_rate(scores: Tensor, others: Tensor) -> float:
     """Share of prompts whose score is above the other's; ties count half, missing scores not at all."""
+    return mean(wins(scores, others))
+
+
+def wins(scores: Tensor, others: Tensor) -> Tensor:
+    """[prompts with two scores] float64: 1 where the score is above the other's, 0.5 where they are equal, else 0."""
     known = scores.isfinite() & others.isfinite()
-    wins = torch.where(scores == others, 0.5, (scores > others).double())
-    return mean(wins[known])
+    return torch.where(scores == others, 0.5, (scores > others).double())[known]
+
+
+def measured(name: str, values: Tensor) -> Metrics:
+    """``eval/<name>``, the mean of one value per prompt, and ``eval/<name>_se``, its standard error."""
+    return {f"eval/{name}": mean(values), f"eval/{name}_se": standard_error(values)}
 
 
 def mean(values: Tensor) -> float:
     """NaN of nothing."""
     return float(values.mean()) if values.numel() else math.nan
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of independent values: their standard deviation over the root of their number; NaN below two."""
+    return float(values.double().std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan

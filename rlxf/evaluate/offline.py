@@ -10,18 +10,21 @@ from rlxf.config.schema import RunConfig
 from rlxf.evaluate.due import is_due
 from rlxf.run import Reference
 from rlxf.types import Examples, Metrics, Pairs, ReferencedPairs, RewardPairs
+from rlxf.update.objective import MOMENTS
 
 Batch = Pairs | Examples  # RewardPairs are Pairs
 
 # Not means of a batch, so not means of all batches.
 _EXTREMES = {"min_reward": min, "max_reward": max}
+# Means of what is true (1) or not (0) of a pair.
+_SHARES = ("accuracy", "rewards/accuracies")
 
 
 class Evaluates(Protocol):
     """A model that says how well it does on a batch."""
 
     def evaluate(self, batch: ReferencedPairs | RewardPairs | Examples) -> Metrics:
-        """Means over the batch's pairs (``Examples``: counted tokens), without gradient."""
+        """Means over the batch's pairs (``Examples``: counted tokens), without gradient; among them ``moments``."""
         ...
 
 
@@ -46,13 +49,17 @@ class OfflineEvaluation:
     def __call__(self, step: int) -> Metrics:
         """The actor's own metrics over all batches, with ``eval/`` before their names; empty if none are due.
 
-        Means weigh each pair alike (sft: each counted token), whatever the size of the batches.
+        Means weigh each pair alike (sft: each counted token), whatever the size of the batches. ``_se`` behind a name
+        is the standard error of loss and accuracies.
         """
         if not is_due(self._training, step):
             return {}
         found = [(self._actor.evaluate(self._with_reference(batch)), _weight(batch)) for batch in self._batches]
         names = dict.fromkeys(name for metrics, _ in found for name in metrics)
-        return {f"eval/{name}": _over_batches(name, found) for name in names}
+        metrics = {name: _over_batches(name, found) for name in names}
+        errors = _standard_errors(metrics, sum(weight for _, weight in found))
+        kept = {name: value for name, value in metrics.items() if not name.startswith(MOMENTS)}
+        return {f"eval/{name}": value for name, value in (kept | errors).items()}
 
     def _with_reference(self, batch: Batch) -> ReferencedPairs | RewardPairs | Examples:
         if isinstance(batch, Examples | RewardPairs):
@@ -72,3 +79,22 @@ def _over_batches(name: str, found: Sequence[tuple[Metrics, int]]) -> float:
     if name in _EXTREMES:
         return _EXTREMES[name](value for value, _ in values)
     return math.fsum(value * weight for value, weight in values) / sum(weight for _, weight in values)
+
+
+def _standard_errors(metrics: Metrics, weight: int) -> Metrics:
+    """Of the loss, whose items are pairs or whole examples (their tokens are not independent), and of shares of pairs.
+
+    The loss is a ratio of two sums over items, x = losses and w = what counts in each; its error is the root of
+    n / (n - 1) sum (x - loss w)^2, over the sum of w.
+    """
+    moments = {name.removeprefix(MOMENTS): value for name, value in metrics.items() if name.startswith(MOMENTS)}
+    errors: Metrics = {}
+    if moments and "loss" in metrics:
+        loss, items = metrics["loss"], moments["items"] * weight
+        squares = moments["squares"] - 2 * loss * moments["products"] + loss**2 * moments["counts"]
+        errors["loss_se"] = math.sqrt(max(squares, 0.0) / weight * items / (items - 1)) if items > 1 else math.nan
+    for name in _SHARES:
+        if name in metrics:
+            share = metrics[name]
+            errors[f"{name}_se"] = math.sqrt(share * (1 - share) / (weight - 1)) if weight > 1 else math.nan
+    return errors

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
-from rlxf.evaluate.answers import Scores, mean, win_rate
+from rlxf.evaluate.answers import Scores, mean, measured, standard_error, wins
 from rlxf.evaluate.due import is_due
 from rlxf.evaluate.user import call_metrics, load_metrics
 from rlxf.rollout.engine import Purpose, Sampling
@@ -110,21 +111,28 @@ class Evaluation:
         return hashlib.sha256(json.dumps(self._prompts.prompts.rows()).encode()).hexdigest()
 
     def __call__(self, step: int) -> Metrics:
-        """Evaluate after ``step`` complete steps, if one is due; the first call is at step 0, or after ``restore``."""
+        """Evaluate after ``step`` complete steps, if one is due; the first call is at step 0, or after ``restore``.
+
+        ``training.eval_only`` leaves out the win rates of the policy against itself.
+        """
         if not is_due(self._config.training, step):
             return {}
+        alone = self._config.training.eval_only
         greedy = self._greedy(step)
-        if self._baseline is None:
+        others = {"win_rate": self._baseline}  # None: this is the initial policy
+        if self._baseline is None and (not alone or self._user_metrics is not None):
             self._start(greedy)  # the weights are the same
+        if not alone:
+            others = {"win_rate": self._baseline, "win_rate_previous": self._previous}
         samples = self._sample("eval", step)
         metrics = {
-            "eval/reward": _reward(samples),
-            **self._win_rates(samples, greedy),
-            "eval/kl": self._kl(samples.scored.rollouts.sequences),
+            **_rewards(samples, ""),
+            **_win_rates(samples, greedy, others),
+            **self._kl(samples.scored.rollouts.sequences),
             **_lengths(samples, ""),
         }
         if greedy is not None:
-            metrics |= {"eval/greedy_reward": _reward(greedy), **_lengths(greedy, "greedy_")}
+            metrics |= {**_rewards(greedy, "greedy_"), **_lengths(greedy, "greedy_")}
         metrics |= self._from_user(samples.texts, self._initial_texts)
         self._previous = Scores(samples.scores, _scores(greedy))  # last: this one is complete
         return metrics
@@ -134,15 +142,6 @@ class Evaluation:
         samples = self._sample("initial", 0)
         self._baseline = self._previous = Scores(samples.scores, _scores(greedy))
         self._initial_texts = samples.texts
-
-    def _win_rates(self, sampled: Samples, greedy: Samples | None) -> Metrics:
-        metrics: Metrics = {}
-        for name, other in (("win_rate", self._baseline), ("win_rate_previous", self._previous)):
-            assert other is not None
-            metrics[f"eval/{name}"] = win_rate(sampled.scores, other.sampled)
-            if greedy is not None and other.greedy is not None:
-                metrics[f"eval/greedy_{name}"] = win_rate(greedy.scores, other.greedy)
-        return metrics
 
     def _greedy(self, step: int) -> Samples | None:
         return self._sample("greedy", step) if self._config.eval.greedy else None
@@ -164,10 +163,12 @@ class Evaluation:
         texts = self._tokenizer.batch_decode(rollouts.sequences.completion_rows(), skip_special_tokens=True)
         return Samples(scored, texts)
 
-    def _kl(self, sequences: Sequences) -> float:
+    def _kl(self, sequences: Sequences) -> Metrics:
         """Mean over completions of the summed log-ratio: an estimate of the KL of whole completions, nats."""
         difference = self._rooms.actor.token_logps(sequences) - self._rooms.reference.token_logps(sequences)
-        return float(difference.double().sum()) / len(sequences)
+        parts = torch.split(difference.double(), sequences.completion_lengths.tolist())
+        error = standard_error(torch.stack([part.sum() for part in parts]))
+        return {"eval/kl": float(difference.double().sum()) / len(sequences), "eval/kl_se": error}
 
     def _from_user(self, texts: list[str], initial_texts: list[str]) -> Metrics:
         if self._user_metrics is None:
@@ -180,9 +181,24 @@ def _scores(samples: Samples | None) -> Tensor | None:
     return None if samples is None else samples.scores
 
 
-def _reward(samples: Samples) -> float:
-    scores = samples.scores
-    return mean(scores[scores.isfinite()].double())
+def _rewards(samples: Samples, prefix: str) -> Metrics:
+    """Mean scores after the EOS penalty and before it, missing ones left out."""
+    scored = samples.scored
+    metrics: Metrics = {}
+    for name, scores in (("reward", scored.scores), ("raw_reward", scored.raw_scores)):
+        metrics |= measured(f"{prefix}{name}", scores[scores.isfinite()].double())
+    return metrics
+
+
+def _win_rates(sampled: Samples, greedy: Samples | None, others: Mapping[str, Scores | None]) -> Metrics:
+    """Against each of ``others`` that is there, by the name of the win rate."""
+    metrics: Metrics = {}
+    for name, other in others.items():
+        if other is not None:
+            metrics |= measured(name, wins(sampled.scores, other.sampled))
+        if other is not None and greedy is not None and other.greedy is not None:
+            metrics |= measured(f"greedy_{name}", wins(greedy.scores, other.greedy))
+    return metrics
 
 
 def _lengths(samples: Samples, prefix: str) -> Metrics:

@@ -10,7 +10,7 @@ def settle(run: Run) -> None:
     state, training = run.state, run.config.training
     if "push" in state.owed:
         with run.clock("sync"):
-            state.metrics |= {"sync/bytes": float(run.sync.push(state.policy_version).num_bytes)}
+            state.metrics |= run.sync.push(state.policy_version).metrics()
         state.settled("push")
     if "move" in state.owed:
         with run.clock("sync"):

@@ -15,7 +15,8 @@ from rlxf.core.files import new_folder
 from rlxf.errors import ModelError
 
 _SHARD_BYTES = 5 * 2**30
-_COPIED = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "generation_config.json")
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*")
+_COPIED = (*_TOKENIZER, "generation_config.json")
 
 
 class ModelWeights(Protocol):
@@ -149,6 +150,13 @@ def write_assets(folder: Path, like: Path, changes: Mapping[str, Any]) -> None:
     for pattern in _COPIED:
         for source in like.glob(pattern):
             shutil.copy2(source, folder / source.name)
+
+
+def remove_tokenizer(folder: Path) -> None:
+    """Delete a model folder's tokenizer: of two, the files of one must not stay beside the other's."""
+    for pattern in _TOKENIZER:
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -30,8 +30,3 @@ class RecordedScorer:
                 raise ShapeError(f"{place}: sample {sample} is asked for, {len(recorded[prompt])} were recorded")
             scores.append(recorded[prompt][sample])
         return torch.tensor(scores, dtype=torch.float32)
-
-
-def has_scores(path: str | Path) -> bool:
-    """Whether a `rollouts.jsonl` holds any score, so that a replay needs no scorer."""
-    return RecordedRollouts(path).num_scored > 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlxf.config.schema import SyncConfig
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer, Probe, check_answers
-from rlxf.types import Sequences, Tokens
+from rlxf.types import Metrics, Sequences, Tokens
 
 Payload = Any
 """One bucket's bytes on their way: a [num_bytes] uint8 tensor in one process, a reference to one between processes."""
@@ -84,6 +84,11 @@ class SyncReport:
     num_bytes: int
     seconds: float  # the probe included
     probe_difference: float | None  # mean difference of log-probs, engine against actor; None: not probed
+
+    def metrics(self) -> Metrics:
+        """By the names of docs/metrics.md."""
+        probed = {} if self.probe_difference is None else {"sync/probe_difference": self.probe_difference}
+        return {"sync/bytes": float(self.num_bytes), **probed}
 
 
 class WeightSync:

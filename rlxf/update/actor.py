@@ -138,7 +138,7 @@ class Actor:
         return self._num_made == 0
 
     def evaluate(self, batch: Batch) -> Metrics:
-        """What ``update`` would report of the batch, without training on it; the mean over its items."""
+        """What ``update`` would report of the batch, without training on it: means over its items, and ``moments``."""
         return self.objective.evaluate(batch)
 
     def _accumulate(self, mini_batch: MiniBatch, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rlxf.models.megatron.model import MegatronModel
     from rlxf.models.megatron.packing import Packed
 
+MOMENTS = "moments/"  # begins the names of what a standard error is made of, among an evaluation's metrics
 Loss = tuple[Tensor, Tensor, Tensor]  # sum, number of items that it is a sum of, and the report on the CPU
 
 
@@ -59,7 +60,7 @@ class Objective(Protocol[B_contra]):
         ...
 
     def evaluate(self, batch: B_contra) -> Metrics:
-        """The same numbers without training. Every rank must make the call, and has the result."""
+        """The same numbers without training, and ``moments``. Every rank must make the call, and has the result."""
         ...
 
 
@@ -75,6 +76,24 @@ class Place:
         layout = self.model.layout
         counts = counted and layout.cp_rank == 0
         return torch.tensor(number if counts else 0, dtype=torch.int, device=layout.device)
+
+
+def moments(losses: Tensor, counts: Tensor) -> Metrics:
+    """What the standard error of the mean loss is made of; as means over the counts, so that batches can be pooled.
+
+    Args:
+        losses: [n] loss of each item, summed over what counts in it.
+        counts: [n] how much that is: 1 of a pair, the counted tokens of an example.
+    """
+    losses, counts = losses.double(), counts.double()
+    total = counts.sum()
+    found = {
+        "items": torch.tensor(float(len(losses))),
+        "squares": losses.square().sum(),
+        "products": (losses * counts).sum(),
+        "counts": counts.square().sum(),
+    }
+    return {f"{MOMENTS}{name}": float(value / total) for name, value in found.items()}
 
 
 def report(sums: Sequence[Tensor], maxima: Sequence[Tensor], counted: bool) -> Tensor:

@@ -13,7 +13,7 @@ from rlxf.models.backend import pair_logps, sum_rows
 from rlxf.models.batching import pair_units
 from rlxf.types import Metrics, OnlinePairs, PairLogps, ReferencedPairs, Sequences
 from rlxf.update.losses import LossSettings, WeightedLoss, gradients
-from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, report
+from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, moments, report
 
 if TYPE_CHECKING:
     from rlxf.models.megatron.packing import Packed
@@ -155,7 +155,7 @@ class PreferenceObjective:
         found = report([*self._columns(batch, losses, actor), nothing, nothing], [], counted=True)
         metrics = self.metrics(found, torch.zeros(1))
         del metrics["beta"]
-        return metrics
+        return metrics | moments(losses, torch.ones_like(losses))
 
 
 def _with_gradients(losses: Tensor, slopes: PairLogps, actor: PairLogps) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from rlxf.models.backend import pair_scores
 from rlxf.models.batching import pair_units
 from rlxf.types import Metrics, RewardPairs, Sequences
-from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, report
+from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, moments, report
 
 _MEANS = ("loss", "accuracy", "margin", "mean_reward")
 
@@ -81,5 +81,6 @@ class RewardObjective:
 
     def evaluate(self, batch: RewardPairs) -> Metrics:
         scores = pair_scores(self._place.model, batch, self._place.limits)
-        _, found = self._report(batch, scores.chosen, scores.rejected, counted=True)
-        return self.metrics(found[: len(self.sums)], found[len(self.sums) :])
+        losses, found = self._report(batch, scores.chosen, scores.rejected, counted=True)
+        metrics = self.metrics(found[: len(self.sums)], found[len(self.sums) :])
+        return metrics | moments(losses, torch.ones_like(losses))

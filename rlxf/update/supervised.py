@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlxf.models.backend import token_logps
+from rlxf.models.backend import sum_rows, token_logps
 from rlxf.types import Examples, Metrics
-from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, report
+from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, moments, report
 
 
 class SupervisedObjective:
@@ -50,5 +50,6 @@ class SupervisedObjective:
         return {"loss": loss / count}
 
     def evaluate(self, batch: Examples) -> Metrics:
-        logps = token_logps(self._place.model, batch.sequences, self._place.limits)
-        return {"loss": -float(logps.double()[batch.counted].mean())}
+        logps = token_logps(self._place.model, batch.sequences, self._place.limits).double()
+        losses = sum_rows(-logps * batch.counted, batch.sequences.completion_lengths)  # [N] of whole examples
+        return {"loss": -float(logps[batch.counted].mean()), **moments(losses, batch.num_counted)}

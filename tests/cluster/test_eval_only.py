@@ -21,7 +21,7 @@ def only(checkpoints: Path) -> tuple[str, ...]:
 def row(run_dir: Path, step: int) -> dict[str, Any]:
     """An evaluation, but for what is held against the one before."""
     (found,) = (row for row in read_jsonl(run_dir / "eval.jsonl") if row["step"] == step)
-    return {name: value for name, value in found.items() if not name.endswith("_previous")}
+    return {name: value for name, value in found.items() if "_previous" not in name}
 
 
 def test_four_roles_evaluate_a_checkpoint_and_leave_none(recipe: Recipe, tmp_path: Path) -> None:

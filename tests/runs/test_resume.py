@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from rlxf.checkpoint import list_checkpoints
+from rlxf.config.load import load_config
+from rlxf.local import launch
 from rlxf.metrics import read_jsonl
 from tests.data_world import write_rows
 from tests.runs.killed import Call, assert_same_run, run_in_child
-from tests.runs.small import Finished, Recipe, World, command, environment, replay_of
+from tests.runs.small import Finished, Recipe, World, command, environment, replay_of, run
 
 STEPS = 6  # two epochs of three steps
 UPDATE = "rlxf.update.actor:Actor.update"
@@ -186,6 +188,24 @@ def test_offline_and_replay_go_on_too(world: World, recipe: Recipe, undisturbed:
         assert all(torch.equal(value, resumed.weights[key]) for key, value in whole.weights.items())
         driver = json.loads((list_checkpoints(resumed.folder / "checkpoints")[-1] / "driver.json").read_text())
         assert len(driver["prompt_ids"]) == 4
+
+
+def test_what_was_dropped_and_probed_is_told_after_a_resume_too(world: World, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {i}" + " and so on" * (i % 3 == 1)} for i in range(16)]  # every third is too long
+    recipe = world.recipe(
+        training={"train_iters": STEPS, "save_interval": 2},
+        actor_rollout={"data_path": str(write_rows(tmp_path / "prompts.jsonl", rows)), "max_prompt_length": 12},
+        sync={"verify_first": 0, "verify_interval": 4},
+    )
+    whole = run(recipe, tmp_path / "whole")
+    run(changed(recipe, "training", train_iters=2), tmp_path / "run")
+    launch(load_config({"runtime": "local", **recipe}), tmp_path / "run")
+    assert Finished(tmp_path / "run").numbers == whole.numbers
+    dropped = [row["data/dropped"] for row in whole.rows]
+    assert 0 < dropped[0] < dropped[1] <= dropped[-1] == 5
+    probed = {row["step"]: row.get("sync/probe_difference") for row in whole.rows}
+    assert [step for step, value in probed.items() if value is not None] == [4]
+    assert 0 <= probed[4] < 1e-4
 
 
 @pytest.mark.slow

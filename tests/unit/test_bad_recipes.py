@@ -242,6 +242,13 @@ def test_a_wrong_recipe_gets_one_line_with_key_and_fix(wrong: Wrong) -> None:
     assert "\n" not in line
 
 
+def test_a_replay_without_scores_asks_for_a_scorer(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text('{"prompt_ids": [5], "completions": [{"token_ids": [6]}], "policy_version": 0}\n')
+    with pytest.raises(ConfigError, match=r"reward\.load is required.* rollout\.replay_path = .* holds no scores"):
+        load_config(recipe(reward={"load": None}, rollout={"engine": "replay", "replay_path": str(path)}))
+
+
 def test_what_only_looks_odd_is_accepted() -> None:
     """Batch sizes that do not divide, a mini-batch above the batch, a micro-batch above the mini-batch."""
     raw = recipe(

@@ -11,7 +11,7 @@ import torch
 
 from rlxf.errors import ConfigError, StopRequested
 from rlxf.evaluate import Evaluation, Rooms, load_metrics
-from rlxf.evaluate.answers import win_rate
+from rlxf.evaluate.answers import Scores, win_rate
 from rlxf.evaluate.user import BUILT_IN
 from rlxf.types import PromptBatch, Tokens
 from tests.tiny_models import byte_tokenizer
@@ -19,10 +19,13 @@ from tests.unit.small_run import EOS, LIKED, VOCAB, SmallRun, TokenCounter, smal
 
 NUM_PROMPTS = 64
 SAMPLED = {
-    "eval/reward", "eval/win_rate", "eval/win_rate_previous", "eval/kl", "eval/length", "eval/eos_rate",
+    "eval/reward", "eval/raw_reward", "eval/win_rate", "eval/win_rate_previous", "eval/kl",
+    "eval/reward_se", "eval/raw_reward_se", "eval/win_rate_se", "eval/win_rate_previous_se", "eval/kl_se",
+    "eval/length", "eval/eos_rate",
 }  # fmt: skip
 GREEDY = {
-    "eval/greedy_reward", "eval/greedy_win_rate", "eval/greedy_win_rate_previous",
+    "eval/greedy_reward", "eval/greedy_raw_reward", "eval/greedy_win_rate", "eval/greedy_win_rate_previous",
+    "eval/greedy_reward_se", "eval/greedy_raw_reward_se", "eval/greedy_win_rate_se", "eval/greedy_win_rate_previous_se",
     "eval/greedy_length", "eval/greedy_eos_rate",
 }  # fmt: skip
 
@@ -71,6 +74,52 @@ def test_a_policy_that_says_what_scores_wins_and_is_far_from_the_reference() -> 
     other = (1 - probability) / (VOCAB - 1)
     kl_per_token = probability * math.log(probability * VOCAB) + (1 - probability) * math.log(other * VOCAB)
     assert after["eval/kl"] == pytest.approx(kl_per_token * after["eval/length"], rel=0.15)
+
+
+def test_a_standard_error_is_how_far_a_mean_spreads_over_other_samples() -> None:
+    """Over eighty seeds: of the reward, the KL and the win rate against fixed answers."""
+    found = []
+    for seed in range(1000, 1080):
+        run = small(training__seed=seed)
+        evaluate = evaluation(run)
+        evaluate(0)
+        evaluate._baseline = Scores(torch.full((NUM_PROMPTS,), 2.0), None)
+        with torch.no_grad():
+            run.actor.logits[:, LIKED] += 1.0
+        run.sync.push(1)
+        found.append(evaluate(2))
+    for name in ("eval/reward", "eval/raw_reward", "eval/kl", "eval/win_rate"):
+        values = torch.tensor([metrics[name] for metrics in found], dtype=torch.float64)
+        errors = [metrics[f"{name}_se"] for metrics in found]
+        assert sum(errors) / len(errors) == pytest.approx(float(values.std()), rel=0.25), name
+
+
+def test_the_raw_reward_is_the_score_before_the_penalty_for_a_missing_end() -> None:
+    plain = evaluation(small())(0)
+    metrics = evaluation(small(actor_rollout__missing_eos_penalty=10.0))(0)
+    assert metrics["eval/raw_reward"] == plain["eval/reward"] == plain["eval/raw_reward"]
+    assert metrics["eval/raw_reward_se"] == plain["eval/reward_se"]
+    missing = 1 - metrics["eval/eos_rate"]
+    assert 0 < missing < 1
+    assert metrics["eval/reward"] == pytest.approx(metrics["eval/raw_reward"] - 10 * missing)
+    assert metrics["eval/reward_se"] > metrics["eval/raw_reward_se"]
+    assert metrics["eval/greedy_raw_reward"] - metrics["eval/greedy_reward"] == pytest.approx(
+        10 * (1 - metrics["eval/greedy_eos_rate"])
+    )
+
+
+def test_an_evaluation_alone_is_not_held_against_itself() -> None:
+    run = small(training__eval_only=True)
+    metrics = evaluation(run)(0)
+    assert set(metrics) == {name for name in SAMPLED | GREEDY if "win_rate" not in name}
+    assert len(run.engine.samplings) == 2  # one sample and one greedy answer: nothing of an initial policy
+    trained = small()
+    evaluate = evaluation(trained)
+    assert {name: value for name, value in evaluate(0).items() if name in metrics} == metrics
+    resumed = evaluation(small(training__eval_only=True))
+    resumed.restore(evaluate.describe_baseline())
+    assert "eval/win_rate" in (found := resumed(2))
+    assert not [name for name in found if "previous" in name]
 
 
 def test_samples_are_fresh_and_never_those_of_training() -> None:

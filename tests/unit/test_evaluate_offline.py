@@ -13,6 +13,7 @@ from torch import Tensor
 from rlxf.evaluate import OfflineEvaluation
 from rlxf.types import Examples, Metrics, PairLogps, Pairs, ReferencedPairs, RewardPairs, Sequences
 from rlxf.update.losses import LossSettings, WeightedLoss
+from rlxf.update.objective import moments
 from tests.unit.small_run import Bigram, small_config
 
 BETA = 0.5
@@ -30,8 +31,11 @@ class Learner(Bigram):
     def evaluate(self, batch: ReferencedPairs | RewardPairs | Examples) -> Metrics:
         self.sizes.append(len(batch))
         if isinstance(batch, Examples):
-            logps = self.token_logps(batch.sequences)[batch.counted]
-            return {"loss": float(-logps.mean())}
+            logps = self.token_logps(batch.sequences).double() * batch.counted
+            sizes = batch.sequences.completion_lengths.tolist()
+            losses = torch.stack([-part.sum() for part in logps.split(sizes)])
+            counts = torch.stack([part.sum() for part in batch.counted.split(sizes)])
+            return {"loss": float(losses.sum() / counts.sum()), **moments(losses, counts)}
         if isinstance(batch, RewardPairs):
             margins = batch.margin
             return {
@@ -49,6 +53,7 @@ class Learner(Bigram):
             "rewards/accuracies": float((chosen > rejected).float().mean()),
             "rewards/margins": float((chosen - rejected).mean()),
             "logps/chosen": float(logps.chosen.mean()),
+            **moments(losses, torch.ones_like(losses)),
         }
 
 
@@ -117,12 +122,48 @@ def test_every_counted_token_weighs_the_same_in_supervised_fine_tuning() -> None
     assert split["eval/loss"] == pytest.approx(whole["eval/loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(9,), (4, 3, 2)])
+def test_standard_errors_are_those_of_pairs_whatever_the_size_of_the_batches(sizes: tuple[int, ...]) -> None:
+    all_pairs, model, reference = pairs(9), Learner(random_logits()), Bigram()
+    batches = [all_pairs.select(rows) for rows in parts(9, *sizes)]
+    found = OfflineEvaluation(config(), batches, model, reference)(0)
+    losses = LOSS(model.logps(all_pairs), reference.logps(all_pairs), torch.ones(18), 1.0).double()
+    assert found["eval/loss_se"] == pytest.approx(float(losses.std()) / 3, rel=1e-5)
+    share = found["eval/rewards/accuracies"]
+    hits = torch.tensor([1.0] * round(9 * share) + [0.0] * round(9 * (1 - share)))
+    assert 0 < share < 1
+    assert found["eval/rewards/accuracies_se"] == pytest.approx(float(hits.std()) / 3)
+    assert not [name for name in found if "moments" in name]
+
+
+def test_the_standard_error_of_supervised_fine_tuning_is_that_of_whole_examples() -> None:
+    """Tokens of one example are alike: an example that is there twice halves nothing but the number of examples."""
+    sequences = sides(40, 4)
+    counted = torch.rand(int(sequences.completion_lengths.sum()), generator=torch.Generator().manual_seed(5)) < 0.8
+    examples, learner = Examples(sequences=sequences, counted=counted), Learner(random_logits())
+    batches = [examples.select(rows) for rows in parts(40, 33, 7)]
+    found = OfflineEvaluation(config(), batches, learner)(0)
+    draws = torch.randint(0, 40, (2000, 40), generator=torch.Generator().manual_seed(6))
+    one_each = [learner.evaluate(examples.select(torch.tensor([row]))) for row in range(40)]
+    counts = torch.tensor([float(part.sum()) for part in counted.split(sequences.completion_lengths.tolist())])
+    losses = torch.tensor([0.0 if math.isnan(one["loss"]) else one["loss"] for one in one_each]) * counts
+    bootstrap = losses[draws].sum(dim=1) / counts[draws].sum(dim=1)
+    assert found["eval/loss_se"] == pytest.approx(float(bootstrap.std()), rel=0.1)
+
+
+def test_one_pair_has_no_standard_error() -> None:
+    found = OfflineEvaluation(config(), [pairs(1)], Learner(random_logits()), Bigram())(0)
+    assert math.isnan(found["eval/loss_se"])
+    assert math.isnan(found["eval/rewards/accuracies_se"])
+
+
 def test_smallest_and_largest_reward_are_those_of_all_batches() -> None:
     both = pairs(4)
     rewards = RewardPairs(chosen=both.chosen, rejected=both.rejected, margin=torch.tensor([-1.0, 4.0, 2.0, 0.5]))
     batches = [rewards.select(rows) for rows in parts(4, 3, 1)]
     assert OfflineEvaluation(config(), batches, Learner(random_logits()))(0) == {
         "eval/accuracy": pytest.approx(0.75),
+        "eval/accuracy_se": pytest.approx(torch.tensor([0.0, 1.0, 1.0, 1.0]).std().item() / 2),
         "eval/margin": pytest.approx(1.375),
         "eval/min_reward": -1.0,
         "eval/max_reward": 4.0,

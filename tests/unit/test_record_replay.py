@@ -13,13 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlxf.config.recording import holds_scores
 from rlxf.errors import ConfigError, DataError, SyncError
 from rlxf.pair.strategies import make_pairs
 from rlxf.record import RecordedRollouts, RolloutRecorder, SampleRecorder
 from rlxf.rollout.engine import Sampling
 from rlxf.rollout.replay import ReplayEngine
 from rlxf.score.penalty import with_scores
-from rlxf.score.recorded import RecordedScorer, has_scores
+from rlxf.score.recorded import RecordedScorer
 from rlxf.sync.plan import Bucket
 from rlxf.types import Rollouts, ScoredRollouts
 from tests.data_world import chat_tokenizer, make_rollouts, prompt_batch, recipe, reorder, write_rows
@@ -203,7 +204,15 @@ def test_weights_are_accepted_and_change_nothing_but_a_probe_is_refused(tmp_path
 @pytest.mark.parametrize(("score", "expected"), [(None, False), (0, True)])
 def test_scores_are_present_when_one_is(score: float | None, expected: bool, tmp_path: Path) -> None:
     completions = [{"token_ids": [5], "score": score}, {"token_ids": [5]}]
-    assert has_scores(write_rows(tmp_path / "rollouts.jsonl", [{**ROW, "completions": completions}])) is expected
+    path = write_rows(tmp_path / "rollouts.jsonl", [{**ROW, "completions": completions}])
+    assert holds_scores(path) is expected
+    write_rows(path, [{**ROW, "score": 1, "completions": [{"token_ids": [5], "text": 'a "score": 1'}] * 2}])
+    assert holds_scores(path) is False  # of the row, not of a completion; and the file has changed
+    write_rows(path, [ROW, {**ROW, "completions": [*completions, {"token_ids": [6], "score": -2.5}]}])
+    assert holds_scores(path) is True
+    path.write_text('{"completions": 3, "score": 1}\nno json "score": 1\n[{"score": 1}]\n')
+    assert holds_scores(path) is False
+    assert holds_scores(tmp_path / "missing.jsonl") is None
 
 
 def test_samples_show_text_and_scores(tmp_path: Path) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from rlxf.console import Progressbar, duration
+from rlxf.config.schema import RunConfig
+from rlxf.console import Progressbar, duration, with_error
 from rlxf.metrics import read_jsonl
 from rlxf.report import make_report
+from rlxf.resume import Resume
+from rlxf.run import State
+from rlxf.types import Metrics
 from tests.unit.small_run import small_config
 
 STEP = {
@@ -94,6 +99,72 @@ def test_the_report_of_a_run(tmp_path: Path) -> None:
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]  # steps only: each has a loss
     assert [row["step"] for row in read_jsonl(tmp_path / "eval.jsonl")] == [0, 2]
     assert read_jsonl(tmp_path / "metrics.jsonl")[1]["eval/reward"] == 3.0
+
+
+def table_of(tmp_path: Path, config: RunConfig, *evaluations: Metrics, resume: Resume | None = None) -> list[list[str]]:
+    """Head and rows of the final table after evaluations at steps 0, 1, ...; none before a first one that is empty."""
+    console, text = plain_console()
+    report = make_report(config, tmp_path, console, resume)
+    report.evaluated(0, evaluations[0])
+    for step, metrics in enumerate(evaluations[1:], start=1):
+        report.stepped(step, {**STEP, **metrics})
+    report.finished(tmp_path / "policy")
+    lines = [line.replace("┃", "│") for line in text.getvalue().splitlines()]
+    return [cells for line in lines if (cells := _cells(line))]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (5.506, 0.1234, "5.506 ± 0.12"), (0.957, 0.0127, "0.957 ± 0.013"), (-3.0, 12.3, "-3.000 ± 12"),
+        (1.0, 1.25, "1.000 ± 1.2"), (1.0, 0.0, "1.000 ± 0.000"), (1.0, math.nan, "1.000"),
+    ],
+)  # fmt: skip
+def test_a_standard_error_stands_behind_its_value(value: float, error: float, text: str) -> None:
+    assert with_error(value, error) == text
+
+
+def test_the_table_shows_standard_errors_beside_their_values(tmp_path: Path) -> None:
+    config = small_config(training__eval_interval=1, training__train_iters=1, log__tensorboard=False)
+    first = {"eval/reward": 1.0, "eval/kl": 0.0, "eval/mine": 0.5, "eval/raw_reward": 1.0}
+    last = {"eval/reward": 5.506, "eval/reward_se": 0.1234, "eval/mine": 0.75, "eval/mine_se": 0.02, "eval/odd_se": 3.0}
+    head, *rows = table_of(tmp_path, config, first, {**last, "eval/raw_reward": 5.506, "eval/raw_reward_se": 0.1})
+    assert head == ["measure", "start", "end"]
+    found = {row[0]: row[1:] for row in rows}
+    assert found["reward score"] == ["1.000", "5.506 ± 0.12"]
+    assert found["mine"] == ["0.500", "0.750 ± 0.020"]
+    assert found["odd_se"] == ["-", "3.000"]  # of the user's file: there is no `odd`
+    assert not [name for name in found if "reward_se" in name or "mine_se" in name or "before the EOS" in name]
+
+
+def test_with_a_penalty_the_score_before_it_is_a_row(tmp_path: Path) -> None:
+    config = small_config(
+        training__eval_interval=1, training__train_iters=1, log__tensorboard=False,
+        actor_rollout__missing_eos_penalty=0.5,
+    )  # fmt: skip
+    _, *rows = table_of(tmp_path, config, {"eval/reward": 1.0, "eval/raw_reward": 1.25})
+    assert ["reward score before the EOS penalty", "1.250", "1.250"] in rows
+
+
+def test_an_evaluation_alone_has_one_column_of_what_it_measured(tmp_path: Path) -> None:
+    config = small_config(training__eval_only=True, log__tensorboard=False)
+    resume = Resume(
+        folder=tmp_path, state=State(step=3), run_folder=tmp_path, prompt_ids=[], baseline=None, changes=[],
+        start={"eval/reward": 1.0, "loss": 0.7}, end={"eval/reward": 2.0, "loss": 0.5},
+    )  # fmt: skip
+    head, *rows = table_of(tmp_path, config, {"eval/reward": 3.0, "eval/reward_se": 0.25}, resume=resume)
+    assert [head, *rows] == [["measure", "value"], ["reward score", "3.000 ± 0.25"]]
+
+
+def test_what_only_a_later_evaluation_measured_is_not_of_the_start(tmp_path: Path) -> None:
+    """As in a run that goes on from a checkpoint of an earlier version, whose evaluations had no standard errors."""
+    config = small_config(training__eval_interval=1, training__train_iters=2, log__tensorboard=False)
+    later = {"eval/reward": 2.0, "eval/reward_se": 0.5, "eval/greedy_reward": 4.0}
+    _, *rows = table_of(tmp_path, config, {"eval/reward": 1.0}, later, later)
+    assert ["reward score", "1.000", "2.000 ± 0.50"] in rows
+    assert ["reward score, greedy", "-", "4.000"] in rows
+    _, *rows = table_of(tmp_path, config, {}, later, later)  # evaluations that began later have a start, too
+    assert ["reward score", "2.000 ± 0.50", "2.000 ± 0.50"] in rows
 
 
 def _cells(line: str) -> list[str]:

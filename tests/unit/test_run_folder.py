@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -206,6 +207,28 @@ def test_a_pointer_names_the_best_checkpoint_that_is_there(
         made.save_checkpoint(State(step=step, metrics={metric: value}))
     step, mode, value = expected
     assert pointer(tmp_path) == (f"{step}\n", {"step": step, "metric": metric, "mode": mode, "value": value})
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [((0.3, 0.4), True), ((0.1, 0.2), False), ((None, 0.4), False), ((float("nan"), 0.4), False)],
+)
+def test_a_best_checkpoint_that_may_be_so_by_chance_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, errors: tuple[float | None, float], said: bool
+) -> None:
+    """The rewards differ by 0.5, the root of 0.3^2 + 0.4^2."""
+    caplog.set_level(logging.INFO)
+    made = folder(tmp_path, training__eval_interval=1)
+    for step, (reward, error) in enumerate(zip((1.0, 5.0, 4.5, 2.0), (0.1, *errors, 0.1), strict=True), start=1):
+        metrics = {"eval/reward": reward, "eval/reward_se": error}
+        state = State(step=step, metrics={name: value for name, value in metrics.items() if value is not None})
+        made.save_checkpoint(state)
+    told = [record.getMessage() for record in caplog.records if "standard errors" in record.getMessage()]
+    expected = (
+        "eval/reward: the best checkpoint, iter_0000002 (5.000 ± 0.30), and the next, iter_0000003 (4.500 ± 0.40), "
+        "are within their standard errors"
+    )
+    assert told == ([expected] if said else [])
 
 
 def test_the_pointer_moves_on_when_the_best_checkpoint_is_deleted(tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlxf.config.folders import missing_paths
 from rlxf.config.load import load_config
 from rlxf.errors import ConfigError
 from rlxf.plan import GroupPlan, NodeResources, Plan, assign, crowded, fit, make_plan
 from rlxf.plan_text import describe, node_sizes
+from rlxf.prepare import needs_scorer
+from tests.data_world import write_rows
 from tests.unit.config.recipes import compose, recipe
 
 
@@ -125,6 +129,22 @@ def test_a_reward_function_needs_no_device() -> None:
 def test_a_replay_has_no_rollout_devices() -> None:
     plan = plan_of(rollout={"engine": "replay", "replay_path": "r.jsonl"}, actor_rollout={"num_gpus_for_infer": 7})
     assert "infer" not in taken(plan)
+    assert "reward" in taken(plan)  # nobody knows what is in a file that is not there
+
+
+@pytest.mark.parametrize("score", [0.5, None])
+def test_a_replay_with_scores_needs_no_reward_model(
+    tmp_path: Path, score: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"prompt_ids": [5], "completions": [{"token_ids": [6], "score": score}] * 2, "policy_version": 0}
+    path = write_rows(tmp_path / "rollouts.jsonl", [row])
+    config = load_config(recipe(rollout={"engine": "replay", "replay_path": str(path)}))
+    plan = make_plan(config)
+    assert ("reward" in taken(plan)) == config.scores == needs_scorer(config) == (score is None)
+    assert plan.num_devices == (2 if score else 3)
+    assert ("no effect: reward.load" in caplog.text) == (score is not None)
+    missing = [named.key for named in missing_paths(config)]
+    assert ("reward.load" in missing) == (score is None)
 
 
 @pytest.mark.parametrize(
