@@ -10,23 +10,25 @@ from omegaconf import DictConfig
 from rlxf.config.load import load_config
 from rlxf.errors import ConfigError, RlxfError
 from workers import cli
+from workers.address import require_cores
 
 
-def start(composed: DictConfig, problems: list[str]) -> None:
+def start(composed: DictConfig, command: cli.Command) -> None:
     """Check the composed recipe, then run it, or print its plan."""
-    config = load_config(cli.plain(composed, problems), earlier=problems)
+    config = load_config(cli.plain(composed, command.problems), earlier=command.problems)
     if config.dry_run:
         from workers.dry_run import dry_run
 
         dry_run(config)
     elif config.runtime == "ray":
+        require_cores(config)  # before torch and Ray are imported
         from workers.launch import launch
 
-        launch(config, cli.run_folder())
+        launch(config, cli.run_folder(), cli.typed(command))
     else:
         from rlxf.local import launch
 
-        launch(config, cli.run_folder())
+        launch(config, cli.run_folder(), cli.typed(command))
 
 
 def main() -> int:
@@ -37,7 +39,7 @@ def main() -> int:
     @hydra.main(version_base="1.3", config_path="configs/rlxf", config_name=None)
     def job(composed: DictConfig) -> None:
         try:
-            start(composed, command.problems)
+            start(composed, command)
         except RlxfError as error:
             raise SystemExit(cli.report(error)) from None  # Hydra lets this pass without a word of its own
         finally:
@@ -47,11 +49,9 @@ def main() -> int:
         cli.check(command)
         cli.register()
         job()
-    except RlxfError as error:
-        return cli.report(error)
     except cli.COMPOSE_ERRORS as error:
         return cli.report(ConfigError(*command.problems, cli.explain(error, command.arguments)))
-    except OSError as error:  # a run folder that cannot be made, a full disk
+    except (RlxfError, OSError) as error:  # OSError: a run folder that cannot be made, a full disk
         return cli.report(error)
     return 0
 

@@ -140,6 +140,7 @@ def rollouts(chosen: Sequences, rejected: Sequences) -> Rollouts:
     prompts = PromptBatch(
         prompts=Tokens.from_rows(chosen.prompt_rows()),
         prompt_ids=torch.arange(len(chosen)),
+        positions=torch.arange(len(chosen)),
         texts=("",) * len(chosen),
         columns={},
     )

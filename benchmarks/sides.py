@@ -58,6 +58,10 @@ class Work:
         median = self.mean_tokens / np.exp(self.sigma**2 / 2)
         return np.clip(draw.lognormal(np.log(median), self.sigma, shape).round(), 1, self.max_new_tokens).astype(int)
 
+    def step_of(self, prompts: Any) -> int:
+        """The driver step that a batch of training prompts belongs to."""
+        return int(prompts.positions[0]) // self.prompts
+
     def turn_tokens(self, turn: int) -> int:
         """Sampled tokens of all steps of a turn."""
         return sum(int(self.lengths(turn * self.steps_per_turn + i).sum()) for i in range(self.steps_per_turn))
@@ -152,14 +156,22 @@ def run_recipe(gate: Gate, side: Recipe, folder: Path) -> None:
 
 def fix_lengths_of_hf(work: Work, gate: Gate | None = None) -> None:
     """Completions of the HF engine of this process get the lengths of ``work``; those of a sync probe do not."""
-    from rlxf.rollout import hf_sampling
+    from rlxf.rollout import ENGINES, HfEngine, hf_sampling
     from rlxf.rollout.engine import Sampling
+
+    step = 0
+
+    class FixedLengthEngine(HfEngine):
+        def generate(self, prompts: Any, sampling: Sampling) -> Any:
+            nonlocal step
+            step = work.step_of(prompts)
+            return super().generate(prompts, sampling)
 
     class FixedLengths(hf_sampling.Sampler):
         def __init__(self, seeds: Any, sampling: Sampling) -> None:
             super().__init__(seeds, sampling)
             self._index = 0
-            self._lengths = torch.from_numpy(work.lengths(sampling.step)).flatten() if sampling.temperature else None
+            self._lengths = torch.from_numpy(work.lengths(step)).flatten() if sampling.temperature else None
 
         def choose(self, logits: Tensor, rows: list[int]) -> Tensor:
             if self._lengths is not None:
@@ -170,6 +182,7 @@ def fix_lengths_of_hf(work: Work, gate: Gate | None = None) -> None:
             return super().choose(logits, rows)
 
     hf_sampling.Sampler = FixedLengths  # type: ignore[misc]
+    ENGINES["hf"] = FixedLengthEngine
 
 
 class FixedLengthWorker(RolloutWorker):
@@ -186,7 +199,7 @@ class FixedLengthWorker(RolloutWorker):
         llm = getattr(self.engine, "_llm", None)
         if llm is None:
             return super().generate(prompts, sampling)
-        lengths, sample = self._work.lengths(sampling.step).flatten().tolist(), llm.generate
+        lengths, sample = self._work.lengths(self._work.step_of(prompts)).flatten().tolist(), llm.generate
 
         def with_lengths(requests: Any, parameters: list[Any], **options: Any) -> Any:
             for each, length in zip(parameters, lengths, strict=True):

@@ -1,22 +1,20 @@
 """Which checkpoint to go on from: a manifest with a hash of every file, and the newest folder that still fits its own.
 
-A folder is made under a temporary name and renamed last (``publish``), so a crash leaves no half of one. The manifest
-is for what comes later: a truncated copy, a flipped bit, a deleted shard, which no loader notices.
+A folder is made under a temporary name and renamed last (``core.files.publish``), so a crash leaves no half of one. The
+manifest is for what comes later: a truncated copy, a flipped bit, a deleted shard, which no loader notices.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import secrets
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlxf.core.files import remove
 from rlxf.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -24,8 +22,8 @@ DRIVER = "driver.json"
 LATEST = "latest_checkpointed_iteration.txt"  # megatron's tracker: the step of the newest checkpoint
 BEST = "best_checkpointed_iteration.txt"  # the step of the best one, in the same form
 BEST_REASON = "best_checkpointed_iteration.json"  # and by which metric
+PUBLISHED = r"(?:iter|hf)_\d{7,}|policy"  # the folders of a run that get their names when they are whole
 _NAME = re.compile(r"iter_(\d{7,})")
-_LEFTOVER = re.compile(r"\.((iter|hf)_\d{7,}|policy)\..+")  # what a killed run was writing or deleting
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,16 +170,24 @@ def require_good(folder: Path) -> None:
         raise CheckpointError(f"training.resume = {Damaged(folder, problems)}; name another one, or `auto`")
 
 
-def best(root: Path, metric: str, count: int, *, largest: bool, newest: int | None = None) -> list[Path]:
+def best(
+    root: Path,
+    metric: str,
+    count: int,
+    *,
+    largest: bool,
+    newest: int | None = None,
+    ignore: frozenset[int] = frozenset(),
+) -> list[Path]:
     """The ``count`` checkpoints with the best value of a metric at their own step, best first.
 
-    One without a value, whose ``driver.json`` cannot be read, or of a step after ``newest`` is not among them. Of equal
-    ones the newer is better.
+    One without a value, whose ``driver.json`` cannot be read, of a step after ``newest`` or in ``ignore`` is not among
+    them. Of equal ones the newer is better.
     """
     values: list[tuple[float, int, Path]] = []
     for folder in list_checkpoints(root):
         value, step = metric_of(folder, metric), step_of(folder)
-        if value is not None and (newest is None or step <= newest):
+        if value is not None and (newest is None or step <= newest) and step not in ignore:
             values.append((value if largest else -value, step, folder))
     return [folder for _, _, folder in sorted(values, reverse=True)[:count]]
 
@@ -194,64 +200,26 @@ def metric_of(folder: Path, metric: str) -> float | None:
         return None
 
 
-def prune(root: Path, keep_latest: int, *, newest: int, keep: frozenset[Path] = frozenset()) -> list[Path]:
+def prune(
+    root: Path,
+    keep_latest: int,
+    *,
+    newest: int,
+    keep: frozenset[Path] = frozenset(),
+    ignore: frozenset[int] = frozenset(),
+) -> list[Path]:
     """Delete all but the ``keep_latest`` newest checkpoints (0 = keep all) and those in ``keep``; the deleted ones.
 
     Only folders that this program made are touched: named like a checkpoint, with a manifest, and no link. Those of
     steps after ``newest`` neither count nor go: they are damaged, and a run that fell back behind them replaces them.
+    Nor do those of the steps in ``ignore``.
     """
     if keep_latest == 0:
         return []
     deleted = []
-    for folder in [folder for folder in list_checkpoints(root) if step_of(folder) <= newest][:-keep_latest]:
+    counted = [f for f in list_checkpoints(root) if step_of(f) <= newest and step_of(f) not in ignore]
+    for folder in counted[:-keep_latest]:
         if folder not in keep and not folder.is_symlink() and (folder / MANIFEST).is_file():
             remove(folder)
             deleted.append(folder)
     return deleted
-
-
-def temporary_for(folder: Path) -> Path:
-    """A new empty folder beside ``folder``, for what will be published under its name.
-
-    No two have the same name: a process that a killed run has left behind cannot write into the next run's.
-    """
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir(parents=True)
-    return temporary
-
-
-def publish(temporary: Path, folder: Path) -> None:
-    """Give a complete folder its name, once it is on disk. One of that name stays until then, and is deleted."""
-    for path in sorted(temporary.rglob("*")):
-        fsync(path)
-    fsync(temporary)
-    old = _put_aside(folder) if folder.exists() else None
-    temporary.rename(folder)
-    fsync(folder.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder whose name nobody sees half deleted."""
-    shutil.rmtree(_put_aside(folder), ignore_errors=True)
-
-
-def _put_aside(folder: Path) -> Path:
-    return folder.rename(folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old"))
-
-
-def remove_leftovers(root: Path) -> None:
-    """Delete what a killed run was writing or deleting below ``root``."""
-    for path in root.iterdir() if root.is_dir() else ():
-        if _LEFTOVER.fullmatch(path.name) and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,7 @@ class Clock:
     def __init__(self) -> None:
         self.step = 0  # driver steps that are complete
         self.stage = "start"
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {"save": 0.0}
         self._started = time.perf_counter()
 
     @property
@@ -24,9 +24,8 @@ class Clock:
         return f"stage {self.stage}, step {self.step + 1}" if self.step or self.stage != "start" else "start-up"
 
     def start(self, step: int) -> None:
-        """Begin the step that follows ``step`` complete ones."""
+        """Begin the step that follows ``step`` complete ones; what was counted since the last row is of its row."""
         self.step = step
-        self.seconds = {}
         self._started = time.perf_counter()
 
     @contextmanager
@@ -40,6 +39,10 @@ class Clock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
 
     def timings(self) -> Metrics:
-        """``timing/*`` of the step so far, seconds."""
-        stages = {f"timing/{stage}": seconds for stage, seconds in self.seconds.items()}
-        return {**stages, "timing/all": time.perf_counter() - self._started}
+        """``timing/*`` of a step's row, seconds; what comes now counts for the next row.
+
+        ``timing/all`` is the step without its evaluation, ``timing/save`` what was saved since the row before.
+        """
+        seconds, self.seconds = self.seconds, {"save": 0.0}
+        whole = time.perf_counter() - self._started - seconds.get("eval", 0.0)
+        return {**{f"timing/{stage}": value for stage, value in seconds.items()}, "timing/all": whole}

@@ -9,6 +9,16 @@ class RlxfError(Exception):
     exit_code = 1
 
 
+def add_note(error: BaseException, line: str) -> None:
+    """Add a line that is printed after the error's message; also below a traceback (PEP 678)."""
+    error.__notes__ = [*notes_of(error), line]  # type: ignore[attr-defined]  # the attribute of Python 3.11's add_note
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """The lines that were added to an error."""
+    return list(getattr(error, "__notes__", []))
+
+
 class ConfigError(RlxfError):
     """The recipe, a data file or a model folder is wrong. Holds every mistake found, not only the first."""
 
@@ -51,6 +61,10 @@ class SyncError(RlxfError):
 
 class TrainingError(RlxfError):
     """Training cannot go on: a non-finite loss, or too many steps without a single pair."""
+
+
+class ScoreError(RlxfError):
+    """Completions could not be scored: the user's reward function failed, or returned something else than scores."""
 
 
 class StopRequested(RlxfError):

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from rlxf.config.read_position import READ_AT, TRAINED_AT
 from rlxf.errors import ConfigError, ModelError
 
 CARD = "README.md"
@@ -110,7 +111,8 @@ def without_paths(value: Any) -> Any:
 
 def card(model: Path, run: Path | None, base_model: str | None) -> str:
     """The model card: what was trained how, and what was measured. No absolute path is in it."""
-    architectures = _read(model / "config.json").get("architectures") or [""]
+    settings = _read(model / "config.json")
+    architectures = settings.get("architectures") or [""]
     task = next((task for ending, task in _TASKS.items() if architectures[0].endswith(ending)), None)
     recipe = without_paths(_read(run / "config.yaml")) if run else {}
     stage = recipe.get("training", {}).get("stage")
@@ -122,6 +124,11 @@ def card(model: Path, run: Path | None, base_model: str | None) -> str:
     }
     parts = ["---", yaml.safe_dump(facts, sort_keys=False).rstrip(), "---", "", f"# {_title(stage)}", ""]
     parts += [f"{architectures[0] or 'A model'}, trained with rlxf."]
+    if settings.get(READ_AT) == TRAINED_AT:
+        parts += [
+            "Its score is read at the token that ends the answer (end of turn, or EOS). A chat template may write more "
+            "behind that token: cut it before you score a text."
+        ]
     if run is not None:
         parts += _measures(run) + _recipe(recipe)
     return "\n".join(parts) + "\n"

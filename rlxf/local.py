@@ -7,52 +7,38 @@ import warnings
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from rlxf.assemble import build_actor, build_engine, build_reference, build_scorer
 from rlxf.clock import Clock
+from rlxf.command import Typed
 from rlxf.config.schema import RunConfig
-from rlxf.driver import train
-from rlxf.evaluate import evaluate_only
 from rlxf.platform import Platform, Process, get_platform
-from rlxf.prepare import Roles, build_run, load_data, needs_scorer, with_epochs
+from rlxf.prepare import Roles, needs_scorer
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
-from rlxf.report import make_report
-from rlxf.resume import find_resume, is_complete, policy_source
 from rlxf.run import Reference
-from rlxf.run_folder import owned_checkpoints, save_config
+from rlxf.start import prepared, run_prepared
 from rlxf.stop import Stop
 from rlxf.sync.push import LocalSink
 from rlxf.update.actor import Actor
 
 
-def launch(config: RunConfig, run_dir: Path) -> None:
-    """Run the recipe in this process; what it leaves is under ``run_dir``, and in ``actor_rollout.save`` if set."""
+def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None:
+    """Run the recipe in this process; what it leaves is under ``run_dir``, and in ``actor_rollout.save`` if set.
+
+    ``typed``: the command, for messages.
+    """
     # megatron-core 0.16 calls collectives by names that torch 2.13 renames; remove with the next megatron-core.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    stop = Stop(interrupt=True)
-    with stop.installed(), owned_checkpoints(config, run_dir):
+    stop = Stop(grace_s=config.training.stop_grace_s, interrupt=True)
+    with prepared(config, run_dir, stop, typed) as found:
+        if found is None:
+            return
         with stop.abandonable():
-            config, data = with_epochs(config)
-            resume = find_resume(config, run_dir)
-            if resume is not None and is_complete(resume, config, run_dir):
-                return
-            data = data or load_data(config)
-            save_config(config, run_dir)
             platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
-            roles = build_roles(config, platform)
-        report = make_report(config, run_dir, Console(), resume)
-        try:
-            run = build_run(
-                config, run_dir, data, roles,
-                platform=platform, report=report, clock=Clock(), stop=stop, resume=resume,
-            )  # fmt: skip
-            evaluate_only(run, policy_source(config, resume)) if config.training.eval_only else train(run)
-            data.say_dropped()
-        finally:
-            report.close()
+            roles = build_roles(found.config, platform)
+        run_prepared(found, roles, platform=platform, clock=Clock(), stop=stop)
 
 
 def build_roles(config: RunConfig, platform: Platform) -> Roles:

@@ -69,6 +69,20 @@ def finite_or_null(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
+class Source(Protocol):
+    """What steps are made of."""
+
+    def epoch(self, step: int) -> float: ...
+
+    @property
+    def num_dropped(self) -> int: ...
+
+
+def data_metrics(source: Source, step: int) -> Metrics:
+    """How far the data is used after step ``step`` (0 is the first), and how many of its rows were left out so far."""
+    return {"epoch": source.epoch(step), "data/dropped": float(source.num_dropped)}
+
+
 def rollout_metrics(scored: ScoredRollouts, generate_s: float) -> Metrics:
     """Lengths, scores and EOS over all completions of a step, dropped ones included; missing scores are left out."""
     sequences = scored.rollouts.sequences
@@ -76,6 +90,7 @@ def rollout_metrics(scored: ScoredRollouts, generate_s: float) -> Metrics:
     return {
         "objective/scores": _mean(scores),
         "objective/scores_margin": _mean(best_minus_worst(scored)),
+        "score/missing": float(len(scored) - len(scores)),
         "val/contain_eos_token": _mean(scored.contains_eos.double()),
         **_spread("reward/score", scores),
         **_spread("response_length", sequences.completion_lengths.double()),
@@ -100,6 +115,7 @@ def pair_metrics(pairing: PairingResult) -> Metrics:
     return {
         "pair/kept": float(len(pairing.pairs)),
         "pair/dropped": float(pairing.dropped),
+        "pair/missing": float(pairing.missing),
         "pair/tie_rate": pairing.ties / max(pairing.num_prompts, 1),
         "pair/margin": _mean(pairing.pairs.margin.double()),
     }

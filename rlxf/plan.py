@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rlxf.config.placement import GroupPlan, Plan, RolePlan, make_plan, resource_name
+from rlxf.config.schema import RunConfig
 
-__all__ = ["GroupPlan", "NodeResources", "Plan", "RolePlan", "assign", "fit", "make_plan", "resource_name"]
+__all__ = ["GroupPlan", "NodeResources", "Plan", "RolePlan", "assign", "crowded", "fit", "make_plan", "resource_name"]
+
+PROCESSES_PER_CORE = 8  # of a CPU machine without accelerator: more of them only wait for each other
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,3 +85,27 @@ def _advice(plan: Plan, total: int, free: int) -> str:
     if free < plan.num_devices:
         return "  other jobs hold the rest: wait for them, or stop them (`ray status` lists what is in use)"
     return "  enough in all, but an entry of a pool must fit on one node; split it, such as [4, 4] for [8]"
+
+
+def crowded(config: RunConfig, plan: Plan, cores: int) -> str | None:
+    """Why this machine's CPUs should not run all of a plan's processes; None when they are few enough.
+
+    For a Ray that the run starts by itself on CPUs, where devices are only numbers and any count could be made up. A
+    cluster that is running says by itself what it has.
+    """
+    counts = {"actor_rollout": 0, "ref": 0, "reward": 0}
+    for role in plan.roles:
+        processes = len(role.bundles) // (role.axes["TP"] if role.role == "infer" else 1)  # an engine is one process
+        counts[role.role if role.role in counts else "actor_rollout"] += processes
+    total, most = sum(counts.values()), PROCESSES_PER_CORE * cores
+    if total <= most:
+        return None
+    largest = max(counts, key=lambda name: counts[name])
+    asked = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    return (
+        f"resource_pool.{largest} = {list(getattr(config.resource_pool, largest))}: the recipe asks for {total} worker "
+        f"processes ({asked}); this machine has {cores} cores and no accelerator: expected at most {most} processes, "
+        f"{PROCESSES_PER_CORE} a core. Make the pool smaller, for example "
+        f"resource_pool.{largest}={2 if largest == 'actor_rollout' else 1}, or start a Ray cluster of more machines "
+        "first (dry_run=true prints the commands)"
+    )

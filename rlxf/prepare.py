@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from rlxf.assemble import policy_folder, policy_tokenizer
 from rlxf.clock import Clock
 from rlxf.config.folders import megatron_checkpoint
+from rlxf.config.read_position import READ_AT, TRAINED_AT
 from rlxf.config.schema import RunConfig
 from rlxf.data.examples import ExampleFile
 from rlxf.data.preferences import PreferenceFile
@@ -29,6 +30,7 @@ from rlxf.resume import Resume, initial_policy
 from rlxf.rollout.replay import ReplayEngine
 from rlxf.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
 from rlxf.run_folder import Recorders, RunFolder
+from rlxf.score.failures import FailureLimit
 from rlxf.score.recorded import RecordedScorer
 from rlxf.score.scorer import Scorer
 from rlxf.stop import Stop
@@ -147,8 +149,9 @@ def build_run(
     resume: Resume | None = None,
 ) -> Run:
     """The run that the driver trains; with ``resume`` its actor and state are those of the checkpoint."""
+    state = resume.state if resume else State()
     reference = _reference(config, data, roles, stop, platform)
-    evaluation = _evaluation(config, data, roles, reference)
+    evaluation = _evaluation(config, data, roles, reference, state)
     refresh = _refresh(config, roles)
     sync = _sync(config, data, roles, platform)
 
@@ -159,10 +162,19 @@ def build_run(
             "report": report.describe(),
             "baseline": evaluation.describe_baseline() if isinstance(evaluation, Evaluation) else None,
             "initial_policy": initial_policy(config),
+            **({READ_AT: TRAINED_AT} if config.training.stage == "rm" else {}),
         }
 
     also = refresh.save if refresh else _nothing_else
-    folder = RunFolder(config, run_dir, roles.actor, describe=describe, saved=report.saved, also=also)
+    folder = RunFolder(
+        config,
+        run_dir,
+        roles.actor,
+        describe=describe,
+        saved=report.saved,
+        also=also,
+        resumed=resume.folder if resume else None,
+    )
     if resume is not None:
         with stop.abandonable():
             _restore(resume, data, roles, sync, evaluation)
@@ -172,7 +184,7 @@ def build_run(
             folder.prune(resume.state.step)
     return Run(
         config=config,
-        source=_source(config, run_dir, data, roles, after=resume.state.step if resume else None),
+        source=_source(config, run_dir, data, roles, state, after=resume.state.step if resume else None),
         reference=reference,
         actor=roles.actor,
         sync=sync,
@@ -182,7 +194,7 @@ def build_run(
         folder=folder,
         clock=clock,
         stop=stop,
-        state=resume.state if resume else State(),
+        state=state,
     )
 
 
@@ -222,7 +234,7 @@ def _one_pass(source: PreferenceFile) -> Iterator[Pairs]:
 
 
 def _restore(resume: Resume, data: Data, roles: Roles, sync: Sync, evaluation: Evaluate | None) -> None:
-    if data.training.prompt_ids(resume.state.step - 1) != resume.prompt_ids:
+    if resume.prompt_ids is not None and data.training.prompt_ids(resume.state.step - 1) != resume.prompt_ids:
         log.warning("the rows of step %d are not those that %s saw", resume.state.step, resume.folder)
     if isinstance(evaluation, Evaluation):
         # Before the actor leaves the initial policy.
@@ -247,11 +259,14 @@ def _push_initial(resume: Resume, sync: Sync) -> None:
     sync.push(0)
 
 
-def _source(config: RunConfig, run_dir: Path, data: Data, roles: Roles, *, after: int | None) -> Online | FileSource:
+def _source(
+    config: RunConfig, run_dir: Path, data: Data, roles: Roles, state: State, *, after: int | None
+) -> Online | FileSource:
     if isinstance(data.training, PreferenceFile | ExampleFile):
         return data.training
     rollout = data.training if isinstance(data.training, ReplayEngine) else roles.rollout
-    scorer = roles.scorer or RecordedScorer(str(config.rollout.replay_path))
+    scorer: Scorer = roles.scorer or RecordedScorer(str(config.rollout.replay_path))
+    scorer = FailureLimit(scorer, state, config.reward.max_failures, lambda: f"step {state.step + 1}")
     assert rollout is not None  # a run that samples has an engine
     logs, trains = config.log, not config.training.eval_only
     samples = trains and logs.samples_interval > 0
@@ -277,12 +292,14 @@ def _sync(config: RunConfig, data: Data, roles: Roles, platform: Platform) -> Sy
     return WeightSync(roles.actor, roles.sink, config.sync, probe, filled=filled)
 
 
-def _evaluation(config: RunConfig, data: Data, roles: Roles, reference: Reference) -> Evaluate | None:
+def _evaluation(config: RunConfig, data: Data, roles: Roles, reference: Reference, state: State) -> Evaluate | None:
     if config.offline and data.evaluation:
         assert not isinstance(data.evaluation, PromptBatch)
         return OfflineEvaluation(config, data.evaluation, roles.actor, reference)
     if not isinstance(data.evaluation, PromptBatch) or roles.rollout is None or roles.scorer is None:
         return None
-    rooms = Rooms(rollout=roles.rollout, scorer=roles.scorer, actor=roles.actor, reference=roles.reference)
+    limit, place = config.reward.max_failures, lambda: f"the evaluation after {state.step} steps"
+    scorer = FailureLimit(roles.scorer, state, limit, place)
+    rooms = Rooms(rollout=roles.rollout, scorer=scorer, actor=roles.actor, reference=roles.reference)
     eos_ids = _eos_ids(config, data)
     return Evaluation(config, data.evaluation, rooms, tokenizer=data.tokenizer, eos_ids=eos_ids)

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from rlxf.config.schema import RunConfig
 from rlxf.console import Progressbar, duration, final_table
+from rlxf.core.files import file_sizes, write_json
 from rlxf.metrics import JsonlSink, Sink, TensorBoardSink, finite_or_null
 from rlxf.resume import Resume
-from rlxf.run_folder import write_json
 from rlxf.trackers import TrackerSink
 from rlxf.types import Metrics
 
@@ -77,6 +77,7 @@ class RunReport:
         self._num_steps = config.training.train_iters
         self._bar = Progressbar(console, first_step, self._num_steps, config.log.interval)
         self._started = time.monotonic()
+        self._seconds_before = resume.seconds if resume and not config.training.eval_only else 0.0
         self._step = first_step
         self._start: Metrics = dict(resume.start) if resume else {}  # the first evaluation and the first step
         self._end: Metrics = dict(resume.end) if resume else {}  # the newest ones
@@ -85,7 +86,16 @@ class RunReport:
     def describe(self) -> dict[str, Any]:
         """What the report of a resumed run needs, as JSON data."""
         trackers = {sink.name: sink.run_id for sink in self._sinks if isinstance(sink, TrackerSink)}
-        return {"start": finite_or_null(self._start), "end": finite_or_null(self._end), "trackers": trackers}
+        return {
+            "start": finite_or_null(self._start),
+            "end": finite_or_null(self._end),
+            "trackers": trackers,
+            "seconds": round(self._seconds(), 3),
+        }
+
+    def _seconds(self) -> float:
+        """That the run has taken so far, in all of its processes."""
+        return self._seconds_before + time.monotonic() - self._started
 
     def evaluated(self, step: int, metrics: Metrics) -> None:
         """The evaluation before the first step, empty if none was due; later ones come with their step's metrics."""
@@ -109,11 +119,13 @@ class RunReport:
     def finished(self, policy: Path) -> None:
         """Print the final table and write ``summary.json``."""
         self.close(complete=True)
-        seconds = time.monotonic() - self._started
+        seconds = self._seconds()
         summary = {
             "steps": self._step,
             "seconds": round(seconds, 3),
             "policy": str(policy),
+            # A resumed run writes the policy again if it is no longer so.
+            **({} if self._only else {"policy_files": file_sizes(policy)}),
             "start": finite_or_null(self._start),
             "end": finite_or_null(self._end),
         }

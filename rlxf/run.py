@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -91,6 +91,14 @@ class Actor(Protocol):
 
     def load_checkpoint(self, folder: Path) -> None: ...
 
+    def is_untouched(self) -> bool:
+        """Whether the update that failed made no optimizer step: the weights are still those of before it.
+
+        Raises:
+            RlxfError: a rank is lost, or does not answer within seconds.
+        """
+        ...
+
     def save_hf(self, folder: Path) -> None: ...
 
 
@@ -139,29 +147,65 @@ class Report(Protocol):
     def finished(self, policy: Path) -> None: ...
 
 
+# What a complete step may still owe when the run ends, in the order in which it is done.
+Owed = Literal["push", "move", "evaluation", "row", "hf"]
+AFTER_UPDATE: tuple[Owed, ...] = ("push", "move", "evaluation", "row", "hf")
+WITHOUT_UPDATE: tuple[Owed, ...] = ("evaluation", "row", "hf")
+
+
 @dataclass(kw_only=True, slots=True)
 class State:
-    """The driver's own state: what a resumed run needs besides the actor's."""
+    """The driver's own state after the last complete step: what a resumed run needs besides the actor's."""
 
     step: int = 0  # complete driver steps
     policy_version: int = 0  # updates of the actor
     empty_steps: int = 0  # steps without a pair, in a row
     num_tokens: int = 0  # trained on so far
-    saved_step: int = 0  # of the newest checkpoint
+    failed_scores: int = 0  # completions that have no score because a call of the scorer failed
     metrics: Metrics = field(default_factory=dict)  # of the last complete step
-    unevaluated: bool = False  # a stop cut the evaluation after that step off; it is due before the next one
+    owed: tuple[Owed, ...] = ()  # by the last complete step: new weights to the engines, move of the reference, ...
+    # Of the step under way, never saved:
+    updating: bool = False  # the actor's weights are changing, and may be those of no complete step
+    failing_scores: int = 0  # what it adds to failed_scores once it is complete
 
     @property
     def reported_step(self) -> int:
-        """The last step whose numbers are all there."""
-        return self.step - 1 if self.unevaluated else self.step
+        """The last step whose row in the run's files is final."""
+        return self.step - 1 if "row" in self.owed else self.step
+
+    def count_failures(self) -> None:
+        """What was under way is complete: its failed scores count, and will not be asked for again."""
+        self.failed_scores += self.failing_scores
+        self.failing_scores = 0
+
+    def settled(self, item: Owed) -> None:
+        """``item`` is no longer owed."""
+        self.owed = tuple(other for other in self.owed if other != item)
+
+
+UNSAVED = frozenset({"updating", "failing_scores"})
 
 
 class Folder(Protocol):
     """What a run leaves on disk."""
 
     def save_checkpoint(self, state: State) -> None:
-        """Save the complete steps; with ``training.async_save`` the rest of it happens while training goes on."""
+        """Save the complete steps, unless they are; with ``training.async_save`` written while training goes on."""
+        ...
+
+    def save_in_time(self, state: State) -> None:
+        """Save the complete steps if ``training.save_every_minutes`` have passed; the next checkpoint replaces it."""
+        ...
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is complete."""
+        ...
+
+    def finish(self, *, ask_actor: bool) -> None:
+        """For a run that failed: publish the checkpoint that is being written if it is whole, or drop it.
+
+        ``ask_actor``: the actor answers, and can finish writing.
+        """
         ...
 
     def save_hf(self, step: int) -> None: ...
@@ -220,7 +264,7 @@ class Run:
             return ReferencedPairs(pairs=data, reference=self.reference.logps(data))
 
     def training_sampling(self) -> Sampling:
-        """The recipe's sampling for the current step: seeds depend on run, step, prompt and sample only."""
+        """The recipe's sampling, the same in every step: the prompts' positions give each completion its seed."""
         actor, rollout = self.config.actor_rollout, self.config.rollout
         return Sampling(
             num_samples=actor.n_samples_per_prompt,
@@ -229,5 +273,4 @@ class Run:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             seed=self.config.training.seed,
-            step=self.state.step,
         )

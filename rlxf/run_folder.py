@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import math
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,29 +25,29 @@ from rlxf.checkpoint import (
     BEST_REASON,
     DRIVER,
     LATEST,
+    PUBLISHED,
     best,
     file_digest,
     folder_of,
-    fsync,
     list_checkpoints,
     metric_of,
     num_bytes,
     prune,
-    publish,
-    remove_leftovers,
     step_of,
-    temporary_for,
     write_manifest,
 )
+from rlxf.config.curve import CURVE
 from rlxf.config.evaluation import best_metric
 from rlxf.config.folders import data_files
 from rlxf.config.schema import RunConfig
 from rlxf.console import with_error
+from rlxf.core.files import fsync, make_folder, publish, remove_leftovers, temporary_for, write_json, write_text
 from rlxf.errors import CheckpointError
 from rlxf.metrics import finite_or_null
 from rlxf.pair.strategies import PairingResult
 from rlxf.record import RolloutRecorder, SampleRecorder
-from rlxf.run import Actor, State
+from rlxf.rolling import drop_rolling, mark_rolling, rolling_steps
+from rlxf.run import UNSAVED, Actor, State
 from rlxf.types import ScoredRollouts
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class Saving:
 
     folder: Path
     temporary: Path
+    rolling: bool = False  # the next checkpoint replaces it
     published: Future[None] | None = None  # None: the actor is still writing
 
 
@@ -74,6 +75,8 @@ class RunFolder:
         describe: what else a resumed run needs, for ``driver.json``.
         saved: told of each complete checkpoint.
         also: writes what training changes besides the actor into a checkpoint's folder.
+        resumed: the checkpoint that the run goes on from.
+        now: seconds of a clock that only goes forward.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class RunFolder:
         describe: Callable[[State], dict[str, Any]] = lambda state: {},
         saved: Callable[[Path], None] = lambda folder: None,
         also: Callable[[Path], None] = lambda folder: None,
+        resumed: Path | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._run_dir = run_dir
@@ -95,13 +100,16 @@ class RunFolder:
         self._also = also
         # Now and not in the first save, which a stop signal may be waiting for.
         self._data = fingerprint(*training_files(config))
+        self._newest = resumed
+        self._now = now
+        self._saved_at = now()
         self._saving: Saving | None = None
         self._near: list[Path] = []  # the best checkpoint and the next one, told to be as good as each other
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._require_space()
 
     def save_checkpoint(self, state: State) -> None:
-        """``<checkpoints>/iter_0000020`` after 20 steps: what the actor writes, and ``driver.json``.
+        """``<checkpoints>/iter_0000020`` after 20 steps: what the actor writes, and ``driver.json``. Not twice.
 
         Returns when it is complete; with ``training.async_save`` when the state is copied, and ``poll`` does the rest.
 
@@ -109,18 +117,62 @@ class RunFolder:
             CheckpointError: there is not enough space, or it could not be written; those before are untouched.
         """
         self.wait()  # never two at a time
+        if self._newest is not None and step_of(self._newest) == state.step:
+            mark_rolling(self._checkpoints, rolling_steps(self._checkpoints) - {state.step})  # it stays
+        else:
+            self._save(state, rolling=False)
+
+    def save_in_time(self, state: State) -> None:
+        """The same after ``training.save_every_minutes`` without a checkpoint; the next one of any kind replaces it.
+
+        Nobody asked for this one, so the run goes on if it cannot be written.
+        """
+        minutes, last = self._config.training.save_every_minutes, self._config.training.train_iters
+        if not minutes or self._now() - self._saved_at < 60 * minutes or state.step >= last:
+            return
+        self.wait()
+        try:
+            self._save(state, rolling=True)
+        except CheckpointError as error:
+            self._saved_at = self._now()  # not at every step
+            log.warning("%s (training.save_every_minutes = %g; 0 = off)", error, minutes)
+
+    def _save(self, state: State, *, rolling: bool) -> None:
         self._require_space()
-        background = self._config.training.async_save
-        folder = folder_of(self._checkpoints, state.step)
-        self._saving = Saving(folder, temporary_for(folder))
+        background, root = self._config.training.async_save, self._checkpoints
+        folder = folder_of(root, state.step)
+        self._saving = Saving(folder, temporary_for(folder), rolling)
         with self._discarded_on_failure():
+            # Before it has its name: what is not marked stays for ever.
+            earlier = rolling_steps(root) - {state.step}
+            mark_rolling(root, earlier | {state.step} if rolling else earlier)
             self._actor.save_checkpoint(self._saving.temporary, background)
             self._also(self._saving.temporary)
             write_json(self._saving.temporary / DRIVER, self._driver(state))
             self._sync_logs()
+            self._saved_at = self._now()
             if not background:
                 self._publish(self._saving)
                 self._complete()
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint: of this run, or the one that it goes on from."""
+        return self._newest
+
+    def finish(self, *, ask_actor: bool) -> None:
+        """For a run that failed: publish the checkpoint that is being written if it is whole, or drop it.
+
+        Args:
+            ask_actor: wait for the actor to write the rest; else only what is fully written is published.
+        """
+        try:
+            if self._saving is None or self._saving.published is not None or ask_actor:
+                self.wait()
+            else:
+                with self._discarded_on_failure():
+                    raise CheckpointError(f"{self._saving.folder}: the actor could not finish writing it")
+        except Exception as error:  # noqa: BLE001  the run has failed already, and that is what is told
+            log.warning("the checkpoint that was being written is lost: %s", error)
 
     def poll(self) -> None:
         """Finish a checkpoint that has been written in the background, without waiting."""
@@ -148,18 +200,26 @@ class RunFolder:
 
     def _complete(self) -> None:
         assert self._saving is not None
-        folder, self._saving = self._saving.folder, None
-        self._saved(folder)
-        self.prune(step_of(folder))
+        saving, self._saving = self._saving, None
+        self._newest, step = saving.folder, step_of(saving.folder)
+        self._saved(saving.folder)
+        try:
+            drop_rolling(self._checkpoints, but=step)
+            mark_rolling(self._checkpoints, {step} if saving.rolling else ())
+        except OSError as error:  # the run does not depend on it
+            log.warning("an old checkpoint could not be deleted: %s", error)
+        self.prune(step)
 
     def prune(self, step: int) -> None:
         """Delete the checkpoints up to ``step`` that are not kept; at the start those that a killed run did not."""
         training, root = self._config.training, self._checkpoints
         metric, largest = best_metric(self._config)
+        rolling = rolling_steps(root)
         try:
             if training.keep_latest:
-                kept = best(root, metric, training.keep_best, largest=largest) if training.keep_best else []
-                prune(root, training.keep_latest, newest=step, keep=frozenset(kept))
+                count = training.keep_best
+                kept = best(root, metric, count, largest=largest, ignore=rolling) if count else []
+                prune(root, training.keep_latest, newest=step, keep=frozenset(kept), ignore=rolling)
             self._point_to_best(metric, step, largest=largest)
         except OSError as error:  # the run does not depend on it
             log.warning("an old checkpoint could not be deleted: %s", error)
@@ -167,7 +227,7 @@ class RunFolder:
     def _point_to_best(self, metric: str, newest: int, *, largest: bool) -> None:
         """``best_checkpointed_iteration.txt``: the step of the best checkpoint that is there, and why in JSON."""
         root = self._checkpoints
-        found = best(root, metric, 2, largest=largest, newest=newest)
+        found = best(root, metric, 2, largest=largest, newest=newest, ignore=rolling_steps(root))
         if not found:
             return
         self._say_if_near(found, metric)
@@ -209,11 +269,13 @@ class RunFolder:
 
     def _driver(self, state: State) -> dict[str, Any]:
         training = self._config.training
+        kept = {name: value for name, value in asdict(state).items() if name not in UNSAVED}
         return {
             "format": FORMAT,
-            **asdict(state),
+            "curve": CURVE,
+            **kept,
             "metrics": finite_or_null(state.metrics),
-            "sampling": {"seed": training.seed, "step": state.step},
+            "sampling": {"seed": training.seed, "position": state.step * training.global_batch_size},
             "reported_step": state.reported_step,
             "run_folder": str(self._run_dir.absolute()),
             **self._describe(state),
@@ -273,7 +335,8 @@ def owned_checkpoints(config: RunConfig, run_dir: Path) -> Iterator[None]:
         CheckpointError: another run writes there now.
     """
     root = checkpoints_folder(config, run_dir)
-    root.mkdir(parents=True, exist_ok=True)
+    made = not root.exists()
+    make_folder(root)
     lock = root / ".lock"
     with lock.open("a+") as file:  # let go by the system when this process ends, however it does
         try:
@@ -289,13 +352,15 @@ def owned_checkpoints(config: RunConfig, run_dir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        remove_leftovers(root)
-        remove_leftovers(run_dir)
+        remove_leftovers(root, PUBLISHED)
+        remove_leftovers(run_dir, PUBLISHED)
         try:
             yield
         finally:
             if [path.name for path in root.iterdir()] == [lock.name]:  # a run that did not start leaves nothing
-                shutil.rmtree(root)
+                lock.unlink()
+                if made:
+                    root.rmdir()
 
 
 def checkpoints_folder(config: RunConfig, run_dir: Path) -> Path:
@@ -342,17 +407,3 @@ def fingerprint(*paths: Path) -> dict[str, Any] | None:
 def _digest(path: Path, num_bytes: int, modified_ns: int) -> str:
     """The hash of a file that may be large, and is asked for twice in a resumed run."""
     return file_digest(path)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    fsync(temporary)
-    temporary.rename(path)
-    fsync(path.parent)

@@ -13,7 +13,7 @@ from types import FrameType
 from rlxf.errors import StopRequested
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE_S = 18.0  # how long the first signal lets a stage finish that must not be cut (an update, a sync)
+GRACE_S = 30.0  # default of training.stop_grace_s
 LEAVE_S = 6.0  # how long the second signal waits for the clean-up
 
 
@@ -21,8 +21,10 @@ class Stop:
     """The user's wish to end the run, asked between stages and by every wait.
 
     Args:
-        interrupt: raise out of an abandonable stage at once; for stages that run in this process. Without it the one
-            who waits for remote stages asks ``abandon_now``.
+        grace_s: how long the first signal lets a stage finish that must not be cut (an update, a sync), seconds. It
+            limits the stage only: the checkpoint that follows takes as long as it takes.
+        interrupt: raise out of every abandonable stage at once, since all of them run in this process. Without it
+            whoever waits for remote stages asks ``abandon_now``.
         clean_up: run after the second signal, before the process leaves.
         leave: ends the process; ``os._exit`` but for tests.
     """
@@ -30,16 +32,19 @@ class Stop:
     def __init__(
         self,
         *,
+        grace_s: float = GRACE_S,
         interrupt: bool = False,
         clean_up: Callable[[], None] = lambda: None,
         leave: Callable[[int], None] = os._exit,
     ) -> None:
         self.clean_up = clean_up
+        self.grace_s = grace_s
         self._interrupt = interrupt
         self._leave = leave
         self._signal: int | None = None
         self._requested_at = 0.0
-        self._depth = 0
+        self._depth = 0  # of abandonable stages
+        self._depth_here = 0  # of those that run in this process
         self._patience = 0
 
     @property
@@ -52,14 +57,21 @@ class Stop:
             raise self.error("stopped")
 
     @contextmanager
-    def abandonable(self) -> Iterator[None]:
-        """Work that can be dropped without a trace: sampling, scoring, loading; never an update, sync or checkpoint."""
+    def abandonable(self, *, here: bool = False) -> Iterator[None]:
+        """Work that can be dropped without a trace: sampling, scoring, loading; never an update, sync or checkpoint.
+
+        Args:
+            here: it runs in this process, so a signal raises out of it at once.
+        """
+        here = here or self._interrupt
         self._depth += 1
+        self._depth_here += here
         try:
             self.check()
             yield
         finally:
             self._depth -= 1
+            self._depth_here -= here
 
     @contextmanager
     def patient(self) -> Iterator[None]:
@@ -76,7 +88,7 @@ class Stop:
 
     def overdue(self) -> bool:
         """Whether the stage that must not be cut took longer than the grace period."""
-        return self.requested and not self._patience and time.monotonic() - self._requested_at > GRACE_S
+        return self.requested and not self._patience and time.monotonic() - self._requested_at > self.grace_s
 
     def error(self, what: str) -> StopRequested:
         number = self._signal or signal.SIGTERM
@@ -106,7 +118,7 @@ class Stop:
             return
         self._signal = number
         self._requested_at = time.monotonic()
-        if self._interrupt and self._depth > 0:
+        if self._depth_here > 0:
             raise self.error("stopped")
 
     def _leave_now(self, code: int) -> None:

@@ -129,13 +129,17 @@ class PromptBatch:
     """``P`` prompts of one driver step, tokenized."""
 
     prompts: Tokens  # P rows
-    prompt_ids: Tensor  # [P] int64, position in the data set: the identity that seeds and resume use
+    prompt_ids: Tensor  # [P] int64, row of the data
+    # [P] int64, which item of the run each prompt is: step * global_batch_size + its place in the step, so that a row
+    # that comes again, even within a step, is sampled anew. Of prompts in file order: the row.
+    positions: Tensor
     texts: tuple[Text, ...]  # what the data file held: a string, or chat messages
     columns: dict[str, list[Any]]  # the data file's other columns, each of length P, for reward functions
 
     def __post_init__(self) -> None:
         rows = len(self.prompts)
         _require(self.prompt_ids.shape == (rows,), f"{rows} prompts but {self.prompt_ids.numel()} prompt ids")
+        _require(self.positions.shape == (rows,), f"{rows} prompts but {self.positions.numel()} positions")
         _require(len(self.texts) == rows, f"{rows} prompts but {len(self.texts)} texts")
         for name, values in self.columns.items():
             _require(len(values) == rows, f"{rows} prompts but column {name!r} has {len(values)} values")
@@ -148,6 +152,7 @@ class PromptBatch:
         return PromptBatch(
             prompts=Tokens.from_rows(rows),
             prompt_ids=self.prompt_ids[start:stop],
+            positions=self.positions[start:stop],
             texts=self.texts[start:stop],
             columns={name: values[start:stop] for name, values in self.columns.items()},
         )
@@ -243,7 +248,7 @@ class OnlinePairs(Pairs):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardPairs(Pairs):
-    """Pairs that a reward model is trained on."""
+    """Pairs that a reward model is trained on; a side's last token is the one that ends its answer."""
 
     margin: Tensor  # [N] float32, how much better chosen is said to be; 0 where the data says nothing
 

@@ -138,9 +138,28 @@ check_arguments() {
   if [[ "$role" == head && -n "$address" ]]; then die "--address is for workers; this is the head."; fi
 }
 
+# The program `ray` of $1 into the array `command_line`. Ray starts some of its processes through a shell line in which
+# the interpreter is not quoted; where its path needs quotes, a link that needs none stands in for the environment.
+make_program() {
+  local ray="$1" environment link
+  local plain='^[A-Za-z0-9_./+@%:,=-]+$'
+  if [[ "$ray" =~ $plain ]]; then
+    command_line=("$ray")
+    return
+  fi
+  environment="$(dirname "$(dirname "$ray")")"
+  link="$HOME/.ray/environment-$(printf '%s' "$environment" | sha256sum | cut -c 1-12)"
+  [[ "$link" =~ $plain ]] ||
+    die "Ray cannot start from $environment: spaces in the path. Move it, or set HOME to a folder without spaces."
+  mkdir -p -- "$HOME/.ray"
+  ln -sfn -- "$environment" "$link"
+  command_line=("$link/bin/python" "$link/bin/ray")
+}
+
 # The `ray start` line into the array `command_line`.
 make_command_line() {
-  command_line=("$1" start
+  make_program "$1"
+  command_line+=(start
     "--object-manager-port=$base" "--node-manager-port=$((base + 1))" "--dashboard-agent-grpc-port=$((base + 2))"
     "--dashboard-agent-listen-port=$((base + 3))" "--runtime-env-agent-port=$((base + 4))"
     "--metrics-export-port=$((base + 5))")

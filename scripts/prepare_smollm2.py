@@ -7,13 +7,18 @@ python scripts/prepare_smollm2.py [--out models/smollm2-135m] [--dtype bfloat16|
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.util
-import shutil
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # also without an installed package
+
+from rlxf.core.files import new_folder, remove_leftovers  # noqa: E402 (the path comes first)
+
 END_OF_TURN = "<|im_end|>"
 QUESTION = "What is the capital of France? Answer in one sentence."
 ANSWER = "The capital of France is Paris."
@@ -78,10 +83,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the saved weights")
     parser.add_argument("--check", action="store_true", help="ask the saved model one question")
     arguments = parser.parse_args()
-    if (arguments.out / "config.json").is_file():
-        say(f"{arguments.out} is there; delete it to make it anew")
-    else:
-        make(arguments.out, arguments.dtype)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.with_name(f".{arguments.out.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands started together: the second waits, then finds the folder
+        if (arguments.out / "config.json").is_file():
+            say(f"{arguments.out} is there; delete it to make it anew")
+        else:
+            make(arguments.out, arguments.dtype)
     if arguments.check:
         said = answer(arguments.out)
         say(f"{QUESTION} -> {said}")
@@ -96,11 +104,10 @@ def make(folder: Path, dtype: str) -> None:
 
     say(f"reading {weights.name}")
     model, tokenizer = load(weights, getattr(torch, dtype))
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+    remove_leftovers(folder.parent, re.escape(folder.name))
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     say(f"{folder}: {model.num_parameters():,} parameters, {dtype}")
 
 

@@ -45,6 +45,7 @@ def prompt_batch(rows: Sequence[Sequence[int]], first_id: int = 0) -> PromptBatc
     return PromptBatch(
         prompts=Tokens.from_rows(rows),
         prompt_ids=torch.arange(first_id, first_id + len(rows)),
+        positions=torch.arange(first_id, first_id + len(rows)),
         texts=("",) * len(rows),
         columns={},
     )

@@ -16,6 +16,8 @@ from workers.group import WorkerGroup
 from workers.remote import Pending
 from workers.worker import Worker
 
+ANSWER_S = 10.0  # how long an actor that has nothing to do may take to answer
+
 
 class ActorWorker(Worker):
     """One rank of the actor."""
@@ -27,6 +29,9 @@ class ActorWorker(Worker):
 
     def update(self, batch: Batch, step: int) -> Metrics | None:
         return self.answer(self.room.update(batch, step))
+
+    def is_untouched(self) -> bool | None:
+        return self.answer(self.room.is_untouched())
 
     def evaluate(self, batch: Batch) -> Metrics | None:
         return self.answer(self.room.evaluate(batch))
@@ -83,6 +88,11 @@ class RemoteActor:
     def update(self, batch: Batch, step: int) -> Metrics:
         metrics: Metrics = self._group.call("update", batch, step)
         return metrics
+
+    def is_untouched(self) -> bool:
+        """Of an actor that does not answer within seconds nobody knows: StageTimeout."""
+        untouched: bool = self._group.call("is_untouched", timeout_s=ANSWER_S)
+        return untouched
 
     def evaluate(self, batch: Batch) -> Metrics:
         metrics: Metrics = self._group.call("evaluate", batch)

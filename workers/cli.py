@@ -21,12 +21,14 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlxf.command import Typed
 from rlxf.config.defaults import unset_recipe
 from rlxf.config.keys import is_known, nearest, plain_layout, unknown_key
-from rlxf.errors import ConfigError, RlxfError
+from rlxf.errors import ConfigError, RlxfError, notes_of
 
 RECIPES = Path(__file__).parent.parent / "configs" / "rlxf"
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -44,10 +46,11 @@ _GROUPS = ("model", "rlxf_schema")  # config groups: chosen, not set
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command line for Hydra, and the unknown keys that were taken out of it."""
+    """A command line for Hydra, the unknown keys that were taken out of it, and what was typed."""
 
     arguments: list[str]
     problems: list[str]
+    typed: tuple[str, ...]
 
     @property
     def only_shows(self) -> bool:
@@ -72,7 +75,7 @@ def read_command(arguments: Sequence[str]) -> Command:
         before = argument
     given = {override.split("=")[0] for override in overrides}
     ours = [f"{key}={value}" for key, value in _HYDRA_DEFAULTS.items() if key not in given]
-    return Command([*ours, *overrides, *options], problems)
+    return Command([*ours, *overrides, *options], problems, tuple(arguments))
 
 
 def _belongs_to(option: str, argument: str) -> bool:
@@ -145,6 +148,18 @@ def _interpolation(error: BaseException) -> str:
 def run_folder() -> Path:
     """This job's folder (``hydra.run.dir``), which Hydra has made."""
     return Path(HydraConfig.get().runtime.output_dir)
+
+
+def typed(command: Command) -> Typed:
+    """How this job was started; a job of a sweep, with the values that it has in it."""
+    hydra, name = HydraConfig.get(), str(HydraConfig.get().job.config_name)
+    if hydra.mode is not RunMode.MULTIRUN:
+        return Typed(name, command.typed)
+    flags = [a for a in command.typed if a.startswith("--") and "=" in a]  # --config-dir=recipes
+    for option in sorted(_OPTIONS_WITH_VALUE):
+        if option in command.typed:
+            flags += [option, _value_of((option,), command.typed)]
+    return Typed(name, (*flags, *(override.lstrip("+") for override in hydra.overrides.task)))
 
 
 def discard_empty(folder: Path) -> None:
@@ -236,7 +251,7 @@ def check(command: Command) -> None:
 
 
 def report(error: RlxfError | OSError) -> int:
-    """Print an error as plain lines; its exit code."""
+    """Print an error as plain lines, with its notes; its exit code."""
     logging.getLogger(__name__).debug("stopped", exc_info=error)
-    sys.stderr.write(f"{error}\n")
+    sys.stderr.write("".join(f"{line}\n" for line in (error, *notes_of(error))))
     return error.exit_code if isinstance(error, RlxfError) else 1

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
+from rlxf.config.devices import device_facts
 from rlxf.config.schema import RunConfig
 from rlxf.errors import PlacementError
-from rlxf.plan import NodeResources, fit, make_plan
+from rlxf.plan import NodeResources, Plan, crowded, fit, make_plan
 from rlxf.plan_text import describe, describe_nodes
 from workers.address import running_cluster
 
@@ -25,6 +26,7 @@ def dry_run(config: RunConfig) -> None:
     address = running_cluster()
     if address is None:
         _say("\ncluster: none is running here\n")
+        _say(_crowded_here(config, plan))
         return
     nodes = _nodes_of(address)
     _say(f"\ncluster: {address}\n{describe_nodes(plan, nodes)}")
@@ -32,6 +34,14 @@ def dry_run(config: RunConfig) -> None:
     if problems:
         raise PlacementError("\n".join(problems))
     _say("it has room for this recipe\n")
+
+
+def _crowded_here(config: RunConfig, plan: Plan) -> str:
+    """A line when a run started here would be refused; the plan may be meant for other machines, so no error."""
+    if device_facts(config.training.device).ray_resource != "CPU":
+        return ""
+    problem = crowded(config, plan, os.cpu_count() or 1)
+    return f"on this machine alone it would not start: {problem}\n" if problem else ""
 
 
 def _say(text: str) -> None:

@@ -6,28 +6,25 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from rich.console import Console
 
 from rlxf.clock import Clock
+from rlxf.command import Typed
 from rlxf.config.schema import Role, RunConfig
-from rlxf.driver import train
-from rlxf.evaluate import evaluate_only
 from rlxf.plan import Plan, make_plan
 from rlxf.platform import Platform, get_platform
-from rlxf.prepare import Roles, build_run, load_data, needs_scorer, with_epochs
+from rlxf.platform.environment import differing_exports, with_exports
+from rlxf.prepare import Roles, needs_scorer
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
-from rlxf.report import make_report
-from rlxf.resume import find_resume, is_complete, policy_source
 from rlxf.run import Reference
-from rlxf.run_folder import owned_checkpoints, save_config
+from rlxf.start import prepared, run_prepared
 from rlxf.stop import Stop
 from workers.actor import ActorWorker, RemoteActor
 from workers.cluster import Cluster, connect
@@ -49,35 +46,26 @@ WORKERS: dict[Role, type] = {
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
-def launch(config: RunConfig, run_dir: Path) -> None:
-    """Run the recipe on Ray; what it leaves is under ``run_dir``, and in ``actor_rollout.save`` if set."""
-    run_dir = run_dir.absolute()  # workers have other working folders
-    stop = Stop()
-    with stop.installed(), owned_checkpoints(config, run_dir):
-        config, data = with_epochs(config)
-        resume = find_resume(config, run_dir)  # before Ray starts: what is wrong is told at once
-        if resume is not None and is_complete(resume, config, run_dir):
+def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None:
+    """Run the recipe on Ray; what it leaves is under ``run_dir``, and in ``actor_rollout.save`` if set.
+
+    ``typed``: the command, for messages.
+    """
+    stop = Stop(grace_s=config.training.stop_grace_s)
+    with prepared(config, run_dir, stop, typed) as found:
+        if found is None:
             return
-        data = data or load_data(config)
+        config = found.config
         platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
         plan = make_plan(config)
-        save_config(config, run_dir)
         with connected(config, plan, platform, stop) as cluster:
             clock = Clock()
             waiter = Waiter(clock, stop, config.training.stage_timeout_s, cluster.logs)
             with stop.abandonable():
                 groups, loading = start_workers(config, plan, platform, waiter)
                 waiter.gather(loading, config.training.start_timeout_s)
-            report = make_report(config, run_dir, Console(), resume)
-            try:
-                run = build_run(
-                    config, run_dir, data, make_roles(config, platform, groups),
-                    platform=platform, report=report, clock=clock, stop=stop, resume=resume,
-                )  # fmt: skip
-                evaluate_only(run, policy_source(config, resume)) if config.training.eval_only else train(run)
-                data.say_dropped()
-            finally:
-                report.close()
+            roles = make_roles(config, platform, groups)
+            run_prepared(found, roles, platform=platform, clock=clock, stop=stop)
 
 
 @contextmanager
@@ -112,6 +100,7 @@ def start_workers(
         slots = [({"num_cpus": 0, "scheduling_strategy": here}, "of the driver")]
         groups["reward"] = _start_group(config, "reward", slots, platform, waiter)
     _say_who_is_where(groups)
+    _say_exports(config, groups, platform)
     for group in groups.values():
         master = group.members[0].handle.address.remote()  # a reference: Ray hands the value on when it is there
         loading += [
@@ -124,7 +113,7 @@ def _start_group(
     config: RunConfig, role: Role, slots: list[tuple[dict[str, Any], str]], platform: Platform, waiter: Waiter
 ) -> WorkerGroup:
     environment: dict[str, Any] = {"env_vars": _environment(config, role, platform)}
-    if " " in sys.executable:
+    if shlex.quote(sys.executable) != sys.executable:
         # Ray starts a worker through a shell and quotes everything but the interpreter.
         environment["py_executable"] = shlex.quote(sys.executable)
     worker = ray.remote(WORKERS[role])
@@ -146,12 +135,26 @@ def _say_who_is_where(groups: dict[Role, WorkerGroup]) -> None:
 
 
 def _environment(config: RunConfig, role: Role, platform: Platform) -> dict[str, str]:
-    """Environment variables of a role's processes: the device's, and where this checkout is."""
-    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    """Environment variables of a role's processes: the device's or the user's, and where this checkout is."""
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    return {**with_exports(_defaults(config, role, platform), os.environ), "PYTHONPATH": path}
+
+
+def _defaults(config: RunConfig, role: Role, platform: Platform) -> dict[str, str]:
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     if role == "infer":
-        return {**platform.rollout_environment(threads, config.rollout.cpu_kv_cache_gib), "PYTHONPATH": path}
-    return {**platform.worker_environment(threads), "PYTHONPATH": path}
+        return platform.rollout_environment(threads, config.rollout.cpu_kv_cache_gib)
+    return platform.worker_environment(threads)
+
+
+def _say_exports(config: RunConfig, roles: Iterable[Role], platform: Platform) -> None:
+    """Which exported variables the workers get in place of a default, and which they do not get."""
+    defaults = {name: value for role in roles for name, value in _defaults(config, role, platform).items()}
+    taken, refused = differing_exports(defaults, os.environ)
+    if taken:
+        log.info("environment of the workers, as exported: %s", ", ".join(taken))
+    if refused:
+        log.warning("exported, but not used: %s", ", ".join(refused))
 
 
 def make_roles(config: RunConfig, platform: Platform, groups: dict[Role, WorkerGroup]) -> Roles:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rlxf.assemble import build_engine, build_scorer, policy_tokenizer
-from rlxf.config.schema import RunConfig
+from rlxf.config.read_position import warn_of_read_position
+from rlxf.config.schema import ReadAt, RunConfig
 from rlxf.data.prompts import eval_prompts
 from rlxf.errors import ConfigError, ModelError, WorkerLost
 from rlxf.models.hf_folder import load_hf_config
@@ -33,6 +34,7 @@ class Settings:
     num_prompts: int  # the first ones of the file
     reward_model: Path | None = None  # this or reward_function
     reward_function: Path | None = None
+    read_at: ReadAt = "auto"  # where the reward model's score is read
     prompt_key: str = "prompt"
     max_prompt_length: int = 512  # tokens; a longer prompt of either model is left out
     max_new_tokens: int = 512
@@ -83,6 +85,7 @@ def compare(first: Path, second: Path, settings: Settings) -> Comparison:
         ConfigError: a folder, the data or the scorer is wrong.
     """
     configs = [recipe(model_folder(folder), settings) for folder in (first, second)]
+    warn_of_read_position(configs[0])
     platform = get_platform(settings.device)
     prompts = [eval_prompts(config, policy_tokenizer(config)) for config in configs]
     common = set.intersection(*(set(batch.prompt_ids.tolist()) for batch in prompts))
@@ -116,7 +119,9 @@ def recipe(folder: Path, settings: Settings) -> RunConfig:
     reward: dict[str, Any] = {"function": str(function) if function else None}
     if reward_model is not None:
         models["reward"] = _shape(reward_model, settings)
-        reward |= {"model": "reward", "load": str(reward_model.absolute()), **_lengths(settings)}
+        reward |= {"model": "reward", "load": str(reward_model.absolute()), "read_at": settings.read_at}
+        # Its tokens are not those that the options count: it takes what it has positions for.
+        reward |= _lengths(settings) | {"seq_length": models["reward"]["max_position_embeddings"]}
     return RunConfig.model_validate(
         {
             "runtime": "local",
@@ -177,6 +182,7 @@ def _only(prompts: PromptBatch, wanted: set[int]) -> PromptBatch:
     return PromptBatch(
         prompts=Tokens.from_rows([tokens[row] for row in rows]),
         prompt_ids=prompts.prompt_ids[rows],
+        positions=prompts.positions[rows],
         texts=tuple(prompts.texts[row] for row in rows),
         columns={name: [values[row] for row in rows] for name, values in prompts.columns.items()},
     )
@@ -190,6 +196,7 @@ def answer(config: RunConfig, prompts: PromptBatch, settings: Settings, platform
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=settings.seed,
+        purpose="eval",
     )
     size = settings.prompts_per_call
     parts = [prompts.slice(start, start + size) for start in range(0, len(prompts), size)]

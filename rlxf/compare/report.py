@@ -15,9 +15,9 @@ from rich.table import Table
 
 from rlxf.compare.models import Comparison, Said
 from rlxf.compare.statistics import Floats, Interval, WinRate, win_rate
+from rlxf.core.files import write_json, write_text
 from rlxf.errors import ConfigError
 from rlxf.metrics import finite_or_null
-from rlxf.run_folder import write_json, write_text
 
 
 def judge(found: Comparison, *, confidence: float, resamples: int, seed: int) -> WinRate:

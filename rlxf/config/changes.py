@@ -18,8 +18,9 @@ _HARMLESS = {
     "training.eval_only",
     *(f"training.{key}" for key in ("keep_latest", "keep_best", "keep_best_metric", "keep_best_mode")),
     *(f"training.{key}" for key in ("stage_timeout_s", "start_timeout_s", "trust_remote_code")),
+    *("training.save_every_minutes", "training.stop_grace_s"),
     *("actor_rollout.save", "rollout.gpu_memory_utilization", "rollout.cpu_kv_cache_gib"),
-    "actor_rollout.max_bad_rows",
+    *("actor_rollout.max_bad_rows", "reward.max_failures"),
     *("actor_rollout.data_path", "rollout.replay_path"),  # their content is what counts, and is compared
     *("runtime", "dry_run", "rollout.engine"),  # the engine that they come to is compared
     *("training.train_iters", "actor_rollout.ppo_mini_batch_size"),  # compared with what they depend on

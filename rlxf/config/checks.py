@@ -17,6 +17,7 @@ from rlxf.config.losses import loss_problems, warn_of_other_stages
 from rlxf.config.parallel import layout_problems, rollout_layout_problems
 from rlxf.config.placement import placement_problems
 from rlxf.config.problems import Problem, show, wrong
+from rlxf.config.read_position import warn_of_read_position
 from rlxf.config.recording import holds_scores
 from rlxf.config.schema import ActorConfig, ModelConfig, RoleConfig, RunConfig
 from rlxf.config.trackers import tracker_problems
@@ -292,6 +293,7 @@ def _warn(config: RunConfig) -> None:
         logger.warning("no effect: reward.load and reward.function; rollout.replay_path holds scores, which are used")
     warn_of_unused(config)
     warn_of_other_stages(config)
+    warn_of_read_position(config)
     say_which_reference(config)
     if config.needs_reference and config.ref.load != config.actor_rollout.load:
         logger.warning("ref.load differs from actor_rollout.load: the policy starts away from its reference")

@@ -95,7 +95,7 @@ def named_paths(config: RunConfig) -> list[NamedPath]:
         "ref.load": config.ref.load,
         "reward.load": reward.load if config.scores else None,
         "reward.tokenizer_name_or_path": reward.tokenizer_name_or_path if config.scores else None,
-        "training.resume": None if config.training.resume in ("auto", "never") else config.training.resume,
+        "training.resume": None if config.training.resume in ("auto", "never", "last") else config.training.resume,
     }
     files: dict[str, tuple[str | None, tuple[str, ...]]] = {
         "reward.function": (None if config.offline or config.replays_scores else reward.function, (".py",)),

@@ -36,7 +36,7 @@ DataPaths = Annotated[tuple[Annotated[str, LocalPath("data")], ...], BeforeValid
 Weights = Annotated[tuple[Annotated[Finite, Field(gt=0)], ...], BeforeValidator(as_tuple)]
 MapKeys = Annotated[dict[str, str], BeforeValidator(as_map_keys)]
 Shares = Annotated[tuple[float, float, float], BeforeValidator(as_shares)]
-Checkpoint = Annotated[str, LocalPath("folder", words=("auto", "never"))]
+Checkpoint = Annotated[str, LocalPath("folder", words=("auto", "never", "last"))]
 
 Stage = Literal["ray_online_dpo", "dpo", "sft", "rm"]
 Device = Literal["auto", "npu", "cuda", "cpu"]
@@ -66,6 +66,7 @@ REFERENCE_FREE = frozenset({"simpo", "orpo", "sft"})
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab"]
 DataFormat = Literal["auto", "standard", "messages", "alpaca", "sharegpt"]
+ReadAt = Literal["auto", "end_of_turn", "last_token"]
 Role = Literal["train", "infer", "ref", "reward"]
 
 
@@ -87,8 +88,11 @@ class TrainingConfig(Strict):
     global_batch_size: Positive = 32  # prompts (offline: pairs) per driver step
     train_iters: Positive = 100  # driver steps
     epochs: Annotated[Finite, Field(gt=0)] | None = None  # passes over the data, which then decide train_iters
-    resume: Checkpoint = "auto"  # auto: from the newest whole checkpoint, if there is one; or a checkpoint's folder
-    save_interval: int = Field(0, ge=0)  # driver steps between checkpoints; 0 = only at the end and when stopped
+    resume: Checkpoint = (
+        "auto"  # auto: from the newest whole checkpoint; last: of the newest unfinished run; or a folder
+    )
+    save_interval: int = Field(0, ge=0)  # driver steps between checkpoints that stay; 0 = only at the end
+    save_every_minutes: Rate = 30.0  # longest time without a checkpoint, which the next one replaces; 0 = off
     save_hf_interval: int = Field(0, ge=0)  # driver steps between `hf_*` folders beside the checkpoints; 0 = none
     async_save: bool = False  # write checkpoints while training goes on; holds a copy of the state in memory
     keep_latest: int = Field(0, ge=0)  # newest checkpoints that are kept; 0 = all
@@ -97,6 +101,7 @@ class TrainingConfig(Strict):
     keep_best_mode: Literal["max", "min"] | None = None  # what is better; unset: min for a loss, else max
     eval_interval: int = Field(0, ge=0)  # driver steps between evaluations; 0 = never
     eval_only: bool = False  # evaluate once, the newest checkpoint if there is one, and train nothing
+    stop_grace_s: Rate = 30.0  # how long Ctrl-C and SIGTERM let an update or a sync finish, seconds; the save follows
     stage_timeout_s: Positive = 3600  # longest time that one remote stage may take, seconds
     start_timeout_s: Positive = 600  # longest time that loading a model may take, seconds
     trust_remote_code: bool = False  # allow model folders to run their own Python code
@@ -259,6 +264,8 @@ class RewardConfig(RoleConfig):
     function: File | None = (
         None  # path of a Python file that defines `reward(prompts, completions, completion_ids, **columns)`
     )
+    read_at: ReadAt = "auto"  # token where a reward model's score is read; auto: what its folder says, else last_token
+    max_failures: int = Field(0, ge=0)  # completions of a whole run that may stay without a score when calls fail
 
 
 class RolloutConfig(Strict):

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from rlxf.checkpoint import LATEST, publish, temporary_for
+from rlxf.checkpoint import LATEST
 from rlxf.convert.command import Request
 from rlxf.convert.dist import write_dist
 from rlxf.convert.layout import Sizes, target_sizes
 from rlxf.convert.legacy import write_legacy
 from rlxf.convert.source import Source, open_source
+from rlxf.core.files import publish, recover, temporary_for
 from rlxf.errors import ConfigError
 from rlxf.models.hf_folder import ModelWeights, save_hf_folder, write_assets
 from rlxf.models.peft_folder import save_adapter
@@ -37,6 +38,7 @@ def convert(request: Request, say: Callable[[str], None]) -> Path:
         raise ConfigError(f"--tokenizer-model {request.tokenizer}: no tokenizer there; name its folder or a file in it")
     source = open_source(request)
     result = _result(request, source.assets)
+    recover(result.absolute())
     _check_result(request, result)
     for note in source.notes:
         say(note)

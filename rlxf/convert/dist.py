@@ -25,17 +25,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from rlxf.convert.layout import Shape
 from rlxf.models.hf_folder import ModelWeights
-from rlxf.models.megatron.dist_folder import stored_name
+from rlxf.models.megatron.dist_folder import FORMAT, TORCH_DIST, stored_name
 from rlxf.models.megatron.weights import Geometry, to_local
 
 # Linears whose (empty) extra state megatron keeps for every layer, and asks for when it loads.
 _LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-_BACKENDS = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 
 
 def write_dist(folder: Path, weights: ModelWeights, shape: Shape, *, tp_size: int, dtype: torch.dtype) -> None:
@@ -58,7 +52,7 @@ def write_dist(folder: Path, weights: ModelWeights, shape: Shape, *, tp_size: in
     planner = _LazyPlanner(pieces, dtype)
     save({}, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)
     torch.save({"checkpoint_version": 3.0, "iteration": 1}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(_BACKENDS))
+    (folder / FORMAT).write_text(json.dumps(TORCH_DIST))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlxf.checkpoint import DRIVER, LATEST, MANIFEST, find_problems
 from rlxf.config.folders import assets_folder, megatron_checkpoint
+from rlxf.config.read_position import READ_AT, stored_position
 from rlxf.convert.adapters import MergedWeights, adapters_of_legacy, adapters_of_run
 from rlxf.convert.command import Request
 from rlxf.convert.layout import Shape
@@ -54,7 +55,7 @@ def open_source(request: Request) -> Source:
         weights = MergedWeights(weights, _given_adapter(request, weights, shape), shape)
     if weights is not None:
         _check_head(request, HEAD in weights)
-    changes = _classifier(hf_config, assets) if request.reward else {}
+    changes = _reward_settings(hf_config, assets, checkpoint) if request.reward else {}
     return Source(weights, shape, assets, changes, opened.adapter, opened.dropout, notes)
 
 
@@ -250,6 +251,12 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
         yield find_checkpoint(folder)
     except ModelError:
         return
+
+
+def _reward_settings(hf_config: Any, assets: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """What config.json says of a reward model besides that of ``assets``: its kind, and where its score is read."""
+    position = stored_position(checkpoint or assets)
+    return _classifier(hf_config, assets) | ({READ_AT: position} if position else {})
 
 
 def _classifier(hf_config: Any, assets: Path) -> dict[str, Any]:

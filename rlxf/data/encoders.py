@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rlxf.data.batches import Drop
 from rlxf.data.fields import BadRow, common_start
 from rlxf.data.handlers import Columns
-from rlxf.data.text import apply_template, text_problem
+from rlxf.data.text import text_problem
 from rlxf.data.tokenized import IGNORED
 from rlxf.data.turns import encode_many_turns
 from rlxf.errors import DataError, ModelError
 from rlxf.jsonl import Row, describe
+from rlxf.models.encoding import apply_template
 from rlxf.types import Messages
 
 if TYPE_CHECKING:

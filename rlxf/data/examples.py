@@ -11,10 +11,11 @@ from rlxf.data.batches import Drop
 from rlxf.data.fields import common_start
 from rlxf.data.formats import Layout
 from rlxf.data.source import DataSource
-from rlxf.data.text import encode_string, shorten_left, with_eos
+from rlxf.data.text import shorten_left
 from rlxf.data.tokenized import Content, TokenIds
 from rlxf.data.turns import encode_turns
 from rlxf.jsonl import Row
+from rlxf.models.encoding import encode_string, with_eos
 from rlxf.types import Examples, Messages, Sequences
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlxf.core.files import fsync, replace_files
 from rlxf.errors import DataError
 from rlxf.jsonl import Check, Problems, Row
 
@@ -84,11 +85,13 @@ class IndexedWriter:
     def _finish(self) -> None:
         for key, builder in self._builders.items():
             builder.finalize(f"{self.paths[key]}{self._mark}.idx")
-        for path in self.paths.values():  # an index without its data, never one beside other data
+        paths = self.paths.values()
+        renames = {Path(f"{path}{self._mark}{end}"): Path(f"{path}{end}") for end in (".bin", ".idx") for path in paths}
+        for temporary in renames:
+            fsync(temporary)
+        for path in paths:  # an index without its data, never one beside other data
             Path(f"{path}.idx").unlink(missing_ok=True)
-        for suffix in (".bin", ".idx"):
-            for path in self.paths.values():
-                os.replace(f"{path}{self._mark}{suffix}", f"{path}{suffix}")
+        replace_files(renames)
 
     def _discard(self) -> None:
         for key, builder in self._builders.items():

@@ -15,9 +15,11 @@ from rlxf.data.fields import BadRow, common_start
 from rlxf.data.formats import Layout
 from rlxf.data.readers import Part
 from rlxf.data.source import DataSource
-from rlxf.data.text import encode_chat, encode_string, shorten_left, with_eos
+from rlxf.data.text import shorten_left
 from rlxf.data.tokenized import Content, TokenIds
 from rlxf.jsonl import Row, describe
+from rlxf.models.encoding import encode_chat, encode_string, with_eos
+from rlxf.models.endings import Endings
 from rlxf.types import Pairs, RewardPairs, Sequences
 
 if TYPE_CHECKING:
@@ -55,6 +57,9 @@ class PreferenceFile(DataSource[PairRecord, PairIds, Pairs]):
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> None:
         self._with_margin = config.training.stage == "rm"
         self._warned = False
+        actor = config.actor_rollout
+        # A reward model's score is trained at the last token that it is given.
+        self._endings = Endings.of(tokenizer, actor.load, tokens=actor.eos_tokens) if self._with_margin else None
         super().__init__(config, tokenizer, part)
 
     def _take(self, layout: Layout, row: Row) -> PairRecord:
@@ -66,6 +71,8 @@ class PreferenceFile(DataSource[PairRecord, PairIds, Pairs]):
     def _make(self, row: int, record: PairRecord) -> PairIds | Drop:
         config = self._config
         prompt, chosen, rejected = self._encode(record.prompt, record.chosen, record.rejected)
+        if self._endings is not None:
+            chosen, rejected = self._endings.cut(chosen), self._endings.cut(rejected)
         if chosen == rejected:
             return Drop("chosen and rejected are the same tokens")
         if not prompt:

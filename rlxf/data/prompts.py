@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -41,6 +42,11 @@ class PromptSource(DataSource[PromptRecord, Prompt, PromptBatch]):
     task = "prompt"
     ends_with_eos = False
 
+    def next_batch(self, step: int) -> PromptBatch:
+        """The prompts of a step, with their places in the run; the same whatever was asked for before."""
+        start = step * self._batch_size
+        return replace(super().next_batch(step), positions=torch.arange(start, start + self._batch_size))
+
     def _take(self, layout: Layout, row: Row) -> PromptRecord:
         text = layout.prompt(row)
         columns = {name: row[name] for name in row.keys() - layout.prompt_columns}
@@ -66,10 +72,12 @@ class PromptSource(DataSource[PromptRecord, Prompt, PromptBatch]):
         return Prompt(row, record, ids)
 
     def _collate(self, items: Sequence[Prompt]) -> PromptBatch:
-        """Prompts as the other rooms take them; a column that a row lacks is None there."""
+        """Prompts as the other rooms take them, at their rows; a column that a row lacks is None there."""
+        rows = torch.tensor([item.row for item in items], dtype=torch.int64)
         return PromptBatch(
             prompts=Tokens.from_rows([item.ids for item in items]),
-            prompt_ids=torch.tensor([item.row for item in items], dtype=torch.int64),
+            prompt_ids=rows,
+            positions=rows,
             texts=tuple(self._readable(item.record.text) for item in items),
             columns={
                 name: [self._readable(item.record.columns.get(name)) for item in items] for name in self._table.columns

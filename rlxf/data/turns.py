@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlxf.data.fields import common_start
-from rlxf.data.text import apply_template
 from rlxf.errors import DataError
+from rlxf.models.encoding import apply_template
 from rlxf.types import Messages
 
 if TYPE_CHECKING:

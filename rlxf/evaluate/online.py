@@ -16,7 +16,7 @@ from rlxf.config.schema import RunConfig
 from rlxf.evaluate.answers import Scores, mean, measured, standard_error, wins
 from rlxf.evaluate.due import is_due
 from rlxf.evaluate.user import call_metrics, load_metrics
-from rlxf.rollout.engine import Sampling
+from rlxf.rollout.engine import Purpose, Sampling
 from rlxf.run import Actor, Reference, Rollout
 from rlxf.score.penalty import with_scores
 from rlxf.score.scorer import Scorer
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-_BASELINE_STEP = -1  # seeds of the initial policy's samples; an evaluation after n steps uses -2 - n
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +124,7 @@ class Evaluation:
             self._start(greedy)  # the weights are the same
         if not alone:
             others = {"win_rate": self._baseline, "win_rate_previous": self._previous}
-        samples = self._sample(_BASELINE_STEP - 1 - step)
+        samples = self._sample("eval", step)
         metrics = {
             **_rewards(samples, ""),
             **_win_rates(samples, greedy, others),
@@ -141,20 +139,21 @@ class Evaluation:
 
     def _start(self, greedy: Samples | None) -> None:
         """Keep what the initial policy says."""
-        samples = self._sample(_BASELINE_STEP)
+        samples = self._sample("initial", 0)
         self._baseline = self._previous = Scores(samples.scores, _scores(greedy))
         self._initial_texts = samples.texts
 
     def _greedy(self, step: int) -> Samples | None:
-        return self._sample(_BASELINE_STEP - 1 - step, greedy=True) if self._config.eval.greedy else None
+        return self._sample("greedy", step) if self._config.eval.greedy else None
 
-    def _sample(self, step: int, *, greedy: bool = False) -> Samples:
+    def _sample(self, purpose: Purpose, step: int) -> Samples:
         config = self._config
         sampling = Sampling(
             num_samples=1,
             max_new_tokens=config.max_new_tokens,
-            temperature=0.0 if greedy else 1.0,
+            temperature=0.0 if purpose == "greedy" else 1.0,
             seed=config.training.seed,
+            purpose=purpose,
             step=step,
         )
         rollouts = self._rooms.rollout.generate(self._prompts, sampling)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rlxf.errors import ConfigError, RlxfError
 from rlxf.types import Metrics
+from rlxf.user_file import describe, load_function
 
 UserMetrics = Callable[[list[Any], list[str], list[str]], dict[str, float]]
 _SIGNATURE = "def evaluate(prompts, completions, initial_completions) -> dict[str, float]"
+_WITH_ERRORS = ("reward", "raw_reward", "win_rate", "win_rate_previous")
+_SAMPLED = (*_WITH_ERRORS, *(f"{name}_se" for name in _WITH_ERRORS), "length", "eos_rate")
+# What an evaluation measures by itself, without ``eval/``.
+BUILT_IN = frozenset({*_SAMPLED, *(f"greedy_{name}" for name in _SAMPLED), "kl", "kl_se"})
 
 
 def load_metrics(path: str) -> UserMetrics:
@@ -20,20 +24,7 @@ def load_metrics(path: str) -> UserMetrics:
     Raises:
         ConfigError: there is no such file or function, or the file cannot be run.
     """
-    spec = importlib.util.spec_from_file_location("rlxf_eval_metrics", Path(path))
-    if spec is None or spec.loader is None or not Path(path).is_file():
-        raise ConfigError(f"eval.metrics={path}: no such Python file; expected one with `{_SIGNATURE}`")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except RlxfError:
-        raise  # a stop that the user asked for, among others
-    except Exception as error:
-        raise ConfigError(f"eval.metrics={path}: cannot be loaded: {type(error).__name__}: {error}") from error
-    function: UserMetrics | None = getattr(module, "evaluate", None)
-    if not callable(function):
-        raise ConfigError(f"eval.metrics={path}: defines no function `evaluate`; expected `{_SIGNATURE}`")
-    return function
+    return load_function(Path(path), "evaluate", key="eval.metrics", signature=_SIGNATURE)
 
 
 def call_metrics(
@@ -42,11 +33,17 @@ def call_metrics(
     """What ``function`` says, by names that begin with ``eval/``.
 
     Raises:
-        ConfigError: it failed, or gave something else than numbers by name.
+        ConfigError: it failed, gave something else than numbers by name, or a name that an evaluation has already.
     """
     try:
-        return {f"eval/{name}": float(value) for name, value in function(prompts, texts, initial_texts).items()}
+        found = {str(name): float(value) for name, value in function(prompts, texts, initial_texts).items()}
     except RlxfError:
         raise  # a stop that the user asked for, among others
     except Exception as error:
-        raise ConfigError(f"eval.metrics={path}: `evaluate` failed: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"eval.metrics={path}: `evaluate` failed: {describe(error, Path(path))}") from error
+    if taken := sorted(BUILT_IN.intersection(found)):
+        raise ConfigError(
+            f"eval.metrics={path}: `evaluate` returns {', '.join(map(repr, taken))}, but an evaluation has a metric of "
+            f"that name itself (eval/{taken[0]}); give it another name"
+        )
+    return {f"eval/{name}": value for name, value in found.items()}

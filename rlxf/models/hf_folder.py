@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rlxf.config.folders import assets_folder
+from rlxf.core.files import new_folder
 from rlxf.errors import ModelError
 
 _SHARD_BYTES = 5 * 2**30
@@ -121,22 +121,17 @@ def save_hf_folder(
     """Write weights with the config and tokenizer of ``like``; complete or not there at all.
 
     Args:
-        folder: must not exist; written under a temporary name and renamed last.
+        folder: an older one of that name is replaced, when the new one is on disk.
         tensors: Hugging Face names and full tensors, one at a time.
         like: the model folder that the run started from.
         changes: of ``config.json``.
         extra: adds files of its own to the folder that it is given.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    _write_shards(temporary, tensors)
-    write_assets(temporary, like, changes)
-    if extra is not None:
-        extra(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    with new_folder(folder) as temporary:
+        _write_shards(temporary, tensors)
+        write_assets(temporary, like, changes)
+        if extra is not None:
+            extra(temporary)
 
 
 def write_assets(folder: Path, like: Path, changes: Mapping[str, Any]) -> None:

@@ -59,10 +59,27 @@ def eos_token_ids(
     Raises:
         ModelError: none of the three names one, or the tokenizer does not have one of ``also``.
     """
-    folder = assets_folder(Path(model_folder))
+    found = declared_eos_ids(model_folder, tokenizer, also)
+    if not found:
+        raise ModelError(
+            f"{assets_folder(Path(model_folder))}: no end-of-sequence token in generation_config.json, config.json or "
+            'the tokenizer; add "eos_token_id" to generation_config.json, or no completion ever ends'
+        )
+    return tuple(sorted(found))
+
+
+def declared_eos_ids(
+    model_folder: str | Path | None, tokenizer: PreTrainedTokenizerBase, also: Sequence[str] | None = ()
+) -> set[int]:
+    """The same ids, in no order and possibly none. ``model_folder`` None: those of the tokenizer and ``also``.
+
+    Raises:
+        ModelError: the tokenizer does not have one of ``also``.
+    """
     found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        found |= _ids(_read_json(folder / name).get("eos_token_id"), folder / name)
+    for name in ("generation_config.json", "config.json") if model_folder is not None else ():
+        file = assets_folder(Path(str(model_folder))) / name
+        found |= _ids(_read_json(file).get("eos_token_id"), file)
     if tokenizer.eos_token_id is not None:
         found.add(int(tokenizer.eos_token_id))
     vocabulary = tokenizer.get_vocab() if also else {}
@@ -74,12 +91,7 @@ def eos_token_ids(
                 "actor_rollout.eos_tokens=[] to do without"
             )
         found.add(int(vocabulary[token]))
-    if not found:
-        raise ModelError(
-            f"{folder}: no end-of-sequence token in generation_config.json, config.json or the tokenizer; "
-            'add "eos_token_id" to generation_config.json, or no completion ever ends'
-        )
-    return tuple(sorted(found))
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

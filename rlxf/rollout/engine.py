@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from rlxf.errors import SyncError
 from rlxf.sync.plan import Bucket
 from rlxf.types import PromptBatch, Rollouts, Sequences, Tokens
+
+Purpose = Literal["train", "eval", "greedy", "initial"]
+"""What completions are for: training, an evaluation's samples and greedy answers, the initial policy's baseline."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,12 +29,22 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = -1  # -1 or 0: off
     seed: int = 0  # the run's seed
-    step: int = 0  # the driver step; an evaluation uses a negative one, so that it never repeats a training sample
+    purpose: Purpose = "train"
+    step: int = 0  # complete driver steps before an evaluation; 0 in training, where positions tell the steps apart
 
 
-def sample_seed(seed: int, step: int, prompt_id: int, sample_index: int) -> int:
-    """The seed of one completion, in [0, 2**63). Depends on nothing else: not on worker, batch or layout."""
-    key = f"{seed}/{step}/{prompt_id}/{sample_index}".encode()
+def sample_seed(sampling: Sampling, *, position: int, prompt_id: int, sample_index: int) -> int:
+    """The seed of one completion, in [0, 2**63): no two completions of a run share it.
+
+    Args:
+        sampling: its seed, purpose and step count.
+        position: of the prompt (``PromptBatch.positions``): a row that occurs twice in a step has two of them.
+        prompt_id: row of the data.
+        sample_index: 0..K-1.
+
+    It depends on nothing else: not on the worker, the batch, the layout or the weights that sample.
+    """
+    key = f"{sampling.seed}/{sampling.purpose}/{sampling.step}/{position}/{prompt_id}/{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
@@ -128,8 +141,10 @@ def sample_requests(
     One request per sample: its seed must not depend on its siblings. ``prompts_per_call`` None: all in one call.
     """
     requests = [
-        (row, sample_seed(sampling.seed, sampling.step, prompt_id, k))
-        for row, prompt_id in zip(prompts.prompts.rows(), prompts.prompt_ids.tolist(), strict=True)
+        (row, sample_seed(sampling, position=position, prompt_id=prompt_id, sample_index=k))
+        for row, position, prompt_id in zip(
+            prompts.prompts.rows(), prompts.positions.tolist(), prompts.prompt_ids.tolist(), strict=True
+        )
         for k in range(sampling.num_samples)
     ]
     size = (prompts_per_call or max(len(prompts), 1)) * sampling.num_samples

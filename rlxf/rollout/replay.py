@@ -71,6 +71,7 @@ class ReplayEngine:
         return PromptBatch(
             prompts=Tokens.from_rows(prompts),
             prompt_ids=torch.tensor(numbers, dtype=torch.int64),
+            positions=torch.tensor(numbers, dtype=torch.int64),
             texts=tuple(self._tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts),
             columns={},
         )

@@ -16,6 +16,7 @@ from rlxf.errors import ConfigError, RlxfError, SyncError
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform.base import Platform
+from rlxf.platform.environment import is_needed
 from rlxf.rollout.engine import Completion, ProbeResult, Sampling, WeightState, pack_rollouts, sample_requests
 from rlxf.sync.plan import Bucket
 from rlxf.types import PromptBatch, Rollouts, Tokens
@@ -119,7 +120,7 @@ def prepare_environment(expected: Mapping[str, str]) -> None:
         )
     for name, value in expected.items():
         found = os.environ.setdefault(name, value)
-        if name.startswith("VLLM_") and name != "VLLM_LOGGING_LEVEL" and found != value:
+        if is_needed(name) and found != value:
             raise ConfigError(f"environment variable {name}={found}: this recipe needs {value}; unset it")
 
 

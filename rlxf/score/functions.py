@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
-import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +12,13 @@ import torch
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
-from rlxf.errors import ConfigError, RlxfError
+from rlxf.errors import ConfigError, RlxfError, ScoreError
 from rlxf.types import Rollouts, Text
+from rlxf.user_file import describe, load_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RewardFunction = Callable[..., Any]
 _SIGNATURE = "def reward(prompts, completions, completion_ids, **columns) -> list[float | None]"
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _GIVEN = ("prompts", "completions", "completion_ids")
@@ -35,18 +32,23 @@ class FunctionScorer:
     completion. The function returns a number per completion, or None where it has no score.
 
     Raises:
-        ConfigError: the file or the function is missing or wrong, the function fails, or what it returns is no score.
+        ConfigError: the file or the function is missing or wrong, or does not take what the data has.
     """
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         if config.reward.function is None:
             raise ConfigError("reward.function is not set; expected the path of a Python file that defines `reward`")
         self._path = Path(config.reward.function)
-        self._function = self._load()
+        self._function = load_function(self._path, "reward", key="reward.function", signature=_SIGNATURE)
+        self._require_accepts(dict.fromkeys(_GIVEN), complete=False)  # the data's columns are not known yet
         self._tokenizer = tokenizer
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        """[B] float32 raw scores; NaN where the function returned None."""
+        """[B] float32 raw scores; NaN where the function returned None.
+
+        Raises:
+            ScoreError: the function failed, or what it returned is not one score per completion.
+        """
         prompt_rows = rollouts.prompt_index.tolist()
         prompts = [rollouts.prompts.texts[row] for row in prompt_rows]
         ids = rollouts.sequences.completion_rows()
@@ -67,30 +69,6 @@ class FunctionScorer:
     def _name(self) -> str:
         return f"reward.function={self._path}"
 
-    def _load(self) -> RewardFunction:
-        """Run the file and take the function out of it."""
-        if not self._path.is_file():
-            raise ConfigError(f"{self._name}: no such file; expected a Python file with `{_SIGNATURE}`")
-        name = f"rlxf_reward_{self._path.stem}"
-        spec = importlib.util.spec_from_file_location(name, self._path)
-        if spec is None or spec.loader is None:
-            raise ConfigError(f"{self._name}: not a Python file (.py)")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses and pickling look a module up by its name
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise ConfigError(f"{self._name}: cannot be loaded: {self._describe(error)}") from error
-        function = getattr(module, "reward", None)
-        if function is None:
-            raise ConfigError(f"{self._name}: defines no function `reward`; expected `{_SIGNATURE}`")
-        if not callable(function) or inspect.iscoroutinefunction(function):
-            kind = "is asynchronous" if callable(function) else f"is a {type(function).__name__}"
-            raise ConfigError(f"{self._name}: `reward` {kind}; expected a function, `{_SIGNATURE}`")
-        self._function = function
-        self._require_accepts(dict.fromkeys(_GIVEN), complete=False)  # the data's columns are not known yet
-        return self._function
-
     def _require_accepts(self, arguments: dict[str, Any], *, complete: bool) -> None:
         signature = inspect.signature(self._function)
         try:
@@ -102,38 +80,27 @@ class FunctionScorer:
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         try:
-            return self._function(**arguments)
+            result = self._function(**arguments)
+            return list(result) if isinstance(result, Iterable) else result  # a generator fails only here
         except RlxfError:  # a stop request reached the program inside the function
             raise
         except Exception as error:
-            raise ConfigError(f"{self._name}: `reward` failed: {self._describe(error)}") from error
-
-    def _describe(self, error: Exception) -> str:
-        """Type, text and the line of the file at which it happened."""
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if _is_same(frame, self._path)]
-        if isinstance(error, SyntaxError):
-            lines = [error.lineno]
-        place = f"{self._path}:{lines[-1]}: " if lines else ""
-        return f"{place}{type(error).__name__}: {error}"
+            raise ScoreError(f"{self._name}: `reward` failed: {describe(error, self._path)}") from error
 
     def _scores(self, result: Any, count: int) -> Tensor:
         """The function's answer as scores, once it is one finite number or None per completion."""
-        try:
-            values = list(result)
-        except TypeError as error:
-            raise ConfigError(
-                f"{self._name}: expected a list of {count} scores, got {type(result).__name__}"
-            ) from error
-        if len(values) != count:
-            raise ConfigError(f"{self._name}: expected {count} scores, one per completion, got {len(values)}")
+        if not isinstance(result, list):
+            raise ScoreError(f"{self._name}: expected a list of {count} scores, got {type(result).__name__}")
+        if len(result) != count:
+            raise ScoreError(f"{self._name}: expected {count} scores, one per completion, got {len(result)}")
         scores = []
-        for index, value in enumerate(values):
+        for index, value in enumerate(result):
             try:
                 score = math.nan if value is None else float(value)
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"{self._name}: score {index} must be a number or None, got {value!r}") from error
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise ScoreError(f"{self._name}: score {index} must be a number or None, got {value!r}") from error
             if isinstance(value, str) or abs(score) > _FLOAT32_MAX:
-                raise ConfigError(f"{self._name}: score {index} must be a finite number or None, got {value!r}")
+                raise ScoreError(f"{self._name}: score {index} must be a finite number or None, got {value!r}")
             scores.append(score)
         return torch.tensor(scores, dtype=torch.float32)
 
@@ -145,7 +112,3 @@ def _copy(text: Text) -> Text:
 
 def _reply(prompt: Text, completion: str) -> Text:
     return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
-
-
-def _is_same(frame: traceback.FrameSummary, path: Path) -> bool:
-    return Path(frame.filename).resolve() == path.resolve()

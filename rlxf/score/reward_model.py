@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from rlxf.config.read_position import read_position
 from rlxf.config.schema import RunConfig
-from rlxf.errors import ConfigError
+from rlxf.errors import ConfigError, DataError, ModelError
 from rlxf.models.backend import load_model, sequence_scores
 from rlxf.models.batching import Limits
-from rlxf.models.tokenizer import load_tokenizer
+from rlxf.models.encoding import encode_chat, encode_string, with_eos
+from rlxf.models.endings import Endings
+from rlxf.models.tokenizer import declared_eos_ids, load_tokenizer
 from rlxf.platform.base import Platform, Process
-from rlxf.types import Rollouts, Sequences, Text
+from rlxf.types import Messages, Rollouts, Sequences, Text
+
+log = logging.getLogger(__name__)
 
 
 class RewardModelScorer:
@@ -21,48 +30,101 @@ class RewardModelScorer:
 
     With the policy's own tokenizer the sampled token ids are scored as they are, EOS included. With another tokenizer
     the completion is decoded and encoded again after the prompt's text: through the reward tokenizer's chat template
-    for chat messages, else as plain text with its EOS where the completion ended.
+    for chat messages, else as plain text. A completion without EOS, which was cut, gets no end by that.
+
+    A score is read where the model was trained (``reward.read_at``): at the token that ends the answer, or behind all
+    that the reward model's chat template writes after it; that of a cut completion at its last token.
 
     Raises:
         ModelError: ``reward.load`` does not hold such a model.
+        ConfigError: it says of itself that it is read at a position that is not known.
     """
 
     def __init__(self, config: RunConfig, platform: Platform, process: Process) -> None:
         self.model = load_model(config, "reward", platform, process)
         self.model.requires_grad_(False)
         self._limits = Limits.of(config.reward)
-        trust = config.training.trust_remote_code
+        self._max_tokens = min(config.reward.seq_length, int(self.model.hf_config.max_position_embeddings))
+        self._said_too_long = False
+        trust, actor = config.training.trust_remote_code, config.actor_rollout
         self._own = load_tokenizer(_tokenizer_path(config, "reward"), trust_remote_code=trust)
         self._policy = load_tokenizer(_tokenizer_path(config, "actor_rollout"), trust_remote_code=trust)
         self._same = _same_ids(self._own, self._policy)
+        self._eos_ids = declared_eos_ids(actor.load, self._policy, actor.eos_tokens)  # what ends a completion
+        ids = self._eos_ids if self._same else ()
+        self._endings = Endings.of(self._own, config.reward.load, ids=ids)
+        self._reads_tail = read_position(config.reward) == "last_token"
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        """[B] float32 scores, read at the last token of prompt and completion."""
-        if self._same:
-            return sequence_scores(self.model, rollouts.sequences, self._limits)
-        # Where a prompt ends is not known in the other tokens, so there is none to share.
-        return sequence_scores(self.model, self._reencode(rollouts), replace(self._limits, share_prompts=False))
-
-    def _reencode(self, rollouts: Rollouts) -> Sequences:
+        """[B] float32 scores; NaN for a text that is longer than the reward model takes."""
         texts = [rollouts.prompts.texts[row] for row in rollouts.prompt_index.tolist()]
+        sequences = self._sampled(rollouts.sequences, texts) if self._same else self._encoded(rollouts.sequences, texts)
+        # Where a prompt ends is not known in other tokens, so there is none to share.
+        limits = self._limits if self._same else replace(self._limits, share_prompts=False)
+        fits = sequences.lengths <= self._max_tokens
+        if bool(fits.all()):
+            return sequence_scores(self.model, sequences, limits)
+        self._say_too_long(sequences)
+        scores = torch.full((len(sequences),), math.nan)
+        if bool(fits.any()):
+            scores[fits] = sequence_scores(self.model, sequences.select(fits.nonzero().flatten()), limits)
+        return scores
+
+    def _sampled(self, sequences: Sequences, texts: Sequence[Text]) -> Sequences:
+        """Prompt and completion up to the token where the score is read."""
+        completions = sequences.completion_rows()
+        read = [self._up_to_position(ids, text) for ids, text in zip(completions, texts, strict=True)]
+        return sequences if read == completions else Sequences.from_rows(sequences.prompt_rows(), read)
+
+    def _up_to_position(self, completion: list[int], prompt: Text) -> list[int]:
+        if not self._reads_tail:
+            return self._endings.cut(completion)
+        place = self._endings.find(completion)
+        if place is None or isinstance(prompt, str):
+            return completion
+        return completion[: place + 1] + self._endings.tail
+
+    def _encoded(self, sequences: Sequences, texts: Sequence[Text]) -> Sequences:
         rows = [
-            self._encode(text, completion)
-            for text, completion in zip(texts, rollouts.sequences.completion_rows(), strict=True)
+            self._encode(text, completion) for text, completion in zip(texts, sequences.completion_rows(), strict=True)
         ]
         # Only the whole counts: a score is read at the last token, wherever the prompt ends.
         return Sequences.from_rows([row[:1] for row in rows], [row[1:] for row in rows])
 
     def _encode(self, prompt: Text, completion: list[int]) -> list[int]:
-        answer = self._policy.decode(completion, skip_special_tokens=True)
-        if not isinstance(prompt, str):
-            messages = [*prompt, {"role": "assistant", "content": answer}]
-            ids: list[int] = self._own.apply_chat_template(messages, tokenize=True, return_dict=False)
+        """The same in the reward model's own tokens."""
+        ended = bool(completion) and completion[-1] in self._eos_ids
+        answer = self._policy.decode(completion[:-1] if ended else completion, skip_special_tokens=True)
+        if isinstance(prompt, str):
+            text, eos = prompt + answer, self._own.eos_token
+            return encode_string(self._own, with_eos(text, eos) if ended and eos is not None else text)
+        ids = self._encode_chat(prompt, answer)
+        place = self._endings.find(ids)
+        if place is None or (ended and self._reads_tail):
             return ids
-        ids = self._own(prompt + answer)["input_ids"]
-        ended = bool(completion) and completion[-1] in self._policy.all_special_ids
-        if ended and self._own.eos_token_id is not None and ids[-1] != self._own.eos_token_id:
-            ids = [*ids, self._own.eos_token_id]
-        return ids
+        return ids[: place + 1] if ended else ids[:place]
+
+    def _encode_chat(self, prompt: Messages, answer: str) -> list[int]:
+        messages = [*prompt, {"role": "assistant", "content": answer}]
+        if prompt[-1]["role"] == "assistant":  # whose message the policy went on with
+            messages = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + answer}]
+        try:
+            return encode_chat(self._own, messages)
+        except DataError as error:
+            raise ModelError(f"{self._own.name_or_path}: the reward model's tokenizer: {error}") from error
+
+    def _say_too_long(self, sequences: Sequences) -> None:
+        if not self._said_too_long:
+            self._said_too_long = True
+            log.warning(
+                "%d of %d completions get no score: with their prompts they have up to %d tokens of the reward model, "
+                "which takes %d (the smaller one of reward.seq_length and its max_position_embeddings); score/missing "
+                "counts them from now on",
+                int((sequences.lengths > self._max_tokens).sum()),
+                len(sequences),
+                int(sequences.lengths.max()),
+                self._max_tokens,
+            )
 
 
 def _tokenizer_path(config: RunConfig, role: str) -> str:

@@ -13,5 +13,10 @@ class Scorer(Protocol):
     """Gives each completion a score; larger is better."""
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        """[B] float32 raw scores, one per completion; NaN where a score is missing (it is never replaced by 0)."""
+        """[B] float32 raw scores, one per completion; NaN where a score is missing (it is never replaced by 0).
+
+        Raises:
+            ScoreError: the call failed. Then none of its completions has a score, which ``reward.max_failures`` allows
+                or not.
+        """
         ...

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from rlxf.core.files import new_folder, remove_leftovers
 from rlxf.errors import ConfigError, TrainingError
 from rlxf.tiny import heads, world
 from rlxf.tiny.recipe import Recipe
@@ -48,27 +50,17 @@ def ensure(folder: Path, recipe: Recipe | None = None, *, fresh: bool = False, s
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.parent / f".{folder.name}.lock"):
+        remove_leftovers(folder.parent, re.escape(folder.name))  # of a build that was killed
         reason = "asked for" if fresh else why_stale(folder, recipe)
         if reason is not None:
             _refuse_foreign(folder)
             say(f"building the tiny world in {folder} ({reason})")
-            _replace(folder, recipe, say)
+            with new_folder(folder) as partial:
+                _build(partial, recipe, say)
+                _write_manifest(partial, recipe)
         if not (folder / heads.FOLDER).is_dir():  # made from the rest in a second; gone when that is replaced
             heads.write_four_heads(folder)
     return reason is not None
-
-
-def _replace(folder: Path, recipe: Recipe, say: Say) -> None:
-    partial, old = (folder.parent / f".{folder.name}.{which}" for which in ("partial", "old"))
-    for leftover in (partial, old):  # of a build that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
-    _build(partial, recipe, say)
-    _write_manifest(partial, recipe)
-    if folder.exists():
-        folder.rename(old)  # a rename is whole or not at all, but cannot replace a folder that holds files
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def why_stale(folder: Path, recipe: Recipe) -> str | None:

@@ -10,16 +10,17 @@ import json
 import shutil
 from pathlib import Path
 
+from rlxf.core.files import new_folder, remove_leftovers
+
 FOLDER = "four_heads"  # below the world's folder
 
 
 def write_four_heads(world: Path) -> None:
     """Write ``sft`` and ``rm`` of the world in ``world`` with a fourth head; complete or not there at all."""
-    partial = world / f".{FOLDER}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
-    for model in ("sft", "rm"):
-        _add_head(world / model, partial / model)
-    partial.rename(world / FOLDER)
+    remove_leftovers(world, FOLDER)  # of a build that was killed
+    with new_folder(world / FOLDER) as partial:
+        for model in ("sft", "rm"):
+            _add_head(world / model, partial / model)
 
 
 def _add_head(source: Path, target: Path) -> None:

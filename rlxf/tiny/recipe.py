@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-VERSION = 4  # raise it with every change that changes a file: cached worlds of another version are made anew
+VERSION = 5  # raise it with every change that changes a file: cached worlds of another version are made anew
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -62,6 +62,7 @@ class Actor:
     """
 
     _write: Write | None = None  # the newest checkpoint
+    _num_made = 0  # optimizer steps of the newest update, one that may have been cut half way included
 
     def __init__(
         self,
@@ -100,8 +101,10 @@ class Actor:
             steps (NaN: in fp16 all were passed over).
 
         Raises:
-            TrainingError: the loss or the gradient norm is not finite; that optimizer step was not made.
+            TrainingError: the loss or the gradient norm is not finite; that optimizer step was not made, but those of
+                the mini-batches before it were (``is_untouched``).
         """
+        self._num_made = 0
         if self.config.lora_dropout:
             from rlxf.models.megatron.lora import seed_dropout
 
@@ -130,6 +133,10 @@ class Actor:
             metrics |= {"loss_scale": self.trainable.loss_scale, "skipped_steps": float(len(norms) - len(made))}
         return metrics
 
+    def is_untouched(self) -> bool:
+        """Whether the newest update, which failed, made no optimizer step: the weights are still those of before it."""
+        return self._num_made == 0
+
     def evaluate(self, batch: Batch) -> Metrics:
         """What ``update`` would report of the batch, without training on it: means over its items, and ``moments``."""
         return self.objective.evaluate(batch)
@@ -144,16 +151,24 @@ class Actor:
         loss = float(sums[1])
         if not math.isfinite(loss):
             raise TrainingError(
-                f"step {step + 1}: the loss is {loss} on rows {rows.tolist()[:8]} of the step; no parameter was "
-                "changed. Lower actor_rollout.lr, or look at the step's pairs in rollouts.jsonl (log.rollouts=true)"
+                f"step {step + 1}: the loss is {loss} on rows {rows.tolist()[:8]} of the step; {self._changed()}. "
+                "Lower actor_rollout.lr, or look at the step's pairs in rollouts.jsonl (log.rollouts=true)"
             )
         return sums, largest
 
     def _step(self, learning_rate: float, step: int) -> float | None:
+        self._num_made += 1  # before it: one that fails half way has changed something
         try:
             return self.trainable.step(learning_rate)
-        except TrainingError as error:
-            raise TrainingError(f"step {step + 1}: {error}. Lower actor_rollout.lr") from error
+        except TrainingError as error:  # raised before anything is changed
+            self._num_made -= 1
+            raise TrainingError(f"step {step + 1}: {error}; {self._changed()}. Lower actor_rollout.lr") from error
+
+    def _changed(self) -> str:
+        """What the step did to the weights before it failed."""
+        if not self._num_made:
+            return "no parameter was changed"
+        return f"the step's first {self._num_made} optimizer steps have changed the weights"
 
     def _micro_batches(self, mini_batch: MiniBatch) -> list[MicroBatch]:
         """This rank's share of a mini-batch; at least one, so that every rank makes the collective calls."""

@@ -29,7 +29,10 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, *, cent
 
 
 class RewardObjective:
-    """The Bradley-Terry loss of each pair's two scores, read at the last token of each side."""
+    """The Bradley-Terry loss of each pair's two scores, read at the last token of each side.
+
+    The data ends a side with the token that ends its answer, so that is where a scorer has to read.
+    """
 
     sums: tuple[str, ...] = ("count", *_MEANS)
     maxima: tuple[str, ...] = ("max_reward", "-min_reward")

@@ -11,7 +11,11 @@ from rlxf.config.schema import ActorConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """Linear warm-up, then constant, linear or cosine decay to ``min_lr`` at the last step. Counts driver steps."""
+    """Linear warm-up, then constant, or linear or cosine decay to ``min_lr`` in the last step. Counts driver steps.
+
+    The first step after the warm-up has ``lr``, unless it is the last one and has ``min_lr``. A warm-up of all steps
+    leaves none for the decay, and a run of a single step has ``lr``.
+    """
 
     style: Literal["constant", "linear", "cosine"]
     lr: float
@@ -20,12 +24,13 @@ class Schedule:
     num_steps: int
 
     def __call__(self, step: int) -> float:
-        """Learning rate of driver step ``step`` (0 is the first)."""
+        """Learning rate of driver step ``step``, from 0 to ``num_steps - 1``."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
-        if self.style == "constant":
+        if self.style == "constant" or self.num_steps == 1:
             return self.lr
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps))
+        last = self.num_steps - 1
+        progress = (step - self.warmup_steps) / (last - self.warmup_steps) if step < last else 1.0
         share = 1 - progress if self.style == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return self.min_lr + (self.lr - self.min_lr) * share
 

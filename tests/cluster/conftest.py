@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -131,7 +132,7 @@ def two_nodes() -> Iterator[TwoNodes]:
     with tempfile.TemporaryDirectory(prefix="rlxf") as scratch:  # Ray's socket paths must be short
         env = environment(HOME=scratch)
         del env["RAY_ADDRESS"]
-        port, dashboard = free_port(), free_port()
+        ray_command, port, dashboard = ray_program(Path(scratch)), free_port(), free_port()
         head = f"start --head --port {port} --dashboard-host=0.0.0.0 --dashboard-port={dashboard}"
         processes: list[subprocess.Popen[bytes]] = []
         try:
@@ -139,7 +140,7 @@ def two_nodes() -> Iterator[TwoNodes]:
                 # --block: in the foreground, so that these processes are ours to end.
                 # Another Ray cluster on this machine may have the agents' usual port; without its own, no job starts.
                 agent = f"--dashboard-agent-listen-port={free_port()}"
-                command = [str(RAY), *line.split(), agent, '--resources={"NPU": 2}', "--block"]
+                command = [*ray_command, *line.split(), agent, '--resources={"NPU": 2}', "--block"]
                 with Path(scratch, f"node{len(processes)}.log").open("wb") as log:
                     process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
                 processes.append(process)
@@ -151,6 +152,14 @@ def two_nodes() -> Iterator[TwoNodes]:
             for process in reversed(processes):
                 process.send_signal(signal.SIGTERM)
             end([psutil.Process(process.pid) for process in processes if process.poll() is None] + below)
+
+
+def ray_program(scratch: Path) -> list[str]:
+    """`ray`, by a path without spaces, as scripts/cluster_up.sh calls it: Ray's own shell lines do not quote it."""
+    if shlex.quote(sys.prefix) == sys.prefix:
+        return [str(RAY)]
+    (scratch / "environment").symlink_to(sys.prefix)
+    return [f"{scratch}/environment/bin/python", f"{scratch}/environment/bin/ray"]
 
 
 def wait_for_nodes(address: str, env: dict[str, str], count: int) -> None:

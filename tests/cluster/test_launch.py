@@ -79,7 +79,10 @@ def test_with_lora_the_actors_processes_are_the_reference(recipe: Recipe, tmp_pa
 
 
 REWARD = """
+import os
+
 def reward(prompts, completions, completion_ids, number, **columns):
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"  # as exported
     return [len(set(ids)) + n / 10 for ids, n in zip(completion_ids, number)]
 """
 
@@ -87,8 +90,11 @@ def reward(prompts, completions, completion_ids, number, **columns):
 def test_a_reward_function_and_a_replay_need_no_device(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text(REWARD)
     scorer = ("reward.load=null", f"reward.function={tmp_path / 'reward.py'}")
-    text = succeed(recipe.run(tmp_path / "live", "log.rollouts=true", *scorer))
+    exported = environment(TOKENIZERS_PARALLELISM="true", VLLM_CPU_KVCACHE_SPACE="40")
+    text = succeed(recipe.run(tmp_path / "live", "log.rollouts=true", *scorer, env=exported))
     assert "with 3 logical CPU" in text
+    assert "environment of the workers, as exported: TOKENIZERS_PARALLELISM=true (instead of false)" in text
+    assert "WARNING: exported, but not used: VLLM_CPU_KVCACHE_SPACE=40 (needed: " in text
     assert "node of the driver: reward rank 0" in text
     recorded = ("rollout.engine=replay", f"rollout.replay_path={tmp_path / 'live' / 'rollouts.jsonl'}")
     text = succeed(recipe.run(tmp_path / "replay", *recorded))  # the recipe has a reward model, the file has scores

@@ -100,7 +100,61 @@ class After:
         timer.start()
 
 
-Moment = Call | File | After
+@dataclass(frozen=True)
+class Raise:
+    """An error instead of (or after) the n-th call of a function, ``module:attribute.path``."""
+
+    target: str
+    error: str  # its class, ``module:name``
+    text: str = "injected"
+    number: int = 1
+    after: bool = False
+
+    def arm(self) -> None:
+        module, _, name = self.error.partition(":")
+        error = getattr(importlib.import_module(module), name)(self.text)
+
+        def failing(call: Any, *args: Any, **options: Any) -> Any:
+            if self.after:
+                call(*args, **options)
+            raise error
+
+        _replace(self.target, self.number, failing)
+
+
+@dataclass(frozen=True)
+class Poison:
+    """The reference's log-probability of one chosen side becomes NaN, at the n-th time that it is asked."""
+
+    row: int
+    number: int = 1
+
+    def arm(self) -> None:
+        def poisoned(call: Any, *args: Any, **options: Any) -> Any:
+            logps = call(*args, **options)
+            logps.chosen[self.row] = float("nan")
+            return logps
+
+        _replace("rlxf.reference.frozen:FrozenReference.logps", self.number, poisoned)
+
+
+def _replace(target: str, number: int, instead: Any) -> None:
+    """``instead(function, *args)`` is called in place of the n-th call."""
+    module, _, path = target.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    function, count = getattr(owner, name), [0]
+
+    def counted(*args: Any, **options: Any) -> Any:
+        count[0] += 1
+        return instead(function, *args, **options) if count[0] == number else function(*args, **options)
+
+    setattr(owner, name, counted)
+
+
+Moment = Call | File | After | Raise | Poison
 
 
 @dataclass(frozen=True)
@@ -127,8 +181,9 @@ def run_in_child(recipe: Recipe, run_dir: Path, moment: Moment | None = None) ->
 def _child(recipe: Recipe, run_dir: Path, moment: Moment | None, log: Path) -> None:
     import logging
 
+    from rlxf.command import Typed
     from rlxf.config.load import load_config
-    from rlxf.errors import RlxfError
+    from rlxf.errors import RlxfError, notes_of
     from rlxf.local import launch
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -141,9 +196,9 @@ def _child(recipe: Recipe, run_dir: Path, moment: Moment | None, log: Path) -> N
         config = load_config({"runtime": "local", **recipe})
         if moment is not None:
             moment.arm()
-        launch(config, run_dir)
+        launch(config, run_dir, Typed("small", ("--config-name", "small")))
     except RlxfError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write("".join(f"{line}\n" for line in (error, *notes_of(error))))
         code = error.exit_code
     except BaseException:  # noqa: BLE001  the parent reads it from the log
         traceback.print_exc()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlxf.config.read_position import stored_position
 from rlxf.errors import ModelError
 from tests.data_world import write_rows
 from tests.layouts import train, train_on
@@ -83,6 +84,8 @@ def test_a_checkpoint_of_a_reward_models_training_is_the_reward_model(
     back(tmp_path / "ckpt", tmp_path / "hf", "--orm")
     assert_same_tensors(tmp_path / "hf", tmp_path / "run" / "policy")
     assert settings_of(tmp_path / "hf") == settings_of(tmp_path / "run" / "policy")
+    assert settings_of(tmp_path / "hf")["rlxf_read_at"] == "end_of_turn"
+    assert stored_position(tmp_path / "ckpt") == "end_of_turn"  # so it may be a run's reward.load as it is
     if lora_r:
         back(tmp_path / "ckpt", tmp_path / "adapter", "--save-lora-to-hf", "--orm")
         files = [

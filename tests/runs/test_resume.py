@@ -96,6 +96,19 @@ def test_a_finished_run_says_so_and_touches_nothing(recipe: Recipe, undisturbed:
     assert contents() == before
 
 
+def test_a_finished_run_whose_policy_is_cut_off_writes_it_again(recipe: Recipe, tmp_path: Path) -> None:
+    """As after a power loss in a revision that did not sync it."""
+    run_dir, short = tmp_path / "run", changed(recipe, "training", train_iters=2, eval_interval=0)
+    finish(short, run_dir)
+    policy = run_dir / "policy" / "model.safetensors"
+    whole = policy.read_bytes()
+    policy.write_bytes(whole[:-1])
+    output = finish(short, run_dir)
+    assert f"{run_dir / 'policy'}: model.safetensors has {len(whole) - 1} bytes" in output
+    assert policy.read_bytes() == whole
+    assert "complete: 2 of 2 steps" in finish(short, run_dir)
+
+
 def test_a_new_run_folder_gets_files_of_its_own(world: World, undisturbed: Finished, tmp_path: Path) -> None:
     """The same command again, whose run folder carries the date; ``actor_rollout.save`` holds the checkpoints."""
     recipe = changed(recipe_of(world), "actor_rollout", save=str(tmp_path / "ckpt"))
@@ -182,7 +195,7 @@ def test_what_was_dropped_and_probed_is_told_after_a_resume_too(world: World, tm
     recipe = world.recipe(
         training={"train_iters": STEPS, "save_interval": 2},
         actor_rollout={"data_path": str(write_rows(tmp_path / "prompts.jsonl", rows)), "max_prompt_length": 12},
-        sync={"verify_first": 0, "verify_interval": 4},
+        sync={"verify_first": 1, "verify_interval": 4},
     )
     whole = run(recipe, tmp_path / "whole")
     run(changed(recipe, "training", train_iters=2), tmp_path / "run")
@@ -191,7 +204,7 @@ def test_what_was_dropped_and_probed_is_told_after_a_resume_too(world: World, tm
     dropped = [row["data/dropped"] for row in whole.rows]
     assert 0 < dropped[0] < dropped[1] <= dropped[-1] == 5
     probed = {row["step"]: row.get("sync/probe_difference") for row in whole.rows}
-    assert [step for step, value in probed.items() if value is not None] == [4]
+    assert [step for step, value in probed.items() if value is not None] == [1, 4]
     assert 0 <= probed[4] < 1e-4
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from rlxf.errors import ScoreError
 from tests.runs.small import World, command, environment, run
 
 BY_COLUMN = """
@@ -65,7 +68,8 @@ def test_completions_without_a_score_are_dropped_and_counted(world: World, tmp_p
     assert [row.count(None) for row in found] == [3, 1, 0] * 4
     (step,) = done.rows
     assert step["pair/kept"] == 8
-    assert step["pair/dropped"] == 4
+    assert step["pair/dropped"] == step["pair/missing"] == 4
+    assert step["score/missing"] == 16
     assert step["pair/tie_rate"] == 0
     known = [score for row in found for score in row if score is not None]
     assert step["objective/scores"] == pytest.approx(sum(known) / len(known))  # a missing score is no zero
@@ -90,10 +94,11 @@ def test_a_function_that_raises_ends_the_run_with_one_line(world: World, tmp_pat
             continue
     assert process.stderr is not None
     errors = [text for text in process.stderr.read().splitlines() if not text.startswith("INFO")]
-    assert process.returncode == 2, errors
+    assert process.returncode == 1, errors  # the recipe is not what is wrong
     assert len(errors) == 1, errors
     (error,) = errors
-    assert error.startswith(f"reward.function={reward['function']}: `reward` failed: {reward['function']}:{line}: KeyE")
+    place = f"step 1: reward.function={reward['function']}: `reward` failed: {reward['function']}:{line}: KeyError"
+    assert error.startswith(place)
     assert _alive(family) == []
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -125,3 +130,54 @@ def reward(prompts, completions, completion_ids, **columns):
     done = run(world.recipe(reward=world.reward_function(tmp_path, code)), tmp_path / "run")
     assert [int(row["reward/score/min"]) for row in done.rows] == [1, 2, 3]
     assert sys.modules["rlxf_reward_reward"].calls == 3
+
+
+# Fails whenever a file of that name is there, in the calls that it names.
+FLAKY = """
+from pathlib import Path
+
+calls = 0
+
+def reward(prompts, completions, completion_ids, **columns):
+    global calls
+    calls += 1
+    if str(calls) in Path(__file__).with_name("failing").read_text().split():
+        raise ConnectionError("503")
+    return [float(sum(ids)) for ids in completion_ids]
+"""
+
+
+def test_failed_calls_are_counted_over_a_run_its_evaluations_and_what_goes_on_with_it(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Calls: greedy, the baseline and sampled answers before the first step; then each step's, and the evaluation's."""
+    reward = world.reward_function(tmp_path, FLAKY) | {"max_failures": 16}
+    recipe = world.recipe(
+        reward=reward,
+        training={"train_iters": 2, "eval_interval": 2},
+        eval={"num_prompts": 4, "data_path": str(world.folder / "prompts.jsonl")},
+        actor_rollout={"save": str(tmp_path / "ckpt")},
+    )
+    (tmp_path / "failing").write_text("4 6")  # the first step's 12 completions, and 4 greedy ones after the second
+    done = run(recipe, tmp_path / "run")
+    assert [row["score/missing"] for row in done.rows] == [12, 0]
+    assert "loss" not in done.rows[0]
+    assert done.rows[1]["eval/greedy_reward"] is None
+    assert done.rows[1]["eval/reward"] is not None
+    assert [record.getMessage()[:45] for record in caplog.records if "503" in record.getMessage()] == [
+        f"step 1: reward.function={tmp_path}"[:45],
+        f"the evaluation after 2 steps: reward.function={tmp_path}"[:45],
+    ]
+    driver = json.loads((tmp_path / "ckpt" / "iter_0000002" / "driver.json").read_text())
+    assert driver["failed_scores"] == 16
+
+    recipe["training"] |= {"train_iters": 4, "eval_interval": 0}
+    (tmp_path / "failing").write_text("2")  # the calls of the process that goes on: the fourth step
+    recipe["actor_rollout"]["save"] = str(shutil.copytree(tmp_path / "ckpt", tmp_path / "other"))
+    with pytest.raises(ScoreError, match=r"^step 4: .*: ConnectionError: 503; 12 completions .* 28 in this run"):
+        run(recipe, tmp_path / "again")
+    recipe["actor_rollout"]["save"] = str(tmp_path / "ckpt")
+    recipe["reward"]["max_failures"] = 28
+    done = run(recipe, tmp_path / "allowed")
+    assert [row["score/missing"] for row in done.rows] == [0, 12]
+    assert "the recipe has changed" not in caplog.text

@@ -31,10 +31,14 @@ def test_a_signal_saves_the_complete_steps(world: World, tmp_path: Path, number:
     errors = process.communicate(timeout=60)[1]
     assert time.monotonic() - begin < 30
     assert process.returncode == code, errors
-    assert errors.splitlines()[-1].startswith("stopped")
+    stopped, saved, go_on = errors.splitlines()[-3:]
+    assert stopped.startswith("stopped")
     assert "Traceback" not in errors
     last = read_jsonl(metrics)[-1]["step"]
     assert int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()) == last
     driver = json.loads((run_dir / "checkpoints" / f"iter_{last:07d}" / "driver.json").read_text())
     assert (driver["step"], driver["policy_version"]) == (last, last)
+    assert saved == f"saved: {last} of 100000 steps, {run_dir / 'checkpoints' / f'iter_{last:07d}'}"
+    assert go_on.startswith("to go on: python ray_gpt.py --config-dir ")
+    assert go_on.endswith(f"--config-name small runtime=local hydra.run.dir={run_dir}")
     assert not (run_dir / "policy").exists()

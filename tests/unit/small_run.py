@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from rlxf.clock import Clock
 from rlxf.config.schema import RunConfig
 from rlxf.evaluate import no_evaluation
 from rlxf.pair.strategies import PairingResult
-from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_seed
-from rlxf.run import Evaluate, FileSource, Online, Run, State
+from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_requests
+from rlxf.run import Evaluate, FileSource, Online, PromptSource, Run, State
 from rlxf.stop import Stop
 from rlxf.sync.push import SyncReport
 from rlxf.sync.refresh import no_refresh
@@ -109,6 +109,7 @@ class SmallActor(Bigram):
         self._trace = trace
         self.num_pairs = 0
         self.during_update: Callable[[], None] = lambda: None
+        self.untouched: Callable[[], bool] = lambda: True  # whether a failed update made no optimizer step
 
     def update(self, batch: ReferencedPairs, step: int) -> Metrics:
         self._trace.append("update")
@@ -120,6 +121,9 @@ class SmallActor(Bigram):
         with torch.no_grad():
             self.logits -= self._config.lr * gradient
         return {"loss": float(losses.detach().mean())}
+
+    def is_untouched(self) -> bool:
+        return self.untouched()
 
     def save_checkpoint(self, folder: Path, background: bool = False) -> None:
         self._copy = (folder / "logits.pt", self.logits.detach().clone())
@@ -149,18 +153,16 @@ class SmallEngine:
         self.version = 0
         self._trace = trace
         self.samplings: list[Sampling] = []
+        self.seeds: list[list[int]] = []  # of each call, one per completion
         self.during_generate: Callable[[], None] = lambda: None
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         self._trace.append("rollout")
         self.during_generate()
         self.samplings.append(sampling)
-        rows = zip(prompts.prompts.rows(), prompts.prompt_ids.tolist(), strict=True)
-        completions = [
-            self._sample(row, sampling, sample_seed(sampling.seed, sampling.step, prompt_id, k))
-            for row, prompt_id in rows
-            for k in range(sampling.num_samples)
-        ]
+        requests = [request for part in sample_requests(prompts, sampling, None) for request in part]
+        self.seeds.append([seed for _, seed in requests])
+        completions = [self._sample(row, sampling, seed) for row, seed in requests]
         return pack_rollouts(prompts, sampling.num_samples, completions, self.version)
 
     def _sample(self, prompt: list[int], sampling: Sampling, seed: int) -> Completion:
@@ -201,10 +203,10 @@ class SmallPrompts:
 
     def next_batch(self, step: int) -> PromptBatch:
         self._trace.append("prompts")
-        ids = range(step * self._size, (step + 1) * self._size)
-        rows = [[2 + i % 2, 2 + i % 4] for i in ids]
+        ids = torch.arange(step * self._size, (step + 1) * self._size)
+        rows = [[2 + i % 2, 2 + i % 4] for i in ids.tolist()]
         return PromptBatch(
-            prompts=Tokens.from_rows(rows), prompt_ids=torch.tensor(list(ids)), texts=("?",) * self._size, columns={}
+            prompts=Tokens.from_rows(rows), prompt_ids=ids, positions=ids, texts=("?",) * self._size, columns={}
         )
 
     def epoch(self, step: int) -> float:
@@ -271,13 +273,30 @@ class Notes:
 class SavedSteps:
     """A folder that notes which steps were saved, with which policy version."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: int) -> None:
         self.saved: list[tuple[int, int]] = []
+        self.states: list[State] = []
         self.hf: list[int] = []
         self.waits = 0
+        self.finished: list[bool] = []  # whether the actor was asked, each time that a failed run ended
+        self.during_save: Callable[[], None] = lambda: None
+        self._step = step
 
     def save_checkpoint(self, state: State) -> None:
-        self.saved.append((state.step, state.policy_version))
+        if state.step != self._step:
+            self.during_save()
+            self._step = state.step
+            self.saved.append((state.step, state.policy_version))
+            self.states.append(replace(state))
+
+    def save_in_time(self, state: State) -> None:
+        return None
+
+    def newest(self) -> Path | None:
+        return Path(f"iter_{self._step:07d}") if self._step else None
+
+    def finish(self, *, ask_actor: bool) -> None:
+        self.finished.append(ask_actor)
 
     def save_hf(self, step: int) -> None:
         self.hf.append(step)
@@ -312,6 +331,7 @@ def small_run(
     config: RunConfig,
     *,
     scorer: Any = None,
+    prompts: PromptSource | None = None,
     offline: FileSource | None = None,
     evaluate: Evaluate = no_evaluation,
     deliver: Callable[[int], bool] = lambda version: True,
@@ -325,9 +345,9 @@ def small_run(
         with torch.no_grad():
             actor.logits.copy_(logits)
     sync, recorder = SmallSync(actor, engine, trace, deliver=deliver), LastRecord()
-    notes, folder, stop = Notes(), SavedSteps(), Stop(interrupt=True)
+    notes, folder, stop = Notes(), SavedSteps(state.step if state else 0), Stop(interrupt=True)
     online = Online(
-        prompts=SmallPrompts(config, trace),
+        prompts=prompts or SmallPrompts(config, trace),
         rollout=engine,
         scorer=scorer or TokenCounter(trace),
         eos_ids=(EOS,),

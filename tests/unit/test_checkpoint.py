@@ -12,17 +12,16 @@ import pytest
 from rlxf.checkpoint import (
     LATEST,
     MANIFEST,
+    PUBLISHED,
     best,
     find_problems,
     list_checkpoints,
     newest_good,
     prune,
-    publish,
-    remove_leftovers,
     require_good,
-    temporary_for,
     write_manifest,
 )
+from rlxf.core.files import remove_leftovers, temporary_for
 from rlxf.errors import CheckpointError
 
 
@@ -153,23 +152,14 @@ def test_the_best_are_judged_by_their_own_number(tmp_path: Path) -> None:
     assert best(tmp_path, "loss", 3, largest=True) == []
 
 
-def test_a_folder_has_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
-    target = tmp_path / "iter_0000001"
-    for content in ("old", "new"):
-        temporary = temporary_for(target)
-        (temporary / "file").write_text(content)
-        assert not target.exists() or (target / "file").read_text() == "old"
-        publish(temporary, target)
-        assert (target / "file").read_text() == content
-    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001"]
-
-
 def test_what_a_killed_run_left_half_done_is_deleted_and_nothing_else(tmp_path: Path) -> None:
     kept = [checkpoint(tmp_path, 1), tmp_path / ".hidden", tmp_path / "iter_0000002.tmp", tmp_path / "hf_0000001"]
     for folder in kept[1:]:
         folder.mkdir()
     (temporary_for(tmp_path / "iter_0000003") / "shard").write_text("half")
-    (tmp_path / ".iter_0000001.0a1b2c3d.old").mkdir()
-    (tmp_path / ".hf_0000003.4711").mkdir()
-    remove_leftovers(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    for name in (".iter_0000001.0a1b2c3d.old", ".hf_0000003.4711", ".policy.0a1b2c3d.tmp"):
+        (tmp_path / name).mkdir()
+    checkpoint(tmp_path, 4).rename(tmp_path / ".iter_0000004.0a1b2c3d.aside")  # its new one did not get the name
+    remove_leftovers(tmp_path, PUBLISHED)
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "iter_0000004"])
+    assert find_problems(tmp_path / "iter_0000004") == []

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from rlxf.hub import collect, without_paths
+from rlxf.hub import card, collect, without_paths
 from tests.runs.small import ROOT
-from tests.tiny_models import save_causal_lm
+from tests.tiny_models import save_causal_lm, save_reward_model
 
 HOME = "/home/somebody/work"
 
@@ -193,6 +193,12 @@ def test_the_base_model_is_named_in_the_adapter(finished: Path) -> None:
     adapter = files["adapter/adapter_config.json"]
     assert isinstance(adapter, bytes)
     assert json.loads(adapter)["base_model_name_or_path"] == "team/base"
+
+
+def test_the_card_of_a_reward_model_says_where_its_score_is_read(finished: Path, tmp_path: Path) -> None:
+    folder = save_reward_model(tmp_path / "rm", rlxf_read_at="end_of_turn")
+    cards = [card(folder, None, None), card(finished / "policy", None, None)]
+    assert ["Its score is read at the token that ends the answer" in text for text in cards] == [True, False]
 
 
 def test_a_card_of_the_users_own_is_kept(tmp_path: Path) -> None:

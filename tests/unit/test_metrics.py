@@ -25,7 +25,11 @@ def scored(scores: list[float], completions: list[list[int]], versions: list[int
     sequences = Sequences.from_rows(rows, completions)
     rollouts = Rollouts(
         prompts=PromptBatch(
-            prompts=Tokens.from_rows(prompts), prompt_ids=torch.arange(count), texts=("",) * count, columns={}
+            prompts=Tokens.from_rows(prompts),
+            prompt_ids=torch.arange(count),
+            positions=torch.arange(count),
+            texts=("",) * count,
+            columns={},
         ),
         sequences=sequences,
         prompt_index=torch.arange(count).repeat_interleave(2),
@@ -42,6 +46,7 @@ def test_rollout_metrics_count_what_was_sampled() -> None:
     assert metrics == {
         "objective/scores": 9 / 4,
         "objective/scores_margin": 1.5,  # (3 + 0) / 2: a tie counts as no margin
+        "score/missing": 0.0,
         "val/contain_eos_token": 0.75,
         "reward/score/mean": 9 / 4,
         "reward/score/max": 4.0,
@@ -60,6 +65,7 @@ def test_missing_scores_are_left_out_and_never_count_as_zero() -> None:
     batch = scored([math.nan, 4.0, 2.0, 6.0], [[EOS]] * 4)
     metrics = rollout_metrics(batch, generate_s=1.0)
     assert metrics["objective/scores"] == 4.0
+    assert metrics["score/missing"] == 1.0
     assert metrics["reward/score/min"] == 2.0
     assert metrics["objective/scores_margin"] == 4.0
 
@@ -69,12 +75,14 @@ def test_a_step_without_any_score_says_nan_not_a_number() -> None:
     assert math.isnan(metrics["objective/scores"])
     assert math.isnan(metrics["objective/scores_margin"])
     assert "reward/score/mean" not in metrics
+    assert metrics["score/missing"] == 4.0
 
 
 def test_pair_metrics_tell_ties_from_other_drops() -> None:
     batch = scored([1.0, 4.0, 2.0, 2.0, math.nan, 0.0, 5.0, 0.0], [[EOS]] * 8)
     metrics = pair_metrics(make_pairs(batch, min_score_margin=0.0))
-    assert metrics == {"pair/kept": 2.0, "pair/dropped": 2.0, "pair/tie_rate": 0.25, "pair/margin": 4.0}
+    expected = {"pair/kept": 2.0, "pair/dropped": 2.0, "pair/missing": 1.0, "pair/tie_rate": 0.25, "pair/margin": 4.0}
+    assert metrics == expected
 
 
 def test_both_sides_of_a_pair_count_their_prompt() -> None:

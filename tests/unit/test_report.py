@@ -77,10 +77,13 @@ def test_the_report_of_a_run(tmp_path: Path) -> None:
     report.evaluated(0, {"eval/reward": 1.0, "eval/kl": 0.0, "eval/positive": 0.25})
     report.stepped(1, {**STEP, "pair/tie_rate": 0.5})
     report.stepped(2, {**STEP, "pair/tie_rate": 0.125, "eval/reward": 3.0, "eval/kl": 7.5, "eval/positive": 0.75})
+    (tmp_path / "policy" / "adapter").mkdir(parents=True)
+    (tmp_path / "policy" / "adapter" / "weights").write_text("12345")
     report.finished(tmp_path / "policy")
 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 2
+    assert summary["policy_files"] == {"adapter/weights": 5}
     assert summary["start"]["eval/reward"] == 1.0
     assert summary["start"]["pair/tie_rate"] == 0.5
     assert summary["end"]["eval/kl"] == 7.5

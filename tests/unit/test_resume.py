@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from rlxf.checkpoint import LATEST
+from rlxf.checkpoint import LATEST, write_manifest
+from rlxf.config import curve
 from rlxf.config.changes import compare
+from rlxf.config.curve import CurveChange
 from rlxf.config.schema import RunConfig
+from rlxf.core.files import file_sizes
 from rlxf.errors import CheckpointError
 from rlxf.resume import Resume, find_resume, is_complete
-from rlxf.run import State
+from rlxf.run import UNSAVED, State
 from rlxf.run_folder import RunFolder
 from tests.settings import MODEL
 from tests.unit.small_run import SmallActor, small_config
@@ -40,9 +47,7 @@ def save(run_dir: Path, *steps: int, **changes: Any) -> list[Path]:
 
     folder = RunFolder(recipe, run_dir, SmallActor(recipe, []), describe=describe, saved=saved.append)
     for step in steps:
-        folder.save_checkpoint(
-            State(step=step, policy_version=step - 1, saved_step=step, metrics={"loss": float("nan")})
-        )
+        folder.save_checkpoint(State(step=step, policy_version=step - 1, metrics={"loss": float("nan")}))
     return saved
 
 
@@ -67,12 +72,24 @@ def test_the_newest_checkpoint_is_taken_with_the_drivers_state(tmp_path: Path) -
     _, newest = save(tmp_path, 2, 3)
     resume = find(tmp_path)
     assert resume.folder == newest
-    assert (resume.state.step, resume.state.policy_version, resume.state.saved_step) == (3, 2, 3)
+    assert (resume.state.step, resume.state.policy_version) == (3, 2)
     assert resume.state.metrics["loss"] != resume.state.metrics["loss"]  # NaN, through JSON's null
     assert resume.prompt_ids == [3]
     assert resume.start == {"loss": 0.7}
     assert resume.end["eval/reward"] != resume.end["eval/reward"]
     assert resume.run_folder == tmp_path
+
+
+def test_a_state_of_revision_de81d37_has_no_failed_scores(tmp_path: Path) -> None:
+    (folder,) = save(tmp_path, 2)
+    driver = json.loads((folder / "driver.json").read_text())
+    (folder / "driver.json").write_text(json.dumps(driver | {"failed_scores": 7}))
+    write_manifest(folder)
+    assert find(tmp_path).state.failed_scores == 7
+    del driver["failed_scores"]
+    (folder / "driver.json").write_text(json.dumps(driver))
+    write_manifest(folder)
+    assert find(tmp_path).state.failed_scores == 0
 
 
 def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -169,8 +186,60 @@ def test_a_change_of_the_recipe_is_said_by_name(tmp_path: Path, caplog: pytest.L
     assert "ref.tensor_model_parallel_size 1 -> 2; the run goes on to float tolerance" in caplog.text
 
 
+def before_curves(*checkpoints: Path) -> None:
+    """Make checkpoints those of a version that did not number its curves yet."""
+    for folder in checkpoints:
+        driver = json.loads((folder / "driver.json").read_text())
+        del driver["curve"]
+        (folder / "driver.json").write_text(json.dumps(driver))
+        write_manifest(folder)
+
+
+OLD_VERSION = "iter_0000002 was written by an earlier version of this program, and these have changed since: "
+
+
 @pytest.mark.parametrize(
-    ("change", "curve", "layout"),
+    ("recipe", "names"),
+    [
+        ({}, "sampling seeds"),
+        ({"actor_rollout__lr_decay_style": "linear"}, "sampling seeds, learning rate of decaying schedules"),
+        ({"training__stage": "dpo", "actor_rollout__lr_decay_style": "cosine"}, "learning rate of decaying schedules"),
+        ({"training__stage": "dpo"}, ""),  # samples nothing, and its rate is the same in every step
+    ],
+)
+def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_moved_the_curve(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, recipe: dict[str, Any], names: str
+) -> None:
+    before_curves(*save(tmp_path, 2, **recipe))
+    assert find(tmp_path, **recipe).state.step == 2
+    assert (f"{OLD_VERSION}{names}; the run goes on" in caplog.text) == bool(names)
+    assert bool(caplog.text) == bool(names)
+
+
+def test_a_run_that_trains_no_further_has_no_curve_to_warn_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before_curves(*save(tmp_path, 2, training__train_iters=2))
+    find(tmp_path, training__train_iters=2)
+    find(tmp_path, training__train_iters=2, training__eval_only=True)
+    assert caplog.text == ""
+    resume = find(tmp_path, training__train_iters=3)
+    assert OLD_VERSION in caplog.text
+    assert resume.changes == []  # of the recipe: a complete run stays complete
+
+
+def test_a_change_that_is_added_later_is_told_to_today_s_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 2)
+    later = CurveChange(curve.CURVE + 1, "another loss", lambda config: True)
+    monkeypatch.setattr(curve, "CURVE_CHANGES", (*curve.CURVE_CHANGES, later))
+    find(tmp_path)
+    assert f"{OLD_VERSION}another loss; the run goes on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "moved", "layout"),
     [
         ({"training__seed": 8}, ["training.seed 7 -> 8"], []),
         ({"training__global_batch_size": 4}, ["training.global_batch_size 8 -> 4"], []),
@@ -203,9 +272,9 @@ def test_a_change_of_the_recipe_is_said_by_name(tmp_path: Path, caplog: pytest.L
         ({"sync__verify_interval": 3, "eval__num_prompts": 3, "training__keep_latest": 2}, [], []),
     ],
 )
-def test_what_a_change_does_to_a_run(change: dict[str, Any], curve: list[str], layout: list[str]) -> None:
+def test_what_a_change_does_to_a_run(change: dict[str, Any], moved: list[str], layout: list[str]) -> None:
     changes = compare(small_config(model__bigram=SHAPE).dump(), small_config(model__bigram=SHAPE, **change))
-    assert changes.curve == curve
+    assert changes.curve == moved
     assert changes.layout == layout
     assert changes.shape == []
 
@@ -231,12 +300,24 @@ def test_adapters_of_another_rank_or_place_do_not_fit() -> None:
         assert compare(before, small_config(model__bigram=SHAPE, **keys)).shape == said
 
 
+def write_policy(run_dir: Path, *, notes_files: bool = True, steps: int = 4) -> Path:
+    """What a run of so many steps leaves at its end."""
+    policy = run_dir / "policy"
+    (policy / "adapter").mkdir(parents=True)
+    (policy / "config.json").write_text("{}\n")
+    (policy / "tokenizer.json").write_text('{"tokens": 3}\n')
+    for file in (policy / "model.safetensors", policy / "adapter" / "adapter_model.safetensors"):
+        save_file({"weight": torch.zeros(5, 3)}, file)
+    files = {"policy_files": file_sizes(policy)} if notes_files else {}  # an older revision did not
+    (run_dir / "summary.json").write_text(json.dumps({"steps": steps, **files}))
+    return policy
+
+
 def test_a_run_is_complete_when_its_policy_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     save(tmp_path, 4)
     assert not is_complete(find(tmp_path), config(tmp_path), tmp_path)  # killed before the policy was written
-    (tmp_path / "policy").mkdir()
-    (tmp_path / "summary.json").write_text(json.dumps({"steps": 4}))
+    write_policy(tmp_path)
     assert is_complete(find(tmp_path), config(tmp_path), tmp_path)
     assert is_complete(find(tmp_path), config(tmp_path), tmp_path / "another")
     assert "complete: 4 of 4 steps" in caplog.text
@@ -244,3 +325,75 @@ def test_a_run_is_complete_when_its_policy_is_there(tmp_path: Path, caplog: pyte
     with pytest.raises(CheckpointError, match=r"complete, and the recipe has changed .*lr 0\.5 -> 0\.25"):
         is_complete(find(tmp_path, **other), config(tmp_path, **other), tmp_path)
     assert not is_complete(find(tmp_path), config(tmp_path, training__train_iters=5), tmp_path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def fill_with_zeros(path: Path) -> None:
+    """What some file systems make of a file that was not synced."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+FILES = ["model.safetensors", "adapter/adapter_model.safetensors", "config.json", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+def test_a_run_whose_policy_is_damaged_is_not_complete(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[Path], None]
+) -> None:
+    save(tmp_path, 4)
+    damage(write_policy(tmp_path) / name)
+    assert not is_complete(find(tmp_path), config(tmp_path), tmp_path)
+    assert f"{tmp_path / 'policy'}: " in caplog.text
+    assert name in caplog.text
+
+
+@pytest.mark.parametrize("damage", [cut, fill_with_zeros, Path.unlink])
+def test_so_is_one_whose_files_were_not_noted(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    save(tmp_path, 4)
+    policy = write_policy(tmp_path, notes_files=False)
+    assert is_complete(find(tmp_path), config(tmp_path), tmp_path)
+    damage(policy / "model.safetensors")
+    if damage is Path.unlink:
+        damage(policy / "adapter" / "adapter_model.safetensors")
+    assert not is_complete(find(tmp_path), config(tmp_path), tmp_path)
+
+
+def rewrite_driver(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "driver.json"
+    driver = json.loads(path.read_text())
+    change(driver)
+    path.write_text(json.dumps(driver))
+    write_manifest(folder)
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(State) if item.name not in UNSAVED])
+def test_a_field_that_an_older_revision_did_not_write_takes_its_default(tmp_path: Path, name: str) -> None:
+    (folder,) = save(tmp_path, 3)
+    expected = find(tmp_path).state
+    rewrite_driver(folder, lambda driver: driver.pop(name))
+    assert find(tmp_path).state == replace(expected, **{name: getattr(State(), name)})
+
+
+@pytest.mark.parametrize("name", ["run_folder", "prompt_ids", "report", "baseline", "sampling", "epoch"])
+def test_what_a_report_needs_may_be_missing(tmp_path: Path, name: str) -> None:
+    (folder,) = save(tmp_path, 3)
+    rewrite_driver(folder, lambda driver: driver.pop(name, None))
+    found = find(tmp_path)
+    assert found.state.step == 3
+    assert found.run_folder == tmp_path
+    assert found.baseline is None
+    if name == "report":
+        assert found.start == found.end == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\x80\x04", b"{", b"null"])
+def test_a_drivers_file_that_says_nothing_is_named(tmp_path: Path, content: bytes) -> None:
+    (folder,) = save(tmp_path, 3)
+    (folder / "driver.json").write_bytes(content)
+    write_manifest(folder)
+    with pytest.raises(CheckpointError, match=r"driver\.json: cannot be read"):
+        find(tmp_path)

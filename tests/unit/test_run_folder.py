@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from rlxf.checkpoint import find_problems, list_checkpoints, newest_good
+from rlxf.config.curve import CURVE
 from rlxf.errors import CheckpointError
 from rlxf.run import State
 from rlxf.run_folder import RunFolder, fingerprint, owned_checkpoints, save_config
@@ -46,8 +47,8 @@ def test_a_checkpoint_holds_the_actor_and_the_drivers_state(tmp_path: Path) -> N
     assert torch.load(told[0] / "logits.pt", weights_only=True).shape == (6, 6)
     driver = json.loads((told[0] / "driver.json").read_text(), parse_constant=pytest.fail)
     expected = {
-        "format": 1, "step": 20, "policy_version": 18, "empty_steps": 1, "num_tokens": 500,
-        "metrics": {"loss": 0.5, "kl": None}, "sampling": {"seed": 7, "step": 20}, "reported_step": 20,
+        "format": 1, "curve": CURVE, "step": 20, "policy_version": 18, "empty_steps": 1, "num_tokens": 500,
+        "metrics": {"loss": 0.5, "kl": None}, "sampling": {"seed": 7, "position": 20 * 8}, "reported_step": 20,
         "prompt_ids": [3, 1], "run_folder": str(tmp_path),
     }  # fmt: skip
     assert {name: driver[name] for name in expected} == expected
@@ -223,7 +224,16 @@ def test_two_runs_never_write_into_one_folder(tmp_path: Path) -> None:
     other.join()
     with owned_checkpoints(config, Path("run")):
         pass
-    assert not tmp_path.exists()  # nothing was saved
+    assert list(tmp_path.iterdir()) == []  # nothing was saved, and the folder was there before
+
+
+def test_a_run_that_did_not_start_removes_only_the_folder_that_it_made(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name, stays in (("mine", True), ("new", False)):
+        with owned_checkpoints(small_config(actor_rollout__save=str(tmp_path / name)), tmp_path / "run"):
+            assert (tmp_path / name).is_dir()
+        assert (tmp_path / name).exists() == stays
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_the_merged_recipe_is_readable_yaml(tmp_path: Path) -> None:

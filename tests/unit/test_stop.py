@@ -27,9 +27,8 @@ def test_without_a_signal_nothing_stops() -> None:
     assert not stop.abandon_now()
 
 
-def test_a_checkpoint_may_take_longer_than_the_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop_module, "GRACE_S", 0.0)
-    stop = Stop()
+def test_a_checkpoint_may_take_longer_than_the_grace_period() -> None:
+    stop = Stop(grace_s=0.0)
     with stop.installed():
         send()
         time.sleep(0.01)
@@ -74,16 +73,31 @@ def test_who_waits_for_remote_work_is_told_instead_of_interrupted() -> None:
         assert stop.abandon_now()
 
 
-def test_remote_work_that_must_not_be_cut_has_a_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop = Stop()
+def test_remote_work_that_must_not_be_cut_has_a_grace_period() -> None:
+    stop = Stop(grace_s=60.0)
     with stop.installed():
         send()
         assert not stop.abandon_now()
         assert not stop.overdue()
-        monkeypatch.setattr(stop_module, "GRACE_S", 0.05)
+        stop.grace_s = 0.05
         time.sleep(0.1)
         assert stop.abandon_now()
         assert stop.overdue()
+
+
+def test_a_run_on_ray_is_interrupted_in_what_it_does_itself() -> None:
+    """Loading data is not remote: nobody there asks whether to stop."""
+    stop = Stop()
+    reached: list[str] = []
+
+    def load() -> None:
+        with stop.abandonable(here=True):
+            send()
+            reached.append("the line after the signal")
+
+    with stop.installed(), pytest.raises(StopRequested):
+        load()
+    assert reached == []
 
 
 def test_the_handlers_of_before_come_back() -> None:

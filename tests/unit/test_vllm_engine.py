@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tests.vllm_process import VllmProcess, VllmProxy
 pytestmark = pytest.mark.vllm
 
 GREEDY = Sampling(num_samples=1, max_new_tokens=12, temperature=0)
-RANDOM = Sampling(num_samples=3, max_new_tokens=12, seed=5, step=2)
+RANDOM = Sampling(num_samples=3, max_new_tokens=12, seed=5)
 SHORT = (1, 4, 9, 30)
 LONG = (150, 200, 3)  # two are longer than a cache block
 
@@ -111,11 +111,12 @@ def test_the_same_batch_gives_the_same_samples_twice_and_in_other_chunks(world: 
     assert alone == first.sequences.rows()[3:6]
 
 
-def test_samples_of_a_prompt_differ_and_so_do_steps(world: World) -> None:
-    batch = prompt_batch(random_prompts([20]))
+def test_samples_of_a_prompt_differ_and_so_do_its_next_occurrence_and_evaluations(world: World) -> None:
+    row = random_prompts([20])
+    batch = replace(prompt_batch(row * 2), prompt_ids=torch.zeros(2, dtype=torch.int64))
     rows = world.engine.generate(batch, RANDOM).sequences.completion_rows()
-    other = world.engine.generate(batch, Sampling(num_samples=3, max_new_tokens=12, seed=5, step=3))
-    assert len({tuple(row) for row in rows + other.sequences.completion_rows()}) == 6
+    other = world.engine.generate(prompt_batch(row), replace(RANDOM, purpose="eval", step=3))
+    assert len({tuple(row) for row in rows + other.sequences.completion_rows()}) == 9
 
 
 def test_rollouts_carry_the_version_that_was_pushed(world: World) -> None:

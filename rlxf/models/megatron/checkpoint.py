@@ -11,7 +11,6 @@ import logging
 import queue
 import random
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,11 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.distributed.checkpoint.api import CheckpointException
 
-from rlxf.errors import CheckpointError
+from rlxf.errors import CheckpointError, ModelError
 from rlxf.models.megatron.adapters import sharded_adapters
+from rlxf.models.megatron.dist_folder import FORMAT, TORCH_DIST
 from rlxf.models.megatron.optimizer import TrainableModel
+from rlxf.models.megatron.restricted import RestrictedCommon, RestrictedTensors
 
 log = logging.getLogger(__name__)
 
@@ -103,18 +104,27 @@ class Write:
 
 
 def load(folder: Path, trainable: TrainableModel) -> None:
-    """Take over what a ``Write`` wrote, whatever layout wrote it; random states only from the same layout."""
-    layout = json.loads((folder / LAYOUT).read_text())
+    """Take over what a ``Write`` wrote, whatever layout wrote it; random states only from the same layout.
+
+    Raises:
+        CheckpointError: a file is damaged, or asks for code to be run; nothing of that was run.
+    """
+    layout = _read_json(folder / LAYOUT)
+    form = _read_json(folder / FORMAT)
+    if form != TORCH_DIST:
+        raise CheckpointError(f"{folder / FORMAT}: says {json.dumps(form)}; expected {json.dumps(TORCH_DIST)}")
     state = _state(trainable, is_loading=True)
     same = layout == _layout()
     if same:
         state["rng"] = _sharded_rng(None)
     # A checkpoint's groups hold the recipe of then; what counts is the recipe of now.
     settings = [(group["betas"], group["eps"]) for group in trainable.optimizer.param_groups]
-    with warnings.catch_warnings():
-        # megatron-core 0.16 loads by names that torch 2.13 has renamed; remove with the next megatron-core.
-        warnings.simplefilter("ignore", FutureWarning)
-        loaded = dist_checkpointing.load(state, str(folder))
+    try:
+        loaded = dist_checkpointing.load(
+            state, str(folder), sharded_strategy=RestrictedTensors(), common_strategy=RestrictedCommon()
+        )
+    except ModelError as error:
+        raise CheckpointError(f"{error}") from error
     for name, _, chunk in _chunks(trainable):
         chunk.load_state_dict(loaded[name], strict=not trainable.model.adapter_ranks)
     trainable.optimizer.load_state_dict(loaded["optimizer"])
@@ -124,6 +134,14 @@ def load(folder: Path, trainable: TrainableModel) -> None:
         _set_rng_state(loaded["rng"])
     elif dist.get_rank() == 0:
         log.info("%s was written by %s, and is resharded to %s", folder, layout, _layout())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); copy the checkpoint again") from error
+    return content
 
 
 def _state(trainable: TrainableModel, *, is_loading: bool) -> dict[str, Any]:

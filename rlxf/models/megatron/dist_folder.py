@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,14 @@ from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from rlxf.config.folders import megatron_checkpoint
@@ -27,6 +35,14 @@ from rlxf.models.hf_folder import HfWeights, ModelWeights
 from rlxf.models.megatron.families import family_of
 from rlxf.models.megatron.weights import Entry, Geometry, entries, to_full
 
+FORMAT = "metadata.json"  # says which of megatron's formats the files have
+TORCH_DIST = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_INDEX = ".metadata"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # Where the fused kernels of Transformer Engine keep a norm's weight, which is the name that a checkpoint has.
 _STORED = {
@@ -53,8 +69,18 @@ def stored_name(parameter: str) -> tuple[str, int | None]:
     return f"decoder.layers.{_STORED.get(match[2], match[2])}", int(match[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a stored tensor, and the memory that it is read into."""
+
+    name: str
+    offsets: tuple[int, ...]  # where it begins in the stored tensor
+    target: Tensor  # of as many axes as the stored tensor; its shape says how much is read
+    may_be_shorter: bool = False  # what the stored tensor does not have stays as it is in ``target``
+
+
 class DistCheckpoint:
-    """The tensors of a distributed checkpoint, by the names that they have there.
+    """What a distributed checkpoint holds, by the names that it has there. Reading it runs no code of its files.
 
     Raises:
         ModelError: there is none in the folder, or its index cannot be read.
@@ -71,11 +97,9 @@ class DistCheckpoint:
         metadata = _read_metadata(folder)
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self._tensors = {
-            name: entry
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        found = metadata.state_dict_metadata
+        self._tensors = {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+        self._objects = {name for name, entry in found.items() if isinstance(entry, BytesStorageMetadata)}
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -87,26 +111,72 @@ class DistCheckpoint:
         return tuple(self._tensors[name].size)
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
-        """The tensor of that name, or its part of one layer.
-
-        Raises:
-            ModelError: a file is missing or damaged, or does not hold all of it.
-        """
+        """The tensor of that name, or its part of one layer. Raises as ``read_parts`` does."""
         stored = self._tensors[name]
         offsets, sizes = [0] * len(stored.size), list(stored.size)
         if layer is not None:
             offsets[0], sizes[0] = layer, 1
         found = torch.empty(sizes, dtype=stored.properties.dtype)
-        chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
-        items = create_read_items_for_chunk_list(name, stored, [chunk])
-        if sum(item.lengths.numel() for item in items) != found.numel():
-            raise ModelError(f"{self.folder}: {name} is not complete; copy the checkpoint again")
-        try:
-            self._reader.read_data(LoadPlan(items), _Into(found)).wait()
-        except (OSError, RuntimeError, EOFError, KeyError, AssertionError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ModelError(f"{self.folder}: {name} cannot be read: {reason}; copy the checkpoint again") from error
+        self.read_parts([Part(name, tuple(offsets), found)])
         return found if layer is None else found[0]
+
+    def read_parts(self, parts: Iterable[Part]) -> None:
+        """Read each part into its target, file by file.
+
+        Raises:
+            ModelError: a file is missing or damaged, or does not hold all of a part.
+        """
+        planner, by_file = _Into(), dict[str, list[ReadItem]]()
+        for part in parts:
+            if part.name not in self:
+                raise ModelError(f"{self.folder}: no tensor {part.name!r}; it holds another kind of model")
+            stored = self._tensors[part.name]
+            sizes = part.target.shape
+            chunk = ChunkStorageMetadata(offsets=torch.Size(part.offsets), sizes=sizes)
+            items = create_read_items_for_chunk_list(part.name, stored, [chunk])
+            if sum(item.lengths.numel() for item in items) != sizes.numel() and not part.may_be_shorter:
+                raise ModelError(f"{self.folder}: {part.name} is not complete; copy the checkpoint again")
+            for item in items:
+                planner.targets[id(item)] = part.target
+                by_file.setdefault(self._file_of(item.storage_index), []).append(item)
+        for file, items in by_file.items():
+            self._read(file, items, planner)
+
+    def read_object(self, name: str) -> Any:
+        """What was saved under that name besides tensors: plain values and tensors.
+
+        Raises:
+            ModelError: it is missing or damaged, or is made of something else.
+        """
+        if name not in self._objects:
+            raise ModelError(f"{self.folder}: no {name!r}; it holds another kind of model")
+        index, start = MetadataIndex(name), torch.Size([0])
+        item = ReadItem(
+            type=LoadItemType.BYTE_IO,
+            dest_index=index,
+            dest_offsets=start,
+            storage_index=index,
+            storage_offsets=start,
+            lengths=start,
+        )
+        planner = _Into()
+        self._read(self._file_of(index), [item], planner)
+        return planner.objects[name]
+
+    def _file_of(self, index: MetadataIndex) -> str:
+        found = self._reader.storage_data.get(index)
+        if found is None:
+            raise ModelError(f"{self.folder / _INDEX}: says of no file that it holds {index.fqn}")
+        file: str = found.relative_path
+        return file
+
+    def _read(self, file: str, items: list[ReadItem], planner: _Into) -> None:
+        planner.num_read = 0
+        try:
+            self._reader.read_data(LoadPlan(items), planner).wait()
+        except _DAMAGED as error:
+            name = items[min(planner.num_read, len(items) - 1)].dest_index.fqn
+            raise ModelError(f"{self.folder / file}: {name} cannot be read: {_reason(error)}") from error
 
 
 class DistWeights:
@@ -196,17 +266,23 @@ class DistWeights:
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts what is read into one tensor."""
+    """Puts what is read where it is wanted, and unpickles objects with torch's list of what is allowed."""
 
-    def __init__(self, target: Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._target = target
+        self.targets: dict[int, Tensor] = {}  # by the id of an item
+        self.objects: dict[str, Any] = {}
+        self.num_read = 0  # items of the newest plan
 
     def resolve_tensor(self, read_item: Any) -> Tensor:
-        return narrow_tensor_by_index(self._target, read_item.dest_offsets, read_item.lengths)
+        return narrow_tensor_by_index(self.targets[id(read_item)], read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: Any, tensor: Tensor) -> None:
-        return
+        self.num_read += 1
+
+    def load_bytes(self, read_item: Any, value: BytesIO) -> None:
+        self.objects[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+        self.num_read += 1
 
 
 _MODULE = "torch.distributed.checkpoint."
@@ -221,6 +297,11 @@ _ALLOWED: dict[str, set[str]] = {
     "torch.serialization": {"_get_layout"},
     "pathlib": {"PosixPath", "PurePosixPath"},
 }
+# What a damaged or foreign file makes of torch's reader and of an unpickler.
+_DAMAGED = (
+    *(OSError, RuntimeError, EOFError, LookupError, AssertionError, ValueError, TypeError, AttributeError),
+    *(ImportError, MemoryError, pickle.UnpicklingError),
+)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -228,19 +309,55 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _ALLOWED.get(module, set()):
-            raise ValueError(f"it asks for {module}.{name}, which no checkpoint's index needs")
+            raise ValueError(_asks_for(f"{module}.{name}"))
         return super().find_class(module, name)
 
 
 def _read_metadata(folder: Path) -> Metadata:
-    path = folder / ".metadata"
+    path = folder / _INDEX
     if not path.is_file():
-        raise ModelError(f"{folder}: no .metadata; expected a distributed checkpoint of megatron")
+        raise ModelError(f"{folder}: no {_INDEX}; expected a distributed checkpoint of megatron")
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
+    except _DAMAGED as error:
+        raise ModelError(f"{path}: cannot be read: {_reason(error)}") from error
     if not isinstance(metadata, Metadata):
         raise ModelError(f"{path}: not the index of a distributed checkpoint")
+    try:
+        names = {str(found.relative_path) for found in metadata.storage_data.values()}
+        metadata.state_dict_metadata.items()
+    except AttributeError as error:
+        raise ModelError(f"{path}: not the index of a distributed checkpoint ({error})") from error
+    for name in sorted(names):
+        if Path(name).name != name:
+            raise ModelError(f"{path}: names {name}, which is outside of the checkpoint; do not use it")
     return metadata
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """What megatron saves once for all ranks: plain values and tensors.
+
+    Raises:
+        ModelError: the file is missing or damaged, or asks for something else.
+    """
+    path = folder / "common.pt"
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGED as error:
+        raise ModelError(f"{path}: cannot be read: {_reason(error)}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: holds a {type(found).__name__}; expected a dict")
+    return found
+
+
+def _asks_for(name: str) -> str:
+    return f"it asks for {name}, which no checkpoint needs; do not use it"
+
+
+def _reason(error: BaseException) -> str:
+    asked = re.search(r"GLOBAL `?([\w.]+)", str(error))  # torch's words
+    if asked is not None:
+        return _asks_for(asked[1])
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first if first.startswith("it asks for") else f"{first}; copy the checkpoint again"

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from rlxf.config.read_position import READ_AT, TRAINED_AT
 from rlxf.errors import ModelError
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.logps import target_logps
@@ -157,6 +158,8 @@ class MegatronModel:
     def config_changes(self) -> dict[str, Any]:
         """What ``config.json`` of a saved model says other than that of ``folder``."""
         changes: dict[str, Any] = {"dtype": str(self.dtype).removeprefix("torch.")}
+        if self.reward:
+            changes[READ_AT] = TRAINED_AT
         if self._new_head is not None:
             kind = type(self.hf_config).__name__.removesuffix("Config")
             changes |= {"architectures": [f"{kind}ForSequenceClassification"], "num_labels": 1}

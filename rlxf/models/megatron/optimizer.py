@@ -191,10 +191,10 @@ class TrainableModel:
         if self.optimizer.prepare_grads():
             if scale is not None and self._least_scale is not None and scale > self._least_scale:
                 return None
-            raise TrainingError(f"gradients are beyond fp16 at a loss scale of {scale:g}; no parameter was changed")
+            raise TrainingError(f"gradients are beyond fp16 at a loss scale of {scale:g}")
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
-            raise TrainingError(f"the gradient norm is {norm}; no parameter was changed")
+            raise TrainingError(f"the gradient norm is {norm}")
         if self.clip_grad > 0:
             for optimizer in self.optimizer.chained_optimizers:
                 clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=self.clip_grad, total_norm=norm)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlxf.compare.models import Settings, recipe
 from tests.data_world import write_rows
 from tests.runs.small import ROOT, World, make_world
 from tests.tiny_models import EOS
@@ -190,6 +191,19 @@ def test_a_reward_model_judges(main: Callable[..., int], world: World, tmp_path:
     with torch.no_grad():
         expected = float(model(torch.tensor([ids])).logits)
     assert row["score_b"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("position", ["auto", "last_token", "end_of_turn"])
+def test_the_reward_model_is_read_where_the_command_says(
+    main: Callable[..., int], world: World, position: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy, judge = world.folder / "policy", world.folder / "reward"
+    settings = Settings(data_path=world.folder / "prompts.jsonl", num_prompts=2, reward_model=judge, read_at=position)
+    reward = recipe(policy, settings).reward
+    assert (reward.read_at, reward.seq_length) == (position, 512)  # all that the model has positions for
+    few = options(world, reward_function=None, reward_model=judge, num_prompts=2, max_new_tokens=4, read_at=position)
+    assert main(policy, policy, *few) == 0
+    assert caplog.text.count("does not say where its score was trained") == (position == "auto")
 
 
 def test_prompts_without_a_score_are_told_and_do_not_count(

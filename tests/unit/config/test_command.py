@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlxf.config.load import load_config
 from rlxf.errors import PlacementError
-from tests.unit.config.recipes import ROOT
-from workers.address import running_cluster
+from tests.runs.small import command, make_world
+from tests.unit.config.recipes import ROOT, recipe
+from workers.address import require_cores, running_cluster
 
 TINY = ("--config-name", "online_dpo_trainer_tiny")
 
@@ -47,6 +49,30 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path: Path) -> None:
     assert """ray start --head --port 6344 --resources='{"NPU": 8}'""" in done.stdout
     assert "2 machines" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+HUGE = (*TINY, "training.device=cpu", "resource_pool.ref=[4000]")
+
+
+def test_a_pool_far_beyond_the_cores_is_refused_before_ray_starts(tmp_path: Path) -> None:
+    huge = make_world(tmp_path / "world").recipe(resource_pool={"ref": [4000]})
+    done = ray_gpt(*command(huge, tmp_path / "run")[2:], folder=tmp_path)
+    assert done.returncode == 3, done.stderr
+    cores = os.cpu_count() or 1
+    assert "resource_pool.ref = [4000]" in done.stderr
+    assert "4003 worker processes" in done.stderr
+    assert f"{cores} cores" in done.stderr
+    assert f"at most {8 * cores} processes" in done.stderr
+    assert "resource_pool.ref=1" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run_recipe", "world"]  # no folder of Ray's, no run's
+
+
+def test_a_dry_run_plans_for_other_machines_and_says_that_this_one_is_too_small(tmp_path: Path) -> None:
+    done = ray_gpt(*HUGE, "dry_run=true", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "needs: one machine with 4003 devices" in done.stdout or "needs: 2 machines with 4000 devices" in done.stdout
+    assert "on this machine alone it would not start: resource_pool.ref = [4000]" in done.stdout
 
 
 def test_a_recipe_of_ones_own_takes_every_key(tmp_path: Path) -> None:
@@ -135,6 +161,22 @@ def test_a_named_cluster_that_does_not_answer_is_an_error(
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(PlacementError, match="RAY_ADDRESS"):
         running_cluster()
+
+
+def test_a_cluster_that_runs_says_itself_what_it_holds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listening: str
+) -> None:
+    huge = load_config(recipe(training={"device": "cpu"}, resource_pool={"ref": [4000]}))
+    no_cluster(monkeypatch, tmp_path)
+    with pytest.raises(PlacementError, match="4003 worker processes"):
+        require_cores(huge)
+    monkeypatch.setenv("RAY_ADDRESS", listening)
+    require_cores(huge)
+
+
+def test_ray_counts_accelerators_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    no_cluster(monkeypatch, tmp_path)
+    require_cores(load_config(recipe(training={"device": "npu"}, resource_pool={"ref": [4000]})))
 
 
 def test_a_dry_run_against_a_cluster_that_is_gone_fails_in_one_line(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rlxf.config.folders import missing_paths
 from rlxf.config.load import load_config
 from rlxf.errors import ConfigError
-from rlxf.plan import GroupPlan, NodeResources, Plan, assign, fit, make_plan
+from rlxf.plan import GroupPlan, NodeResources, Plan, assign, crowded, fit, make_plan
 from rlxf.plan_text import describe, node_sizes
 from rlxf.prepare import needs_scorer
 from tests.data_world import write_rows
@@ -177,6 +177,37 @@ def test_a_misfit_lists_asked_has_and_free_per_node() -> None:
 def test_a_cluster_without_the_resource_is_told_apart() -> None:
     lines = fit(plan_of(training={"device": "npu"}), nodes(8))
     assert "no node declares NPU" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("pools", "actor", "key", "count"),
+    [
+        ({"ref": [14]}, {}, "ref", 17),
+        ({"reward": [13, 13]}, {}, "reward", 29),
+        ({"actor_rollout": [30]}, {"num_gpus_for_train": 16, "num_gpus_for_infer": 14}, "actor_rollout", 32),
+        ({"ref": [4], "reward": [4], "actor_rollout": [5], "colocate": ["train", "infer", "ref", "reward"]},
+         {"num_gpus_for_train": 5, "num_gpus_for_infer": 5}, "actor_rollout", 18),
+    ],
+)  # fmt: skip
+def test_more_than_eight_processes_a_core_are_too_many(
+    pools: dict[str, Any], actor: dict[str, Any], key: str, count: int
+) -> None:
+    config = load_config(recipe(resource_pool=pools, actor_rollout=actor))
+    text = crowded(config, make_plan(config), cores=2)
+    assert text is not None
+    assert text.startswith(f"resource_pool.{key} = {pools[key]}: the recipe asks for {count} worker processes")
+    assert crowded(config, make_plan(config), cores=4) is None
+
+
+def test_eight_processes_a_core_are_allowed() -> None:
+    config = load_config(recipe(resource_pool={"ref": [13]}))
+    assert crowded(config, make_plan(config), cores=2) is None
+
+
+def test_an_engine_of_several_devices_is_one_process() -> None:
+    actor = {"num_gpus_for_train": 1, "num_gpus_for_infer": 16, "inference_tensor_model_parallel_size": 4}
+    config = load_config(recipe(training={"device": "npu"}, actor_rollout=actor, resource_pool={"actor_rollout": [17]}))
+    assert crowded(config, make_plan(config), cores=1) is None  # 7: 4 engines beside train, ref and reward
 
 
 def groups(*pools: tuple[int, ...]) -> Plan:

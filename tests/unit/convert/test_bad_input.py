@@ -190,7 +190,7 @@ CASES: list[Case] = [
         "dist",
         "",
         lambda w: (w.dist / "iter_0000001" / ".metadata").write_bytes(pickle.dumps(Evil())),
-        "asks for builtins.print, which no checkpoint's index needs",
+        "asks for builtins.print, which no checkpoint needs",
     ),
     ("dist-orm", MG_HF, "dist", "--orm", NOTHING, "no reward head .* leave out --orm"),
     ("no-adapters", MG_HF, "dist", "--save-lora-to-hf", NOTHING, "holds no LoRA adapters; leave out"),

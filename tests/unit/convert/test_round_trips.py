@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from rlxf.config.read_position import stored_position
 from rlxf.models.backend import load_model, token_logps
 from rlxf.models.batching import Limits
 from rlxf.models.hf_folder import HfWeights
@@ -74,9 +75,10 @@ def test_ranks_of_the_older_layout_hold_what_the_reference_writes(tmp_path: Path
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("flags", LAYOUTS)
 def test_a_reward_model_comes_back(tmp_path: Path, kind: str, flags: tuple[str, ...]) -> None:
-    folder = save_reward_model(tmp_path / "rm", kind, num_hidden_layers=4)
+    folder = save_reward_model(tmp_path / "rm", kind, num_hidden_layers=4, rlxf_read_at="end_of_turn")
     run(folder, tmp_path / "mg", "--orm", *flags)
     result = back(tmp_path / "mg", tmp_path / "hf", "--orm")
+    assert stored_position(result) == stored_position(tmp_path / "mg") == "end_of_turn"
     assert_same_tensors(result, folder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(result)
     assert model.config.num_labels == 1

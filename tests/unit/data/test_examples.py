@@ -9,9 +9,9 @@ import datasets
 import pytest
 
 from rlxf.data.examples import ExampleFile
-from rlxf.data.text import encode_chat
 from rlxf.data.turns import encode_turns
 from rlxf.errors import DataError, ModelError
+from rlxf.models.encoding import encode_chat
 from rlxf.types import Examples
 from tests.data_world import chat_tokenizer, recipe, write_rows
 from tests.tiny_models import BOS, EOS, byte_tokenizer

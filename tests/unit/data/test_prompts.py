@@ -58,6 +58,24 @@ def test_a_batch_larger_than_the_file_is_filled_from_later_epochs(ten: Path) -> 
     assert len(stream) == 23
 
 
+def test_a_row_that_comes_again_has_another_place_in_the_run(ten: Path) -> None:
+    """Its prompt id is the same, its position is not: the seeds of its samples follow from both."""
+    prompts = source(ten, batch=23)
+    batches = [prompts.next_batch(step) for step in (1, 0)]
+    assert [batch.positions.tolist() for batch in batches] == [list(range(23, 46)), list(range(23))]
+    assert all(len(set(batch.prompt_ids.tolist())) == 10 for batch in batches)
+    assert batches[0].slice(3, 5).positions.tolist() == [26, 27]
+
+
+def test_positions_do_not_depend_on_rows_that_are_left_out(tmp_path: Path) -> None:
+    mixed = write_rows(tmp_path / "mixed.jsonl", [{"prompt": "x" * (90 if i % 3 == 0 else 5)} for i in range(11)])
+    prompts = source(mixed)
+    assert prompts.next_batch(2).positions.tolist() == [8, 9, 10, 11]
+    assert prompts.num_dropped > 0
+    first = eval_prompts(recipe(eval={"data_path": str(mixed), "num_prompts": 4}), TOKENIZER)
+    assert first.positions.tolist() == first.prompt_ids.tolist() == [1, 2, 4, 5]
+
+
 @settings(max_examples=30, deadline=None)
 @given(steps=st.lists(st.integers(0, 12), min_size=1, max_size=6), batch=st.integers(1, 7))
 def test_a_step_gives_the_same_batch_whatever_was_asked_for_before(

@@ -6,20 +6,32 @@ import pytest
 import torch
 
 from rlxf.errors import SyncError
-from rlxf.rollout.engine import Completion, WeightState, pack_rollouts, sample_seed
+from rlxf.rollout.engine import Completion, Purpose, Sampling, WeightState, pack_rollouts, sample_seed
 from tests.rollout_world import prompt_batch
 
 
 def test_every_part_of_the_key_changes_the_seed() -> None:
-    keys = [(s, t, p, k) for s in (1, 11) for t in (-1, 1, 11) for p in (1, 11, 111) for k in (0, 1, 11)]
-    seeds = {sample_seed(*key) for key in keys}
-    assert len(seeds) == len(keys)
+    purposes: tuple[Purpose, ...] = ("train", "eval", "greedy", "initial")
+    samplings = [
+        Sampling(num_samples=1, max_new_tokens=1, seed=seed, purpose=purpose, step=step)
+        for seed in (1, 11)
+        for purpose in purposes
+        for step in (0, 1, 11)
+    ]
+    keys = [(position, row, k) for position in (1, 11, 111) for row in (1, 11, 111) for k in (0, 1, 11)]
+    seeds = {
+        sample_seed(sampling, position=position, prompt_id=row, sample_index=k)
+        for sampling in samplings
+        for position, row, k in keys
+    }
+    assert len(seeds) == len(samplings) * len(keys)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_a_seed_never_changes_between_versions_of_the_program() -> None:
-    """Resume relies on it. The figure is what ``printf 1/2/3/4 | b2sum -l 64`` prints, without its last bit."""
-    assert sample_seed(1, 2, 3, 4) == 0xAAC61176BE6E3020 >> 1
+    """Resume relies on it. The figure is what ``printf 1/eval/2/3/4/5 | b2sum -l 64`` prints, without its last bit."""
+    sampling = Sampling(num_samples=9, max_new_tokens=1, seed=1, purpose="eval", step=2)
+    assert sample_seed(sampling, position=3, prompt_id=4, sample_index=5) == 0x0B3E458AA8C307EF >> 1
 
 
 def test_completions_keep_their_prompt_sample_and_log_probs() -> None:

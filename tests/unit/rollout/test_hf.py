@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.tiny_models import EOS, VOCAB, randomize, save_causal_lm
 
 LENGTHS = (1, 4, 9, 30, 150)
 GREEDY = Sampling(num_samples=1, max_new_tokens=12, temperature=0)
-RANDOM = Sampling(num_samples=3, max_new_tokens=12, seed=5, step=2)
+RANDOM = Sampling(num_samples=3, max_new_tokens=12, seed=5)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
@@ -75,11 +76,19 @@ def test_a_sample_does_not_depend_on_the_rest_of_the_batch(folder: Path) -> None
     assert alone == whole[3:6]
 
 
-def test_samples_steps_and_seeds_differ(engine: HfEngine) -> None:
+def test_samples_seeds_and_evaluations_differ(engine: HfEngine) -> None:
     batch = prompt_batch(random_prompts([20]))
-    others = [Sampling(num_samples=3, max_new_tokens=12, seed=s, step=t) for s, t in ((5, 2), (5, 3), (6, 2))]
+    evaluations = [replace(RANDOM, purpose="eval", step=step) for step in (0, 5)]
+    others = [RANDOM, replace(RANDOM, seed=6), replace(RANDOM, purpose="initial"), *evaluations]
     rows = [tuple(row) for other in others for row in engine.generate(batch, other).sequences.completion_rows()]
-    assert len(set(rows)) == 9
+    assert len(set(rows)) == 3 * len(others)
+
+
+def test_a_prompt_that_occurs_twice_in_a_step_is_sampled_twice(engine: HfEngine) -> None:
+    once = prompt_batch(random_prompts([20]) * 2)
+    batch = replace(once, prompt_ids=torch.zeros(2, dtype=torch.int64))  # one row of the data
+    rows = engine.generate(batch, RANDOM).sequences.completion_rows()
+    assert len({tuple(row) for row in rows}) == 6
 
 
 def first_tokens(engine: HfEngine, prompt: list[int], **sampling: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ from textwrap import dedent
 import pytest
 import torch
 
-from rlxf.errors import ConfigError, StopRequested
+from rlxf.errors import ConfigError, ScoreError, StopRequested
 from rlxf.score.functions import FunctionScorer
 from rlxf.types import Rollouts
 from tests.data_world import chat_tokenizer, make_rollouts, prompt_batch, recipe
@@ -134,6 +134,9 @@ BAD_RESULTS = {
     "infinite": ('[0, 0, float("inf"), 0]', "score 2 must be a finite number or None, got inf"),
     "too large": ("[0, 1e300, 0, 0]", "score 1 must be a finite number or None"),
     "list of lists": ("[[1.0]] * 4", r"score 0 must be a number or None, got \[1.0\]"),
+    "a tensor of tensors": ('__import__("torch").zeros(4, 2)', "score 0 must be a number or None, got tensor"),
+    "no float at all": ("[10**400, 0, 0, 0]", "score 0 must be a number or None, got 1000"),
+    "a generator that fails": ("(helper(p) for p in prompts)", r"my_reward\.py:1: ZeroDivisionError"),
 }
 
 
@@ -141,9 +144,10 @@ BAD_RESULTS = {
 def test_a_wrong_answer_names_the_function(result: str, message: str, tmp_path: Path, rollouts: Rollouts) -> None:
     code = f"def helper(x): return 1 / 0\ndef reward(prompts, completions, completion_ids, **c): return {result}\n"
     scoring = scorer(tmp_path, code)
-    with pytest.raises(ConfigError, match=message) as raised:
+    with pytest.raises(ScoreError, match=message) as raised:
         scoring.score(rollouts)
     assert "reward.function=" in str(raised.value)
+    assert raised.value.exit_code == 1  # the recipe is not what is wrong
 
 
 def test_a_column_that_the_function_does_not_take_is_named(tmp_path: Path, rollouts: Rollouts) -> None:

@@ -24,7 +24,11 @@ def rollouts(texts: list[Text], prompts: list[list[int]], completions: list[list
     sequences = Sequences.from_rows(prompts, completions)
     return Rollouts(
         prompts=PromptBatch(
-            prompts=Tokens.from_rows(prompts), prompt_ids=torch.arange(rows), texts=tuple(texts), columns={}
+            prompts=Tokens.from_rows(prompts),
+            prompt_ids=torch.arange(rows),
+            positions=torch.arange(rows),
+            texts=tuple(texts),
+            columns={},
         ),
         sequences=sequences,
         prompt_index=torch.arange(rows),

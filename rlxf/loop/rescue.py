@@ -1,0 +1,69 @@
+"""The end of a run that fails or is stopped: its last complete step is saved, and what was saved is told."""
+
+from __future__ import annotations
+
+import logging
+
+from rlxf.errors import StageTimeout, StopRequested, WorkerLost, add_note
+from rlxf.run import Run
+
+log = logging.getLogger(__name__)
+
+
+def save_last_step(run: Run, error: Exception) -> None:
+    """Save the last complete step if the actor still holds it; the outcome becomes a note of ``error``.
+
+    The actor is whole when no optimizer step of the current driver step has been made, or all of them. Never raises: a
+    second failure is told beside the first.
+    """
+    state = run.state
+    with run.stop.patient():  # the stage was limited, the save takes as long as it takes
+        _report_row(run)
+        reason = _why_not_whole(run, error)
+        run.folder.finish(ask_actor=not reason)
+        if not reason and state.step:
+            try:
+                run.folder.save_checkpoint(state)
+                run.folder.wait()
+            except Exception as second:
+                log.debug("the last complete step could not be saved", exc_info=second)
+                reason = f"step {state.step} could not be saved: {second}"
+        add_note(error, _outcome(run, reason))
+
+
+def _outcome(run: Run, reason: str) -> str:
+    """What there is to go on from."""
+    state, newest = run.state, run.folder.newest()
+    steps = f"{state.step} of {run.config.training.train_iters} steps"
+    if not reason:
+        return f"saved: {steps}, {newest}" if state.step else "nothing to save: no step was complete"
+    return f"not saved: {reason}; " + (f"the newest checkpoint is {newest}" if newest else "there is no checkpoint")
+
+
+def _why_not_whole(run: Run, error: Exception) -> str:
+    """Why the actor holds no complete step; empty if it holds the last one."""
+    state = run.state
+    where = f"step {state.step + 1}"
+    if not run.refresh.whole:
+        return f"the reference was being moved after step {state.step}, and is neither the old nor the new one"
+    if isinstance(error, StopRequested) and state.updating:
+        return f"the update of {where} took longer than training.stop_grace_s = {run.stop.grace_s:g} and was cut"
+    if state.updating or isinstance(error, StageTimeout | WorkerLost):
+        try:
+            untouched = run.actor.is_untouched()
+        except Exception as second:
+            log.debug("the actor does not answer", exc_info=second)
+            return f"the actor is lost or does not answer ({where})"
+        if state.updating and not untouched:
+            return f"{where} failed after its first optimizer step, so the weights are those of no complete step"
+    return ""
+
+
+def _report_row(run: Run) -> None:
+    """The numbers of a step that is complete, also if it still owes something: a resumed run replaces the row."""
+    if "row" in run.state.owed:
+        try:
+            counted = {"num_tokens": float(run.state.num_tokens)}
+            run.report.stepped(run.state.step, run.state.metrics | counted | run.clock.timings())
+        except Exception as second:
+            log.debug("the last row could not be written", exc_info=second)

@@ -1,0 +1,63 @@
+"""What becomes of a call of the scorer that fails: so many completions of a run may stay without a score."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlxf.errors import ScoreError
+from rlxf.score.scorer import Scorer
+from rlxf.types import Rollouts
+
+log = logging.getLogger(__name__)
+
+
+class Tally(Protocol):
+    """Completions of a run that have no score because a call failed; a resumed run goes on with the count."""
+
+    failed_scores: int  # of complete steps
+    failing_scores: int  # of the step under way, which a resumed run scores again
+
+
+class FailureLimit:
+    """A scorer whose failed calls leave their completions without a score, up to a number of them in the whole run.
+
+    Args:
+        scorer: raises ScoreError for the completions of a whole call.
+        tally: counts them, for all scorers of the run.
+        limit: ``reward.max_failures``.
+        place: where the run is, for messages: "step 3".
+    """
+
+    def __init__(self, scorer: Scorer, tally: Tally, limit: int, place: Callable[[], str]) -> None:
+        self._scorer = scorer
+        self._tally = tally
+        self._limit = limit
+        self._place = place
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        """[B] float32 raw scores; all of them NaN if the call failed.
+
+        Raises:
+            ScoreError: it failed, and with these completions more than ``limit`` would have no score.
+        """
+        try:
+            return self._scorer.score(rollouts)
+        except ScoreError as error:
+            count = self._tally.failed_scores + self._tally.failing_scores + len(rollouts)
+            if count > self._limit:
+                raise ScoreError(
+                    f"{self._place()}: {error}; {len(rollouts)} completions have no score by that, {count} in this "
+                    f"run, and reward.max_failures = {self._limit} may have none"
+                ) from error
+            self._tally.failing_scores += len(rollouts)
+            log.warning(
+                "%s: %s; %d completions have no score by that, %d of reward.max_failures = %d in this run",
+                self._place(), error, len(rollouts), count, self._limit,
+            )  # fmt: skip
+            return torch.full((len(rollouts),), math.nan)

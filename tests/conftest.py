@@ -1,0 +1,22 @@
+"""What every test may rely on."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def usual_sigint() -> Iterator[None]:
+    """SIGINT as in a terminal, here and in the programs that tests start.
+
+    A shell without job control starts background jobs, such as ``nohup scripts/test.sh &``, with SIGINT ignored, and
+    every program below inherits that.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
