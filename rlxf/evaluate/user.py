@@ -12,12 +12,10 @@ from rlxf.user_file import describe, load_function
 
 UserMetrics = Callable[[list[Any], list[str], list[str]], dict[str, float]]
 _SIGNATURE = "def evaluate(prompts, completions, initial_completions) -> dict[str, float]"
-# What an evaluation measures by itself, without ``eval/``; with a standard error, and without one.
-_ESTIMATES = [
-    f"{p}{name}" for p in ("", "greedy_") for name in ("reward", "raw_reward", "win_rate", "win_rate_previous")
-]
-_SHARES = [f"{p}{name}" for p in ("", "greedy_") for name in ("length", "eos_rate")]
-BUILT_IN = frozenset([*_SHARES, *(f"{name}{end}" for name in (*_ESTIMATES, "kl") for end in ("", "_se"))])
+_WITH_ERRORS = ("reward", "raw_reward", "win_rate", "win_rate_previous")
+_SAMPLED = (*_WITH_ERRORS, *(f"{name}_se" for name in _WITH_ERRORS), "length", "eos_rate")
+# What an evaluation measures by itself, without ``eval/``.
+BUILT_IN = frozenset({*_SAMPLED, *(f"greedy_{name}" for name in _SAMPLED), "kl", "kl_se"})
 
 
 def load_metrics(path: str) -> UserMetrics:

@@ -84,11 +84,14 @@ class SyncReport:
     num_bytes: int
     seconds: float  # the probe included
     probe_difference: float | None  # mean difference of log-probs, engine against actor; None: not probed
+    planned: bool = True  # the version is probed in every run; false: only because a run went on here
 
     def metrics(self) -> Metrics:
-        """By the names of docs/metrics.md."""
-        probed = {} if self.probe_difference is None else {"sync/probe_difference": self.probe_difference}
-        return {"sync/bytes": float(self.num_bytes), **probed}
+        """By the names of docs/metrics.md; the same in a run that was resumed and in one that was not."""
+        metrics = {"sync/bytes": float(self.num_bytes)}
+        if self.planned and self.probe_difference is not None:
+            metrics["sync/probe_difference"] = self.probe_difference
+        return metrics
 
 
 class WeightSync:
@@ -137,13 +140,17 @@ class WeightSync:
             num_bytes=sum(bucket.num_bytes for bucket in self._plan),
             seconds=time.perf_counter() - start,
             probe_difference=difference,
+            planned=self._is_planned(version),
         )
 
     def _is_due(self, version: int) -> bool:
-        interval = self._config.verify_interval
         if version == 0:  # both sides still hold the folder they loaded: nothing to see
             return False
-        return self._num_updates < self._config.verify_first or (interval > 0 and version % interval == 0)
+        return self._num_updates < self._config.verify_first or self._is_planned(version)
+
+    def _is_planned(self, version: int) -> bool:
+        interval = self._config.verify_interval
+        return version <= self._config.verify_first or (interval > 0 and version % interval == 0)
 
     def _verify(self, version: int) -> float:
         answers = self._sink.probe(self._probe.prompt, self._probe.num_tokens)

@@ -27,9 +27,8 @@ Recipe = dict[str, dict[str, Any]]
 NUM_PROMPTS = 12
 # Besides </s>, so that a random model ends about a quarter of its completions before they are cut off.
 MORE_EOS = tuple(range(60, 70))
-# What depends on a clock, or on when the process began: the engines of a new one are probed anew. Everything else of a
-# run must repeat.
-CLOCKED = ("timing/", "rollout/tokens_per_s", "sync/probe_difference")
+# What depends on a clock; everything else of a run must repeat.
+CLOCKED = ("timing/", "rollout/tokens_per_s")
 
 # Few different scores, so that prompts tie.
 COARSE_REWARD = """

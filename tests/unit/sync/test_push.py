@@ -85,6 +85,16 @@ def test_a_resumed_run_probes_its_first_push(folder: Path) -> None:
     assert [version for version in range(37, 40) if world.probed(version)] == [37]
 
 
+def test_a_resumed_run_has_the_metrics_of_one_that_was_not(folder: Path) -> None:
+    def told(versions: range) -> dict[int, set[str]]:
+        world = World(folder, HfActor(load_model(folder)), verify_first=2, verify_interval=5)
+        return {version: set(world.sync.push(version).metrics()) for version in versions}
+
+    whole, resumed = told(range(8)), told(range(3, 8))
+    assert [version for version, names in whole.items() if "sync/probe_difference" in names] == [1, 2, 5]
+    assert resumed == {version: whole[version] for version in range(3, 8)}
+
+
 def test_an_engine_without_weights_is_not_asked_before_its_first_push(folder: Path) -> None:
     world = World(folder, HfActor(load_model(folder)), filled=False, verify_first=2)
     world.sink.begin_update()  # as an engine that waits for the weights of a megatron checkpoint
