@@ -108,22 +108,18 @@ def test_second_call_makes_nothing(made: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in made.rglob("*")}
 
 
-def test_worlds_of_one_recipe_are_equal_and_a_killed_build_leaves_nothing(made: Path, tmp_path: Path) -> None:
-    leftover = tmp_path / ".again.partial"
-    leftover.mkdir()
-    (leftover / "half").write_text("")
-    assert assets.ensure(tmp_path / "again", SMALL)
-    for name in ("sft/model.safetensors", "rm/model.safetensors", "sft/tokenizer.json", "preferences.jsonl"):
-        assert (made / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".again.lock", "again"]
-
-
-def test_fresh_makes_it_anew(folder: Path) -> None:
+def test_fresh_makes_an_equal_world_and_leaves_nothing_of_older_ones(made: Path, folder: Path, tmp_path: Path) -> None:
     (folder / "note.txt").write_text("of an older world")
     (folder / "prompts.jsonl").unlink()
+    leftover = tmp_path / ".tiny.partial"  # of a build that was killed
+    leftover.mkdir()
+    (leftover / "half").write_text("")
     assert assets.ensure(folder, SMALL, fresh=True)
     assert not (folder / "note.txt").exists()
     assert assets.why_stale(folder, SMALL) is None
+    for name in ("sft/model.safetensors", "rm/model.safetensors", "sft/tokenizer.json", "preferences.jsonl"):
+        assert (made / name).read_bytes() == (folder / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tiny.lock", "tiny"]
 
 
 @pytest.mark.parametrize(
