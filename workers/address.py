@@ -53,8 +53,9 @@ def _has_token() -> bool:
     """Where Ray looks for it."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return True
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return path.is_file() and path.stat().st_size > 0
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token")
+    file = os.path.expanduser(path)  # as it is where there is no home folder
+    return os.path.isfile(file) and os.path.getsize(file) > 0
 
 
 def _answers(address: str) -> bool:
