@@ -84,10 +84,15 @@ class Batches(Generic[T]):
         return self._find(step + 1) / self._order.num_rows
 
     def stream(self, step: int) -> dict[str, Any]:
-        """Where a step begins, and what was counted up to there, as JSON data for ``go_on``. The newest step only."""
+        """Where a step begins, and what was counted so far, as JSON data for ``go_on``. One of the newest two steps.
+
+        The step itself may have been read: a run that ends in it saves the step before, and reads it again.
+        """
+        position = self._find(step)
         return {
             "previous": self._find(step - 1) if step else 0,
-            "position": self._find(step),
+            "position": position,
+            "counted": max(self._cursors.values()),
             "dropped": dict(self.dropped),
             "first": dict(self._first),
         }
@@ -108,7 +113,7 @@ class Batches(Generic[T]):
         if not all(row in passed for row in rows):  # each is looked for behind the one before
             return False
         self._cursors |= {step: position} if step == 0 else {step - 1: previous, step: position}
-        self._counted = position
+        self._counted = stream["counted"]
         self._first = {**self._first, **stream["first"]}
         self.dropped |= Counter(stream["dropped"])  # of each reason the larger count: these rows are all of those
         return True
