@@ -169,3 +169,21 @@ def test_what_only_a_later_evaluation_measured_is_not_of_the_start(tmp_path: Pat
 
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("│").split("│")] if line.startswith("│") else []
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_processes(tmp_path: Path) -> None:
+    config = small_config(training__train_iters=2, log__tensorboard=False)
+    first = make_report(config, tmp_path, plain_console()[0])
+    before = first.describe()["seconds"]
+    assert 0 <= before < 60
+    resume = Resume(
+        folder=tmp_path, state=State(step=1), run_folder=tmp_path, prompt_ids=[], start={}, end={}, baseline=None,
+        changes=[], seconds=3675.0,
+    )  # fmt: skip
+    console, text = plain_console()
+    again = make_report(config, tmp_path, console, resume)
+    again.stepped(2, STEP)
+    assert again.describe()["seconds"] >= 3675
+    again.finished(tmp_path / "policy")
+    assert json.loads((tmp_path / "summary.json").read_text())["seconds"] >= 3675
+    assert "2 steps in 1:01:1" in text.getvalue()
