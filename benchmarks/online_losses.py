@@ -29,6 +29,7 @@ from rlxf.config.schema import LossType  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "online_losses.json"
 SHOWN = ("positive", "win_truth", "valid", "kl", "eos_rate", "length")
 RISE, VALID = 0.3, 0.6
+COMMON = ("training.train_iters=80", "training.eval_interval=80", "actor_rollout.dpo_beta=0.1")  # of every run
 # What a loss needs besides its name; the rest runs as the recipe has it.
 _SLOWER = ("actor_rollout.lr=4e-4",)  # with the recipe's 8e-4 the text leaves the grammar, at a KL of 25 and more
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -63,9 +64,9 @@ def parse() -> argparse.Namespace:
 def run_loss(loss: str, seed: int) -> dict[str, Any]:
     """The first and the last evaluation of one run."""
     settings = SETTINGS.get(loss, ())
-    overrides = (f"actor_rollout.dpo_loss_type={loss}", *settings, f"training.seed={seed}", "runtime=local")
+    overrides = (*COMMON, f"actor_rollout.dpo_loss_type={loss}", *settings, f"training.seed={seed}", "runtime=local")
     with tempfile.TemporaryDirectory(prefix="rlxf") as scratch:
-        quiet = ("eval.greedy=false", "log.tensorboard=false", "training.eval_interval=80")
+        quiet = ("eval.greedy=false", "log.tensorboard=false")
         measure.run(RECIPE, *overrides, *quiet, run_dir=Path(scratch, "run"))
         first, *_, last = evaluations(Path(scratch, "run"))
     learnt = last["positive"] - first["positive"] >= RISE and last["valid"] >= VALID

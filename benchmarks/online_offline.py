@@ -37,6 +37,7 @@ SETTINGS = (
     "runtime=local",
     "training.eval_interval=0",
     f"training.save_hf_interval={EVERY}",
+    "actor_rollout.dpo_beta=0.1",
     "actor_rollout.lr=5e-4",
     "actor_rollout.min_lr=0",
     "actor_rollout.lr_decay_style=constant",
