@@ -41,6 +41,7 @@ class Stop:
         self.grace_s = grace_s
         self._interrupt = interrupt
         self._leave = leave
+        self._signals: tuple[signal.Signals, ...] = SIGNALS
         self._signal: int | None = None
         self._requested_at = 0.0
         self._depth = 0  # of abandonable stages
@@ -98,8 +99,10 @@ class Stop:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Take over both signals inside; the previous handlers come back afterwards."""
+        """Take over both signals inside, unless one is ignored; the previous handlers come back afterwards."""
         previous = {number: signal.getsignal(number) for number in SIGNALS}
+        # A job in the background (`nohup ... &`) is started with SIGINT ignored, and a Ctrl-C is not meant for it.
+        self._signals = tuple(number for number in SIGNALS if previous[number] is not signal.SIG_IGN)
         self.install()
         try:
             yield
@@ -109,7 +112,7 @@ class Stop:
 
     def install(self) -> None:
         """Take over both signals; again after a library has installed handlers of its own."""
-        for number in SIGNALS:
+        for number in self._signals:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:

@@ -107,6 +107,20 @@ def test_the_handlers_of_before_come_back() -> None:
     assert [signal.getsignal(number) for number in stop_module.SIGNALS] == before
 
 
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As SIGINT is in a background job of a shell script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stop = Stop(interrupt=True)
+        with stop.installed(), stop.abandonable():
+            stop.install()  # as after Ray has installed handlers of its own
+            send(signal.SIGINT)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_second_signal_cleans_up_and_leaves() -> None:
     calls: list[object] = []
     stop = Stop(clean_up=lambda: calls.append("clean"), leave=calls.append)
