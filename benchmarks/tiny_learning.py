@@ -1,6 +1,6 @@
 """Does it learn? The shipped tiny recipe for several seeds, every evaluation of each, against the bars of the project.
 
-    python benchmarks/tiny_learning.py                    # Ray and vLLM, seeds 1 2 3: results/tiny_learning.json
+    python benchmarks/tiny_learning.py                    # Ray and vLLM, seeds 1 to 10: results/tiny_learning.json
     python benchmarks/tiny_learning.py --runtime local    # one process, Hugging Face engine
     python benchmarks/tiny_learning.py --recipe online_dpo_trainer_tiny_lora
 
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,14 +27,17 @@ from rlxf.metrics import read_jsonl  # noqa: E402
 
 RECIPE, LORA = "online_dpo_trainer_tiny", "online_dpo_trainer_tiny_lora"
 SHOWN = ("positive", "win_truth", "valid", "kl", "reward", "win_rate", "eos_rate", "length")  # of eval/*
+SEEDS = {RECIPE: range(1, 11), LORA: range(1, 4)}
 # What the last evaluation of every seed must reach. Read together: a policy that pleases the reward model with text
 # that is no longer in the grammar has failed, whatever its score.
 AT_LEAST = {
-    RECIPE: {"positive": 0.95, "win_truth": 0.92, "valid": 0.82},
+    RECIPE: {"positive": 0.95, "win_truth": 0.91, "valid": 0.82},
     # Adapters leave the embedding alone, which is the head, too, and where most of the full run's gain lies.
     LORA: {"positive": 0.55, "win_truth": 0.55, "valid": 0.6},
 }
-AT_MOST = {"kl": 9.0}
+AT_MOST = {RECIPE: {"kl": 8.0}, LORA: {"kl": 9.0}}
+# And the mean over the recipe's own seeds, or more of them; of fewer it says too little.
+MEAN_AT_LEAST = {RECIPE: {"positive": 0.97, "win_truth": 0.94, "valid": 0.88}, LORA: {}}
 
 Evaluation = Mapping[str, float]
 
@@ -49,18 +53,19 @@ def main() -> None:
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nwritten: {arguments.output}")
     if not report["passed"] and not arguments.steps:
-        sys.exit("a bar was missed: " + "; ".join(line for run in runs.values() for line in run["missed"]))
+        sys.exit("a bar was missed: " + "; ".join(report["missed"]))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=(RECIPE, LORA), default=RECIPE)
     parser.add_argument("--runtime", choices=("ray", "local"), default="ray", help="ray rolls out with vLLM")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 1 to 10, with adapters 1 to 3")
     parser.add_argument("--steps", type=int, help="instead of the recipe's; then no bar is enforced")
     parser.add_argument("--output", type=Path, help="default: results/tiny_learning.json, or ..._local.json")
     parser.add_argument("overrides", nargs="*", help="for ray_gpt.py, after --")
     arguments = parser.parse_args()
+    arguments.seeds = arguments.seeds or [*SEEDS[arguments.recipe]]
     parts = [
         "tiny_learning",
         "lora" if arguments.recipe == LORA else "",
@@ -105,26 +110,49 @@ def missed(evaluation: Evaluation, recipe: str = RECIPE) -> list[str]:
         for name, bar in AT_LEAST[recipe].items()
         if evaluation[name] < bar
     ]
-    high = [f"{name} {evaluation[name]:.3f}, at most {bar}" for name, bar in AT_MOST.items() if evaluation[name] > bar]
+    high = [
+        f"{name} {evaluation[name]:.3f}, at most {bar}"
+        for name, bar in AT_MOST[recipe].items()
+        if evaluation[name] > bar
+    ]
     return low + high
+
+
+def missed_means(last: Sequence[Evaluation], recipe: str = RECIPE) -> list[str]:
+    """The bars that the mean over the seeds' last evaluations does not reach; none of fewer seeds than the recipe's."""
+    if len(last) < len(SEEDS[recipe]):
+        return []
+    means = {name: fmean(evaluation[name] for evaluation in last) for name in MEAN_AT_LEAST[recipe]}
+    return [
+        f"mean {name} {means[name]:.4f}, at least {bar}"
+        for name, bar in MEAN_AT_LEAST[recipe].items()
+        if means[name] < bar
+    ]
 
 
 def summarize(runs: Mapping[int, dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
     steps = [int(row["step"]) for row in next(iter(runs.values()))["evaluations"]]
     over_seeds = {
         step: {
-            name: {"min": min(values), "max": max(values)}
+            name: {"min": min(values), "mean": fmean(values), "max": max(values)}
             for name in SHOWN
             for values in [[run["evaluations"][index][name] for run in runs.values()]]
         }
         for index, step in enumerate(steps)
     }
+    missed_bars = [line for run in runs.values() for line in run["missed"]]
+    missed_bars += missed_means([run["evaluations"][-1] for run in runs.values()], arguments.recipe)
     return {
         "recipe": arguments.recipe,
         "runtime": arguments.runtime,
         "overrides": arguments.overrides,
-        "bars": {"at_least": AT_LEAST[arguments.recipe], "at_most": AT_MOST},
-        "passed": not any(run["missed"] for run in runs.values()),
+        "bars": {
+            "at_least": AT_LEAST[arguments.recipe],
+            "at_most": AT_MOST[arguments.recipe],
+            "mean_at_least": MEAN_AT_LEAST[arguments.recipe],
+        },
+        "passed": not missed_bars,
+        "missed": missed_bars,
         "over_seeds": over_seeds,
         "seeds": runs,
         "machine": measure.machine(),
@@ -144,8 +172,13 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
             yield _row(int(row["step"]), str(seed), [f"{row[name]:.3f}" for name in SHOWN])
     for step, values in report["over_seeds"].items():
         yield _row(step, "min-max", [f"{values[name]['min']:.3f}-{values[name]['max']:.3f}" for name in SHOWN])
-    bars = [f">= {AT_LEAST[n]}" if n in AT_LEAST else f"<= {AT_MOST[n]}" if n in AT_MOST else "" for n in SHOWN]
-    yield _row("last", "bar", bars)
+        yield _row(step, "mean", [f"{values[name]['mean']:.3f}" for name in SHOWN])
+    bars = report["bars"]
+    worst = {name: f">= {bar}" for name, bar in bars["at_least"].items()}
+    worst |= {name: f"<= {bar}" for name, bar in bars["at_most"].items()}
+    yield _row("last", "bar of each", [worst.get(name, "") for name in SHOWN])
+    mean = {name: f">= {bar}" for name, bar in bars["mean_at_least"].items()}
+    yield _row("last", "bar of the mean", [mean.get(name, "") for name in SHOWN])
     for seed, run in report["seeds"].items():
         yield f"seed {seed}: {run['wall_s']:.0f} s wall, {run['cpu_s']:.0f} s CPU"
 

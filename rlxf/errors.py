@@ -9,13 +9,8 @@ class RlxfError(Exception):
     exit_code = 1
 
 
-def add_note(error: BaseException, line: str) -> None:
-    """Add a line that is printed after the error's message; also below a traceback (PEP 678)."""
-    error.__notes__ = [*notes_of(error), line]  # type: ignore[attr-defined]  # the attribute of Python 3.11's add_note
-
-
 def notes_of(error: BaseException) -> list[str]:
-    """The lines that were added to an error."""
+    """The lines that were added to an error with ``add_note``; they are printed after its message."""
     return list(getattr(error, "__notes__", []))
 
 

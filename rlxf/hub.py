@@ -200,7 +200,7 @@ def require_name(repo_id: str) -> None:
         ConfigError: it is none.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # a lazy export
 
     try:
         validate_repo_id(repo_id)

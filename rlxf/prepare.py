@@ -159,6 +159,7 @@ def build_run(
         return {
             "prompt_ids": data.training.prompt_ids(state.step - 1),
             "epoch": data.training.epoch(state.step - 1),
+            "stream": None if isinstance(data.training, ReplayEngine) else data.training.stream(state.step),
             "report": report.describe(),
             "baseline": evaluation.describe_baseline() if isinstance(evaluation, Evaluation) else None,
             "initial_policy": initial_policy(config),
@@ -234,7 +235,7 @@ def _one_pass(source: PreferenceFile) -> Iterator[Pairs]:
 
 
 def _restore(resume: Resume, data: Data, roles: Roles, sync: Sync, evaluation: Evaluate | None) -> None:
-    if resume.prompt_ids is not None and data.training.prompt_ids(resume.state.step - 1) != resume.prompt_ids:
+    if not _same_rows(resume, data.training):
         log.warning("the rows of step %d are not those that %s saw", resume.state.step, resume.folder)
     if isinstance(evaluation, Evaluation):
         # Before the actor leaves the initial policy.
@@ -257,6 +258,16 @@ def _push_initial(resume: Resume, sync: Sync) -> None:
             "evaluated, or set training.eval_interval=0"
         )
     sync.push(0)
+
+
+def _same_rows(resume: Resume, training: PromptSource | ReplayEngine | PreferenceFile | ExampleFile) -> bool:
+    """Whether the data's stream is the checkpoint's; then it goes on there without tokenizing what came before."""
+    step, rows, stream = resume.state.step, resume.prompt_ids, resume.stream
+    if rows is None:
+        return True
+    if stream is None or isinstance(training, ReplayEngine):  # of an older revision: every row is looked at again
+        return training.prompt_ids(step - 1) == rows
+    return training.go_on(step, rows, stream)
 
 
 def _source(

@@ -32,6 +32,7 @@ class Resume:
     state: State
     run_folder: Path  # of the run that wrote it
     prompt_ids: list[int] | None  # rows of the data that the last step was made of; None: it does not say
+    stream: dict[str, Any] | None  # where the data goes on, for ``DataSource.go_on``; None: it does not say
     start: Metrics  # of the report: the first evaluation and the first step
     end: Metrics  # and the newest ones
     baseline: dict[str, Any] | None  # what the initial policy said to the evaluation's prompts
@@ -71,6 +72,7 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         state=_state(driver),
         run_folder=Path(driver.get("run_folder", run_dir)),
         prompt_ids=driver.get("prompt_ids"),
+        stream=driver.get("stream"),
         start=from_json(report.get("start", {})),
         end=from_json(report.get("end", {})),
         baseline=driver.get("baseline"),

@@ -11,7 +11,8 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -42,6 +43,7 @@ from rlxf.config.folders import data_files
 from rlxf.config.schema import RunConfig
 from rlxf.console import with_error
 from rlxf.core.files import fsync, make_folder, publish, remove_leftovers, temporary_for, write_json, write_text
+from rlxf.core.waiting import in_thread
 from rlxf.errors import CheckpointError
 from rlxf.metrics import finite_or_null
 from rlxf.pair.strategies import PairingResult
@@ -105,7 +107,6 @@ class RunFolder:
         self._saved_at = now()
         self._saving: Saving | None = None
         self._near: list[Path] = []  # the best checkpoint and the next one, told to be as good as each other
-        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._require_space()
 
     def save_checkpoint(self, state: State) -> None:
@@ -152,8 +153,8 @@ class RunFolder:
             self._sync_logs()
             self._saved_at = self._now()
             if not background:
-                self._publish(self._saving)
-                self._complete()
+                self._saving.published = self._start_publishing(self._saving)
+                self._finish_publishing(self._saving)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint: of this run, or the one that it goes on from."""
@@ -188,10 +189,28 @@ class RunFolder:
             return
         with self._discarded_on_failure():
             if saving.published is None and self._actor.checkpoint_written(wait):
-                saving.published = self._publisher.submit(self._publish, saving)  # hashing takes its time
+                saving.published = self._start_publishing(saving)
             if saving.published is not None and (wait or saving.published.done()):
-                saving.published.result()
-                self._complete()
+                self._finish_publishing(saving)
+
+    def _start_publishing(self, saving: Saving) -> Future[None]:
+        """In a thread: hashing takes its time, and a disk that hangs must not keep the process alive."""
+        return in_thread(lambda: self._publish(saving), "publish")
+
+    def _finish_publishing(self, saving: Saving) -> None:
+        assert saving.published is not None
+        limit = self._config.training.stage_timeout_s
+        try:
+            saving.published.result(timeout=limit)
+        except FutureTimeout as error:
+            if saving.published.done():  # the disk's own words
+                raise
+            self._saving = None  # its thread is still at it: nothing of it is touched
+            raise CheckpointError(
+                f"{saving.folder}: not on disk within {limit} s; look whether the disk is there, or raise "
+                "training.stage_timeout_s. The checkpoints before it are as they were"
+            ) from error
+        self._complete()
 
     def _publish(self, saving: Saving) -> None:
         write_manifest(saving.temporary)

@@ -16,7 +16,6 @@ from rlxf.command import TYPED, Typed
 from rlxf.config.schema import RunConfig
 from rlxf.core.files import write_json
 from rlxf.driver import train
-from rlxf.errors import add_note
 from rlxf.evaluate import evaluate_only
 from rlxf.platform import Platform
 from rlxf.prepare import Data, Roles, build_run, load_data, with_epochs
@@ -60,7 +59,7 @@ def prepared(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None) 
                 yield _prepare(config, run_dir, stop, typed, data)
             except Exception as error:
                 if typed is not None and list_checkpoints(checkpoints_folder(config, run_dir)):
-                    add_note(error, f"to go on: {typed.going_on(run_dir)}")
+                    error.add_note(f"to go on: {typed.going_on(run_dir)}")
                 raise
 
 

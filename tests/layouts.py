@@ -5,8 +5,6 @@ A server process imports torch and megatron once and forks the ranks, which save
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
 from rlxf.models.backend import load_model, sequence_scores
 from rlxf.models.batching import Limits
-from rlxf.models.megatron.parallel import free_port
 from rlxf.platform import Process, get_platform
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.frozen import FrozenReference
@@ -28,6 +24,7 @@ from rlxf.reference.none import NoReference
 from rlxf.run import Reference
 from rlxf.types import Batch, ReferencedPairs
 from rlxf.update.actor import Actor
+from tests.ranks import on_ranks
 from tests.settings import random_examples, random_pairs, random_reward_pairs, run_config
 
 NUM_STEPS = 3
@@ -115,9 +112,6 @@ def train_on(
     folder: Path, world_size: int, out: Path, *, reward: Path | None = None, **settings: Any
 ) -> dict[str, Any]:
     """What rank 0 of ``world_size`` fresh processes computed."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    arguments = (world_size, free_port(), folder, reward, settings, out)
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.runs.warm"])
-    mp.start_processes(_child, args=arguments, nprocs=world_size, start_method="forkserver")
+    on_ranks(_child, world_size, folder, reward, settings, out)
     loaded: dict[str, Any] = torch.load(out, weights_only=True)
     return loaded

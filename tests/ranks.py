@@ -8,12 +8,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig, SyncConfig
@@ -28,6 +30,13 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.runs.warm"])
 _DEADLINE_S = 120  # of one call, on busy cores
 NUM_PAIRS = 7  # odd on purpose: no size divides it
+
+
+def on_ranks(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
+    """Run ``function(rank, world_size, port, *arguments)`` in so many fresh processes, and wait for all of them."""
+    with patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}):
+        given = (world_size, free_port(), *arguments)
+        mp.start_processes(function, args=given, nprocs=world_size, start_method="forkserver")
 
 
 def recipe(folder: Path, **settings: Any) -> RunConfig:

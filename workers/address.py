@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 from rlxf.config.devices import device_facts
@@ -37,6 +38,24 @@ def running_cluster() -> str | None:
     if wanted == "auto":
         raise PlacementError("RAY_ADDRESS = auto: no Ray cluster runs on this machine; start it, or unset RAY_ADDRESS")
     return None
+
+
+def present_token() -> None:
+    """Let Ray show the user's token to the cluster that it joins, unless ``RAY_AUTH_MODE`` says what to do.
+
+    By itself it does so only at an address that it found on its own. Has no effect once Ray is imported.
+    """
+    if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules and _has_token():
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _has_token() -> bool:
+    """Where Ray looks for it."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token")
+    file = os.path.expanduser(path)  # as it is where there is no home folder
+    return os.path.isfile(file) and os.path.getsize(file) > 0
 
 
 def _answers(address: str) -> bool:

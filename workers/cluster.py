@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from rlxf.config.schema import RunConfig
 from rlxf.errors import PlacementError
@@ -46,15 +45,17 @@ def connect(config: RunConfig, plan: Plan, platform: Platform) -> Cluster:
     address = running_cluster()
     if address is None:
         _prepare_environment()
-        ray.init(address="local", include_dashboard=False, **_own_resources(config, plan, platform), **QUIET)
+        own = _own_resources(config, plan, platform)
+        context = ray.init(address="local", include_dashboard=False, **own, **QUIET)
     else:
-        join(address)
-        _warn_if_open(ray.get_runtime_context().gcs_address)  # the one that other machines use
-    return Cluster(address, logs=os.path.join(ray.worker._global_node.get_session_dir_path(), "logs"))
+        context = join(address)
+        # The address that other machines use.
+        _warn_if_open(ray.get_runtime_context().gcs_address, context.dashboard_url)
+    return Cluster(address, logs=os.path.join(context.address_info["session_dir"], "logs"))
 
 
-def join(address: str) -> None:
-    """Connect this process to a running cluster.
+def join(address: str) -> Any:
+    """Connect this process to a running cluster; Ray's description of it.
 
     Raises:
         PlacementError: the address is none, or the cluster does not let this program in.
@@ -62,14 +63,12 @@ def join(address: str) -> None:
     if "://" in address:
         raise PlacementError(f"RAY_ADDRESS = {address}: expected host:port of the head node, auto or local")
     _prepare_environment()
-    # Ray presents the user's token by itself only at an address that it found on its own.
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
-        ray.init(address=address, **QUIET)
+        return ray.init(address=address, **QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise PlacementError(
             f"the Ray cluster at {address} does not let this program in: {' '.join(str(error).split())[:300]}. Is the "
-            "token the one that the cluster was started with (RAY_AUTH_TOKEN_PATH), and its Ray the same version?"
+            "token that of the cluster (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH), and its Ray the same version?"
         ) from error
 
 
@@ -95,9 +94,9 @@ def _own_resources(config: RunConfig, plan: Plan, platform: Platform) -> dict[st
     return {"num_cpus": cores, "resources": {plan.resource: plan.num_devices}}
 
 
-def _warn_if_open(address: str) -> None:
+def _warn_if_open(address: str, dashboard: str | None) -> None:
     """Whoever reaches an open cluster can run commands on it; say so."""
-    if address.startswith(LOOPBACK) or not _is_open():
+    if address.startswith(LOOPBACK) or not _is_open(dashboard):
         return
     log.warning(
         "Ray at %s accepts anybody who can reach it, and anybody who can use it can run commands there.", address
@@ -106,9 +105,8 @@ def _warn_if_open(address: str) -> None:
     log.warning("and keep the dashboard on 127.0.0.1; scripts/cluster_up.sh does both.")
 
 
-def _is_open() -> bool:
+def _is_open(dashboard: str | None) -> bool:
     """Whether the dashboard answers without a token; without a dashboard, whether this process needed none."""
-    dashboard = ray.worker._global_node.webui_url
     if not dashboard:
         return os.environ.get("RAY_AUTH_MODE") != "token"
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -16,8 +17,9 @@ from torch import Tensor
 from rlxf.assemble import build_engine, build_scorer, policy_tokenizer
 from rlxf.config.read_position import warn_of_read_position
 from rlxf.config.schema import ReadAt, RunConfig
+from rlxf.core.waiting import own_children
 from rlxf.data.prompts import eval_prompts
-from rlxf.errors import ConfigError, ModelError, WorkerLost
+from rlxf.errors import ConfigError, ModelError, StageTimeout, WorkerLost
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.platform import Platform, Process, get_platform
@@ -83,6 +85,7 @@ def compare(first: Path, second: Path, settings: Settings) -> Comparison:
 
     Raises:
         ConfigError: a folder, the data or the scorer is wrong.
+        WorkerLost, StageTimeout: the process of a vLLM engine died, or did not answer.
     """
     configs = [recipe(model_folder(folder), settings) for folder in (first, second)]
     warn_of_read_position(configs[0])
@@ -221,8 +224,17 @@ def _generate(config: RunConfig, parts: Sequence[PromptBatch], sampling: Samplin
 
 def _generate_apart(config: RunConfig, parts: Sequence[PromptBatch], sampling: Sampling, device: str) -> list[Rollouts]:
     """The same in a process of its own: vLLM must be alone in it on a CPU, and gives its memory back with its end."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    limit = config.training.start_timeout_s + len(parts) * config.training.stage_timeout_s
+    model = config.actor_rollout.load
+    with own_children() as kill, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        future = pool.submit(_generate, config, parts, sampling, device)
         try:
-            return pool.submit(_generate, config, parts, sampling, device).result()
+            return future.result(timeout=limit)
         except BrokenProcessPool as error:
-            raise WorkerLost(f"the process of the vLLM engine died with {config.actor_rollout.load}") from error
+            raise WorkerLost(f"the process of the vLLM engine died with {model}") from error
+        except FutureTimeout as error:
+            kill()
+            raise StageTimeout(
+                f"no answer within {limit} s from the vLLM engine with {model}; its process was ended. Look at what it "
+                "wrote, or try --engine hf"
+            ) from error

@@ -25,10 +25,20 @@ def _decays(config: RunConfig) -> bool:
     return config.actor_rollout.lr_decay_style != "constant"
 
 
+def _trains_scores(config: RunConfig) -> bool:
+    return config.training.stage == "rm"
+
+
+def _reads_scores(config: RunConfig) -> bool:
+    return config.scores
+
+
 # A change that moves the learning curve of shipped or users' recipes adds a line, with a number one above the last.
 CURVE_CHANGES = (
     CurveChange(2, "sampling seeds", _samples),
     CurveChange(2, "learning rate of decaying schedules", _decays),
+    CurveChange(2, "the token at which a reward model is trained, with a chat template", _trains_scores),
+    CurveChange(2, "the token at which a reward model is read, with a chat template", _reads_scores),
 )
 CURVE = max(change.curve for change in CURVE_CHANGES)
 """What ``driver.json`` of a checkpoint says; 1 where it says nothing."""

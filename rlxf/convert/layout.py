@@ -95,15 +95,13 @@ def target_sizes(shape: Shape, *, tp: int, pp: int, layers_per_chunk: int | None
     """
     config, problems = shape.hf_config, list[str]()
     geometry = shape.geometry()
-    shares = {
-        "key/value heads": geometry.kv_heads,
-        "attention heads": geometry.heads,
-        "feed-forward width": config.intermediate_size,
-    }
-    for what, number in shares.items():
-        if tp < 1 or number % tp:
-            problems.append(f"--target-tensor-parallel-size {tp}: the model has {number} {what}, which it must divide")
-            break
+    flag = f"--target-tensor-parallel-size {tp}"
+    shares = {"attention heads": geometry.heads, "feed-forward width": config.intermediate_size}
+    undivided = [f"{number} {what}" for what, number in shares.items() if tp < 1 or number % tp]
+    if undivided:
+        problems.append(f"{flag}: the model has {undivided[0]}, which it must divide")
+    elif geometry.kv_heads % tp and tp % geometry.kv_heads:  # more ranks than such heads: neighbours share one
+        problems.append(f"{flag}: must be a divisor or a multiple of the model's {geometry.kv_heads} key/value heads")
     if pp < 1 or shape.num_layers % pp:
         problems.append(f"--target-pipeline-parallel-size {pp}: must divide the model's {shape.num_layers} layers")
     if problems or layers_per_chunk is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from rlxf.data.order import Order
 from rlxf.errors import DataError
@@ -44,7 +44,8 @@ class Batches(Generic[T]):
     """Full batches of items made from rows; rows that give no item are passed over and counted.
 
     Which rows give one is found out as the run reaches them, so starting is fast. A step that is asked for out of order
-    (a resumed run) looks at the rows before it first and gets the same batch as an undisturbed run.
+    looks at the rows before it first and gets the same batch as an undisturbed run. A resumed run need not: ``stream``
+    says where a step begins, and ``go_on`` takes that over.
     """
 
     def __init__(
@@ -56,7 +57,8 @@ class Batches(Generic[T]):
         self._batch_size = batch_size
         self._make = make
         self._status = bytearray(len(rows))  # per row: not looked at, kept or dropped
-        self._cursors = [0]  # position in the stream at which each step starts, as far as known
+        self._cursors = {0: 0}  # step -> position in the stream at which it starts, as far as known
+        self._counted = 0  # drops before this position are in the counts already
         self._first: dict[str, str] = {}  # of each reason, where it was first seen
         self.dropped: Counter[str] = Counter()  # rows passed over, by reason, each counted once
         if rows.bad:
@@ -74,15 +76,56 @@ class Batches(Generic[T]):
 
     def rows(self, step: int, made: dict[int, T] | None = None) -> list[int]:
         """The row numbers of a step's items. Items that are made on the way are put into ``made``."""
-        while len(self._cursors) <= step:
-            self._rows_of_step(len(self._cursors) - 1, {})
+        self._find(step)
         return self._rows_of_step(step, {} if made is None else made)
 
     def epoch(self, step: int) -> float:
         """Passes over the rows at the end of a step."""
-        while len(self._cursors) <= step + 1:
-            self._rows_of_step(len(self._cursors) - 1, {})
-        return self._cursors[step + 1] / self._order.num_rows
+        return self._find(step + 1) / self._order.num_rows
+
+    def stream(self, step: int) -> dict[str, Any]:
+        """Where a step begins, and what was counted so far, as JSON data for ``go_on``. One of the newest two steps.
+
+        The step itself may have been read: a run that ends in it saves the step before, and reads it again.
+        """
+        position = self._find(step)
+        return {
+            "previous": self._find(step - 1) if step else 0,
+            "position": position,
+            "counted": max(self._cursors.values()),
+            "dropped": dict(self.dropped),
+            "first": dict(self._first),
+        }
+
+    def go_on(self, step: int, rows: Sequence[int], stream: Mapping[str, Any]) -> bool:
+        """Begin at a step, without a look at the rows before it.
+
+        Args:
+            step: the next one.
+            rows: of the step before it.
+            stream: what ``stream`` said of ``step``.
+
+        Returns:
+            Whether ``rows`` are in the stream there; if not, the order is another one and nothing is taken over.
+        """
+        previous, position = stream["previous"], stream["position"]
+        passed = (self._order.row(place) for place in range(previous, position))
+        if not all(row in passed for row in rows):  # each is looked for behind the one before
+            return False
+        self._cursors |= {step: position} if step == 0 else {step - 1: previous, step: position}
+        self._counted = stream["counted"]
+        self._first = {**self._first, **stream["first"]}
+        self.dropped |= Counter(stream["dropped"])  # of each reason the larger count: these rows are all of those
+        return True
+
+    def _find(self, step: int) -> int:
+        """The position at which a step starts; looks at the rows of the steps before it, as far as it must."""
+        known = step
+        while known not in self._cursors:
+            known -= 1
+        for number in range(known, step):
+            self._rows_of_step(number, {})
+        return self._cursors[step]
 
     def in_file_order(self) -> Iterator[T]:
         """Every item once."""
@@ -107,27 +150,29 @@ class Batches(Generic[T]):
         position, rows = self._cursors[step], list[int]()
         while len(rows) < self._batch_size:
             row = self._order.row(position)
-            position += 1
-            if self._is_kept(row, made):
+            if self._is_kept(row, made, position):
                 rows.append(row)
-        if step + 1 == len(self._cursors):
-            self._cursors.append(position)
+            position += 1
+        self._cursors.setdefault(step + 1, position)
         return rows
 
-    def _is_kept(self, row: int, made: dict[int, T]) -> bool:
+    def _is_kept(self, row: int, made: dict[int, T], position: int | None = None) -> bool:
         if self._status[row] == _UNKNOWN:
             item = self._make(row)
             if isinstance(item, Drop):
                 if item.is_error:
                     raise DataError(f"{self._rows.where(row)}: {item.reason}")
-                self._drop(row, item.reason)
+                is_new = position is None or (position >= self._counted and self._order.is_first(position))
+                self._drop(row, item.reason, is_new=is_new)
             else:
                 self._status[row] = _KEPT
                 made[row] = item
         return self._status[row] == _KEPT
 
-    def _drop(self, row: int, reason: str) -> None:
+    def _drop(self, row: int, reason: str, *, is_new: bool = True) -> None:
         self._status[row] = _DROPPED
+        if not is_new:  # counted before the run was resumed
+            return
         if reason not in self._first:
             self._first[reason] = where = self._rows.where(row)
             log.warning("%s: a row is dropped because %s; more of them are only counted", where, reason)

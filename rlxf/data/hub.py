@@ -43,7 +43,12 @@ def open_input(
         )
     try:
         from datasets import load_dataset
-
+    except ImportError as error:
+        raise DataError(
+            f"{path}: no such file or folder; to read it as a data set of the Hugging Face Hub the package datasets is "
+            "needed: pip install 'rlxf[hub]'"
+        ) from error
+    try:
         found: Any = load_dataset(path, split="train", cache_dir=cache_dir, streaming=streaming)
         rows: Sequence[Row] = list(islice(found, max_samples)) if streaming else found
     except RlxfError:

@@ -30,6 +30,10 @@ class Order(Protocol):
         """Every row of the part once."""
         ...
 
+    def is_first(self, position: int) -> bool:
+        """Whether the row at a position of the stream did not come before."""
+        ...
+
 
 class RowOrder:
     """Epochs, each of which is every row once: shuffled by ``key`` and its number, or in file order without a key."""
@@ -51,6 +55,9 @@ class RowOrder:
 
     def in_file_order(self) -> Iterator[int]:
         return (row for rows in self._ranges for row in rows)
+
+    def is_first(self, position: int) -> bool:
+        return position < self.num_rows
 
     def _make_permutation(self, epoch: int) -> Indices:
         assert self._key is not None
@@ -74,10 +81,19 @@ class MixedOrder:
         self._block = lru_cache(maxsize=2)(self._make_block)
 
     def row(self, position: int) -> int:
+        source, own = self._place(position)
+        return self._orders[source].row(own)
+
+    def is_first(self, position: int) -> bool:
+        source, own = self._place(position)
+        return self._orders[source].is_first(own)
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """The source of a position, and the position in that source's own stream."""
         block, offset = divmod(position, BLOCK)
         sources, ranks = self._block(block)
         source = int(sources[offset])
-        return self._orders[source].row(block * self._counts[source] + int(ranks[offset]))
+        return source, block * self._counts[source] + int(ranks[offset])
 
     def in_file_order(self) -> Iterator[int]:
         return (row for order in self._orders for row in order.in_file_order())

@@ -9,11 +9,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlxf.config.keys import nearest
+from rlxf.core.waiting import own_children
 from rlxf.data.batches import Drop
 from rlxf.data.encoders import ChatEncoder, Encoder, Ids, TextEncoder
 from rlxf.data.handlers import Columns, Handler, find_handler
@@ -22,7 +24,7 @@ from rlxf.data.indexed import IndexedWriter, packed_name
 from rlxf.data.packing import pack
 from rlxf.data.readers import RowFile
 from rlxf.data.templates import Template, chat_template
-from rlxf.errors import ConfigError, DataError, WorkerLost
+from rlxf.errors import ConfigError, DataError, StageTimeout, WorkerLost
 from rlxf.jsonl import Problems
 from rlxf.models.tokenizer import load_tokenizer
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK_ROWS = 1024  # rows that a worker tokenizes at a time; every call of the tokenizer costs as much as tens of rows
+LIMIT_S = 1800.0  # longest time that a worker may take for them
 ANY_NUMBER = 2**62
 Say = Callable[[str], None]
 
@@ -79,7 +82,7 @@ def preprocess(options: Options, say: Say) -> Summary:
     Raises:
         ConfigError: flags that do not go together, or unknown names.
         DataError: the input cannot be read, has too many bad rows, or nothing is left of it.
-        WorkerLost: a worker process died.
+        WorkerLost, StageTimeout: a worker process died, or did not answer.
     """
     handler = find_handler(options.handler_name)
     columns = Columns(handler, options.map_keys)
@@ -183,21 +186,31 @@ class _Work:
             initargs=(self._encoder, self._file),
         )
         waiting: deque[tuple[list[int], Future[list[Ids | Drop]]]] = deque()
-        try:
-            for chunk in chunks:
-                waiting.append((chunk, pool.submit(_encode_here, chunk)))
-                if len(waiting) > 2 * workers:  # more would only wait in memory
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            for first, future in waiting:
-                yield first, future.result()
-        except BrokenProcessPool as error:
-            raise WorkerLost(
-                f"{self._file.path}: a worker process of the preprocessing died, perhaps for want of memory; "
-                f"use fewer than --workers {workers}"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        done = False
+        with own_children() as kill:
+            try:
+                for chunk in chunks:
+                    waiting.append((chunk, pool.submit(_encode_here, chunk)))
+                    if len(waiting) > 2 * workers:  # more would only wait in memory
+                        first, future = waiting.popleft()
+                        yield first, future.result(timeout=LIMIT_S)
+                for first, future in waiting:
+                    yield first, future.result(timeout=LIMIT_S)
+                done = True
+            except BrokenProcessPool as error:
+                raise WorkerLost(
+                    f"{self._file.path}: a worker process of the preprocessing died, perhaps for want of memory; "
+                    f"use fewer than --workers {workers}"
+                ) from error
+            except FutureTimeout as error:
+                raise StageTimeout(
+                    f"{self._file.where(first[0])}: {len(first)} rows from here on were not tokenized within "
+                    f"{LIMIT_S:g} s by one of --workers {workers}; --workers 1 has no such limit"
+                ) from error
+            finally:
+                if not done:
+                    kill()  # the pool waits for its workers
+                pool.shutdown(cancel_futures=True)
 
 
 _HERE: dict[str, Any] = {}  # what a worker process works with

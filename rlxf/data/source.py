@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from rlxf.config.schema import RunConfig
 from rlxf.data.batches import MALFORMED, Batches, Drop
@@ -66,6 +66,17 @@ class DataSource(ABC, Generic[Record, Item, Batch]):
     def epoch(self, step: int) -> float:
         """Passes over the rows at the end of a step; rows that were left out are part of a pass."""
         return self._batches.epoch(step)
+
+    def stream(self, step: int) -> dict[str, Any]:
+        """What ``go_on`` needs to begin at the newest step, as JSON data."""
+        return {**self._batches.stream(step), "refused": {str(row): text for row, text in self._refused.items()}}
+
+    def go_on(self, step: int, rows: Sequence[int], stream: Mapping[str, Any]) -> bool:
+        """Begin at ``step`` without tokenizing what came before; False: the rows of the step before are others."""
+        if not self._batches.go_on(step, rows, stream):
+            return False
+        self._refused |= {int(row): text for row, text in stream["refused"].items()}
+        return True
 
     def num_kept(self) -> int:
         """Rows of the part that give an item. Tokenizes every row that no step has reached yet."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from rlxf.errors import StageTimeout, StopRequested, WorkerLost, add_note
+from rlxf.errors import StageTimeout, StopRequested, WorkerLost
 from rlxf.run import Run
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def save_last_step(run: Run, error: Exception) -> None:
             except Exception as second:
                 log.debug("the last complete step could not be saved", exc_info=second)
                 reason = f"step {state.step} could not be saved: {second}"
-        add_note(error, _outcome(run, reason))
+        error.add_note(_outcome(run, reason))
 
 
 def _outcome(run: Run, reason: str) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
+import logging
 import os
 import sys
 import types
@@ -243,6 +244,8 @@ def install() -> None:
         sys.modules["torch._dynamo"].config.disable = True  # it read the variable when it was imported
     # What megatron-core says when it is imported: Transformer Engine and Apex are missing, which is known.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    # What a CUDA build of torch says then: no CUDA runtime is found, which is as it should be.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     proxy = _torch_for_megatron()
     sys.meta_path.insert(0, _Finder(proxy))
     for name, module in list(sys.modules.items()):

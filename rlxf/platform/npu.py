@@ -1,6 +1,6 @@
 """Ascend NPUs: hccl, megatron-core through torch_npu's transfer layer. Not yet run on hardware.
 
-Written against torch-npu 2.10.0 and its sources; ``tests/npu`` checks every symbol used here against the wheel.
+Written against torch-npu 2.10.0 and its sources; ``tests/npu`` looks up the names used here in the wheel.
 """
 
 from __future__ import annotations

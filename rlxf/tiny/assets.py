@@ -15,17 +15,19 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rlxf.core.files import new_folder, remove_leftovers
-from rlxf.errors import ConfigError, TrainingError
+from rlxf.errors import ConfigError, StageTimeout, TrainingError
 from rlxf.tiny import heads, world
 from rlxf.tiny.recipe import Recipe
 
@@ -36,6 +38,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 STAGES = ("sft_trainer_tiny", "reward_trainer_tiny")  # the recipes that train its models
 MANIFEST = "manifest.json"
 REPORT = "report.json"
+LIMIT_S = 1800.0  # of one stage, and of a wait for another process that builds the same world
 
 Say = Callable[[str], None]
 
@@ -49,7 +52,7 @@ def ensure(folder: Path, recipe: Recipe | None = None, *, fresh: bool = False, s
     recipe = recipe or Recipe()
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f".{folder.name}.lock"):
+    with _locked(folder.parent / f".{folder.name}.lock", say):
         remove_leftovers(folder.parent, re.escape(folder.name))  # of a build that was killed
         reason = "asked for" if fresh else why_stale(folder, recipe)
         if reason is not None:
@@ -90,11 +93,39 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Two builds at a time would delete each other's partial folders; the second one waits and finds the world made."""
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+def _locked(path: Path, say: Say) -> Iterator[None]:
+    """Two builds at a time would delete each other's partial folders; the second one waits and finds the world made.
+
+    Raises:
+        StageTimeout: the first one is at it for too long.
+    """
+    deadline = time.monotonic() + LIMIT_S
+    with path.open("a+") as handle:
+        told = False
+        while not _lock(handle):
+            handle.seek(0)
+            owner = handle.read().strip() or "another process"
+            if time.monotonic() > deadline:
+                raise StageTimeout(
+                    f"{path}: {owner} has built the tiny world for {LIMIT_S:g} s; end it, or choose another folder "
+                    "with --out"
+                )
+            if not told:
+                say(f"waiting for {owner}, which builds the tiny world")
+            told = True
+            time.sleep(0.2)
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        handle.flush()
         yield
+
+
+def _lock(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -221,7 +252,11 @@ def _train(folder: Path, recipe: Recipe, name: str, output: str, overrides: Sequ
     command += [f"{key}={value}" for key, value in paths.items()]
     # The sums of two threads differ in the last digits; spinning ones on shared cores cost a factor of 20.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True)
+    try:
+        done = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired as error:
+        said = (error.stderr or b"").decode(errors="replace").strip()
+        raise TrainingError(f"{name} was ended after {LIMIT_S:g} s: {said[-2000:]}") from error
     if done.returncode:
         raise TrainingError(f"{name} failed with exit code {done.returncode}: {done.stderr.strip()[-2000:]}")
     metrics: dict[str, Any] = json.loads((run / "summary.json").read_text())["end"]

@@ -17,15 +17,15 @@ import pytest
 from rlxf.checkpoint import list_checkpoints
 from rlxf.metrics import read_jsonl
 from tests.cluster.conftest import RAY, Recipe, TwoNodes, children, command_of, environment
+from tests.runs.small import CLOCKED
 
 pytestmark = pytest.mark.cluster
 
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
     """The steps of a run without what a clock measured."""
-    clocked = ("timing/", "rollout/tokens_per_s")
     return [
-        {name: value for name, value in row.items() if not name.startswith(clocked)}
+        {name: value for name, value in row.items() if not name.startswith(CLOCKED)}
         for row in read_jsonl(run_dir / "metrics.jsonl")
     ]
 
@@ -35,34 +35,34 @@ def succeed(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout + done.stderr
 
 
-def test_four_roles_on_ray_give_the_numbers_of_one_process(recipe: Recipe, tmp_path: Path) -> None:
-    common = ("training.eval_interval=2", "eval.num_prompts=4", "log.rollouts=true")
-    text = succeed(recipe.run(tmp_path / "ray", *common))
-    succeed(recipe.run(tmp_path / "local", "runtime=local", *common))
+ONLINE = ("training.eval_interval=2", "eval.num_prompts=4", "log.rollouts=true")
+
+
+@pytest.fixture(scope="module")
+def local(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The online run in one process."""
+    run_dir = tmp_path_factory.mktemp("local") / "run"
+    succeed(recipe.run(run_dir, "runtime=local", *ONLINE))
+    return run_dir
+
+
+def test_four_roles_on_ray_give_the_numbers_of_one_process(recipe: Recipe, local: Path, tmp_path: Path) -> None:
+    text = succeed(recipe.run(tmp_path / "ray", *ONLINE))
     assert "starting one on this machine with 4 logical CPU" in text
     rows = numbers(tmp_path / "ray")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert len({row["loss"] for row in rows}) > 1
-    assert rows == numbers(tmp_path / "local")
+    assert rows == numbers(local)
     for name in ("rollouts.jsonl", "eval.jsonl", "samples.jsonl"):
-        assert (tmp_path / "ray" / name).read_text() == (tmp_path / "local" / name).read_text()
+        assert (tmp_path / "ray" / name).read_text() == (local / name).read_text()
 
     from transformers import AutoModelForCausalLM
 
-    policies = [AutoModelForCausalLM.from_pretrained(tmp_path / run / "policy") for run in ("ray", "local")]
+    policies = [AutoModelForCausalLM.from_pretrained(run / "policy") for run in (tmp_path / "ray", local)]
     for mine, other in zip(policies[0].parameters(), policies[1].parameters(), strict=True):
         assert mine.equal(other)
     assert (tmp_path / "ray" / "checkpoints" / "iter_0000003" / "driver.json").is_file()
     assert json.loads((tmp_path / "ray" / "summary.json").read_text())["steps"] == 3
-
-
-def test_offline_on_ray_gives_the_numbers_of_one_process(recipe: Recipe, tmp_path: Path) -> None:
-    text = succeed(recipe.run(tmp_path / "ray", *recipe.offline))
-    assert "train rank 0, ref rank 0" in text  # neither rollout nor reward workers
-    succeed(recipe.run(tmp_path / "local", "runtime=local", *recipe.offline))
-    rows = numbers(tmp_path / "ray")
-    assert len({row["loss"] for row in rows}) == 3
-    assert rows == numbers(tmp_path / "local")
 
 
 def test_with_lora_the_actors_processes_are_the_reference(recipe: Recipe, tmp_path: Path) -> None:
@@ -105,13 +105,12 @@ def test_a_reward_function_and_a_replay_need_no_device(recipe: Recipe, tmp_path:
     assert losses[0] == losses[1]
 
 
-def test_two_engines_draw_the_samples_of_one(recipe: Recipe, tmp_path: Path) -> None:
-    pools = ("resource_pool.actor_rollout=[3]", "actor_rollout.num_gpus_for_infer=2", "training.train_iters=2")
-    text = succeed(recipe.run(tmp_path / "two", "log.rollouts=true", *pools))
+def test_two_engines_draw_the_samples_of_one(recipe: Recipe, local: Path, tmp_path: Path) -> None:
+    pools = ("resource_pool.actor_rollout=[3]", "actor_rollout.num_gpus_for_infer=2")
+    text = succeed(recipe.run(tmp_path / "two", *ONLINE, *pools))
     assert "infer rank 1" in text
-    succeed(recipe.run(tmp_path / "one", "log.rollouts=true", "runtime=local", "training.train_iters=2"))
     for mine, other in zip(
-        read_jsonl(tmp_path / "two" / "rollouts.jsonl"), read_jsonl(tmp_path / "one" / "rollouts.jsonl"), strict=True
+        read_jsonl(tmp_path / "two" / "rollouts.jsonl"), read_jsonl(local / "rollouts.jsonl"), strict=True
     ):
         assert [c["token_ids"] for c in mine["completions"]] == [c["token_ids"] for c in other["completions"]]
 

@@ -79,6 +79,8 @@ def test_a_killed_trainer_rank_ends_the_run_and_the_next_one_goes_on(
     assert "lost train rank 0" in output
     text = succeed(recipe.run(tmp_path, *recipe.offline, *LONG))
     assert "INFO: resumed from" in text
+    assert "train rank 0, ref rank 0" in text  # offline: neither rollout nor reward workers
+    assert len({row["loss"] for row in numbers(tmp_path)}) > STEPS / 2
     assert_same(tmp_path, undisturbed)
 
 

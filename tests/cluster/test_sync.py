@@ -90,7 +90,7 @@ class World:
     """One actor and two engines that are not equally fast."""
 
     def __init__(self) -> None:
-        waiter = Waiter(Clock(), Stop(), 60.0)
+        waiter = Waiter(Clock(), Stop(), 120.0)
         self.actors = _group(ActorOfFive, "train", 1, waiter)
         self.engines = _group(SlowRollout, "infer", 2, waiter)
         self.actor = RemoteActor(self.actors)

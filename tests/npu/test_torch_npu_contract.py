@@ -1,4 +1,4 @@
-"""Every torch_npu symbol and argument that ``rlxf/platform/npu.py`` uses exists in the pinned wheel."""
+"""The functions and arguments of torch_npu that ``rlxf/platform/npu.py`` uses are in the pinned wheel, by name."""
 
 from __future__ import annotations
 

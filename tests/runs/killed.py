@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.runs.small import Finished, Recipe
+from tests.runs.small import CLOCKED, Finished, Recipe
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.runs.warm"])
@@ -224,4 +224,4 @@ def assert_same_run(run_dir: Path, undisturbed: Finished) -> None:
 def _unclocked(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
-    return {name: value for name, value in values.items() if not name.startswith(("timing/", "rollout/tokens_per_s"))}
+    return {name: value for name, value in values.items() if not name.startswith(CLOCKED)}

@@ -96,6 +96,24 @@ def test_a_finished_run_says_so_and_touches_nothing(recipe: Recipe, undisturbed:
     assert contents() == before
 
 
+def test_rows_that_are_dropped_are_counted_once_whenever_the_run_is_killed(world: World, tmp_path: Path) -> None:
+    rows = [{"prompt": "too long " * 9 if i in (1, 4, 5) else f"say {i}"} for i in range(11)]
+    recipe = world.recipe(
+        training={"train_iters": 5, "save_interval": 1},
+        actor_rollout={"data_path": str(write_rows(tmp_path / "rows.jsonl", rows))},
+        log={"rollouts": True},
+    )
+    finish(recipe, tmp_path / "whole")
+    run_dir = tmp_path / "run"
+    for update in (2, 2, 1):  # of what is left: in the second, the third and the fourth step
+        killed(recipe, run_dir, update)
+    finish(recipe, run_dir)
+    assert Finished(run_dir).numbers == Finished(tmp_path / "whole").numbers
+    assert {row["data/dropped"] for row in Finished(run_dir).rows} == {1.0, 3.0}
+    driver = json.loads((run_dir / "checkpoints" / "iter_0000005" / "driver.json").read_text())
+    assert driver["stream"]["position"] == Finished(run_dir).rows[-1]["epoch"] * len(rows)
+
+
 def test_a_finished_run_whose_policy_is_cut_off_writes_it_again(recipe: Recipe, tmp_path: Path) -> None:
     """As after a power loss in a revision that did not sync it."""
     run_dir, short = tmp_path / "run", changed(recipe, "training", train_iters=2, eval_interval=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
+import tomllib
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,6 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    pytest.skip("reading pyproject.toml needs tomllib (Python 3.11)", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
 LANES = ("cpu", "npu", "cuda")
@@ -110,10 +105,30 @@ def test_licence_is_apache(project: dict[str, Any]) -> None:
 
 def test_python_floor_is_what_the_tools_check(pyproject: dict[str, Any]) -> None:
     floor = SpecifierSet(pyproject["project"]["requires-python"])
-    assert Version("3.10") in floor
-    assert Version("3.9") not in floor
-    assert pyproject["tool"]["ruff"]["target-version"] == "py310"
-    assert pyproject["tool"]["mypy"]["python_version"] == "3.10"
+    assert Version("3.11") in floor
+    assert Version("3.10") not in floor
+    assert pyproject["tool"]["ruff"]["target-version"] == "py311"
+    assert pyproject["tool"]["mypy"]["python_version"] == "3.11"
+
+
+def test_pythons_are_those_of_the_installer(project: dict[str, Any]) -> None:
+    script = (ROOT / "scripts" / "install.sh").read_text()
+    found = re.search(r"oldest=(\d+) newest=(\d+)", script)
+    assert found is not None
+    minors = range(int(found[1]), int(found[2]) + 1)
+    prefix = "Programming Language :: Python :: "
+    named = [line.removeprefix(prefix) for line in project["classifiers"] if line.startswith(prefix)]
+    assert named == [f"3.{minor}" for minor in minors]
+    assert project["requires-python"] == f">=3.{minors[0]}"
+    page = (ROOT / "docs" / "install.md").read_text()
+    assert f"| cpu | Linux, Python 3.{minors[0]} to 3.{minors[-1]} |" in page
+
+
+@pytest.mark.parametrize("extra", ["hub", "qlora", "wandb", "mlflow", "swanlab"])
+def test_extras_beside_a_lane_are_what_the_tests_run_with(project: dict[str, Any], extra: str) -> None:
+    pins = lock("cpu") | lock("dev")
+    for wish in (Requirement(line) for line in project["optional-dependencies"][extra]):
+        assert pins[canonicalize_name(wish.name)] in wish.specifier
 
 
 @pytest.mark.parametrize("folder", ["rlxf", "workers", "scripts"])
@@ -121,7 +136,7 @@ def test_sources_parse_on_the_oldest_python(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
     for file in files:
-        ast.parse(file.read_text(), str(file), feature_version=(3, 10))
+        ast.parse(file.read_text(), str(file), feature_version=(3, 11))
 
 
 def test_package_lists_reach_every_package(pyproject: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import threading
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from rlxf import run_folder
 from rlxf.checkpoint import find_problems, list_checkpoints, newest_good
 from rlxf.config.curve import CURVE
 from rlxf.errors import CheckpointError
@@ -125,6 +127,41 @@ def test_in_the_background_a_checkpoint_has_its_name_when_it_is_written(tmp_path
     assert float(torch.load(checkpoint / "logits.pt", weights_only=True).abs().sum()) == 0.0  # the state of step 1
     made.poll()
     assert told == [checkpoint]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_hangs_ends_the_wait_and_not_the_checkpoints_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    made = folder(tmp_path, training__async_save=background, training__stage_timeout_s=1)
+    made.save_checkpoint(State(step=1))
+    made.wait()
+    again = threading.Event()
+    monkeypatch.setattr(run_folder, "publish", lambda *_: again.wait(60))
+    if background:
+        made.save_checkpoint(State(step=2))
+    save = made.wait if background else lambda: made.save_checkpoint(State(step=2))
+    with pytest.raises(CheckpointError, match=r"iter_0000002: not on disk within 1 s.*training\.stage_timeout_s"):
+        save()
+    assert newest_good(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints" / "iter_0000001"
+    (publisher,) = (thread for thread in threading.enumerate() if thread.name == "publish")
+    assert publisher.daemon  # the process can end
+    again.set()
+    publisher.join(60)
+    assert not publisher.is_alive()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_no_thread_is_left_when_a_checkpoint_is_there(tmp_path: Path, background: bool) -> None:
+    before = threading.active_count()
+    for number in range(3):  # runs of one process
+        made = folder(tmp_path / str(number), training__async_save=background)
+        made.save_checkpoint(State(step=1))
+        made.wait()
+    for thread in threading.enumerate():
+        if thread.name == "publish":
+            thread.join(60)
+    assert threading.active_count() == before
 
 
 def test_two_checkpoints_are_never_written_at_once(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from rlxf.config.schema import RoleConfig
 from rlxf.errors import ConfigError
 from rlxf.platform.base import Platform, Process
 
+MEGATRON = "0.16.1"  # pyproject.toml asks for the same
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelSizes:
@@ -74,6 +76,17 @@ class Layout:
         return self.dp_rank == 0 and self.cp_rank == 0
 
 
+def require_megatron() -> None:
+    """Refuse a megatron-core whose internals (its checkpoint writer, its optimizer) may differ from those used here."""
+    from megatron.core import __version__ as found
+
+    if found != MEGATRON:
+        raise ConfigError(
+            f"megatron-core {found} is installed; expected {MEGATRON}, whose internals write checkpoints and step the "
+            f"optimizer: pip install megatron-core=={MEGATRON}"
+        )
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -92,9 +105,11 @@ def init_parallel(platform: Platform, process: Process, *, sizes: ParallelSizes,
         timeout_s: longest wait in one collective call, seconds; a lost peer is noticed at the latest then.
 
     Raises:
-        ConfigError: the sizes do not fit, or this process already works in another layout.
+        ConfigError: the sizes do not fit, or this process already works in another layout; or another megatron-core is
+            installed.
     """
     platform.prepare_megatron()
+    require_megatron()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

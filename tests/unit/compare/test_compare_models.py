@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,25 @@ def test_an_engine_whose_process_dies_is_told(
 
 def dies(*arguments: object) -> None:
     os._exit(3)
+
+
+def test_an_engine_that_does_not_answer_is_ended_and_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlxf.compare import models
+    from rlxf.errors import StageTimeout
+
+    monkeypatch.setattr(models, "_generate", hangs)
+    asked = models.Settings(data_path=world.folder / "prompts.jsonl", num_prompts=1, engine="vllm")
+    config = models.recipe(world.folder / "policy", asked)
+    quick = config.training.model_copy(update={"start_timeout_s": 1, "stage_timeout_s": 1})
+    begin = time.monotonic()
+    with pytest.raises(StageTimeout, match=r"no answer within 2 s from the vLLM engine with .*policy"):
+        models._generate_apart(config.model_copy(update={"training": quick}), [None], None, "cpu")  # type: ignore
+    assert time.monotonic() - begin < 60
+    assert not multiprocessing.active_children()
+
+
+def hangs(*arguments: object) -> None:
+    time.sleep(600)
 
 
 def test_a_reward_model_judges(main: Callable[..., int], world: World, tmp_path: Path) -> None:

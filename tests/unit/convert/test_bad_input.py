@@ -120,7 +120,7 @@ CASES: list[Case] = [
     ("other-width", HF_MG, "hf", "", lambda w: settings(w.hf, intermediate_size=64), "config.json says"),
     ("reward-without-orm", HF_MG, "rm", "", NOTHING, r"holds a reward model \(score.weight\); add --orm"),
     ("orm-without-head", HF_MG, "hf", "--orm", NOTHING, r"no reward head \(score.weight\) in it; leave out --orm"),
-    ("tp", HF_MG, "hf", "--target-tensor-parallel-size 3", NOTHING, "2 key/value heads, which it must divide"),
+    ("tp", HF_MG, "hf", "--target-tensor-parallel-size 3", NOTHING, "4 attention heads, which it must divide"),
     ("tp-zero", HF_MG, "hf", "--target-tensor-parallel-size 0", NOTHING, "which it must divide"),
     ("pp", HF_MG, "hf", "--target-pipeline-parallel-size 3", NOTHING, "must divide the model's 4 layers"),
     (

@@ -10,9 +10,11 @@ import torch
 import transformers
 
 from rlxf.config.read_position import stored_position
+from rlxf.errors import ConfigError
 from rlxf.models.backend import load_model, token_logps
 from rlxf.models.batching import Limits
-from rlxf.models.hf_folder import HfWeights
+from rlxf.models.hf_folder import HfWeights, load_hf_config
+from rlxf.models.megatron.weights import Geometry, to_local
 from rlxf.platform import Process, get_platform
 from tests.settings import random_pairs, run_config
 from tests.tiny_models import save_causal_lm, save_reward_model
@@ -22,6 +24,7 @@ CUT = ("--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", 
 VPP = (*CUT, "--num-layers-per-virtual-pipeline-stage", "1")
 LEGACY = ("--save-format", "legacy")
 MODELS = [(kind, tied) for kind in ("llama", "qwen2", "qwen3") for tied in (True, False)]
+FOUR = ("--target-tensor-parallel-size", "4")  # more ranks than key/value heads, of which these models have two
 LAYOUTS = [
     pytest.param(CUT, id="dist"),
     pytest.param((*CUT, *LEGACY), id="legacy"),
@@ -45,6 +48,30 @@ def test_hugging_face_to_megatron_and_back_is_exact(folder: Path, tmp_path: Path
     assert settings_of(result) == settings_of(folder)
     assert (result / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert not hidden_leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("flags", [FOUR, (*FOUR, *LEGACY)], ids=["dist", "legacy"])
+def test_ranks_may_share_a_key_value_head_as_in_a_run(folder: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    run(folder, tmp_path / "mg", *flags)
+    assert_same_tensors(back(tmp_path / "mg", tmp_path / "hf"), folder)
+
+
+def test_a_rank_that_shares_a_key_value_head_has_the_share_of_a_run(tmp_path: Path) -> None:
+    folder = save_causal_lm(tmp_path / "model", "qwen2", tied=True)
+    run(folder, tmp_path / "mg", *FOUR, *LEGACY)
+    hf, geometry = HfWeights(folder), Geometry.of(load_hf_config(folder), tp_size=4)
+    for rank in range(4):
+        file = tmp_path / "mg" / "iter_0000001" / f"mp_rank_0{rank}" / "model_optim_rng.pt"
+        found = torch.load(file, weights_only=False)["model"]["decoder.layers.1.self_attention.linear_qkv.weight"]
+        whole = [hf.read(f"model.layers.1.self_attn.{x}_proj.weight") for x in "qkv"]
+        assert torch.equal(found, to_local("qkv", whole, geometry, tp_rank=rank, tp_size=4))
+
+
+def test_ranks_and_key_value_heads_that_do_not_divide_each_other_are_refused(tmp_path: Path) -> None:
+    sizes = {"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 384}
+    folder = save_causal_lm(tmp_path / "model", "llama", **sizes)
+    with pytest.raises(ConfigError, match="size 4: must be a divisor or a multiple of the model's 3 key/value heads"):
+        run(folder, tmp_path / "mg", *FOUR)
 
 
 def test_ranks_of_the_older_layout_hold_what_the_reference_writes(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +289,19 @@ def test_a_dead_worker_is_reported(world: World, monkeypatch: pytest.MonkeyPatch
     assert world.run(workers="2") == 1
     assert "a worker process of the preprocessing died" in world.said
     assert world.outputs() == {}
+
+
+def test_a_worker_that_does_not_answer_is_ended_and_reported(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocessing, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(preprocessing, "LIMIT_S", 0.5)
+    monkeypatch.setattr(preprocessing, "_encode", lambda *_: time.sleep(600))
+    world.write([{"text": "a"}, {"text": "b"}])
+    begin = time.monotonic()
+    assert world.run(workers="2") == 1
+    assert time.monotonic() - begin < 60
+    assert "not tokenized within 0.5 s by one of --workers 2" in world.said
+    assert world.outputs() == {}
+    assert not multiprocessing.active_children()
 
 
 def test_files_of_a_group_are_joined(world: World) -> None:

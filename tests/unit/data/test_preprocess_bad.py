@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,6 +147,12 @@ def test_a_data_set_of_the_hub_that_cannot_be_had(world: World, monkeypatch: pyt
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert world.run(input="some-one/letters") == 2
     refused(world, "some-one/letters: no such file or folder", "Hub that can be read: no network")
+
+
+def test_a_data_set_of_the_hub_without_the_package_that_reads_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert world.run(input="some-one/letters") == 2
+    refused(world, "some-one/letters: no such file or folder", "pip install 'rlxf[hub]'")
 
 
 def test_no_file_of_a_group(world: World) -> None:

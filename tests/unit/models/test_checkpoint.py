@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import warnings
@@ -12,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from rlxf.errors import CheckpointError
 from rlxf.models.megatron import checkpoint as checkpoint_module
-from rlxf.models.megatron.parallel import free_port
 from rlxf.platform import Process, get_platform
 from rlxf.types import Metrics
 from rlxf.update.actor import Actor
+from tests.ranks import on_ranks
 from tests.settings import random_pairs, referenced, run_config
 from tests.tiny_models import save_causal_lm
 
@@ -155,8 +153,7 @@ def _child(rank: int, world_size: int, port: int, folder: Path, settings: dict[s
 
 
 def on_two(folder: Path, settings: dict[str, Any], **job: Any) -> dict[str, Any]:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.start_processes(_child, args=(2, free_port(), folder, settings, job), nprocs=2, start_method="spawn")
+    on_ranks(_child, 2, folder, settings, job)
     result: dict[str, Any] = torch.load(job["out"], weights_only=True)
     return result
 

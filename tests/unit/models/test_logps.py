@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from rlxf.models.logps import target_logps
-from rlxf.models.megatron.parallel import free_port
 from rlxf.platform import get_platform, linear
+from tests.ranks import on_ranks
 
 ROWS, HIDDEN, VOCABULARY = 40, 16, 24
 VOCABULARIES = (24, 23, 9)  # cut over ranks; 9 over 4 is 3, 3, 3 and a rank of padding only
@@ -164,7 +163,7 @@ def _rank(rank: int, world_size: int, port: int, out: Path) -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_vocabulary_cut_over_ranks_equals_the_whole_one(world_size: int, tmp_path: Path) -> None:
     """Every id is a target; a rank that does not hold one must still get its softmax gradient."""
-    mp.start_processes(_rank, args=(world_size, free_port(), tmp_path), nprocs=world_size, start_method="spawn")
+    on_ranks(_rank, world_size, tmp_path)
     for vocabulary in VOCABULARIES:
         hidden, weight, targets, grad = inputs()
         expected = full(hidden, weight[:vocabulary], targets % vocabulary, grad)

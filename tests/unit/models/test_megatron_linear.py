@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
-from rlxf.models.megatron.parallel import ParallelSizes, free_port, init_parallel
+from rlxf.models.megatron.parallel import ParallelSizes, init_parallel
 from rlxf.platform import Process, get_platform, linear
 from rlxf.reference.frozen import FrozenReference
 from rlxf.types import ReferencedPairs
 from rlxf.update.actor import Actor
+from tests.ranks import on_ranks
 from tests.settings import random_pairs, run_config
 from tests.tiny_models import save_causal_lm
 
@@ -99,9 +99,7 @@ def _child(rank: int, world_size: int, port: int, out: Path, sequence_parallel: 
 
 @pytest.mark.parametrize(("world_size", "sequence_parallel"), [(1, False), (2, False), (2, True)])
 def test_output_gradients_and_names_are_megatrons(world_size: int, sequence_parallel: bool, tmp_path: Path) -> None:
-    mp.start_processes(
-        _child, args=(world_size, free_port(), tmp_path, sequence_parallel), nprocs=world_size, start_method="spawn"
-    )
+    on_ranks(_child, world_size, tmp_path, sequence_parallel)
     assert len(list(tmp_path.iterdir())) == world_size
 
 

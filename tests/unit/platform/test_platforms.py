@@ -72,6 +72,21 @@ print("kept")
     assert run(code) == "kept"
 
 
+def test_the_cpu_bridge_hushes_what_a_cuda_build_of_torch_says_without_a_device() -> None:
+    code = """
+import logging, sys
+from rlxf.platform import get_platform
+logger = logging.getLogger("torch.utils.cpp_extension")
+logger.addHandler(logging.StreamHandler(sys.stdout))
+logger.warning("before")
+get_platform("cpu").prepare_megatron()
+import megatron.core.distributed
+logger.warning("No CUDA runtime is found, using CUDA_HOME='/usr'")
+logger.error("something is wrong")
+"""
+    assert run(code).splitlines() == ["before", "something is wrong"]
+
+
 def test_the_cpu_bridge_works_after_another_library_imported_megatron() -> None:
     code = """
 import megatron.core.tensor_parallel.random as early

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from rlxf.errors import ConfigError
+from rlxf.errors import ConfigError, StageTimeout, TrainingError
 from rlxf.tiny import assets, world
 from rlxf.tiny.recipe import Recipe
 
@@ -107,22 +108,18 @@ def test_second_call_makes_nothing(made: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in made.rglob("*")}
 
 
-def test_worlds_of_one_recipe_are_equal_and_a_killed_build_leaves_nothing(made: Path, tmp_path: Path) -> None:
-    leftover = tmp_path / ".again.partial"
-    leftover.mkdir()
-    (leftover / "half").write_text("")
-    assert assets.ensure(tmp_path / "again", SMALL)
-    for name in ("sft/model.safetensors", "rm/model.safetensors", "sft/tokenizer.json", "preferences.jsonl"):
-        assert (made / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".again.lock", "again"]
-
-
-def test_fresh_makes_it_anew(folder: Path) -> None:
+def test_fresh_makes_an_equal_world_and_leaves_nothing_of_older_ones(made: Path, folder: Path, tmp_path: Path) -> None:
     (folder / "note.txt").write_text("of an older world")
     (folder / "prompts.jsonl").unlink()
+    leftover = tmp_path / ".tiny.partial"  # of a build that was killed
+    leftover.mkdir()
+    (leftover / "half").write_text("")
     assert assets.ensure(folder, SMALL, fresh=True)
     assert not (folder / "note.txt").exists()
     assert assets.why_stale(folder, SMALL) is None
+    for name in ("sft/model.safetensors", "rm/model.safetensors", "sft/tokenizer.json", "preferences.jsonl"):
+        assert (made / name).read_bytes() == (folder / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tiny.lock", "tiny"]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +151,25 @@ def test_build_that_dies_leaves_the_old_world(folder: Path) -> None:
     assert (folder / "manifest.json").read_bytes() == before
     assert assets.why_stale(folder, SMALL) is None
     assert assets.ensure(folder, SMALL) is False
+
+
+def test_a_build_that_another_process_does_not_end_is_waited_for_only_so_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assets, "LIMIT_S", 0.5)
+    (tmp_path / ".tiny.lock").write_text("process 4711 on node1\n")
+    said: list[str] = []
+    with (tmp_path / ".tiny.lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(StageTimeout, match=r"process 4711 on node1 has built the tiny world for 0\.5 s"):
+            assets.ensure(tmp_path / "tiny", SMALL, say=said.append)
+    assert said == ["waiting for process 4711 on node1, which builds the tiny world"]
+
+
+def test_a_stage_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "LIMIT_S", 0.2)
+    with pytest.raises(TrainingError, match=r"sft_trainer_tiny was ended after 0\.2 s"):
+        assets._train(tmp_path, SMALL, "sft_trainer_tiny", "sft", ())
 
 
 def test_folder_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:

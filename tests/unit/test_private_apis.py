@@ -1,0 +1,152 @@
+"""What this program uses of other packages without their promise: it is there, with the arguments that are given to it.
+
+A failure here names the place that has to change before the package's bound in pyproject.toml is raised.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+from rlxf.errors import ConfigError
+from rlxf.models.megatron import parallel
+from rlxf.platform import get_platform
+
+ROOT = Path(__file__).resolve().parents[2]
+SAVE = "megatron.core.dist_checkpointing.strategies."
+WRITER = f"{SAVE}filesystem_async:FileSystemWriterAsync"
+
+
+@dataclass(frozen=True)
+class Private:
+    """An attribute of a module, ``module:attribute.path``, and where it is used."""
+
+    name: str
+    user: str
+    parameters: tuple[str, ...] | None = None  # the first ones, of a function that is called with them
+
+    def problem(self) -> str | None:
+        package = re.split(r"[.:]", self.name)[0]
+        installed = version({"megatron": "megatron-core"}.get(package, package))
+        where = f"{package} {installed}: {self.name}, which {self.user} uses,"
+        module, _, path = self.name.partition(":")
+        try:
+            found: Any = importlib.import_module(module)
+            for part in path.split("."):
+                found = inspect.getattr_static(found, part) if inspect.isclass(found) else getattr(found, part)
+        except (ImportError, AttributeError) as error:
+            return f"{where} is gone ({error})"
+        if self.parameters is None:
+            return None
+        found = getattr(found, "__func__", found)
+        known = tuple(inspect.signature(found).parameters)
+        fits = known[: len(self.parameters)] == self.parameters
+        return None if fits else f"{where} takes {known}; expected it to begin with {self.parameters}"
+
+
+OPTIMIZER = "rlxf/models/megatron/optimizer.py"
+CHECKPOINT = "rlxf/models/megatron/checkpoint.py"
+READER = "rlxf/models/megatron/dist_folder.py"
+RESTRICTED = "rlxf/models/megatron/restricted.py"
+USED = [
+    Private("ray._private.state:available_resources_per_node", "workers/pools.py", ()),
+    Private("ray.util.placement_group:placement_group", "workers/pools.py", ("bundles", "strategy")),
+    Private(f"{SAVE}filesystem_async:_results_queue", CHECKPOINT),
+    Private(
+        f"{WRITER}.write_preloaded_data",
+        CHECKPOINT,
+        ("transform_list", "local_proc_idx", "write_bucket", "results_queue", "count_queue", "use_fsync"),
+    ),
+    Private(f"{SAVE}async_utils:AsyncRequest", CHECKPOINT, ("async_fn", "async_fn_args", "finalize_fns")),
+    Private(f"{SAVE}async_utils:AsyncRequest.preload_fn", CHECKPOINT),
+    Private("megatron.core.tensor_parallel.random:_get_cuda_rng_state", CHECKPOINT),
+    Private("megatron.core.tensor_parallel.random:_set_cuda_rng_state", CHECKPOINT),
+    Private(f"{SAVE}base:LoadShardedStrategy.load", RESTRICTED, ("self", "sharded_state_dict", "checkpoint_dir")),
+    Private(f"{SAVE}base:LoadCommonStrategy.load_common", RESTRICTED, ("self", "checkpoint_dir")),
+    *(Private(f"megatron.core.optimizer:{name}", OPTIMIZER) for name in ("Adam", "USING_PYTORCH_OPTIMIZER")),
+    *(
+        Private(f"megatron.core.optimizer.distrib_optimizer:{name}", OPTIMIZER)
+        for name in ("Adam", "HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER")
+    ),
+    *(
+        Private(f"megatron.core.distributed.param_and_grad_buffer:{name}", OPTIMIZER)
+        for name in ("dist_reduce_scatter_func", "dist_all_gather_func")
+    ),
+    Private("torch:_fused_adamw_", OPTIMIZER),
+    Private("torch.distributed._shard._utils:narrow_tensor_by_index", READER, ("tensor", "offsets", "sizes")),
+    Private(
+        "torch.distributed.checkpoint.planner_helpers:create_read_items_for_chunk_list",
+        READER,
+        ("fqn", "checkpoint_md", "local_chunks"),
+    ),
+    Private("torch.distributed.checkpoint.filesystem:_StorageInfo", READER),
+    Private("torch.distributed.checkpoint.filesystem:FileSystemReader.read_data", READER, ("self", "plan", "planner")),
+]
+
+
+@pytest.fixture(autouse=True)
+def _bridge() -> None:
+    get_platform("cpu").prepare_megatron()
+
+
+@pytest.mark.parametrize("used", USED, ids=lambda used: used.name)
+def test_what_is_used_without_a_promise_is_still_there(used: Private) -> None:
+    problem = used.problem()
+    assert problem is None, problem
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            Private("ray.nowhere:x", "workers/pools.py"),
+            r"^ray [\d.]+: ray\.nowhere:x, which workers/pools\.py uses, is g",
+        ),
+        (Private("ray:no_such_name", "workers/pools.py"), r"ray:no_such_name, .* is gone"),
+        (Private("ray:get", "workers/remote.py", ("handle",)), r"ray:get, .* takes \('object_refs',.*\('handle',\)"),
+    ],
+)
+def test_a_change_is_told_with_version_name_and_place(changed: Private, said: str) -> None:
+    assert re.search(said, changed.problem() or "")
+
+
+def test_only_the_listed_modules_of_ray_are_private() -> None:
+    """A new use of Ray's internals comes with a line in this file."""
+    found = {
+        name
+        for file in (ROOT / "workers").glob("*.py")
+        for name in re.findall(r"ray(?:\.\w+)*\._\w+(?:\.\w+)*", file.read_text())
+    }
+    listed = {used.name.split(":")[0] for used in USED}
+    assert found <= listed
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="reading pyproject.toml needs tomllib")
+@pytest.mark.parametrize("package", ["ray", "megatron-core"])
+def test_these_packages_have_an_upper_bound_that_admits_what_is_installed(package: str) -> None:
+    import tomllib
+
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [Requirement(line) for line in content["project"]["dependencies"]]
+    (bound,) = (wish.specifier for wish in wanted if wish.name == package)
+    assert version(package) in bound
+    assert "99.0" not in bound
+
+
+def test_another_megatron_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron.core
+
+    parallel.require_megatron()
+    assert version("megatron-core") == parallel.MEGATRON
+    monkeypatch.setattr(megatron.core, "__version__", "0.17.0")
+    with pytest.raises(ConfigError, match=r"megatron-core 0\.17\.0 is installed; expected 0\.16\.1"):
+        parallel.require_megatron()
