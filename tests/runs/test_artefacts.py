@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from rlxf.evaluate.user import BUILT_IN
 from rlxf.metrics import read_jsonl
 from tests.runs.small import Finished, World, run
 
@@ -21,16 +22,14 @@ STEP_NAMES = {
     "objective/kl", "objective/entropy", "objective/scores", "objective/scores_margin", "val/contain_eos_token",
     "pair/kept", "pair/dropped", "pair/tie_rate", "pair/margin",
     "rollout/tokens_per_s", "rollout/logp_diff_mean", "rollout/logp_diff_max", "sync/bytes", "sync/version_lag",
-    "timing/gen", "timing/adv", "timing/ref", "timing/update_actor", "timing/sync", "timing/all",
+    "timing/gen", "timing/adv", "timing/ref", "timing/update_actor", "timing/sync", "timing/all", "timing/eval",
+    "timing/save", "score/missing", "pair/missing",
     "reward/score/mean", "reward/score/max", "reward/score/min",
     "response_length/mean", "response_length/max", "response_length/min",
     "prompt_length/mean", "prompt_length/max", "prompt_length/min",
 }  # fmt: skip
-EVAL_NAMES = {
-    "eval/reward", "eval/win_rate", "eval/win_rate_previous", "eval/kl", "eval/length", "eval/eos_rate",
-    "eval/greedy_reward", "eval/greedy_win_rate", "eval/greedy_win_rate_previous", "eval/greedy_length",
-    "eval/greedy_eos_rate",
-}  # fmt: skip
+EVAL_NAMES = {f"eval/{name}" for name in BUILT_IN}
+PROBED = {"sync/probe_difference"}  # in the first two steps
 SAMPLE_FIELDS = [
     "step", "prompt", "chosen", "rejected", "chosen_score", "rejected_score", "chosen_eos", "rejected_eos",
 ]  # fmt: skip
@@ -52,8 +51,9 @@ def test_every_step_has_a_row_with_every_metric(done: Finished) -> None:
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
     for step, line in enumerate(lines, start=1):
         assert line.startswith(f'{{"step": {step}, ')
-        evaluated = step in (EVAL_INTERVAL, NUM_STEPS)
-        assert set(json.loads(line)) == {"step"} | STEP_NAMES | (EVAL_NAMES if evaluated else set())
+        evaluated = EVAL_NAMES if step in (EVAL_INTERVAL, NUM_STEPS) else set[str]()
+        probed = PROBED if step <= 2 else set[str]()
+        assert set(json.loads(line)) == {"step"} | STEP_NAMES | evaluated | probed
 
 
 def test_numbers_have_full_precision(done: Finished) -> None:
@@ -160,7 +160,7 @@ def test_tensorboard_holds_every_scalar_of_every_step(done: Finished) -> None:
     (file,) = (done.folder / "tensorboard").iterdir()
     events = EventAccumulator(str(file))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == STEP_NAMES | EVAL_NAMES
+    assert set(events.Tags()["scalars"]) == STEP_NAMES | EVAL_NAMES | PROBED
     for name in STEP_NAMES:
         found = [(event.step, event.value) for event in events.Scalars(name)]
         expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in done.rows]  # stored as float32
