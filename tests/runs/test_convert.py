@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from rlxf.config.read_position import stored_position
 from rlxf.errors import ModelError
 from tests.data_world import write_rows
 from tests.layouts import train, train_on
-from tests.runs.small import Recipe, World, make_world, run
+from tests.runs.small import Finished, Recipe, World, make_world, run
 from tests.tiny_models import save_causal_lm
 from tests.unit.convert.helpers import assert_same_tensors, back, settings_of
 from tests.unit.convert.helpers import run as convert
@@ -39,6 +40,12 @@ def test_a_checkpoint_of_a_run_with_lora_is_its_policy(world: World, tmp_path: P
     assert_same_tensors(back(tmp_path / "ckpt" / "iter_0000003", tmp_path / "hf"), tmp_path / "run" / "policy")
 
 
+def trained(finished: Finished) -> list[dict[str, Any]]:
+    """Every number but the probe's: an engine that holds no weights before the first push has no cached prefix either,
+    so its sums are taken in another order."""
+    return [{name: v for name, v in row.items() if name != "sync/probe_difference"} for row in finished.numbers]
+
+
 def test_a_run_from_converted_folders_is_the_run_from_the_originals(world: World, tmp_path: Path) -> None:
     """Actor, reference, reward model, rollout engine, and the folder that the run leaves."""
     convert(world.folder / "policy", tmp_path / "policy", "--target-tensor-parallel-size", "2")
@@ -47,7 +54,7 @@ def test_a_run_from_converted_folders_is_the_run_from_the_originals(world: World
     sections = {role: {"load": str(tmp_path / name)} for role, name in loads.items()}
     converted = run(world.recipe(**sections), tmp_path / "converted")
     original = run(world.recipe(), tmp_path / "original")
-    assert converted.numbers == original.numbers
+    assert trained(converted) == trained(original)
     assert_same_tensors(tmp_path / "converted" / "policy", tmp_path / "original" / "policy")
 
 
@@ -67,7 +74,7 @@ def test_a_run_starts_from_a_checkpoint_of_another(world: World, tmp_path: Path)
         run(world.recipe(actor_rollout={"load": str(load)}, ref={"load": str(load)}), tmp_path / f"next{i}")
         for i, load in enumerate(loads)
     ]
-    assert found[0].numbers == found[1].numbers == found[2].numbers
+    assert trained(found[0]) == trained(found[1]) == trained(found[2])
     assert_same_tensors(tmp_path / "next0" / "policy", tmp_path / "next2" / "policy")
     assert (tmp_path / "next0" / "policy" / "tokenizer.json").is_file()
 

@@ -149,7 +149,7 @@ def test_with_a_penalty_the_score_before_it_is_a_row(tmp_path: Path) -> None:
 def test_an_evaluation_alone_has_one_column_of_what_it_measured(tmp_path: Path) -> None:
     config = small_config(training__eval_only=True, log__tensorboard=False)
     resume = Resume(
-        folder=tmp_path, state=State(step=3), run_folder=tmp_path, prompt_ids=[], stream=None, baseline=None, changes=[],
+        folder=tmp_path, state=State(step=3), run_folder=tmp_path, prompt_ids=[], baseline=None, changes=[],
         start={"eval/reward": 1.0, "loss": 0.7}, end={"eval/reward": 2.0, "loss": 0.5},
     )  # fmt: skip
     head, *rows = table_of(tmp_path, config, {"eval/reward": 3.0, "eval/reward_se": 0.25}, resume=resume)
