@@ -44,7 +44,7 @@ def test_its_state_is_the_one_that_was_saved(stored: StoredRun) -> None:
     found = find_resume(config, stored.folder / "run")
     assert found is not None
     assert (found.state.step, found.state.policy_version, found.state.num_tokens) == (3, 3, 383)
-    assert not found.state.unevaluated
+    assert found.state.owed == ()
     actor = Actor(config, get_platform("cpu", cpu_linear="mkl"), Process())
     actor.load_checkpoint(found.folder)
     assert digests(actor) == json.loads((STORED / "state.json").read_text())

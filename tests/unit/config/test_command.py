@@ -55,7 +55,7 @@ HUGE = (*TINY, "training.device=cpu", "resource_pool.ref=[4000]")
 
 
 def test_a_pool_far_beyond_the_cores_is_refused_before_ray_starts(tmp_path: Path) -> None:
-    huge = make_world(tmp_path / "world").recipe(resource_pool={"ref": [4000]})
+    huge = make_world(tmp_path / "world").recipe(reward={"read_at": "last_token"}, resource_pool={"ref": [4000]})
     done = ray_gpt(*command(huge, tmp_path / "run")[2:], folder=tmp_path)
     assert done.returncode == 3, done.stderr
     cores = os.cpu_count() or 1
