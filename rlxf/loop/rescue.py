@@ -17,11 +17,13 @@ def save_last_step(run: Run, error: Exception) -> None:
     second failure is told beside the first.
     """
     state = run.state
+    if not state.step:  # nothing is complete that could be lost
+        return
     with run.stop.patient():  # the stage was limited, the save takes as long as it takes
         _report_row(run)
-        reason = _why_not_whole(run, error)
-        run.folder.finish(ask_actor=not reason)
-        if not reason and state.step:
+        answers, reason = _standing(run, error)
+        run.folder.finish(ask_actor=answers)
+        if not reason:
             try:
                 run.folder.save_checkpoint(state)
                 run.folder.wait()
@@ -33,30 +35,30 @@ def save_last_step(run: Run, error: Exception) -> None:
 
 def _outcome(run: Run, reason: str) -> str:
     """What there is to go on from."""
-    state, newest = run.state, run.folder.newest()
-    steps = f"{state.step} of {run.config.training.train_iters} steps"
+    newest = run.folder.newest()
     if not reason:
-        return f"saved: {steps}, {newest}" if state.step else "nothing to save: no step was complete"
+        return f"saved: {run.state.step} of {run.config.training.train_iters} steps, {newest}"
     return f"not saved: {reason}; " + (f"the newest checkpoint is {newest}" if newest else "there is no checkpoint")
 
 
-def _why_not_whole(run: Run, error: Exception) -> str:
-    """Why the actor holds no complete step; empty if it holds the last one."""
+def _standing(run: Run, error: Exception) -> tuple[bool, str]:
+    """Whether the actor answers, and why it does not hold the last complete step; empty if it does."""
     state = run.state
     where = f"step {state.step + 1}"
-    if not run.refresh.whole:
-        return f"the reference was being moved after step {state.step}, and is neither the old nor the new one"
     if isinstance(error, StopRequested) and state.updating:
-        return f"the update of {where} took longer than training.stop_grace_s = {run.stop.grace_s:g} and was cut"
+        reason = f"the update of {where} took longer than training.stop_grace_s = {run.stop.grace_s:g} and was cut"
+        return False, reason
     if state.updating or isinstance(error, StageTimeout | WorkerLost):
         try:
             untouched = run.actor.is_untouched()
         except Exception as second:
             log.debug("the actor does not answer", exc_info=second)
-            return f"the actor is lost or does not answer ({where})"
+            return False, f"the actor is lost or does not answer ({where})"
         if state.updating and not untouched:
-            return f"{where} failed after its first optimizer step, so the weights are those of no complete step"
-    return ""
+            return True, f"{where} failed after its first optimizer step, so the weights are those of no complete step"
+    if not run.refresh.whole:
+        return True, f"the reference was being moved after step {state.step}, and is neither the old nor the new one"
+    return True, ""
 
 
 def _report_row(run: Run) -> None:

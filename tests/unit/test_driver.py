@@ -276,7 +276,7 @@ def test_a_run_whose_steps_are_done_only_writes_its_policy() -> None:
 
 
 def test_a_run_that_fails_waits_for_the_checkpoint_that_is_being_written() -> None:
-    small = small_run(small_config(algorithm__max_empty_steps=1), scorer=Constant())
+    small = small_run(small_config(algorithm__max_empty_steps=2), scorer=Constant())
     with pytest.raises(TrainingError):
         train(small.run)
     assert small.folder.finished == [True]
