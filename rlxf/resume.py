@@ -64,7 +64,7 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         log.warning("damaged checkpoint: %s", item)
     if folder is None:
         return None
-    driver = _read_driver(folder)
+    driver = read_driver(folder)
     changes = _check(config, folder, driver)
     report = driver.get("report", {})
     return Resume(
@@ -213,8 +213,12 @@ def summarised_steps(run_dir: Path) -> int:
     return steps if isinstance(steps, int) else -1
 
 
-def _read_driver(folder: Path) -> dict[str, Any]:
-    """What the driver wrote into a checkpoint. A field that an older revision did not write is not in it."""
+def read_driver(folder: Path) -> dict[str, Any]:
+    """What the driver wrote into a checkpoint. A field that an older revision did not write is not in it.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another format.
+    """
     path = folder / DRIVER
     try:
         driver = json.loads(path.read_text())

@@ -55,6 +55,7 @@ from rlxf.types import ScoredRollouts
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of driver.json
+LOCK = ".lock"  # in a folder of checkpoints; whose run holds it
 
 
 @dataclass(slots=True)
@@ -167,11 +168,11 @@ class RunFolder:
             ask_actor: wait for the actor to write the rest; else only what is fully written is published.
         """
         try:
-            if self._saving is None or self._saving.published is not None or ask_actor:
-                self.wait()
-            else:
-                with self._discarded_on_failure():
-                    raise CheckpointError(f"{self._saving.folder}: the actor could not finish writing it")
+            if self._saving is not None and self._saving.published is None and not ask_actor:
+                folder = self._saving.folder
+                self._discard()
+                raise CheckpointError(f"{folder}: the actor could not finish writing it")
+            self.wait()
         except Exception as error:  # noqa: BLE001  the run has failed already, and that is what is told
             log.warning("the checkpoint that was being written is lost: %s", error)
 
@@ -279,12 +280,15 @@ class RunFolder:
         try:
             yield
         except BaseException as error:
-            if self._saving is not None:
-                shutil.rmtree(self._saving.temporary, ignore_errors=True)
-                self._saving = None
+            self._discard()
             if isinstance(error, OSError):
                 raise CheckpointError(f"{self._checkpoints}: the checkpoint could not be written: {error}") from error
             raise
+
+    def _discard(self) -> None:
+        if self._saving is not None:
+            shutil.rmtree(self._saving.temporary, ignore_errors=True)
+            self._saving = None
 
     def _driver(self, state: State) -> dict[str, Any]:
         training = self._config.training
@@ -356,7 +360,7 @@ def owned_checkpoints(config: RunConfig, run_dir: Path) -> Iterator[None]:
     root = checkpoints_folder(config, run_dir)
     made = not root.exists()
     make_folder(root)
-    lock = root / ".lock"
+    lock = root / LOCK
     with lock.open("a+") as file:  # let go by the system when this process ends, however it does
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -380,6 +384,18 @@ def owned_checkpoints(config: RunConfig, run_dir: Path) -> Iterator[None]:
                 lock.unlink()
                 if made:
                     root.rmdir()
+
+
+def is_owned(root: Path) -> bool:
+    """Whether a run works on the checkpoints below ``root`` now; False on a file system without locks."""
+    try:
+        with (root / LOCK).open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def checkpoints_folder(config: RunConfig, run_dir: Path) -> Path:

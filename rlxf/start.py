@@ -42,7 +42,8 @@ class Prepared:
 def prepared(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None) -> Iterator[Prepared | None]:
     """Take the signals over, own the run's folders, find the checkpoint and open the data; None: nothing is left to do.
 
-    An error inside gets the command that goes on with the run as a note, if there is a checkpoint to go on from.
+    An error inside gets the command that goes on with the run as a note, if there is a checkpoint to go on from. One of
+    the checks before does not: the same command would meet it again.
 
     Args:
         config: the recipe.
@@ -55,8 +56,9 @@ def prepared(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None) 
             config, data = with_epochs(config)
             run_dir = _run_dir(config, run_dir.absolute(), typed)
         with owned_checkpoints(config, run_dir):
+            found = _prepare(config, run_dir, stop, typed, data)
             try:
-                yield _prepare(config, run_dir, stop, typed, data)
+                yield found
             except Exception as error:
                 if typed is not None and list_checkpoints(checkpoints_folder(config, run_dir)):
                     error.add_note(f"to go on: {typed.going_on(run_dir)}")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlxf.checkpoint import DRIVER, list_checkpoints
+from rlxf.checkpoint import list_checkpoints
 from rlxf.command import TYPED, Typed
 from rlxf.config.changes import compare
 from rlxf.config.schema import RunConfig
-from rlxf.resume import summarised_steps
-from rlxf.run_folder import checkpoints_folder, fingerprint, training_files
+from rlxf.errors import CheckpointError
+from rlxf.resume import read_driver, summarised_steps
+from rlxf.run_folder import checkpoints_folder, fingerprint, is_owned, training_files
 
 MAX_LOOKED_AT = 100  # run folders, the newest first
 
@@ -50,7 +51,7 @@ def newest_unfinished(config: RunConfig, run_dir: Path, typed: Typed | None) -> 
         if (
             summarised_steps(folder) >= steps
             or driver["step"] > steps
-            or _is_locked(path.parent)
+            or is_owned(path.parent)
             or _has_changed(driver, config)
         ):
             continue
@@ -75,12 +76,8 @@ def _candidates(config: RunConfig, run_dir: Path) -> Iterator[Path]:
 def _newest_checkpoint(config: RunConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint of a run folder whose ``driver.json`` can be read; whether it is whole is seen later."""
     for path in reversed(list_checkpoints(checkpoints_folder(config, folder))):
-        try:
-            driver = json.loads((path / DRIVER).read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(driver, dict) and {"step", "config"} <= driver.keys():
-            return path, driver
+        with suppress(CheckpointError):
+            return path, read_driver(path)
     return None
 
 
@@ -93,18 +90,6 @@ def _is_of_recipe(folder: Path, typed: Typed | None) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         name = folder.parent.name
     return bool(name == typed.config_name)
-
-
-def _is_locked(checkpoints: Path) -> bool:
-    """Whether a process works on the run."""
-    try:
-        with (checkpoints / ".lock").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock, or a file system without locks
-        return False
-    return False
 
 
 def _has_changed(driver: dict[str, Any], config: RunConfig) -> bool:

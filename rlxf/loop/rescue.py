@@ -28,7 +28,7 @@ def save_last_step(run: Run, error: Exception) -> None:
             try:
                 run.folder.save_checkpoint(state)
                 run.folder.wait()
-            except Exception as second:
+            except Exception as second:  # the first error is the one to raise
                 log.debug("the last complete step could not be saved", exc_info=second)
                 reason = f"step {state.step} could not be saved: {second}"
         error.add_note(_outcome(run, reason))
@@ -55,7 +55,7 @@ def _standing(run: Run, error: Exception, was_cut: bool) -> tuple[bool, str]:
     if state.updating or was_cut or isinstance(error, StageTimeout | WorkerLost):
         try:
             untouched = run.actor.is_untouched()
-        except Exception as second:
+        except Exception as second:  # a lost or hung actor, whose state nobody can read
             log.debug("the actor does not answer", exc_info=second)
             return False, f"the actor is lost or does not answer ({where})"
         if state.updating and not untouched:
@@ -71,5 +71,5 @@ def _report_row(run: Run) -> None:
         try:
             counted = {"num_tokens": float(run.state.num_tokens)}
             run.report.stepped(run.state.step, run.state.metrics | counted | run.clock.timings())
-        except Exception as second:
+        except Exception as second:  # the disk of the run folder may be what is full
             log.debug("the last row could not be written", exc_info=second)

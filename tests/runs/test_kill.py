@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rlxf.checkpoint import find_problems, list_checkpoints, newest_good, step_of
-from tests.runs.killed import After, Call, File, Moment, assert_same_run, run_in_child
+from tests.runs.killed import After, Call, File, Moment, assert_same_run, run_in_child, undisturbed_run
 from tests.runs.small import NUM_PROMPTS, Finished, Recipe, World
 
 STEPS = 6
@@ -38,10 +38,7 @@ def recipe(world: World) -> Recipe:
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    ended = run_in_child(recipe, folder)
-    assert ended.code == 0, ended.output
-    return Finished(folder)
+    return undisturbed_run(recipe, tmp_path_factory.mktemp("runs") / "undisturbed")
 
 
 def assert_survives(recipe: Recipe, run_dir: Path, undisturbed: Finished, *moments: Moment) -> None:

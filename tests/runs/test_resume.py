@@ -19,7 +19,7 @@ from rlxf.config.load import load_config
 from rlxf.local import launch
 from rlxf.metrics import read_jsonl
 from tests.data_world import write_rows
-from tests.runs.killed import Call, assert_same_run, run_in_child
+from tests.runs.killed import Call, assert_same_run, run_in_child, undisturbed_run
 from tests.runs.small import Finished, Recipe, World, command, environment, replay_of, run
 
 STEPS = 6  # two epochs of three steps
@@ -42,10 +42,7 @@ def recipe(world: World) -> Recipe:
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    ended = run_in_child(recipe, folder)
-    assert ended.code == 0, ended.output
-    return Finished(folder)
+    return undisturbed_run(recipe, tmp_path_factory.mktemp("runs") / "undisturbed")
 
 
 def changed(recipe: Recipe, section: str, **values: object) -> Recipe:

@@ -96,24 +96,14 @@ def test_evaluations_that_begin_later_are_held_against_the_first_starts_policy(
     assert resumed.losses == undisturbed.losses
 
 
-def test_other_evaluation_prompts_are_answered_by_the_first_starts_policy(
-    world: World, start: dict[str, Any], undisturbed: Finished, tmp_path: Path
+@pytest.mark.parametrize("before", [{"num_prompts": 3}, {"greedy": False}], ids=["other prompts", "no greedy answers"])
+def test_what_is_evaluated_newly_is_asked_of_the_first_starts_policy(
+    world: World, start: dict[str, Any], undisturbed: Finished, tmp_path: Path, before: dict[str, Any]
 ) -> None:
     save = tmp_path / "ckpt"
-    fewer = recipe_of(world, save, start, train_iters=2)
-    fewer["eval"]["num_prompts"] = 3
-    run(fewer, tmp_path / "run")
-    go_on(recipe_of(world, save, start), tmp_path / "run")
-    assert baseline(save) == baseline(undisturbed.folder.parent / "ckpt")
-
-
-def test_greedy_answers_that_are_asked_for_later_are_the_first_starts_policys(
-    world: World, start: dict[str, Any], undisturbed: Finished, tmp_path: Path
-) -> None:
-    save = tmp_path / "ckpt"
-    sampled = recipe_of(world, save, start, train_iters=2)
-    sampled["eval"]["greedy"] = False
-    run(sampled, tmp_path / "run")
+    first = recipe_of(world, save, start, train_iters=2)
+    first["eval"] |= before
+    run(first, tmp_path / "run")
     go_on(recipe_of(world, save, start), tmp_path / "run")
     assert baseline(save) == baseline(undisturbed.folder.parent / "ckpt")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -130,7 +129,6 @@ def test_only_the_listed_modules_of_ray_are_private() -> None:
     assert found <= listed
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="reading pyproject.toml needs tomllib")
 @pytest.mark.parametrize("package", ["ray", "megatron-core"])
 def test_these_packages_have_an_upper_bound_that_admits_what_is_installed(package: str) -> None:
     import tomllib
