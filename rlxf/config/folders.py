@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlxf.config.problems import Problem, show
-from rlxf.config.schema import ModelConfig, RunConfig
+from rlxf.config.schema import RESUME_WORDS, ModelConfig, RunConfig
 
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _INDEX_SUFFIX = ".idx"  # of indexed files, which are found by their prefix or their folder
@@ -95,7 +95,7 @@ def named_paths(config: RunConfig) -> list[NamedPath]:
         "ref.load": config.ref.load,
         "reward.load": reward.load if config.scores else None,
         "reward.tokenizer_name_or_path": reward.tokenizer_name_or_path if config.scores else None,
-        "training.resume": None if config.training.resume in ("auto", "never", "last") else config.training.resume,
+        "training.resume": None if config.training.resume in RESUME_WORDS else config.training.resume,
     }
     files: dict[str, tuple[str | None, tuple[str, ...]]] = {
         "reward.function": (None if config.offline or config.replays_scores else reward.function, (".py",)),
@@ -137,6 +137,8 @@ def folder_problems(config: RunConfig) -> Iterator[Problem]:
             kind = "folder" if named.folder else "file"
             other = named.path.exists() and f", but it is a {'file' if named.folder else 'folder'}"
             expected = f"expected a {kind}{other}" if other else f"no such {kind}; paths are relative to {Path.cwd()}"
+            if key == "training.resume":
+                expected += f"; or one of {', '.join(RESUME_WORDS)}"
             yield Problem((key,), f"{key} = {place}: {expected}")
     yield from _save_folder(config)
     yield from _model_folders(config)

@@ -36,7 +36,8 @@ DataPaths = Annotated[tuple[Annotated[str, LocalPath("data")], ...], BeforeValid
 Weights = Annotated[tuple[Annotated[Finite, Field(gt=0)], ...], BeforeValidator(as_tuple)]
 MapKeys = Annotated[dict[str, str], BeforeValidator(as_map_keys)]
 Shares = Annotated[tuple[float, float, float], BeforeValidator(as_shares)]
-Checkpoint = Annotated[str, LocalPath("folder", words=("auto", "never", "last"))]
+RESUME_WORDS = ("auto", "last", "never")  # values of training.resume that name no folder
+Checkpoint = Annotated[str, LocalPath("folder", words=RESUME_WORDS)]
 
 Stage = Literal["ray_online_dpo", "dpo", "sft", "rm"]
 Device = Literal["auto", "npu", "cuda", "cpu"]

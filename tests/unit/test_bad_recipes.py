@@ -318,6 +318,7 @@ def test_a_recipe_whose_files_are_there_is_accepted(files: Path) -> None:
         ("actor_rollout", "data_path", "other.jsonl", '= "./other.jsonl": no such file; paths are relative to'),
         ("actor_rollout", "tokenizer_name_or_path", "other", '= "./other": no such folder'),
         ("training", "resume", "other", '= "./other": no such folder'),
+        ("training", "resume", "lst", "; or one of auto, last, never"),
         ("ref", "load", "other", '= "./other": no such folder'),
         ("ref", "load", "prompts.jsonl", "expected a folder, but it is a file"),
         ("reward", "load", "sft", "is a LlamaForCausalLM, which has no score head"),
