@@ -8,7 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from rlxf.config.load import load_config
-from rlxf.errors import ConfigError, RlxfError
+from rlxf.core.errors import ConfigError, RlxfError
 from workers import cli
 from workers.address import require_cores
 
@@ -26,7 +26,7 @@ def start(composed: DictConfig, command: cli.Command) -> None:
 
         launch(config, cli.run_folder(), cli.typed(command))
     else:
-        from rlxf.local import launch
+        from rlxf.assembly.local import launch
 
         launch(config, cli.run_folder(), cli.typed(command))
 

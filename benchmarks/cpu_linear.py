@@ -26,10 +26,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import measure  # noqa: E402 - the repository's root must be importable first
 from benchmarks.step_time import over_runs  # noqa: E402
+from rlxf.core.types import Sequences  # noqa: E402
 from rlxf.models.megatron.parallel import init_parallel  # noqa: E402
 from rlxf.platform import Process, get_platform, linear  # noqa: E402
 from rlxf.platform.linear import Linear, OneDnnLinear  # noqa: E402
-from rlxf.types import Sequences  # noqa: E402
 
 # rows, inputs, outputs: decode of a small batch, a training micro-batch, the head, a tiny model.
 SHAPES = [

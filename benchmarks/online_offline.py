@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import measure  # noqa: E402 - the repository's root must be importable first
-from rlxf.tiny import truth  # noqa: E402
+from rlxf.tools.tiny import truth  # noqa: E402
 
 WORLD = ROOT / "models" / "tiny"
 RESULTS = ROOT / "benchmarks" / "results" / "online_offline.json"
@@ -90,7 +90,7 @@ def evaluate(folder: Path, seed: int) -> Point:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlxf.tiny import models
+    from rlxf.tools.tiny import models
 
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(WORLD / "sft")
@@ -113,7 +113,7 @@ def log_prob(model: Any, tokenizer: Any, sample: Any) -> float:
     """Log-probability of a completion, its EOS included, summed; nats."""
     import torch
 
-    from rlxf.tiny.models import EOS
+    from rlxf.tools.tiny.models import EOS
 
     prompt = tokenizer(sample.prompt)["input_ids"]
     completion = [*sample.tokens, EOS] if sample.finished else sample.tokens

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import measure, random_world, turns  # noqa: E402 - the root must be importable first
 from benchmarks.sides import Ours, Work  # noqa: E402
-from rlxf.types import PairLogps, Pairs, PromptBatch, ReferencedPairs, Rollouts, Sequences, Tokens  # noqa: E402
+from rlxf.core.types import PairLogps, Pairs, PromptBatch, ReferencedPairs, Rollouts, Sequences, Tokens  # noqa: E402
 
 SIZE = "2.5M"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ def sequences(work: Work, side: int, vocab: int) -> Sequences:
 
 def count(side: Ours, chosen: Sequences, rejected: Sequences) -> dict[str, Any]:
     """Per role what its model was fed, against what the pairs hold."""
-    from rlxf.assemble import build_actor, build_reference, build_scorer
+    from rlxf.assembly.roles import build_actor, build_reference, build_scorer
     from rlxf.config.load import load_config
     from rlxf.platform import Process, get_platform
 

@@ -30,13 +30,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import measure, turns  # noqa: E402 - the root must be importable first
+from rlxf.core.jsonl import Problems  # noqa: E402
+from rlxf.core.types import Messages  # noqa: E402
 from rlxf.data.handlers import HANDLERS, Columns  # noqa: E402
 from rlxf.data.hub import open_input  # noqa: E402
-from rlxf.data.preprocess import CHUNK_ROWS, Options, make_encoder, preprocess  # noqa: E402
 from rlxf.data.templates import chat_template  # noqa: E402
-from rlxf.jsonl import Problems  # noqa: E402
 from rlxf.models.tokenizer import load_tokenizer  # noqa: E402
-from rlxf.types import Messages  # noqa: E402
+from rlxf.tools.preprocess import CHUNK_ROWS, Options, make_encoder, preprocess  # noqa: E402
 
 PROMPT_TYPE = "qwen"
 PAIRS = "AlpacaStylePairwiseHandler"

@@ -121,7 +121,7 @@ def run_ours(gate: Gate, side: Ours, folder: Path) -> None:
     os.environ[SPEC] = json.dumps(asdict(side.work))
     config = load_config(side.recipe())
     if side.runtime == "local":
-        from rlxf import local as launcher
+        from rlxf.assembly import local as launcher
 
         fix_lengths_of_hf(side.work, gate)
     else:
@@ -147,7 +147,7 @@ def run_recipe(gate: Gate, side: Recipe, folder: Path) -> None:
     os.chdir(ROOT)
     options = (f"runtime={side.runtime}", f"rollout.engine={side.engine}", f"hydra.run.dir={folder / 'run'}")
     sys.argv = ["ray_gpt.py", "--config-name", side.name, *options, *side.overrides]
-    from rlxf import local
+    from rlxf.assembly import local
     from workers import launch
 
     local.Clock = launch.Clock = lambda: GatedClock(gate)  # type: ignore[attr-defined, assignment, misc]

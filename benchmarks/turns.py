@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ProcessTree, environment
-from rlxf.clock import Clock
+from rlxf.core.clock import Clock
 
 TURN_TIMEOUT_S, START_TIMEOUT_S = 300.0, 300.0
 

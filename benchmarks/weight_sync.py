@@ -28,10 +28,10 @@ import ray  # noqa: E402 - the repository's root must be importable first
 import torch  # noqa: E402
 
 from benchmarks import measure, random_world, turns  # noqa: E402
-from rlxf.clock import Clock  # noqa: E402
 from rlxf.config.schema import RunConfig  # noqa: E402
+from rlxf.core.clock import Clock  # noqa: E402
+from rlxf.core.stop import Stop  # noqa: E402
 from rlxf.platform import get_platform  # noqa: E402
-from rlxf.stop import Stop  # noqa: E402
 from workers.actor import ActorWorker, RemoteActor  # noqa: E402
 from workers.group import Member, WorkerGroup  # noqa: E402
 from workers.remote import Waiter  # noqa: E402

@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # also without an installed package
 
-from rlxf.errors import RlxfError  # noqa: E402 (the path comes first)
-from rlxf.tiny.assets import ensure, read_report  # noqa: E402
+from rlxf.core.errors import RlxfError  # noqa: E402 (the path comes first)
+from rlxf.tools.tiny.assets import ensure, read_report  # noqa: E402
 
 
 def say(line: str) -> None:

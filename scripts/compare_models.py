@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # also without an installed package
 
 from rlxf.config.schema import Device, ReadAt  # noqa: E402 (the path comes first)
-from rlxf.errors import ConfigError, RlxfError  # noqa: E402
+from rlxf.core.errors import ConfigError, RlxfError  # noqa: E402
 
 
 def _number(
@@ -107,8 +107,8 @@ def run(arguments: argparse.Namespace) -> None:
     require_writable(arguments.out)
     from rich.console import Console
 
-    from rlxf.compare.models import Settings, compare
-    from rlxf.compare.report import judge, summary, table, write
+    from rlxf.tools.compare.models import Settings, compare
+    from rlxf.tools.compare.report import judge, summary, table, write
 
     settings = Settings(
         data_path=arguments.data,

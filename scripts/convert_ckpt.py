@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # also without an installed package
 
-from rlxf.errors import RlxfError  # noqa: E402 (the path comes first)
+from rlxf.core.errors import RlxfError  # noqa: E402 (the path comes first)
 
 
 def say(line: str) -> None:
@@ -17,13 +17,13 @@ def say(line: str) -> None:
 
 
 def main() -> int:
-    from rlxf.convert.command import read_command
+    from rlxf.tools.convert.command import read_command
 
     # torch's checkpoint writer says that it works in one process, which is what is wanted here.
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
     try:
         request = read_command(sys.argv[1:])
-        from rlxf.convert.convert import convert
+        from rlxf.tools.convert.convert import convert
 
         convert(request, say)
     except (RlxfError, OSError) as error:

@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also without an installed package
 
 from rlxf.config.keys import nearest
+from rlxf.core.errors import ConfigError, RlxfError
 from rlxf.data.handlers import HANDLERS
 from rlxf.data.indexed import merge_indexed
-from rlxf.data.preprocess import Options, Summary, preprocess
 from rlxf.data.templates import TEMPLATE_NAMES
-from rlxf.errors import ConfigError, RlxfError
+from rlxf.tools.preprocess import Options, Summary, preprocess
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # also without an installed package
 
-from rlxf.errors import RlxfError  # noqa: E402 (the path comes first)
+from rlxf.core.errors import RlxfError  # noqa: E402 (the path comes first)
 
 
 def read_arguments() -> argparse.Namespace:
@@ -28,7 +28,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from rlxf.hub import collect, push, require_name
+    from rlxf.tools.hub import collect, push, require_name
 
     require_name(arguments.repo)
     files = collect(arguments.folder, base_model=arguments.base_model)

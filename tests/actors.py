@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlxf.core.types import Batch, Metrics, Sequences
 from rlxf.platform import Process, get_platform
-from rlxf.types import Batch, Metrics, Sequences
 from rlxf.update.actor import Actor
 from tests.settings import run_config
 

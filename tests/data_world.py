@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from rlxf.config.schema import RunConfig
-from rlxf.types import PromptBatch, Rollouts, Sequences, Text, Tokens
+from rlxf.core.types import PromptBatch, Rollouts, Sequences, Text, Tokens
 from tests.tiny_models import BOS, VOCAB, byte_tokenizer
 
 CHAT_TEMPLATE = (

@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
+from rlxf.core.types import Batch, ReferencedPairs
+from rlxf.loop.run import Reference
 from rlxf.models.backend import load_model, sequence_scores
 from rlxf.models.batching import Limits
 from rlxf.platform import Process, get_platform
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.frozen import FrozenReference
 from rlxf.reference.none import NoReference
-from rlxf.run import Reference
-from rlxf.types import Batch, ReferencedPairs
 from rlxf.update.actor import Actor
 from tests.ranks import on_ranks
 from tests.settings import random_examples, random_pairs, random_reward_pairs, run_config

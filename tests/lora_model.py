@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlxf.core.types import Sequences
 from rlxf.models.backend import load_model, token_logps
 from rlxf.models.batching import Limits
 from rlxf.models.megatron.adapters import export_adapters
 from rlxf.models.megatron.lora import adapters
 from rlxf.models.megatron.packing import pack_for_logps
 from rlxf.platform import Process, get_platform
-from rlxf.types import Sequences
 from tests.settings import run_config
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")

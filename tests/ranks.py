@@ -19,11 +19,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig, SyncConfig
+from rlxf.core.types import Sequences
 from rlxf.models.megatron.parallel import free_port
 from rlxf.platform import Process, get_platform
 from rlxf.sync.plan import Bucket
 from rlxf.sync.transport import Address, SharedBuckets
-from rlxf.types import Sequences
 from tests.settings import random_pairs, referenced, run_config
 
 _CONTEXT = multiprocessing.get_context("forkserver")

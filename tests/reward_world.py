@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from rlxf.types import Messages, Rollouts, Text
+from rlxf.core.types import Messages, Rollouts, Text
 from tests.data_world import make_rollouts, prompt_batch
 from tests.tiny_models import save_causal_lm
 

@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
+from rlxf.core.types import PromptBatch, Sequences, Tokens
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
-from rlxf.types import PromptBatch, Sequences, Tokens
 from tests.tiny_models import VOCAB
 
 

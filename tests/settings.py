@@ -16,7 +16,7 @@ from rlxf.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from rlxf.types import Examples, Metrics, PairLogps, Pairs, ReferencedPairs, RewardPairs, Sequences
+from rlxf.core.types import Examples, Metrics, PairLogps, Pairs, ReferencedPairs, RewardPairs, Sequences
 from rlxf.update.objective import MOMENTS
 from tests.tiny_models import VOCAB
 

@@ -13,10 +13,10 @@ from unittest.mock import patch
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
+from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.platform import get_platform
 from rlxf.rollout.engine import ProbeResult, Sampling
 from rlxf.sync.plan import Bucket
-from rlxf.types import PromptBatch, Rollouts, Tokens
 
 _DEADLINE_S = 240  # a start on busy cores
 

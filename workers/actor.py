@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rlxf import assemble
+from rlxf.assembly import roles as assemble
 from rlxf.config.schema import RunConfig
+from rlxf.core.types import Batch, Metrics, PairLogps, Pairs, Sequences
 from rlxf.sync.plan import Bucket
 from rlxf.sync.transport import Address, SharedBuckets
-from rlxf.types import Batch, Metrics, PairLogps, Pairs, Sequences
 from workers.group import WorkerGroup
 from workers.remote import Pending
 from workers.worker import Worker

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rlxf.config.devices import device_facts
 from rlxf.config.schema import RunConfig
-from rlxf.errors import PlacementError
-from rlxf.plan import crowded, make_plan
+from rlxf.core.errors import PlacementError
+from rlxf.placement.plan import crowded, make_plan
 
 _CONNECT_S = 2.0  # longest wait for a cluster's address to answer
 

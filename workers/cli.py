@@ -25,10 +25,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlxf.command import Typed
 from rlxf.config.defaults import unset_recipe
 from rlxf.config.keys import is_known, nearest, plain_layout, unknown_key
-from rlxf.errors import ConfigError, RlxfError, notes_of
+from rlxf.core.command import Typed
+from rlxf.core.errors import ConfigError, RlxfError, notes_of
 
 RECIPES = Path(__file__).parent.parent / "configs" / "rlxf"
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)

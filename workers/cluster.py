@@ -12,8 +12,8 @@ from typing import Any
 import ray
 
 from rlxf.config.schema import RunConfig
-from rlxf.errors import PlacementError
-from rlxf.plan import Plan
+from rlxf.core.errors import PlacementError
+from rlxf.placement.plan import Plan
 from rlxf.platform import Platform
 from workers.address import running_cluster
 

@@ -7,9 +7,9 @@ import sys
 
 from rlxf.config.devices import device_facts
 from rlxf.config.schema import RunConfig
-from rlxf.errors import PlacementError
-from rlxf.plan import NodeResources, Plan, crowded, fit, make_plan
-from rlxf.plan_text import describe, describe_nodes
+from rlxf.core.errors import PlacementError
+from rlxf.placement.plan import NodeResources, Plan, crowded, fit, make_plan
+from rlxf.placement.text import describe, describe_nodes
 from workers.address import running_cluster
 
 

@@ -14,18 +14,18 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rlxf.clock import Clock
-from rlxf.command import Typed
+from rlxf.assembly.build_run import Roles, needs_scorer
+from rlxf.assembly.start import prepared, run_prepared
 from rlxf.config.schema import Role, RunConfig
-from rlxf.plan import Plan, make_plan
+from rlxf.core.clock import Clock
+from rlxf.core.command import Typed
+from rlxf.core.stop import Stop
+from rlxf.loop.run import Reference
+from rlxf.placement.plan import Plan, make_plan
 from rlxf.platform import Platform, get_platform
 from rlxf.platform.environment import differing_exports, with_exports
-from rlxf.prepare import Roles, needs_scorer
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
-from rlxf.run import Reference
-from rlxf.start import prepared, run_prepared
-from rlxf.stop import Stop
 from workers.actor import ActorWorker, RemoteActor
 from workers.cluster import Cluster, connect
 from workers.group import Member, WorkerGroup

@@ -11,8 +11,8 @@ from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlxf.errors import PlacementError, StageTimeout
-from rlxf.plan import GroupPlan, NodeResources, Plan, RolePlan, assign, fit
+from rlxf.core.errors import PlacementError, StageTimeout
+from rlxf.placement.plan import GroupPlan, NodeResources, Plan, RolePlan, assign, fit
 from workers.remote import Pending, Waiter
 
 PLACE_S = 10.0  # longest time to claim all devices, seconds

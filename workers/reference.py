@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlxf import assemble
+from rlxf.assembly import roles as assemble
 from rlxf.config.schema import RunConfig
+from rlxf.core.types import PairLogps, Pairs, Sequences
 from rlxf.sync.plan import Bucket
-from rlxf.types import PairLogps, Pairs, Sequences
 from workers.group import WorkerGroup
 from workers.worker import Worker
 

@@ -10,9 +10,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
-from rlxf.clock import Clock
-from rlxf.errors import RlxfError, StageTimeout, WorkerLost
-from rlxf.stop import Stop
+from rlxf.core.clock import Clock
+from rlxf.core.errors import RlxfError, StageTimeout, WorkerLost
+from rlxf.core.stop import Stop
 
 TICK_S = 0.5  # how often a wait looks at the stop request
 DEATHS = (RayActorError, ObjectLostError)

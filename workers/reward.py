@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlxf import assemble
+from rlxf.assembly import roles as assemble
 from rlxf.config.schema import RunConfig
-from rlxf.types import Rollouts
+from rlxf.core.types import Rollouts
 from workers.group import WorkerGroup
 from workers.worker import Worker
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from rlxf import assemble
+from rlxf.assembly import roles as assemble
 from rlxf.config.schema import RunConfig
+from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.rollout.engine import ProbeResult, Sampling
 from rlxf.rollout.shares import join, split_evenly
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer
 from rlxf.sync.transport import MAX_SLOTS, Address, SharedBuckets
-from rlxf.types import PromptBatch, Rollouts, Tokens
 from workers.actor import RemoteActor
 from workers.group import WorkerGroup
 from workers.remote import Pending

@@ -15,7 +15,7 @@ from rlxf.config.keys import REFUSED_STAGES, ROLES, SECTIONS, nearest
 from rlxf.config.normalise import Section, normalise
 from rlxf.config.problems import Problem, concerning, expectation, lines, show
 from rlxf.config.schema import ModelConfig, RunConfig, Stage, Strict
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 
 # Keys that the frozen models take from the actor when no section sets them.
 _FROM_ACTOR = {

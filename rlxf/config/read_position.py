@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from rlxf.config.folders import assets_folder, megatron_checkpoint, shown
 from rlxf.config.schema import RewardConfig, RunConfig
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlxf.errors import DataError
-from rlxf.jsonl import Check, Problems, Row
+from rlxf.core.errors import DataError
+from rlxf.core.jsonl import Check, Problems, Row
 
 if TYPE_CHECKING:
     import pyarrow

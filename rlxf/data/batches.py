@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from rlxf.core.errors import DataError
+from rlxf.core.jsonl import Problems
 from rlxf.data.order import Order
-from rlxf.errors import DataError
-from rlxf.jsonl import Problems
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rlxf.core.errors import DataError, ModelError
+from rlxf.core.jsonl import Row, describe
+from rlxf.core.types import Messages
 from rlxf.data.batches import Drop
 from rlxf.data.fields import BadRow, common_start
 from rlxf.data.handlers import Columns
 from rlxf.data.text import text_problem
 from rlxf.data.tokenized import IGNORED
 from rlxf.data.turns import encode_many_turns
-from rlxf.errors import DataError, ModelError
-from rlxf.jsonl import Row, describe
 from rlxf.models.encoding import apply_template
-from rlxf.types import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

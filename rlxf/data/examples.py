@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from rlxf.core.jsonl import Row
+from rlxf.core.types import Examples, Messages, Sequences
 from rlxf.data.batches import Drop
 from rlxf.data.fields import common_start
 from rlxf.data.formats import Layout
@@ -14,9 +16,7 @@ from rlxf.data.source import DataSource
 from rlxf.data.text import shorten_left
 from rlxf.data.tokenized import Content, TokenIds
 from rlxf.data.turns import encode_turns
-from rlxf.jsonl import Row
 from rlxf.models.encoding import encode_string, with_eos
-from rlxf.types import Examples, Messages, Sequences
 
 
 class ExampleRecord(NamedTuple):

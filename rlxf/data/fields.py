@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlxf.core.jsonl import Row
+from rlxf.core.types import Messages, Text
 from rlxf.data.text import is_chat, text_problem
-from rlxf.jsonl import Row
-from rlxf.types import Messages, Text
 
 Pair = tuple[Text, Text, Text]  # prompt, chosen and rejected completion: all strings, or all chat messages
 Example = tuple[Text, Text]  # prompt and completion; the completion of a chat may hold later turns of the user

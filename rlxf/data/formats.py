@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from rlxf.config.schema import ActorConfig, DataFormat
+from rlxf.core.jsonl import Row, describe
+from rlxf.core.types import Messages, Text
 from rlxf.data.fields import (
     BadRow,
     Example,
@@ -24,8 +26,6 @@ from rlxf.data.fields import (
 from rlxf.data.instructions import ALPACA, Alpaca, ShareGpt
 from rlxf.data.text import is_chat
 from rlxf.data.tokenized import Content, is_tokenized, tokenized_layout
-from rlxf.jsonl import Row, describe
-from rlxf.types import Messages, Text
 
 Task = Literal["prompt", "pair", "example"]  # what a stage makes of a row
 

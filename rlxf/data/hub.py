@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rlxf.core.errors import DataError, RlxfError
+from rlxf.core.jsonl import Problems, Row
 from rlxf.data.readers import READERS, RowFile, open_rows
-from rlxf.errors import DataError, RlxfError
-from rlxf.jsonl import Problems, Row
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

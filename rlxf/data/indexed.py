@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlxf.core.errors import DataError
 from rlxf.core.files import fsync, replace_files
-from rlxf.errors import DataError
-from rlxf.jsonl import Check, Problems, Row
+from rlxf.core.jsonl import Check, Problems, Row
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlxf.core.jsonl import Row, describe
+from rlxf.core.types import Messages, Text
 from rlxf.data.fields import (
     BadRow,
     Example,
@@ -18,8 +20,6 @@ from rlxf.data.fields import (
     up_to_the_answer,
 )
 from rlxf.data.text import is_chat
-from rlxf.jsonl import Row, describe
-from rlxf.types import Messages, Text
 
 ALPACA = {
     "prompt": "instruction",

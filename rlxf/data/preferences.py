@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from rlxf.config.schema import ActorConfig, RunConfig
+from rlxf.core.jsonl import Row, describe
+from rlxf.core.types import Pairs, RewardPairs, Sequences
 from rlxf.data.batches import Drop
 from rlxf.data.fields import BadRow, common_start
 from rlxf.data.formats import Layout
@@ -17,10 +19,8 @@ from rlxf.data.readers import Part
 from rlxf.data.source import DataSource
 from rlxf.data.text import shorten_left
 from rlxf.data.tokenized import Content, TokenIds
-from rlxf.jsonl import Row, describe
 from rlxf.models.encoding import encode_chat, encode_string, with_eos
 from rlxf.models.endings import Endings
-from rlxf.types import Pairs, RewardPairs, Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from rlxf.config.schema import ActorConfig, RunConfig
+from rlxf.core.jsonl import Row
+from rlxf.core.types import PromptBatch, Tokens
 from rlxf.data.batches import Drop
 from rlxf.data.formats import Layout
 from rlxf.data.source import DataSource
 from rlxf.data.text import encode_prompt, shorten_left
 from rlxf.data.tokenized import Content, TokenIds
-from rlxf.jsonl import Row
-from rlxf.types import PromptBatch, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,11 +9,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal, Protocol
 
+from rlxf.core.errors import DataError
+from rlxf.core.jsonl import Check, JsonLines, Problems, Row, require_file
 from rlxf.data.arrow import ArrowRows, ParquetRows
 from rlxf.data.indexed import IndexedRows, is_indexed
 from rlxf.data.spans import CsvRows, JsonList
-from rlxf.errors import DataError
-from rlxf.jsonl import Check, JsonLines, Problems, Row, require_file
 
 Part = Literal["train", "valid", "test"]
 

@@ -10,14 +10,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from rlxf.config.schema import RunConfig
+from rlxf.core.errors import DataError, ModelError
+from rlxf.core.jsonl import Row
 from rlxf.data.batches import MALFORMED, Batches, Drop
 from rlxf.data.formats import Layout, Task
 from rlxf.data.readers import Part
 from rlxf.data.table import open_table, order_of
 from rlxf.data.text import is_chat, require_chat_template
 from rlxf.data.tokenized import Content, TokenIds
-from rlxf.errors import DataError, ModelError
-from rlxf.jsonl import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from rlxf.errors import DataError
-from rlxf.jsonl import MAX_LINE_BYTES, Check, Problems, Row, describe
+from rlxf.core.errors import DataError
+from rlxf.core.jsonl import MAX_LINE_BYTES, Check, Problems, Row, describe
 
 _BOM = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 2**18

@@ -10,12 +10,12 @@ from itertools import accumulate
 from typing import Generic, TypeVar
 
 from rlxf.config.schema import ActorConfig, RunConfig
+from rlxf.core.errors import ConfigError, DataError
+from rlxf.core.jsonl import Problems, Row
 from rlxf.data.fields import BadRow
 from rlxf.data.formats import Layout, Task, find_layout
 from rlxf.data.order import MixedOrder, Order, RowOrder, part_range
 from rlxf.data.readers import Concatenated, Part, RowFile, has_own_parts, open_rows
-from rlxf.errors import ConfigError, DataError
-from rlxf.jsonl import Problems, Row
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from rlxf.config.keys import nearest
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)

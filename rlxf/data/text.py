@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from rlxf.errors import ModelError
-from rlxf.jsonl import describe
+from rlxf.core.errors import ModelError
+from rlxf.core.jsonl import describe
+from rlxf.core.types import Messages, Text
 from rlxf.models.encoding import encode_chat, encode_string
-from rlxf.types import Messages, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlxf.core.jsonl import Row
+from rlxf.core.types import Text
 from rlxf.data.fields import BadRow
-from rlxf.jsonl import Row
-from rlxf.types import Text
 
 IGNORED = -100  # the label of a token that no loss counts
 

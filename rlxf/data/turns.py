@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlxf.core.errors import DataError
+from rlxf.core.types import Messages
 from rlxf.data.fields import common_start
-from rlxf.errors import DataError
 from rlxf.models.encoding import apply_template
-from rlxf.types import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlxf.types import Metrics
+from rlxf.core.types import Metrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlxf.config.schema import TrainingConfig
-from rlxf.types import Metrics
+from rlxf.core.types import Metrics
 
 
 def is_due(training: TrainingConfig, step: int) -> bool:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rlxf.config.schema import RunConfig
+from rlxf.core.types import Examples, Metrics, Pairs, ReferencedPairs, RewardPairs
 from rlxf.evaluate.due import is_due
-from rlxf.run import Reference
-from rlxf.types import Examples, Metrics, Pairs, ReferencedPairs, RewardPairs
+from rlxf.loop.run import Reference
 from rlxf.update.objective import MOMENTS
 
 Batch = Pairs | Examples  # RewardPairs are Pairs

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
+from rlxf.core.types import Metrics, PromptBatch, ScoredRollouts, Sequences
 from rlxf.evaluate.answers import Scores, mean, measured, standard_error, wins
 from rlxf.evaluate.due import is_due
 from rlxf.evaluate.user import call_metrics, load_metrics
+from rlxf.loop.run import Actor, Reference, Rollout
 from rlxf.rollout.engine import Purpose, Sampling
-from rlxf.run import Actor, Reference, Rollout
 from rlxf.score.penalty import with_scores
 from rlxf.score.scorer import Scorer
-from rlxf.types import Metrics, PromptBatch, ScoredRollouts, Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlxf.run import Run
+from rlxf.loop.run import Run
 
 
 def evaluate_only(run: Run, evaluated: Path) -> None:

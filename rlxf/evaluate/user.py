@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlxf.errors import ConfigError, RlxfError
-from rlxf.types import Metrics
-from rlxf.user_file import describe, load_function
+from rlxf.core.errors import ConfigError, RlxfError
+from rlxf.core.types import Metrics
+from rlxf.core.user_file import describe, load_function
 
 UserMetrics = Callable[[list[Any], list[str], list[str]], dict[str, float]]
 _SIGNATURE = "def evaluate(prompts, completions, initial_completions) -> dict[str, float]"

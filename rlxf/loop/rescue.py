@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from rlxf.errors import StageTimeout, StopRequested, WorkerLost
-from rlxf.run import Run
+from rlxf.core.errors import StageTimeout, StopRequested, WorkerLost
+from rlxf.loop.run import Run
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlxf.run import Run
+from rlxf.loop.run import Run
 
 
 def settle(run: Run) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
+from rlxf.core.types import PairLogps, Pairs, Sequences
 from rlxf.models.batching import Limits, my_batches, pair_units, prompt_units
 from rlxf.models.megatron.parallel import ParallelSizes, init_parallel, reduce_over_data_parallel
 from rlxf.platform.base import Platform, Process
-from rlxf.types import PairLogps, Pairs, Sequences
 
 if TYPE_CHECKING:
     from rlxf.models.megatron.model import MegatronModel

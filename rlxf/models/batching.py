@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlxf.config.schema import RoleConfig
-from rlxf.types import Sequences
+from rlxf.core.types import Sequences
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

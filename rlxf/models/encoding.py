@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlxf.errors import DataError, RlxfError
-from rlxf.types import Messages
+from rlxf.core.errors import DataError, RlxfError
+from rlxf.core.types import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlxf.errors import DataError
+from rlxf.core.errors import DataError
+from rlxf.core.types import Messages
 from rlxf.models.encoding import apply_template, encode_chat
 from rlxf.models.tokenizer import declared_eos_ids
-from rlxf.types import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

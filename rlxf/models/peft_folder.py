@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlxf.core.errors import ModelError
 from rlxf.core.files import new_folder
-from rlxf.errors import ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEAD = "score.weight"  # of a reward model, which trains beside the adapter and is saved with it

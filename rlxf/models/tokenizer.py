@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlxf.config.folders import assets_folder
-from rlxf.errors import ModelError, RlxfError
+from rlxf.core.errors import ModelError, RlxfError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlxf.errors import ShapeError
-from rlxf.types import OnlinePairs, Rollouts, ScoredRollouts
+from rlxf.core.errors import ShapeError
+from rlxf.core.types import OnlinePairs, Rollouts, ScoredRollouts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlxf.config.schema import CpuLinear
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 
 # benchmarks/cpu_linear.py: below these sizes the product is bound by memory, or by the call itself.
 MIN_ROWS = 4

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rlxf.types import PairLogps, Pairs, Sequences
+from rlxf.core.types import PairLogps, Pairs, Sequences
 
 
 class AdaptedActor(Protocol):

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import rlxf
-from rlxf.checkpoint import file_digest
+from rlxf.checkpointing.store import file_digest
 from rlxf.config.folders import assets_folder, megatron_checkpoint
-from rlxf.types import PairLogps, Pairs, Sequences
+from rlxf.core.types import PairLogps, Pairs, Sequences
 
 log = logging.getLogger(__name__)
 

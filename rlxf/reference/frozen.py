@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
+from rlxf.core.types import PairLogps, Pairs, Sequences
 from rlxf.models.backend import load_model, pair_logps, token_logps
 from rlxf.models.batching import Limits
 from rlxf.models.hf_folder import HfWeights, save_hf_folder
 from rlxf.platform.base import Platform, Process
 from rlxf.sync.plan import Bucket
-from rlxf.types import PairLogps, Pairs, Sequences
 
 if TYPE_CHECKING:
     from rlxf.models.megatron.moving import MovingWeights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlxf.types import PairLogps, Pairs, Sequences
+from rlxf.core.types import PairLogps, Pairs, Sequences
 
 
 class NoReference:

@@ -11,9 +11,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from rlxf.errors import SyncError
+from rlxf.core.errors import SyncError
+from rlxf.core.types import PromptBatch, Rollouts, Sequences, Tokens
 from rlxf.sync.plan import Bucket
-from rlxf.types import PromptBatch, Rollouts, Sequences, Tokens
 
 Purpose = Literal["train", "eval", "greedy", "initial"]
 """What completions are for: training, an evaluation's samples and greedy answers, the initial policy's baseline."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rlxf.config.folders import megatron_checkpoint
 from rlxf.config.schema import RunConfig
-from rlxf.errors import ConfigError, SyncError
+from rlxf.core.errors import ConfigError, SyncError
+from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.megatron.families import family_of
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
@@ -19,7 +20,6 @@ from rlxf.platform.base import Platform
 from rlxf.rollout.engine import Completion, ProbeResult, Sampling, WeightState, pack_rollouts, sample_requests
 from rlxf.rollout.hf_decoder import Decoder
 from rlxf.sync.plan import Bucket
-from rlxf.types import PromptBatch, Rollouts, Tokens
 
 
 class HfEngine:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
-from rlxf.errors import ConfigError, SyncError
+from rlxf.core.errors import ConfigError, SyncError
+from rlxf.core.types import PromptBatch, Rollouts, Sequences, Tokens
 from rlxf.models.tokenizer import load_tokenizer
-from rlxf.record import RecordedRollouts
+from rlxf.observe.record import RecordedRollouts
 from rlxf.rollout.engine import ProbeResult, Sampling
 from rlxf.sync.plan import Bucket
-from rlxf.types import PromptBatch, Rollouts, Sequences, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from rlxf.types import PromptBatch, Rollouts, Sequences
+from rlxf.core.types import PromptBatch, Rollouts, Sequences
 
 
 def split_evenly(prompts: PromptBatch, parts: int) -> list[PromptBatch]:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from rlxf.config.folders import assets_folder, megatron_checkpoint
 from rlxf.config.schema import RunConfig
-from rlxf.errors import ConfigError, RlxfError, SyncError
+from rlxf.core.errors import ConfigError, RlxfError, SyncError
+from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform.base import Platform
 from rlxf.platform.environment import is_needed
 from rlxf.rollout.engine import Completion, ProbeResult, Sampling, WeightState, pack_rollouts, sample_requests
 from rlxf.sync.plan import Bucket
-from rlxf.types import PromptBatch, Rollouts, Tokens
 
 _WORKER_EXTENSION = "rlxf.rollout.vllm_worker.WeightLoader"
 _BLOCKS_FOR_PROBE = 2

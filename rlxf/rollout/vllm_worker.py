@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlxf.errors import SyncError
+from rlxf.core.errors import SyncError
 from rlxf.sync.plan import Bucket
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rlxf.errors import ScoreError
+from rlxf.core.errors import ScoreError
+from rlxf.core.types import Rollouts
 from rlxf.score.scorer import Scorer
-from rlxf.types import Rollouts
 
 log = logging.getLogger(__name__)
 

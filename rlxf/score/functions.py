@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
-from rlxf.errors import ConfigError, RlxfError, ScoreError
-from rlxf.types import Rollouts, Text
-from rlxf.user_file import describe, load_function
+from rlxf.core.errors import ConfigError, RlxfError, ScoreError
+from rlxf.core.types import Rollouts, Text
+from rlxf.core.user_file import describe, load_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from rlxf.errors import ShapeError, TrainingError
-from rlxf.types import Rollouts, ScoredRollouts, Sequences
+from rlxf.core.errors import ShapeError, TrainingError
+from rlxf.core.types import Rollouts, ScoredRollouts, Sequences
 
 
 def with_scores(

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlxf.errors import ShapeError
-from rlxf.record import RecordedRollouts
-from rlxf.types import Rollouts
+from rlxf.core.errors import ShapeError
+from rlxf.core.types import Rollouts
+from rlxf.observe.record import RecordedRollouts
 
 
 class RecordedScorer:

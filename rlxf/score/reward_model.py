@@ -13,14 +13,14 @@ from torch import Tensor
 
 from rlxf.config.read_position import read_position
 from rlxf.config.schema import RunConfig
-from rlxf.errors import ConfigError, DataError, ModelError
+from rlxf.core.errors import ConfigError, DataError, ModelError
+from rlxf.core.types import Messages, Rollouts, Sequences, Text
 from rlxf.models.backend import load_model, sequence_scores
 from rlxf.models.batching import Limits
 from rlxf.models.encoding import encode_chat, encode_string, with_eos
 from rlxf.models.endings import Endings
 from rlxf.models.tokenizer import declared_eos_ids, load_tokenizer
 from rlxf.platform.base import Platform, Process
-from rlxf.types import Messages, Rollouts, Sequences, Text
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rlxf.types import Rollouts
+from rlxf.core.types import Rollouts
 
 
 class Scorer(Protocol):

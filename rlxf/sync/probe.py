@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
-from rlxf.errors import SyncError
+from rlxf.core.errors import SyncError
+from rlxf.core.types import Sequences, Tokens
 from rlxf.platform.base import Platform
-from rlxf.types import Sequences, Tokens
 
 _NUM_TOKENS = 16  # sampled after the prompt
 # On the mean over these tokens. Equal weights of a 135M model differ by 1e-5 (fp32) and 1e-2 (bf16) on average; single

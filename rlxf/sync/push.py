@@ -9,9 +9,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rlxf.config.schema import SyncConfig
+from rlxf.core.types import Metrics, Sequences, Tokens
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer, Probe, check_answers
-from rlxf.types import Metrics, Sequences, Tokens
 
 Payload = Any
 """One bucket's bytes on their way: a [num_bytes] uint8 tensor in one process, a reference to one between processes."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlxf.config.schema import ReferenceConfig
-from rlxf.errors import CheckpointError
+from rlxf.core.errors import CheckpointError
 from rlxf.sync.plan import Bucket
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlxf.errors import SyncError
+from rlxf.core.errors import SyncError
 from rlxf.sync.plan import Bucket
 
 MAX_SLOTS = 2  # the actor writes one bucket while the engines read the one before

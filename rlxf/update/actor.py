@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from rlxf.config.schema import RunConfig
-from rlxf.errors import TrainingError
+from rlxf.core.errors import TrainingError
+from rlxf.core.types import Batch, Metrics, PairLogps, Pairs, Sequences
 from rlxf.models.backend import load_model, pair_logps, token_logps
 from rlxf.models.batching import Limits, my_batches
 from rlxf.models.hf_folder import save_hf_folder
@@ -23,7 +24,6 @@ from rlxf.models.megatron.parallel import reduce_over_data_parallel
 from rlxf.models.peft_folder import save_adapter
 from rlxf.platform.base import Platform, Process
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
-from rlxf.types import Batch, Metrics, PairLogps, Pairs, Sequences
 from rlxf.update.batches import mini_batches
 from rlxf.update.objective import MicroBatch, MiniBatch, Objective, Place
 from rlxf.update.schedule import make_schedule

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlxf.types import PairLogps
+from rlxf.core.types import PairLogps
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 _MAX_EXPONENT = 80.0  # e**80 is a float32; a ratio beyond it has a flat score instead of an infinite one

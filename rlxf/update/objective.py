@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from rlxf.core.types import Metrics, Sequences
 from rlxf.models.batching import Limits
-from rlxf.types import Metrics, Sequences
 
 if TYPE_CHECKING:
     from rlxf.models.megatron.model import MegatronModel

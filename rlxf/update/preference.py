@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from rlxf.config.schema import ActorConfig, RunConfig
+from rlxf.core.types import Metrics, OnlinePairs, PairLogps, ReferencedPairs, Sequences
 from rlxf.models.backend import pair_logps, sum_rows
 from rlxf.models.batching import pair_units
-from rlxf.types import Metrics, OnlinePairs, PairLogps, ReferencedPairs, Sequences
 from rlxf.update.losses import LossSettings, WeightedLoss, gradients
 from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, moments, report
 

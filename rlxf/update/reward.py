@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlxf.core.types import Metrics, RewardPairs, Sequences
 from rlxf.models.backend import pair_scores
 from rlxf.models.batching import pair_units
-from rlxf.types import Metrics, RewardPairs, Sequences
 from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, moments, report
 
 _MEANS = ("loss", "accuracy", "margin", "mean_reward")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlxf.core.types import Examples, Metrics
 from rlxf.models.backend import sum_rows, token_logps
-from rlxf.types import Examples, Metrics
 from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, moments, report
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlxf.checkpoint import list_checkpoints, step_of
+from rlxf.checkpointing.store import list_checkpoints, step_of
 from tests.cluster.conftest import Recipe, children, command_of, end, environment
 from tests.cluster.test_launch import leftovers, numbers, succeed, wait_until
 from tests.cluster.test_resume import weights

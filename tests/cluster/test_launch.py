@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from rlxf.checkpoint import list_checkpoints
-from rlxf.metrics import read_jsonl
+from rlxf.checkpointing.store import list_checkpoints
+from rlxf.observe.metrics import read_jsonl
 from tests.cluster.conftest import RAY, Recipe, TwoNodes, children, command_of, environment
 from tests.runs.small import CLOCKED
 

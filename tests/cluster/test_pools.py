@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import ray
 
-from rlxf.clock import Clock
 from rlxf.config.schema import RunConfig
-from rlxf.errors import PlacementError
-from rlxf.plan import make_plan
-from rlxf.stop import Stop
+from rlxf.core.clock import Clock
+from rlxf.core.errors import PlacementError
+from rlxf.core.stop import Stop
+from rlxf.placement.plan import make_plan
 from tests.cluster.conftest import TwoNodes
 from workers.pools import Pools, cluster_nodes
 from workers.remote import Pending, Waiter

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import ray
 
-from rlxf.clock import Clock
-from rlxf.errors import ModelError, StageTimeout, StopRequested, WorkerLost
-from rlxf.stop import Stop
+from rlxf.core.clock import Clock
+from rlxf.core.errors import ModelError, StageTimeout, StopRequested, WorkerLost
+from rlxf.core.stop import Stop
 from workers.group import Member, WorkerGroup
 from workers.remote import Waiter
 

@@ -12,9 +12,9 @@ import ray
 import torch
 from torch import Tensor
 
-from rlxf.clock import Clock
-from rlxf.errors import SyncError, WorkerLost
-from rlxf.stop import Stop
+from rlxf.core.clock import Clock
+from rlxf.core.errors import SyncError, WorkerLost
+from rlxf.core.stop import Stop
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
 from workers.actor import ActorWorker, RemoteActor
 from workers.group import Member, WorkerGroup

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.cluster
 JOIN = """
 import sys
 from workers.cluster import connect, join
-from rlxf.errors import PlacementError
+from rlxf.core.errors import PlacementError
 try:
     context = join(sys.argv[1])
 except PlacementError as error:

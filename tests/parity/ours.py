@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from rlxf.assembly.local import launch
 from rlxf.config.load import load_config
-from rlxf.local import launch
 from tests.parity.fixed_data import FixedPrompt, Settings, write_preferences, write_rollouts
 from tests.parity.oracle import Metrics
 from tests.parity.trl_stages import tokenizer_of_stages

@@ -179,10 +179,10 @@ def undisturbed_run(recipe: Recipe, run_dir: Path) -> Finished:
 def _child(recipe: Recipe, run_dir: Path, moment: Moment | None, log: Path) -> None:
     import logging
 
-    from rlxf.command import Typed
+    from rlxf.assembly.local import launch
     from rlxf.config.load import load_config
-    from rlxf.errors import RlxfError, notes_of
-    from rlxf.local import launch
+    from rlxf.core.command import Typed
+    from rlxf.core.errors import RlxfError, notes_of
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from rlxf.assembly.local import launch
 from rlxf.config.load import load_config
-from rlxf.local import launch
-from rlxf.metrics import read_jsonl
+from rlxf.observe.metrics import read_jsonl
 from tests.data_world import chat_tokenizer, write_rows
 from tests.settings import MODEL
 from tests.tiny_models import EOS, VOCAB, save_causal_lm, save_reward_model

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from rlxf.config.read_position import stored_position
-from rlxf.errors import ModelError
+from rlxf.core.errors import ModelError
 from tests.data_world import write_rows
 from tests.layouts import train, train_on
 from tests.runs.small import Finished, Recipe, World, make_world, run
 from tests.tiny_models import save_causal_lm
-from tests.unit.convert.helpers import assert_same_tensors, back, settings_of
-from tests.unit.convert.helpers import run as convert
 from tests.unit.models.test_layouts import FP32, SETTINGS, TP2, assert_equal_runs
+from tests.unit.tools.convert.helpers import assert_same_tensors, back, settings_of
+from tests.unit.tools.convert.helpers import run as convert
 
 
 @pytest.fixture(scope="module")

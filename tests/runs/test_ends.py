@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlxf.checkpoint import find_problems, list_checkpoints
+from rlxf.checkpointing.store import find_problems, list_checkpoints
 from tests.runs.killed import Call, Ended, Moment, Poison, Raise, assert_same_run, run_in_child, undisturbed_run
 from tests.runs.small import Finished, Recipe, World
 
@@ -59,15 +59,15 @@ def assert_saved(ended: Ended, run_dir: Path, step: int) -> None:
     ("fault", "step"),
     [
         # Before the first step an evaluation samples three times, after the third twice.
-        (Raise("rlxf.score.reward_model:RewardModelScorer.score", "rlxf.errors:TrainingError", number=6), 2),
-        (Raise(f"{ENGINE}.generate", "rlxf.errors:WorkerLost", number=11), 5),
-        (Raise("rlxf.reference.frozen:FrozenReference.logps", "rlxf.errors:StageTimeout", number=3), 2),
+        (Raise("rlxf.score.reward_model:RewardModelScorer.score", "rlxf.core.errors:TrainingError", number=6), 2),
+        (Raise(f"{ENGINE}.generate", "rlxf.core.errors:WorkerLost", number=11), 5),
+        (Raise("rlxf.reference.frozen:FrozenReference.logps", "rlxf.core.errors:StageTimeout", number=3), 2),
         (Poison(row=0, number=4), 3),  # a loss that is not finite, in the first mini-batch
-        (Raise("rlxf.record:RolloutRecorder.write", OS_ERROR, "No space left on device", number=5), 4),
-        (Raise("rlxf.metrics:JsonlSink.write", OS_ERROR, "No space left on device", number=6), 4),
-        (Raise(f"{ENGINE}.load_bucket", "rlxf.errors:SyncError", number=4), 3),  # a push that failed, and
-        (Raise(f"{SYNC}._verify", "rlxf.errors:SyncError", number=2), 2),  # a probe: the step is complete
-        (Raise("rlxf.evaluate:Evaluation._sample", "rlxf.errors:ConfigError", number=4), 3),
+        (Raise("rlxf.observe.record:RolloutRecorder.write", OS_ERROR, "No space left on device", number=5), 4),
+        (Raise("rlxf.observe.metrics:JsonlSink.write", OS_ERROR, "No space left on device", number=6), 4),
+        (Raise(f"{ENGINE}.load_bucket", "rlxf.core.errors:SyncError", number=4), 3),  # a push that failed, and
+        (Raise(f"{SYNC}._verify", "rlxf.core.errors:SyncError", number=2), 2),  # a probe: the step is complete
+        (Raise("rlxf.evaluate:Evaluation._sample", "rlxf.core.errors:ConfigError", number=4), 3),
         (Raise(f"{ACTOR}.save_hf", OS_ERROR, "No space left on device", number=1), 3),
         (Raise(f"{ACTOR}.save_hf", OS_ERROR, "No space left on device", number=3), 6),  # the policy, at the end
     ],
@@ -188,7 +188,7 @@ def test_a_reward_function_that_raises_loses_no_step(recipe: Recipe, world: Worl
 def test_a_move_of_the_reference_that_broke_off_saves_nothing(recipe: Recipe, tmp_path: Path) -> None:
     moving = {**recipe, "ref": {**recipe["ref"], "ref_update_interval": 2}}
     run_dir = tmp_path / "run"
-    ended = ends(moving, run_dir, Raise("rlxf.reference.frozen:FrozenReference.mix", "rlxf.errors:WorkerLost"))
+    ended = ends(moving, run_dir, Raise("rlxf.reference.frozen:FrozenReference.mix", "rlxf.core.errors:WorkerLost"))
     assert "not saved: the reference was being moved after step 2" in ended.output
     assert list_checkpoints(run_dir / "checkpoints") == []
 

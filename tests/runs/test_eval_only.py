@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from rlxf.errors import CheckpointError, ConfigError
-from rlxf.metrics import read_jsonl
+from rlxf.core.errors import CheckpointError, ConfigError
+from rlxf.observe.metrics import read_jsonl
 from tests.runs.small import Finished, Recipe, World, run
 
 
@@ -80,8 +80,8 @@ def test_without_a_checkpoint_the_initial_policy_is_evaluated(
 
 
 def test_in_the_runs_own_folder_its_files_stay(world: World, tmp_path: Path) -> None:
+    from rlxf.assembly.local import launch
     from rlxf.config.load import load_config
-    from rlxf.local import launch
 
     done = run(recipe(world, tmp_path), tmp_path / "run")
     before = files(tmp_path)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from rlxf.checkpoint import find_problems, list_checkpoints, newest_good, step_of
+from rlxf.checkpointing.store import find_problems, list_checkpoints, newest_good, step_of
 from tests.runs.killed import After, Call, File, Moment, assert_same_run, run_in_child, undisturbed_run
 from tests.runs.small import NUM_PROMPTS, Finished, Recipe, World
 
 STEPS = 6
-ACTOR, OPTIMIZER, FOLDER = "rlxf.update.actor", "rlxf.models.megatron.optimizer", "rlxf.run_folder"
+ACTOR, OPTIMIZER, FOLDER = "rlxf.update.actor", "rlxf.models.megatron.optimizer", "rlxf.checkpointing.run_folder"
 
 
 @pytest.fixture(scope="module")

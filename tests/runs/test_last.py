@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 
-from rlxf.checkpoint import list_checkpoints, step_of
-from rlxf.command import Typed
+from rlxf.checkpointing.store import list_checkpoints, step_of
+from rlxf.checkpointing.unfinished import newest_unfinished
 from rlxf.config.load import load_config
 from rlxf.config.schema import RunConfig
-from rlxf.unfinished import newest_unfinished
+from rlxf.core.command import Typed
 from tests.runs.killed import Call, Raise, run_in_child
 from tests.runs.small import ROOT, Finished, Recipe, World, environment
 
 STEPS = 4
 TYPED = Typed("small", ("--config-name", "small"))
-FAULT = Raise("rlxf.rollout.hf:HfEngine.generate", "rlxf.errors:WorkerLost", number=3)
+FAULT = Raise("rlxf.rollout.hf:HfEngine.generate", "rlxf.core.errors:WorkerLost", number=3)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from rlxf.assembly.local import launch
 from rlxf.config.load import load_config
-from rlxf.errors import CheckpointError
-from rlxf.local import launch
-from rlxf.metrics import read_jsonl
+from rlxf.core.errors import CheckpointError
+from rlxf.observe.metrics import read_jsonl
 from tests.runs.small import Finished, Recipe, World, run
 
 STARTS = ["plain", "megatron", "lora_load", "qlora"]

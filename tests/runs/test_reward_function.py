@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rlxf.errors import ScoreError
+from rlxf.core.errors import ScoreError
 from tests.runs.small import World, command, environment, run
 
 BY_COLUMN = """

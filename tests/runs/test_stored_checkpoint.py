@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from rlxf.checkpoint import find_problems
+from rlxf.checkpointing.resume import find_resume
+from rlxf.checkpointing.run_folder import fingerprint
+from rlxf.checkpointing.store import find_problems
 from rlxf.config.load import load_config
-from rlxf.metrics import read_jsonl
+from rlxf.observe.metrics import read_jsonl
 from rlxf.platform import Process, get_platform
-from rlxf.resume import find_resume
-from rlxf.run_folder import fingerprint
 from rlxf.update.actor import Actor
 from tests.runs.small import Finished, Recipe, replay_of
 from tests.runs.small import run as run_in_new_folder
@@ -28,7 +28,7 @@ def stored(tmp_path: Path) -> StoredRun:
 
 def go_on(recipe: Recipe, stored: StoredRun) -> Finished:
     """The same command again, in the same run folder."""
-    from rlxf.local import launch
+    from rlxf.assembly.local import launch
 
     launch(load_config({"runtime": "local", **recipe}), stored.folder / "run")
     return Finished(stored.folder / "run")

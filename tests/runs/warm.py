@@ -11,7 +11,7 @@ from rlxf.platform import get_platform
 
 MODULES = (
     "transformers.models.llama.modeling_llama",
-    "rlxf.local",
+    "rlxf.assembly.local",
     "rlxf.models.megatron.checkpoint",
     "rlxf.models.megatron.model",
     "rlxf.reference.frozen",

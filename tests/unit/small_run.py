@@ -11,16 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlxf.clock import Clock
 from rlxf.config.schema import RunConfig
-from rlxf.evaluate import no_evaluation
-from rlxf.pair.strategies import PairingResult
-from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_requests
-from rlxf.run import Evaluate, FileSource, Online, PromptSource, Run, State
-from rlxf.stop import Stop
-from rlxf.sync.push import SyncReport
-from rlxf.sync.refresh import no_refresh
-from rlxf.types import (
+from rlxf.core.clock import Clock
+from rlxf.core.stop import Stop
+from rlxf.core.types import (
     Metrics,
     PairLogps,
     Pairs,
@@ -31,6 +25,12 @@ from rlxf.types import (
     Sequences,
     Tokens,
 )
+from rlxf.evaluate import no_evaluation
+from rlxf.loop.run import Evaluate, FileSource, Online, PromptSource, Run, State
+from rlxf.pair.strategies import PairingResult
+from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_requests
+from rlxf.sync.push import SyncReport
+from rlxf.sync.refresh import no_refresh
 from rlxf.update.losses import LossSettings, WeightedLoss
 
 LOSS = WeightedLoss(names=("sigmoid",), weights=(1.0,), settings=LossSettings(beta=1.0))

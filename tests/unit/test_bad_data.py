@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlxf.core.errors import DataError
 from rlxf.data.preferences import PreferenceFile
 from rlxf.data.prompts import PromptSource
-from rlxf.errors import DataError
 from rlxf.rollout.replay import ReplayEngine
 from tests.data_world import chat_tokenizer, recipe
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from rlxf.config.load import load_config
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 from tests.unit.config.recipes import ROOT, recipe
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlxf.config.load import load_config
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 from tests.unit.config.recipes import recipe
 from tests.unit.test_bad_recipes import Wrong, actor
 

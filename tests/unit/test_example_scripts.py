@@ -10,9 +10,9 @@ import pytest
 
 from rlxf.config.load import load_config
 from rlxf.config.schema import RunConfig
-from rlxf.convert.command import read_command
 from rlxf.data.indexed import IndexedRows
-from rlxf.plan import NodeResources, fit, make_plan
+from rlxf.placement.plan import NodeResources, fit, make_plan
+from rlxf.tools.convert.command import read_command
 from scripts.preprocess_data import main as preprocess_data
 from tests.data_world import chat_tokenizer, write_rows
 from tests.unit.config.recipes import ROOT, compose

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 from rlxf.models.megatron import parallel
 from rlxf.platform import get_platform
 

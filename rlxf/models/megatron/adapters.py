@@ -13,7 +13,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from rlxf.config.schema import ActorConfig
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 from rlxf.models.megatron.lora import attach, seed_dropout
 from rlxf.models.megatron.model import SCORE, MegatronModel, Piece
 from rlxf.models.megatron.nf4 import quantize_base

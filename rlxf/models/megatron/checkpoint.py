@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.distributed.checkpoint.api import CheckpointException
 
-from rlxf.errors import CheckpointError, ModelError
+from rlxf.core.errors import CheckpointError, ModelError
 from rlxf.models.megatron.adapters import sharded_adapters
 from rlxf.models.megatron.dist_folder import FORMAT, TORCH_DIST
 from rlxf.models.megatron.optimizer import TrainableModel

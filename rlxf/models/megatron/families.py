@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rlxf.errors import ModelError
+from rlxf.core.errors import ModelError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

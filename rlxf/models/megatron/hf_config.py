@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from rlxf.config.schema import ModelConfig
-from rlxf.errors import ConfigError, ModelError
+from rlxf.core.errors import ConfigError, ModelError
 from rlxf.models.hf_folder import ModelWeights
 from rlxf.models.megatron.families import Family
 from rlxf.models.megatron.parallel import Layout

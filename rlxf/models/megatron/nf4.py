@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 from rlxf.models.megatron.weights import Entry
 
 _LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")

@@ -15,10 +15,10 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from rlxf.errors import ShapeError
+from rlxf.core.errors import ShapeError
+from rlxf.core.types import Sequences
 from rlxf.models.batching import prompt_groups
 from rlxf.models.megatron.parallel import Layout
-from rlxf.types import Sequences
 
 Indices = np.ndarray[tuple[int, ...], np.dtype[Any]]  # int64
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlxf.config.schema import RoleConfig
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 from rlxf.platform.base import Platform, Process
 
 MEGATRON = "0.16.1"  # pyproject.toml asks for the same

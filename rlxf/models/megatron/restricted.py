@@ -13,7 +13,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy, LoadShardedStrategy
 
-from rlxf.errors import ModelError
+from rlxf.core.errors import ModelError
 from rlxf.models.megatron.dist_folder import DistCheckpoint, Part, read_common
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from rlxf.config.load import load_config
-from rlxf.errors import PlacementError
+from rlxf.core.errors import PlacementError
 from tests.runs.small import command, make_world
 from tests.unit.config.recipes import ROOT, recipe
 from workers.address import require_cores, running_cluster

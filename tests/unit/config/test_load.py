@@ -10,7 +10,7 @@ import pytest
 
 from rlxf.config.load import load_config
 from rlxf.config.schema import ActorConfig, RunConfig
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 from tests.unit.config.recipes import recipe
 
 

@@ -13,7 +13,7 @@ from rlxf.config import lora
 from rlxf.config.load import load_config
 from rlxf.config.lora import lora_problems
 from rlxf.config.schema import RunConfig, TrainingConfig
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 from tests.settings import run_config
 from tests.unit.config.recipes import recipe
 

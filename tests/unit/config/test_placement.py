@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from rlxf.assembly.build_run import needs_scorer
 from rlxf.config.folders import missing_paths
 from rlxf.config.load import load_config
-from rlxf.errors import ConfigError
-from rlxf.plan import GroupPlan, NodeResources, Plan, assign, crowded, fit, make_plan
-from rlxf.plan_text import describe, node_sizes
-from rlxf.prepare import needs_scorer
+from rlxf.core.errors import ConfigError
+from rlxf.placement.plan import GroupPlan, NodeResources, Plan, assign, crowded, fit, make_plan
+from rlxf.placement.text import describe, node_sizes
 from tests.data_world import write_rows
 from tests.unit.config.recipes import compose, recipe
 

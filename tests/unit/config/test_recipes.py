@@ -7,8 +7,8 @@ import pytest
 from rlxf.config.defaults import unset_recipe
 from rlxf.config.keys import ROLES, SECTIONS
 from rlxf.config.load import load_config
-from rlxf.plan import NodeResources, fit, make_plan
-from rlxf.plan_text import describe, num_parameters
+from rlxf.placement.plan import NodeResources, fit, make_plan
+from rlxf.placement.text import describe, num_parameters
 from tests.unit.config.recipes import NAMES, compose
 
 EXPECTED = {

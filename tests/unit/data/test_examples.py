@@ -8,11 +8,11 @@ from typing import Any
 import datasets
 import pytest
 
+from rlxf.core.errors import DataError, ModelError
+from rlxf.core.types import Examples
 from rlxf.data.examples import ExampleFile
 from rlxf.data.turns import encode_turns
-from rlxf.errors import DataError, ModelError
 from rlxf.models.encoding import encode_chat
-from rlxf.types import Examples
 from tests.data_world import chat_tokenizer, recipe, write_rows
 from tests.tiny_models import BOS, EOS, byte_tokenizer
 from tests.unit.data.test_preferences import merging_tokenizer

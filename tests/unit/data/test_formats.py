@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from rlxf.config.schema import ActorConfig
+from rlxf.core.errors import DataError
 from rlxf.data.fields import BadRow
 from rlxf.data.formats import Task, find_layout
 from rlxf.data.prompts import PromptSource
-from rlxf.errors import DataError
 from tests.data_world import chat_tokenizer, recipe, write_rows
 
 Row = dict[str, Any]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from rlxf.core.errors import DataError
 from rlxf.data.indexed import IndexedRows, IndexedWriter, is_indexed, packed_name
-from rlxf.errors import DataError
 
 ROWS = [
     {"input_ids": [5, 6, 7, 128255], "labels": [-100, -100, 7, 128255]},

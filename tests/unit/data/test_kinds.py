@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlxf.core.errors import DataError
+from rlxf.core.jsonl import Problems, Row
 from rlxf.data.readers import open_rows
 from rlxf.data.spans import CsvRows, JsonList
-from rlxf.errors import DataError
-from rlxf.jsonl import Problems, Row
 from tests.data_world import write_rows
 
 ROWS: list[Row] = [

@@ -8,9 +8,9 @@ from typing import Any
 import datasets
 import pytest
 
+from rlxf.core.errors import DataError, ModelError
+from rlxf.core.types import Pairs, RewardPairs
 from rlxf.data.preferences import PreferenceFile
-from rlxf.errors import DataError, ModelError
-from rlxf.types import Pairs, RewardPairs
 from tests.data_world import chat_tokenizer, recipe, write_rows
 from tests.tiny_models import BOS, EOS, byte_tokenizer
 

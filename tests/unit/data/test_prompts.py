@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
+from rlxf.core.errors import DataError, ModelError
 from rlxf.data.prompts import PromptSource, eval_prompts
-from rlxf.errors import DataError, ModelError
 from tests.data_world import chat_tokenizer, recipe, write_rows
 from tests.tiny_models import BOS, EOS, byte_tokenizer
 

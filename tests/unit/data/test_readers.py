@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlxf.core.errors import DataError
+from rlxf.core.jsonl import MAX_LINE_BYTES, JsonLines, Problems, Row
 from rlxf.data.arrow import ParquetRows
 from rlxf.data.readers import open_rows
-from rlxf.errors import DataError
-from rlxf.jsonl import MAX_LINE_BYTES, JsonLines, Problems, Row
 from tests.data_world import write_rows
 
 

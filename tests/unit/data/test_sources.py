@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlxf.config.load import load_config
+from rlxf.core.errors import ConfigError, DataError
 from rlxf.data.preferences import PreferenceFile
 from rlxf.data.prompts import PromptSource, eval_prompts
 from rlxf.data.readers import Part
-from rlxf.errors import ConfigError, DataError
 from tests.data_world import chat_tokenizer, recipe, write_rows
 
 TOKENIZER = chat_tokenizer()

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlxf.core.errors import DataError
 from rlxf.data.batches import MALFORMED, Batches, Drop
 from rlxf.data.order import MixedOrder, Order, RowOrder
 from rlxf.data.prompts import PromptSource
-from rlxf.errors import DataError
 from tests.data_world import chat_tokenizer, recipe, write_rows
 
 TOKENIZER = chat_tokenizer()

@@ -9,9 +9,9 @@ import jinja2
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from rlxf.core.errors import ConfigError
+from rlxf.core.types import Messages
 from rlxf.data.templates import TEMPLATE_NAMES, chat_template
-from rlxf.errors import ConfigError
-from rlxf.types import Messages
 from tests.data_world import chat_tokenizer
 
 CHAT: Messages = [

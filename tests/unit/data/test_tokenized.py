@@ -12,12 +12,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from rlxf.config.folders import data_files, folder_problems
 from rlxf.config.schema import RunConfig
+from rlxf.core.errors import DataError
 from rlxf.data.examples import ExampleFile
 from rlxf.data.indexed import packed_name
 from rlxf.data.preferences import PreferenceFile
 from rlxf.data.prompts import PromptSource
 from rlxf.data.templates import chat_template
-from rlxf.errors import DataError
 from tests.data_world import chat_tokenizer, recipe
 from tests.preprocess_world import ORCA, World
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from rlxf.assembly.build_run import load_data, with_epochs
 from rlxf.config.schema import RunConfig
-from rlxf.errors import ConfigError, ModelError
+from rlxf.core.errors import ConfigError, ModelError
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
-from rlxf.prepare import load_data, with_epochs
 from tests.data_world import chat_tokenizer, recipe, write_rows
 from tests.tiny_models import BOS, EOS
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlxf.core.types import Sequences
 from rlxf.models.batching import Limits, my_batches, pair_units, prompt_units
-from rlxf.types import Sequences
 
 Lengths = list[tuple[int, int, int]]  # prompt, chosen, rejected
 LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=20)

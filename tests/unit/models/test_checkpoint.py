@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from rlxf.errors import CheckpointError
+from rlxf.core.errors import CheckpointError
+from rlxf.core.types import Metrics
 from rlxf.models.megatron import checkpoint as checkpoint_module
 from rlxf.platform import Process, get_platform
-from rlxf.types import Metrics
 from rlxf.update.actor import Actor
 from tests.ranks import on_ranks
 from tests.settings import random_pairs, referenced, run_config

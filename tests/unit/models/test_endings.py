@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rlxf.core.types import Messages
 from rlxf.data.preferences import PreferenceFile
 from rlxf.data.templates import TEMPLATE_NAMES, chat_template
 from rlxf.models.endings import Endings
-from rlxf.types import Messages
 from tests.data_world import CHAT_TEMPLATE, chat_tokenizer, recipe, write_rows
 from tests.reward_world import KINDS, tokenizer_of
 

@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from rlxf.checkpoint import find_problems, write_manifest
+from rlxf.checkpointing.resume import find_resume
+from rlxf.checkpointing.store import find_problems, write_manifest
 from rlxf.config.load import load_config
 from rlxf.config.schema import RunConfig
-from rlxf.errors import CheckpointError, ModelError, RlxfError
+from rlxf.core.errors import CheckpointError, ModelError, RlxfError
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.megatron.dist_folder import open_weights
 from rlxf.platform import Process, get_platform
-from rlxf.resume import find_resume
 from rlxf.update.actor import Actor
 from tests.stored import StoredRun, unpack
-from tests.unit.convert.helpers import back
+from tests.unit.tools.convert.helpers import back
 
 FILES = [".metadata", "common.pt", "__0_0.distcp", "__0_1.distcp", "metadata.json", "layout.json", "driver.json"]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlxf.core.types import Sequences
 from rlxf.models.megatron.lora import adapters, adapters_off, seed_dropout
 from rlxf.models.megatron.weights import load_entries
-from rlxf.types import Sequences
 from tests.lora_model import TARGETS, adapted_model, gradients, loaded, logps, merged_tensors, randomize_adapters
 from tests.settings import random_pairs
 from tests.tiny_models import save_causal_lm

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlxf.core.types import ReferencedPairs
 from rlxf.models.megatron.parallel import ParallelSizes, init_parallel
 from rlxf.platform import Process, get_platform, linear
 from rlxf.reference.frozen import FrozenReference
-from rlxf.types import ReferencedPairs
 from rlxf.update.actor import Actor
 from tests.ranks import on_ranks
 from tests.settings import random_pairs, run_config

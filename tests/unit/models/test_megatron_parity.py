@@ -10,11 +10,11 @@ import torch
 import transformers
 
 from rlxf.config.schema import RunConfig
-from rlxf.errors import ConfigError, ModelError
+from rlxf.core.errors import ConfigError, ModelError
+from rlxf.core.types import Sequences
 from rlxf.models.backend import load_model, sequence_scores, token_logps
 from rlxf.models.batching import Limits
 from rlxf.platform import Process, get_platform
-from rlxf.types import Sequences
 from tests.settings import random_rows, run_config
 from tests.tiny_models import save_causal_lm, save_reward_model
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
+from rlxf.core.types import Sequences
 from rlxf.models.megatron.nf4 import Nf4Linear, base_weight
-from rlxf.types import Sequences
 from tests.lora_model import TARGETS, adapted_model, gradients, logps, merged_tensors, randomize_adapters
 from tests.settings import random_pairs
 from tests.tiny_models import save_causal_lm

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from rlxf.errors import ShapeError
+from rlxf.core.errors import ShapeError
+from rlxf.core.types import Pairs, ReferencedPairs, Sequences
 from rlxf.models.backend import load_model, sequence_scores, token_logps
 from rlxf.models.batching import Limits
 from rlxf.platform import Process, get_platform
-from rlxf.types import Pairs, ReferencedPairs, Sequences
 from rlxf.update.actor import Actor
 from tests.settings import random_pairs, random_rows, referenced, run_config
 from tests.tiny_models import save_causal_lm, save_reward_model

@@ -13,9 +13,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlxf.errors import ConfigError, ModelError
+from rlxf.core.errors import ConfigError, ModelError
+from rlxf.core.types import Sequences
 from rlxf.models.peft_folder import CONFIG, WEIGHTS, read_adapter, save_adapter
-from rlxf.types import Sequences
 from tests.lora_model import adapted_model, adapter_tensors, logps, merged_tensors, randomize_adapters
 from tests.settings import random_rows
 from tests.tiny_models import save_causal_lm

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlxf.errors import ShapeError
+from rlxf.core.errors import ShapeError
+from rlxf.core.types import Rollouts, ScoredRollouts
 from rlxf.pair.strategies import PairingResult, make_pairs
-from rlxf.types import Rollouts, ScoredRollouts
 from tests.data_world import make_rollouts, prompt_batch, reorder
 
 NAN = math.nan

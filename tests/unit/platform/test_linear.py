@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 from rlxf.platform import get_platform, linear
 from rlxf.platform.linear import Linear, OneDnnLinear, cpu_linear
 

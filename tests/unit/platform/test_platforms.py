@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 from rlxf.platform import PLATFORMS, get_platform
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlxf.checkpoint import file_digest
+from rlxf.checkpointing.store import file_digest
+from rlxf.core.types import PairLogps, Pairs, Sequences
 from rlxf.reference import cached as cached_module
 from rlxf.reference.cached import CachedReference, cache_folder
-from rlxf.types import PairLogps, Pairs, Sequences
 from tests.settings import random_pairs
 from tests.tiny_models import save_causal_lm
 

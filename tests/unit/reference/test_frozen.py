@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
+from rlxf.core.types import ReferencedPairs, Sequences
 from rlxf.platform import Process, get_platform
 from rlxf.reference.frozen import FrozenReference
-from rlxf.types import ReferencedPairs, Sequences
 from rlxf.update.actor import Actor
 from tests.settings import random_pairs, run_config
 from tests.tiny_models import save_causal_lm

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlxf.config.schema import ReferenceConfig, RunConfig
-from rlxf.errors import CheckpointError
+from rlxf.core.errors import CheckpointError
 from rlxf.models.hf_folder import save_hf_folder
 from rlxf.platform import Process, get_platform
 from rlxf.reference.frozen import FrozenReference

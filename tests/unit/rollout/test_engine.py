@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlxf.errors import SyncError
+from rlxf.core.errors import SyncError
 from rlxf.rollout.engine import Completion, Purpose, Sampling, WeightState, pack_rollouts, sample_seed
 from tests.rollout_world import prompt_batch
 

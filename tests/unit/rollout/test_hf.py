@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from rlxf.config.schema import RunConfig
-from rlxf.errors import ConfigError, SyncError
+from rlxf.core.errors import ConfigError, SyncError
+from rlxf.core.types import Tokens
 from rlxf.platform import get_platform, linear
 from rlxf.rollout import HfEngine
 from rlxf.rollout.engine import Sampling
 from rlxf.rollout.hf_decoder import Decoder
 from rlxf.sync.plan import Bucket, TensorSpec
-from rlxf.types import Tokens
 from tests.rollout_world import HfActor, greedy, load_model, prompt_batch, random_prompts, run_config
 from tests.tiny_models import EOS, VOCAB, randomize, save_causal_lm
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from rlxf.config.schema import RunConfig
+from rlxf.core.types import Metrics
 from rlxf.data.prompts import PromptSource, eval_prompts
 from rlxf.driver import train
 from rlxf.evaluate import Evaluation, Rooms
+from rlxf.loop.run import Evaluate, State
 from rlxf.rollout.engine import Sampling, sample_requests
 from rlxf.rollout.shares import split_evenly
-from rlxf.run import Evaluate, State
-from rlxf.types import Metrics
 from tests.data_world import write_rows
 from tests.tiny_models import byte_tokenizer
 from tests.unit.small_run import EOS, SmallEngine, SmallRun, TokenCounter, small_config, small_run

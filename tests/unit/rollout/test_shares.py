@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.rollout.engine import Sampling
 from rlxf.rollout.shares import join, split_evenly
-from rlxf.types import PromptBatch, Rollouts, Tokens
 from tests.unit.small_run import SmallEngine
 
 SAMPLING = Sampling(num_samples=3, max_new_tokens=6, seed=5)

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from rlxf.errors import ConfigError
+from rlxf.core.errors import ConfigError
 from rlxf.platform import get_platform
 from rlxf.rollout.vllm import _check_block_size, prepare_environment
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlxf.core.errors import ScoreError, ShapeError
+from rlxf.core.types import Rollouts
 from rlxf.driver import train
-from rlxf.errors import ScoreError, ShapeError
-from rlxf.run import State
+from rlxf.loop.run import State
 from rlxf.score.failures import FailureLimit
-from rlxf.types import Rollouts
 from tests.data_world import make_rollouts, prompt_batch
 from tests.unit.small_run import TokenCounter, small_config, small_run
 

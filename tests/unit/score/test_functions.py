@@ -9,9 +9,9 @@ from textwrap import dedent
 import pytest
 import torch
 
-from rlxf.errors import ConfigError, ScoreError, StopRequested
+from rlxf.core.errors import ConfigError, ScoreError, StopRequested
+from rlxf.core.types import Rollouts
 from rlxf.score.functions import FunctionScorer
-from rlxf.types import Rollouts
 from tests.data_world import chat_tokenizer, make_rollouts, prompt_batch, recipe
 from tests.tiny_models import EOS
 
@@ -165,7 +165,7 @@ def test_a_column_with_the_name_of_an_argument_is_refused(tmp_path: Path) -> Non
 
 def test_a_stop_request_passes_through(tmp_path: Path, rollouts: Rollouts) -> None:
     code = """
-        from rlxf.errors import StopRequested
+        from rlxf.core.errors import StopRequested
         def reward(prompts, completions, completion_ids, **columns):
             raise StopRequested("SIGTERM")
     """

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlxf.errors import ShapeError, TrainingError
+from rlxf.core.errors import ShapeError, TrainingError
 from rlxf.score.penalty import with_scores
 from tests.data_world import make_rollouts, prompt_batch
 

@@ -14,11 +14,11 @@ import transformers
 
 from rlxf.config.read_position import stored_position
 from rlxf.config.schema import RunConfig
+from rlxf.core.types import RewardPairs, Rollouts
 from rlxf.data.preferences import PreferenceFile
 from rlxf.models.endings import Endings
 from rlxf.platform import Process, get_platform
 from rlxf.score.reward_model import RewardModelScorer
-from rlxf.types import RewardPairs, Rollouts
 from rlxf.update.actor import Actor
 from tests.data_world import make_rollouts, prompt_batch, write_rows
 from tests.reward_world import (

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from rlxf.core.types import PromptBatch, Rollouts, Sequences, Text, Tokens
 from rlxf.platform import Process, get_platform
 from rlxf.score.reward_model import RewardModelScorer
-from rlxf.types import PromptBatch, Rollouts, Sequences, Text, Tokens
 from tests.settings import random_rows, run_config
 from tests.tiny_models import EOS, byte_tokenizer, save_causal_lm, save_reward_model
 

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from rlxf.config.schema import SyncConfig
+from rlxf.core.types import Tokens
 from rlxf.platform import get_platform
 from rlxf.rollout import HfEngine
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer, make_probe
 from rlxf.sync.push import WeightSync
 from rlxf.sync.transport import SharedBuckets
-from rlxf.types import Tokens
 from tests.ranks import Ranks, recipe
 from tests.rollout_world import random_prompts
 from tests.tiny_models import save_causal_lm

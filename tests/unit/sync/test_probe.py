@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from rlxf.config.schema import RunConfig
-from rlxf.errors import SyncError
+from rlxf.core.errors import SyncError
+from rlxf.core.types import Sequences, Tokens
 from rlxf.platform import get_platform
 from rlxf.sync.probe import Probe, check_answers, make_probe
-from rlxf.types import Sequences, Tokens
 from tests.rollout_world import run_config
 
 PROMPTS = Tokens.from_rows([[5, 6, 7], [8], [9, 10]])

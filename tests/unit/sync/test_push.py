@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from rlxf.config.schema import SyncConfig
-from rlxf.errors import SyncError
+from rlxf.core.errors import SyncError
+from rlxf.core.types import Tokens
 from rlxf.platform import get_platform
 from rlxf.rollout import HfEngine
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import Probe, make_probe
 from rlxf.sync.push import LocalSink, WeightSync
-from rlxf.types import Tokens
 from tests.rollout_world import HfActor, load_model, random_prompts, run_config
 from tests.tiny_models import randomize, save_causal_lm
 

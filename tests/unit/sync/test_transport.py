@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlxf.errors import SyncError
+from rlxf.core.errors import SyncError
 from rlxf.platform import get_platform
 from rlxf.rollout import HfEngine
 from rlxf.rollout.engine import Sampling
@@ -114,7 +114,7 @@ def test_buckets_of_any_size_are_whole_in_their_slots() -> None:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_an_engine_samples_from_its_own_copy_once_an_update_has_ended(tmp_path: Path, tied: bool) -> None:
-    """The vLLM engine has the same test in tests/unit/test_vllm_engine.py: its process zeroes every payload."""
+    """The vLLM engine has the same test in tests/unit/rollout/test_vllm_engine.py: its process zeroes every payload."""
     folder = save_causal_lm(tmp_path, tied=tied, seed=1)
     actor, engine = HfActor(load_model(folder)), HfEngine(run_config(folder), get_platform("cpu"))
     randomize(actor.model, seed=2)

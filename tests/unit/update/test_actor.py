@@ -13,11 +13,11 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from rlxf.errors import TrainingError
+from rlxf.core.errors import TrainingError
+from rlxf.core.types import Metrics, OnlinePairs, PairLogps, Pairs, ReferencedPairs, Sequences
 from rlxf.models.hf_folder import HfWeights
 from rlxf.platform import Process, get_platform
 from rlxf.reference.frozen import FrozenReference
-from rlxf.types import Metrics, OnlinePairs, PairLogps, Pairs, ReferencedPairs, Sequences
 from rlxf.update.actor import Actor
 from tests.settings import random_pairs, referenced, run_config
 from tests.tiny_models import save_causal_lm

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlxf.errors import TrainingError
+from rlxf.core.errors import TrainingError
 from rlxf.platform import Process, get_platform
 from rlxf.update.actor import Actor
 from tests.settings import random_pairs, referenced, run_config

@@ -13,7 +13,8 @@ import transformers
 from torch import Tensor
 
 from rlxf.config.schema import SyncConfig
-from rlxf.errors import SyncError
+from rlxf.core.errors import SyncError
+from rlxf.core.types import Metrics, ReferencedPairs, Sequences, Tokens
 from rlxf.models.hf_folder import HfWeights
 from rlxf.platform import Process, get_platform
 from rlxf.reference.adapter_off import AdapterOffReference
@@ -21,7 +22,6 @@ from rlxf.reference.frozen import FrozenReference
 from rlxf.rollout import HfEngine
 from rlxf.sync.probe import make_probe
 from rlxf.sync.push import LocalSink, WeightSync
-from rlxf.types import Metrics, ReferencedPairs, Sequences, Tokens
 from rlxf.update.actor import Actor
 from tests.settings import random_pairs, random_rows, referenced, run_config
 from tests.tiny_models import save_causal_lm

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlxf.types import PairLogps
+from rlxf.core.types import PairLogps
 from rlxf.update.losses import LOSSES, OF_WHOLE_BATCH, LossSettings, Terms, WeightedLoss, gradients
 
 CHOSEN, REJECTED = [-12.0, -20.0, -7.5, -30.0], [-14.0, -16.0, -9.0, -33.0]

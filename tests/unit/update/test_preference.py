@@ -12,9 +12,9 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from rlxf.core.types import Metrics, ReferencedPairs
 from rlxf.platform import Process, get_platform
 from rlxf.reference.none import NoReference
-from rlxf.types import Metrics, ReferencedPairs
 from rlxf.update.actor import Actor
 from rlxf.update.losses import LOSSES
 from tests.actors import assert_equal_steps, hf_sums, one_step, weights

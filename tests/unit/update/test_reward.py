@@ -13,12 +13,12 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from rlxf.errors import ConfigError, TrainingError
+from rlxf.core.errors import ConfigError, TrainingError
+from rlxf.core.types import Metrics, RewardPairs, Sequences
 from rlxf.models.backend import sequence_scores
 from rlxf.models.batching import Limits
 from rlxf.models.hf_folder import HfWeights
 from rlxf.platform import Process, get_platform
-from rlxf.types import Metrics, RewardPairs, Sequences
 from rlxf.update.actor import Actor
 from rlxf.update.reward import bradley_terry_loss
 from tests import actors

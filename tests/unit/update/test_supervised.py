@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from rlxf.core.types import Examples, Metrics, Sequences
 from rlxf.models.hf_folder import HfWeights
-from rlxf.types import Examples, Metrics, Sequences
 from rlxf.update.actor import Actor
 from tests import actors
 from tests.actors import assert_equal_steps, hf_token_logps, weights

@@ -1,0 +1,316 @@
+"""What the driver needs before it can run: the data of a recipe, and the members of its run put together."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from rlxf.assembly.roles import policy_folder, policy_tokenizer
+from rlxf.checkpointing.resume import Resume, initial_policy
+from rlxf.checkpointing.run_folder import Recorders, RunFolder
+from rlxf.config.folders import megatron_checkpoint
+from rlxf.config.read_position import READ_AT, TRAINED_AT
+from rlxf.config.schema import RunConfig
+from rlxf.core.clock import Clock
+from rlxf.core.errors import CheckpointError
+from rlxf.core.stop import Stop
+from rlxf.core.types import Examples, Pairs, PromptBatch
+from rlxf.data.examples import ExampleFile
+from rlxf.data.preferences import PreferenceFile
+from rlxf.data.prompts import PromptSource, eval_prompts
+from rlxf.data.templates import chat_template
+from rlxf.evaluate import Evaluation, OfflineEvaluation, Rooms, no_evaluation
+from rlxf.loop.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
+from rlxf.models.tokenizer import eos_token_ids
+from rlxf.observe.record import RolloutRecorder, SampleRecorder
+from rlxf.observe.report import RunReport
+from rlxf.platform.base import Platform
+from rlxf.reference.cached import CachedReference, cache_folder
+from rlxf.rollout.replay import ReplayEngine
+from rlxf.score.failures import FailureLimit
+from rlxf.score.recorded import RecordedScorer
+from rlxf.score.scorer import Scorer
+from rlxf.sync.probe import make_probe
+from rlxf.sync.push import SyncReport, WeightSink, WeightSource, WeightSync
+from rlxf.sync.refresh import Movable, Refresh, Weights, no_refresh
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
+
+
+def needs_scorer(config: RunConfig) -> bool:
+    """Whether a reward model or function has to score: not offline, and not when the replayed file holds scores."""
+    return not config.offline and not config.replays_scores
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """What a run reads, opened and checked; needs no model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    training: PromptSource | ReplayEngine | PreferenceFile | ExampleFile
+    evaluation: PromptBatch | Sequence[Pairs | Examples] | None  # prompts of an online run, held-out data of others
+
+    def say_dropped(self) -> None:
+        """Tell which rows were left out, at the end of a run."""
+        if not isinstance(self.training, ReplayEngine):
+            self.training.log_dropped()
+
+
+def load_data(config: RunConfig) -> Data:
+    """Tokenizer, prompts or pairs, and evaluation prompts if this run evaluates.
+
+    Raises:
+        DataError: a file is missing or wrong.
+    """
+    tokenizer = policy_tokenizer(config)
+    if config.actor_rollout.eos_tokens:  # one that the tokenizer lacks is told now, not by the first save
+        eos_token_ids(policy_folder(config), tokenizer, config.actor_rollout.eos_tokens)
+    if config.offline:
+        kind = ExampleFile if config.training.stage == "sft" else PreferenceFile
+        training = kind(config, tokenizer)
+        held_out = kind(config, tokenizer, part="valid") if config.evaluates else None
+        batches = held_out.eval_batches(config.eval.num_prompts) if held_out is not None else None
+        return Data(tokenizer=tokenizer, training=training, evaluation=batches)
+    if config.engine == "replay":
+        return Data(tokenizer=tokenizer, training=ReplayEngine(config), evaluation=None)
+    evaluation = eval_prompts(config, tokenizer) if config.evaluates else None
+    return Data(tokenizer=tokenizer, training=PromptSource(config, tokenizer), evaluation=evaluation)
+
+
+def with_epochs(config: RunConfig) -> tuple[RunConfig, Data | None]:
+    """The recipe with its number of steps: ``training.epochs`` passes over the rows that are kept, rounded up.
+
+    And with the tokens that end a turn of its chat template (``actor_rollout.prompt_type``).
+
+    Returns:
+        The data, too, where they had to be read for that.
+    """
+    config = _with_eos_tokens(config)
+    epochs = config.training.epochs
+    if epochs is None:
+        return config, None
+    data = load_data(config)
+    assert not isinstance(data.training, ReplayEngine)  # checked with the recipe
+    steps = math.ceil(epochs * data.training.num_kept() / config.training.global_batch_size)
+    training = config.training.model_copy(update={"train_iters": max(1, steps)})
+    log.info("training.epochs = %g makes %d steps", epochs, training.train_iters)
+    return config.model_copy(update={"training": training}), data
+
+
+def _with_eos_tokens(config: RunConfig) -> RunConfig:
+    actor = config.actor_rollout
+    if actor.prompt_type is None or actor.eos_tokens is not None:
+        return config
+    tokens = chat_template(actor.prompt_type).eos_tokens
+    return config.model_copy(update={"actor_rollout": actor.model_copy(update={"eos_tokens": tokens})})
+
+
+class SyncedActor(Actor, WeightSource, Weights, Protocol):
+    """The actor, or what stands for it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Roles:
+    """The roles that a run's recipe asks for, in this process or behind proxies."""
+
+    actor: SyncedActor
+    reference: Reference
+    scorer: Scorer | None = None  # None: offline, or the replayed scores are used
+    rollout: Rollout | None = None  # None: offline or replay
+    sink: WeightSink | None = None  # the rollout engines, as far as weights are concerned
+
+
+class NoSync:
+    """For a run without a rollout engine."""
+
+    def push(self, version: int) -> SyncReport:
+        return SyncReport(version=version, num_bytes=0, seconds=0.0, probe_difference=None)
+
+
+def build_run(
+    config: RunConfig,
+    run_dir: Path,
+    data: Data,
+    roles: Roles,
+    *,
+    platform: Platform,
+    report: RunReport,
+    clock: Clock,
+    stop: Stop,
+    resume: Resume | None = None,
+) -> Run:
+    """The run that the driver trains; with ``resume`` its actor and state are those of the checkpoint."""
+    state = resume.state if resume else State()
+    reference = _reference(config, data, roles, stop, platform)
+    evaluation = _evaluation(config, data, roles, reference, state)
+    refresh = _refresh(config, roles)
+    sync = _sync(config, data, roles, platform)
+
+    def describe(state: State) -> dict[str, Any]:
+        return {
+            "prompt_ids": data.training.prompt_ids(state.step - 1),
+            "epoch": data.training.epoch(state.step - 1),
+            "stream": None if isinstance(data.training, ReplayEngine) else data.training.stream(state.step),
+            "report": report.describe(),
+            "baseline": evaluation.describe_baseline() if isinstance(evaluation, Evaluation) else None,
+            "initial_policy": initial_policy(config),
+            **({READ_AT: TRAINED_AT} if config.training.stage == "rm" else {}),
+        }
+
+    also = refresh.save if refresh else _nothing_else
+    folder = RunFolder(
+        config,
+        run_dir,
+        roles.actor,
+        describe=describe,
+        saved=report.saved,
+        also=also,
+        resumed=resume.folder if resume else None,
+    )
+    if resume is not None:
+        with stop.abandonable():
+            _restore(resume, data, roles, sync, evaluation)
+            if refresh:
+                refresh.load(resume.folder)
+        if not config.training.eval_only:
+            folder.prune(resume.state.step)
+    return Run(
+        config=config,
+        source=_source(config, run_dir, data, roles, state, after=resume.state.step if resume else None),
+        reference=reference,
+        actor=roles.actor,
+        sync=sync,
+        refresh=refresh or no_refresh,
+        evaluate=evaluation or no_evaluation,
+        report=report,
+        folder=folder,
+        clock=clock,
+        stop=stop,
+        state=state,
+    )
+
+
+def _refresh(config: RunConfig, roles: Roles) -> Refresh | None:
+    if not config.ref.ref_update_interval:
+        return None
+    # A run whose reference moves has one with weights of its own: the recipe was checked.
+    return Refresh(roles.actor, cast(Movable, roles.reference), config.ref)
+
+
+def _nothing_else(folder: Path) -> None:
+    """A run changes nothing but the actor."""
+
+
+def _reference(config: RunConfig, data: Data, roles: Roles, stop: Stop, platform: Platform) -> Reference:
+    """The reference; with ``ref.precompute_ref_log_probs`` one that knows all pairs of the data already."""
+    if not config.ref.precompute_ref_log_probs or config.training.eval_only:
+        return roles.reference
+    assert isinstance(data.training, PreferenceFile)
+    root = Path(config.ref.cache) if config.ref.cache else Path.home() / ".cache" / "rlxf" / "ref_logps"
+    folder = cache_folder(root, Path(str(config.ref.load)), config.ref.precision, platform.name)
+    cached = CachedReference(roles.reference, folder)
+    with stop.abandonable():
+        count = cached.fill(_one_pass(data.training))
+    log.info("reference log-probabilities of %d pairs computed; %s holds all of them", count, folder)
+    return cached
+
+
+def _one_pass(source: PreferenceFile) -> Iterator[Pairs]:
+    """Every pair of the data at least once, a step's at a time."""
+    step = 0
+    while True:
+        yield source.next_batch(step)
+        if source.epoch(step) >= 1:
+            return
+        step += 1
+
+
+def _restore(resume: Resume, data: Data, roles: Roles, sync: Sync, evaluation: Evaluate | None) -> None:
+    if not _same_rows(resume, data.training):
+        log.warning("the rows of step %d are not those that %s saw", resume.state.step, resume.folder)
+    if isinstance(evaluation, Evaluation):
+        # Before the actor leaves the initial policy.
+        evaluation.restore(resume.baseline, push_initial=partial(_push_initial, resume, sync))
+    roles.actor.load_checkpoint(resume.folder)
+
+
+def _push_initial(resume: Resume, sync: Sync) -> None:
+    """The initial policy from the actor into the engines, as in the first start.
+
+    What the engines loaded lacks the weights of a megatron checkpoint, an adapter that is loaded, and 4-bit rounding.
+
+    Raises:
+        CheckpointError: the recipe starts from another policy than the run did.
+    """
+    if resume.other_start:
+        raise CheckpointError(
+            f"{resume.folder}: holds no evaluation of the initial policy on these prompts, and the recipe starts from "
+            f"another policy now: {'; '.join(resume.other_start)}; set it back, evaluate the prompts that the run "
+            "evaluated, or set training.eval_interval=0"
+        )
+    sync.push(0)
+
+
+def _same_rows(resume: Resume, training: PromptSource | ReplayEngine | PreferenceFile | ExampleFile) -> bool:
+    """Whether the data's stream is the checkpoint's; then it goes on there without tokenizing what came before."""
+    step, rows, stream = resume.state.step, resume.prompt_ids, resume.stream
+    if rows is None:
+        return True
+    if stream is None or isinstance(training, ReplayEngine):  # of an older revision: every row is looked at again
+        return training.prompt_ids(step - 1) == rows
+    return training.go_on(step, rows, stream)
+
+
+def _source(
+    config: RunConfig, run_dir: Path, data: Data, roles: Roles, state: State, *, after: int | None
+) -> Online | FileSource:
+    if isinstance(data.training, PreferenceFile | ExampleFile):
+        return data.training
+    rollout = data.training if isinstance(data.training, ReplayEngine) else roles.rollout
+    scorer: Scorer = roles.scorer or RecordedScorer(str(config.rollout.replay_path))
+    scorer = FailureLimit(scorer, state, config.reward.max_failures, lambda: f"step {state.step + 1}")
+    assert rollout is not None  # a run that samples has an engine
+    logs, trains = config.log, not config.training.eval_only
+    samples = trains and logs.samples_interval > 0
+    recorder = Recorders(
+        RolloutRecorder(run_dir / "rollouts.jsonl", after=after) if trains and logs.rollouts else None,
+        SampleRecorder(run_dir / "samples.jsonl", data.tokenizer, after=after) if samples else None,
+        logs.samples_interval,
+    )
+    eos_ids = _eos_ids(config, data)
+    return Online(prompts=data.training, rollout=rollout, scorer=scorer, eos_ids=eos_ids, recorder=recorder)
+
+
+def _eos_ids(config: RunConfig, data: Data) -> tuple[int, ...]:
+    return eos_token_ids(policy_folder(config), data.tokenizer, config.actor_rollout.eos_tokens)
+
+
+def _sync(config: RunConfig, data: Data, roles: Roles, platform: Platform) -> Sync:
+    if roles.sink is None:
+        return NoSync()
+    assert isinstance(data.training, PromptSource)  # a run that has engines samples from prompts
+    probe = make_probe(config, platform, data.training.next_batch(0).prompts)
+    filled = megatron_checkpoint(Path(policy_folder(config))) is None
+    return WeightSync(roles.actor, roles.sink, config.sync, probe, filled=filled)
+
+
+def _evaluation(config: RunConfig, data: Data, roles: Roles, reference: Reference, state: State) -> Evaluate | None:
+    if config.offline and data.evaluation:
+        assert not isinstance(data.evaluation, PromptBatch)
+        return OfflineEvaluation(config, data.evaluation, roles.actor, reference)
+    if not isinstance(data.evaluation, PromptBatch) or roles.rollout is None or roles.scorer is None:
+        return None
+    limit, place = config.reward.max_failures, lambda: f"the evaluation after {state.step} steps"
+    scorer = FailureLimit(roles.scorer, state, limit, place)
+    rooms = Rooms(rollout=roles.rollout, scorer=scorer, actor=roles.actor, reference=roles.reference)
+    eos_ids = _eos_ids(config, data)
+    return Evaluation(config, data.evaluation, rooms, tokenizer=data.tokenizer, eos_ids=eos_ids)

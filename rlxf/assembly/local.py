@@ -1,0 +1,62 @@
+"""``runtime=local``: the driver and every room in this process, for debuggers and breakpoints."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from rlxf.assembly.build_run import Roles, needs_scorer
+from rlxf.assembly.roles import build_actor, build_engine, build_reference, build_scorer
+from rlxf.assembly.start import prepared, run_prepared
+from rlxf.config.schema import RunConfig
+from rlxf.core.clock import Clock
+from rlxf.core.command import Typed
+from rlxf.core.stop import Stop
+from rlxf.loop.run import Reference
+from rlxf.platform import Platform, Process, get_platform
+from rlxf.reference.adapter_off import AdapterOffReference
+from rlxf.reference.none import NoReference
+from rlxf.sync.push import LocalSink
+from rlxf.update.actor import Actor
+
+
+def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None:
+    """Run the recipe in this process; what it leaves is under ``run_dir``, and in ``actor_rollout.save`` if set.
+
+    ``typed``: the command, for messages.
+    """
+    # megatron-core 0.16 calls collectives by names that torch 2.13 renames; remove with the next megatron-core.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    stop = Stop(grace_s=config.training.stop_grace_s, interrupt=True)
+    with prepared(config, run_dir, stop, typed) as found:
+        if found is None:
+            return
+        with stop.abandonable():
+            platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
+            roles = build_roles(found.config, platform)
+        run_prepared(found, roles, platform=platform, clock=Clock(), stop=stop)
+
+
+def build_roles(config: RunConfig, platform: Platform) -> Roles:
+    """Every role of the recipe as one rank in this process."""
+    process = Process()
+    scorer = build_scorer(config, platform, process) if needs_scorer(config) else None
+    engine = build_engine(config, platform) if config.samples else None
+    actor = build_actor(config, platform, process)
+    return Roles(
+        actor=actor,
+        reference=_reference(config, platform, process, actor),
+        scorer=scorer,
+        rollout=engine,
+        sink=LocalSink(engine) if engine is not None else None,
+    )
+
+
+def _reference(config: RunConfig, platform: Platform, process: Process, actor: Actor) -> Reference:
+    if not config.needs_reference:
+        return NoReference()
+    return AdapterOffReference(actor) if config.reference_is_base else build_reference(config, platform, process)

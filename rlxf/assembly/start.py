@@ -1,0 +1,123 @@
+"""What every run does before a model is loaded, whichever runtime it has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from rlxf.assembly.build_run import Data, Roles, build_run, load_data, with_epochs
+from rlxf.checkpointing.resume import Resume, find_resume, is_complete, policy_source
+from rlxf.checkpointing.run_folder import checkpoints_folder, owned_checkpoints, save_config
+from rlxf.checkpointing.store import list_checkpoints
+from rlxf.checkpointing.unfinished import newest_unfinished
+from rlxf.config.schema import RunConfig
+from rlxf.core.clock import Clock
+from rlxf.core.command import TYPED, Typed
+from rlxf.core.files import write_json
+from rlxf.core.stop import Stop
+from rlxf.driver import train
+from rlxf.evaluate import evaluate_only
+from rlxf.observe.report import make_report
+from rlxf.platform import Platform
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A run whose recipe, data and checkpoint are known and fit each other."""
+
+    config: RunConfig  # with its number of steps
+    run_dir: Path
+    data: Data
+    resume: Resume | None  # None: it starts at the beginning
+
+
+@contextmanager
+def prepared(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None) -> Iterator[Prepared | None]:
+    """Take the signals over, own the run's folders, find the checkpoint and open the data; None: nothing is left to do.
+
+    An error inside gets the command that goes on with the run as a note, if there is a checkpoint to go on from. One of
+    the checks before does not: the same command would meet it again.
+
+    Args:
+        config: the recipe.
+        run_dir: the run's folder; with ``training.resume=last`` the one of the run that is found takes its place.
+        stop: the run's signals, for as long as the context lasts.
+        typed: the command, for messages.
+    """
+    with stop.installed():
+        with stop.abandonable(here=True):
+            config, data = with_epochs(config)
+            run_dir = _run_dir(config, run_dir.absolute(), typed)
+        with owned_checkpoints(config, run_dir):
+            found = _prepare(config, run_dir, stop, typed, data)
+            try:
+                yield found
+            except Exception as error:
+                if typed is not None and list_checkpoints(checkpoints_folder(config, run_dir)):
+                    error.add_note(f"to go on: {typed.going_on(run_dir)}")
+                raise
+
+
+def run_prepared(found: Prepared, roles: Roles, *, platform: Platform, clock: Clock, stop: Stop) -> None:
+    """Train, or evaluate only, with roles whose models are loaded."""
+    report = make_report(found.config, found.run_dir, Console(), found.resume)
+    try:
+        run = build_run(
+            found.config, found.run_dir, found.data, roles,
+            platform=platform, report=report, clock=clock, stop=stop, resume=found.resume,
+        )  # fmt: skip
+        if found.config.training.eval_only:
+            evaluate_only(run, policy_source(found.config, found.resume))
+        else:
+            train(run)
+        found.data.say_dropped()
+    finally:
+        report.close()
+
+
+def _prepare(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None, data: Data | None) -> Prepared | None:
+    with stop.abandonable(here=True):
+        resume = find_resume(config, run_dir)
+        if resume is not None and is_complete(resume, config, run_dir):
+            return None
+        if resume is None:
+            _tell_of_unfinished(config, run_dir, typed)
+        data = data or load_data(config)
+        save_config(config, run_dir)
+        if typed is not None and not config.training.eval_only:
+            write_json(run_dir / TYPED, {"config_name": typed.config_name, "command": str(typed)})
+    return Prepared(config=config, run_dir=run_dir, data=data, resume=resume)
+
+
+def _run_dir(config: RunConfig, run_dir: Path, typed: Typed | None) -> Path:
+    """Where the run goes: with ``training.resume=last`` into the folder of the newest unfinished run."""
+    if config.training.resume != "last":
+        return run_dir
+    found = newest_unfinished(config, run_dir, typed)
+    if found is None:
+        log.info("training.resume = last: no unfinished run of this recipe in %s; it starts anew", run_dir.parent)
+        return run_dir
+    log.info("training.resume = last: going on in %s", found.folder)
+    return found.folder
+
+
+def _tell_of_unfinished(config: RunConfig, run_dir: Path, typed: Typed | None) -> None:
+    """One line when a run starts anew beside one of its recipe that could go on."""
+    if typed is None or config.training.eval_only or config.training.resume != "auto":
+        return
+    found = newest_unfinished(config, run_dir, typed)
+    if found is not None:
+        log.info(
+            "starting anew; an unfinished run of this recipe is in %s (%d of %d steps), to go on with it: %s",
+            found.folder,
+            found.step,
+            found.num_steps,
+            typed.with_last(),
+        )

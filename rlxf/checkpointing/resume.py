@@ -1,0 +1,280 @@
+"""Where a run goes on: the checkpoint that it takes, and whether that checkpoint is its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from rlxf.checkpointing.run_folder import FORMAT, checkpoints_folder, fingerprint, training_files
+from rlxf.checkpointing.store import DRIVER, Damaged, list_checkpoints, newest_good, require_good, step_of
+from rlxf.config.changes import compare
+from rlxf.config.curve import changed_since
+from rlxf.config.folders import megatron_checkpoint
+from rlxf.config.schema import RunConfig
+from rlxf.core.errors import CheckpointError
+from rlxf.core.files import file_sizes
+from rlxf.core.types import Metrics
+from rlxf.loop.run import State
+from rlxf.observe.metrics import from_json
+
+log = logging.getLogger(__name__)
+_LONGEST_HEADER = 10**8  # bytes, of a safetensors file
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resume:
+    """A checkpoint that fits the recipe, and what the driver wrote into it."""
+
+    folder: Path
+    state: State
+    run_folder: Path  # of the run that wrote it
+    prompt_ids: list[int] | None  # rows of the data that the last step was made of; None: it does not say
+    stream: dict[str, Any] | None = None  # where the data goes on, for ``DataSource.go_on``; None: it does not say
+    start: Metrics  # of the report: the first evaluation and the first step
+    end: Metrics  # and the newest ones
+    baseline: dict[str, Any] | None  # what the initial policy said to the evaluation's prompts
+    changes: list[str]  # of the recipe since then, that change the curve
+    seconds: float = 0.0  # that the run had taken; a checkpoint of the first version does not say
+    trackers: dict[str, str] = field(default_factory=dict)  # the run's id in each experiment tracker
+    other_start: list[str] = field(default_factory=list)  # keys by which the recipe now starts from another policy
+
+
+def initial_policy(config: RunConfig) -> str:
+    """The folder of the weights that the run starts from; of a folder of checkpoints the one that is the newest now."""
+    load = Path(str(config.actor_rollout.load))
+    return str((megatron_checkpoint(load) or load).absolute())
+
+
+def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
+    """The checkpoint that ``training.resume`` asks for; None for a run that starts at the beginning.
+
+    A damaged checkpoint, a changed recipe, another layout and a version of this program that gave the same recipe
+    another curve are warned about, by name.
+
+    Raises:
+        CheckpointError: none of the checkpoints is whole, or the one that was found belongs to other data or another
+            model.
+    """
+    root = checkpoints_folder(config, run_dir)
+    folder, damaged = _choose(config, root)
+    for item in damaged:
+        log.warning("damaged checkpoint: %s", item)
+    if folder is None:
+        return None
+    driver = read_driver(folder)
+    changes = _check(config, folder, driver)
+    report = driver.get("report", {})
+    return Resume(
+        folder=folder,
+        state=_state(driver),
+        run_folder=Path(driver.get("run_folder", run_dir)),
+        prompt_ids=driver.get("prompt_ids"),
+        stream=driver.get("stream"),
+        start=from_json(report.get("start", {})),
+        end=from_json(report.get("end", {})),
+        baseline=driver.get("baseline"),
+        changes=changes,
+        trackers=report.get("trackers", {}),
+        seconds=report.get("seconds", 0.0),
+        other_start=_other_start(driver, config),
+    )
+
+
+def is_complete(resume: Resume, config: RunConfig, run_dir: Path) -> bool:
+    """Whether nothing is left to do: every step is trained, and the policy is in its folder. Says how it is.
+
+    Raises:
+        CheckpointError: nothing is left to do, but the recipe has changed: it asks for another run.
+    """
+    step, steps = resume.state.step, config.training.train_iters
+    if config.training.eval_only:
+        log.info("evaluating %s, after %d of %d steps", resume.folder, step, steps)
+        return False
+    for folder in (run_dir, resume.run_folder) if step >= steps else ():
+        summary = _summary(folder)
+        if summary.get("steps") != step:
+            continue
+        if problem := _policy_problem(folder / "policy", summary.get("policy_files", {})):
+            log.warning("%s: %s; it is not used", folder / "policy", problem)
+        else:
+            if resume.changes:
+                raise CheckpointError(
+                    f"{resume.folder}: that run is complete, and the recipe has changed since: "
+                    f"{'; '.join(resume.changes)}; name another folder in actor_rollout.save (or hydra.run.dir) for a "
+                    "new run, or raise training.train_iters to go on with this one"
+                )
+            log.info(
+                "the run is complete: %d of %d steps (%s), its policy is %s; raise training.train_iters to go on",
+                step,
+                steps,
+                resume.folder,
+                folder / "policy",
+            )
+            return True
+    log.info("resumed from %s: %d of %d steps are done", resume.folder, step, steps)
+    return False
+
+
+def policy_source(config: RunConfig, resume: Resume | None) -> Path:
+    """Where the weights of a run that begins now come from: its checkpoint, or the model folder."""
+    return resume.folder if resume else Path(str(config.actor_rollout.load))
+
+
+def _choose(config: RunConfig, root: Path) -> tuple[Path | None, list[Damaged]]:
+    wanted = config.training.resume
+    if wanted in ("auto", "last"):  # of the run folder that `last` found
+        return newest_good(root)
+    earlier = list_checkpoints(root)
+    if wanted == "never":
+        if earlier:
+            raise CheckpointError(
+                f"{root}: holds {earlier[-1].name} of an earlier run, and training.resume = never; name another folder "
+                "in actor_rollout.save (or hydra.run.dir), or set training.resume=auto to go on"
+            )
+        return None, []
+    folder, damaged = _named(Path(wanted))
+    newer = [other for other in earlier if other.parent != folder.parent or step_of(other) > step_of(folder)]
+    if newer and not config.training.eval_only:
+        raise CheckpointError(
+            f"training.resume = {folder}: {newer[-1]} is there, too, and would be mixed with what comes now; set "
+            "training.resume=auto to go on from it, or name another folder in actor_rollout.save"
+        )
+    return folder, damaged
+
+
+def _named(path: Path) -> tuple[Path, list[Damaged]]:
+    """The checkpoint that a path means: itself, or the newest of a folder of checkpoints or of a run."""
+    if step_of(path) >= 0 or (path / DRIVER).is_file():
+        require_good(path)
+        return path, []
+    for root in (path, path / "checkpoints"):
+        folder, damaged = newest_good(root)
+        if folder is not None:
+            return folder, damaged
+    raise CheckpointError(
+        f"training.resume = {path}: holds no checkpoint (iter_0000010, ...), nor does `checkpoints` in it"
+    )
+
+
+def _check(config: RunConfig, folder: Path, driver: dict[str, Any]) -> list[str]:
+    """Refuses what does not fit and warns of what has changed; the changes of the curve."""
+    changes = compare(driver["config"], config)
+    other = "name that one, or start a new run with another folder in actor_rollout.save (or hydra.run.dir)"
+    if changes.shape:
+        raise CheckpointError(f"{folder}: holds a model of another shape: {'; '.join(changes.shape)}; {other}")
+    now, then = fingerprint(*training_files(config)), driver.get("data")
+    if (then or {}).get("sha256") != (now or {}).get("sha256"):
+        raise CheckpointError(f"{folder}: was trained on {_data(then)}, but this run reads {_data(now)}; {other}")
+    if changes.curve:
+        log.warning(
+            "the recipe has changed since %s: %s; the run goes on, but not as the one before would have",
+            folder.name,
+            "; ".join(changes.curve),
+        )
+    if changes.layout:
+        log.warning(
+            "the layout has changed since %s: %s; the run goes on to float tolerance, not bit for bit",
+            folder.name,
+            "; ".join(changes.layout),
+        )
+    moved = changed_since(driver.get("curve", 1), config)
+    if moved and driver["step"] < config.training.train_iters and not config.training.eval_only:
+        log.warning(
+            "%s was written by an earlier version of this program, and these have changed since: %s; the run goes on, "
+            "but not as that version would have",
+            folder.name,
+            ", ".join(moved),
+        )
+    return changes.curve
+
+
+def _other_start(driver: dict[str, Any], config: RunConfig) -> list[str]:
+    """``key old -> new`` of the keys by which the recipe starts from another policy than the checkpoint's run did."""
+    then, now = driver["config"]["actor_rollout"], config.actor_rollout.model_dump(mode="json")
+    if "initial_policy" in driver:  # else of an earlier version
+        then, now = then | {"load": driver["initial_policy"]}, now | {"load": initial_policy(config)}
+    keys = ("load", "lora_load", "qlora", "bf16", "fp16")
+    changed = [key for key in keys if key in then and then[key] != now[key]]
+    return [f"actor_rollout.{key} {json.dumps(then[key])} -> {json.dumps(now[key])}" for key in changed]
+
+
+def _data(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "no data"
+    return f"{found['path']} ({found['num_bytes']} bytes, SHA-256 {found['sha256'][:12]})"
+
+
+def summarised_steps(run_dir: Path) -> int:
+    """The steps of a run that has ended; -1 for one that has not."""
+    steps = _summary(run_dir).get("steps")
+    return steps if isinstance(steps, int) else -1
+
+
+def read_driver(folder: Path) -> dict[str, Any]:
+    """What the driver wrote into a checkpoint. A field that an older revision did not write is not in it.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another format.
+    """
+    path = folder / DRIVER
+    try:
+        driver = json.loads(path.read_text())
+        found, config = driver.get("format"), driver.get("config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); copy the checkpoint again, or name another one in training.resume"
+        ) from error
+    if found != FORMAT or config is None:
+        raise CheckpointError(f"{folder}: written by another version (format {found}, not {FORMAT})")
+    content: dict[str, Any] = driver
+    return content
+
+
+def _state(driver: dict[str, Any]) -> State:
+    """The driver's state; a field that the checkpoint does not have takes its default."""
+    values = {item.name: driver[item.name] for item in fields(State) if item.name in driver}
+    owed = tuple(values.get("owed", ()))
+    if driver.get("unevaluated"):  # how the first version said that an evaluation was cut
+        owed = ("evaluation", "row", "hf")
+    return State(**{**values, "metrics": from_json(values.get("metrics", {})), "owed": owed})
+
+
+def _summary(run_dir: Path) -> dict[str, Any]:
+    """What a run that has ended says of itself; empty for one that has not."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def _policy_problem(policy: Path, sizes: dict[str, int]) -> str | None:
+    """Why a policy is not whole, as far as sizes show it; None if it is.
+
+    Args:
+        sizes: of its files when they were written; empty: an older revision did not note them.
+    """
+    found = file_sizes(policy)
+    for name, num_bytes in sizes.items():
+        if found.get(name) != num_bytes:
+            return f"{name} has {found[name]} bytes, {num_bytes} were written" if name in found else f"no {name} in it"
+    tensors = [name for name in found if name.endswith(".safetensors")]
+    if not tensors or "config.json" not in found:
+        return "holds no model"
+    cut = (name for name in tensors if found[name] != _safetensors_bytes(policy / name))
+    return next((f"{name} is damaged" for name in cut), None)
+
+
+def _safetensors_bytes(path: Path) -> int:
+    """The size that a safetensors file should have by its own header; -1 without a readable one."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, _LONGEST_HEADER)))
+        ends = [int(item["data_offsets"][1]) for name, item in header.items() if name != "__metadata__"]
+        return 8 + length + max(ends)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return -1

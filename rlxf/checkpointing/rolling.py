@@ -1,0 +1,36 @@
+"""Which checkpoints are rolling: written because minutes have passed, and replaced by the next one of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rlxf.checkpointing.store import MANIFEST, folder_of
+from rlxf.core.files import remove, write_text
+
+ROLLING = "rolling_checkpointed_iteration.txt"  # their steps, one a line: one, or two while it is being replaced
+
+
+def rolling_steps(root: Path) -> frozenset[int]:
+    """The steps of the rolling checkpoints below ``root``; one that is marked may not be there (yet)."""
+    try:
+        return frozenset(int(line) for line in (root / ROLLING).read_text().split())
+    except (OSError, ValueError):  # without a readable mark all of them stay
+        return frozenset()
+
+
+def mark_rolling(root: Path, steps: Iterable[int]) -> None:
+    """Make ``steps`` the rolling ones; none: no checkpoint is."""
+    found = sorted(steps)
+    if found:
+        write_text(root / ROLLING, "".join(f"{step}\n" for step in found))
+    else:
+        (root / ROLLING).unlink(missing_ok=True)
+
+
+def drop_rolling(root: Path, *, but: int) -> None:
+    """Delete the rolling checkpoints that the one of step ``but`` replaces."""
+    for step in rolling_steps(root) - {but}:
+        folder = folder_of(root, step)
+        if (folder / MANIFEST).is_file() and not folder.is_symlink():
+            remove(folder)

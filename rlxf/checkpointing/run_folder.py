@@ -1,0 +1,444 @@
+"""What a run leaves on disk: checkpoints, the policy as a Hugging Face folder, recorded rollouts, config."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import math
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlxf.checkpointing.rolling import drop_rolling, mark_rolling, rolling_steps
+from rlxf.checkpointing.store import (
+    BEST,
+    BEST_REASON,
+    DRIVER,
+    LATEST,
+    PUBLISHED,
+    best,
+    file_digest,
+    folder_of,
+    list_checkpoints,
+    metric_of,
+    num_bytes,
+    prune,
+    step_of,
+    write_manifest,
+)
+from rlxf.config.curve import CURVE
+from rlxf.config.evaluation import best_metric
+from rlxf.config.folders import data_files
+from rlxf.config.schema import RunConfig
+from rlxf.core.errors import CheckpointError
+from rlxf.core.files import fsync, make_folder, publish, remove_leftovers, temporary_for, write_json, write_text
+from rlxf.core.types import ScoredRollouts
+from rlxf.core.waiting import in_thread
+from rlxf.loop.run import UNSAVED, Actor, State
+from rlxf.observe.console import with_error
+from rlxf.observe.metrics import finite_or_null
+from rlxf.observe.record import RolloutRecorder, SampleRecorder
+from rlxf.pair.strategies import PairingResult
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of driver.json
+LOCK = ".lock"  # in a folder of checkpoints; whose run holds it
+
+
+@dataclass(slots=True)
+class Saving:
+    """A checkpoint on its way."""
+
+    folder: Path
+    temporary: Path
+    rolling: bool = False  # the next checkpoint replaces it
+    published: Future[None] | None = None  # None: the actor is still writing
+
+
+class RunFolder:
+    """The folders of one run. A checkpoint is complete or not there: temporary folder, fsync, manifest, rename.
+
+    Args:
+        config: the recipe.
+        run_dir: the run's folder.
+        actor: who writes parameters and optimizer state.
+        describe: what else a resumed run needs, for ``driver.json``.
+        saved: told of each complete checkpoint.
+        also: writes what training changes besides the actor into a checkpoint's folder.
+        resumed: the checkpoint that the run goes on from.
+        now: seconds of a clock that only goes forward.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        actor: Actor,
+        *,
+        describe: Callable[[State], dict[str, Any]] = lambda state: {},
+        saved: Callable[[Path], None] = lambda folder: None,
+        also: Callable[[Path], None] = lambda folder: None,
+        resumed: Path | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._checkpoints = checkpoints_folder(config, run_dir)
+        self._actor = actor
+        self._describe = describe
+        self._saved = saved
+        self._also = also
+        # Now and not in the first save, which a stop signal may be waiting for.
+        self._data = fingerprint(*training_files(config))
+        self._newest = resumed
+        self._now = now
+        self._saved_at = now()
+        self._saving: Saving | None = None
+        self._near: list[Path] = []  # the best checkpoint and the next one, told to be as good as each other
+        self._require_space()
+
+    def save_checkpoint(self, state: State) -> None:
+        """``<checkpoints>/iter_0000020`` after 20 steps: what the actor writes, and ``driver.json``. Not twice.
+
+        Returns when it is complete; with ``training.async_save`` when the state is copied, and ``poll`` does the rest.
+
+        Raises:
+            CheckpointError: there is not enough space, or it could not be written; those before are untouched.
+        """
+        self.wait()  # never two at a time
+        if self._newest is not None and step_of(self._newest) == state.step:
+            mark_rolling(self._checkpoints, rolling_steps(self._checkpoints) - {state.step})  # it stays
+        else:
+            self._save(state, rolling=False)
+
+    def save_in_time(self, state: State) -> None:
+        """The same after ``training.save_every_minutes`` without a checkpoint; the next one of any kind replaces it.
+
+        Nobody asked for this one, so the run goes on if it cannot be written.
+        """
+        minutes, last = self._config.training.save_every_minutes, self._config.training.train_iters
+        if not minutes or self._now() - self._saved_at < 60 * minutes or state.step >= last:
+            return
+        self.wait()
+        try:
+            self._save(state, rolling=True)
+        except CheckpointError as error:
+            self._saved_at = self._now()  # not at every step
+            log.warning("%s (training.save_every_minutes = %g; 0 = off)", error, minutes)
+
+    def _save(self, state: State, *, rolling: bool) -> None:
+        self._require_space()
+        background, root = self._config.training.async_save, self._checkpoints
+        folder = folder_of(root, state.step)
+        self._saving = Saving(folder, temporary_for(folder), rolling)
+        with self._discarded_on_failure():
+            # Before it has its name: what is not marked stays for ever.
+            earlier = rolling_steps(root) - {state.step}
+            mark_rolling(root, earlier | {state.step} if rolling else earlier)
+            self._actor.save_checkpoint(self._saving.temporary, background)
+            self._also(self._saving.temporary)
+            write_json(self._saving.temporary / DRIVER, self._driver(state))
+            self._sync_logs()
+            self._saved_at = self._now()
+            if not background:
+                self._saving.published = self._start_publishing(self._saving)
+                self._finish_publishing(self._saving)
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint: of this run, or the one that it goes on from."""
+        return self._newest
+
+    def finish(self, *, ask_actor: bool) -> None:
+        """For a run that failed: publish the checkpoint that is being written if it is whole, or drop it.
+
+        Args:
+            ask_actor: wait for the actor to write the rest; else only what is fully written is published.
+        """
+        try:
+            if self._saving is not None and self._saving.published is None and not ask_actor:
+                folder = self._saving.folder
+                self._discard()
+                raise CheckpointError(f"{folder}: the actor could not finish writing it")
+            self.wait()
+        except Exception as error:  # noqa: BLE001  the run has failed already, and that is what is told
+            log.warning("the checkpoint that was being written is lost: %s", error)
+
+    def poll(self) -> None:
+        """Finish a checkpoint that has been written in the background, without waiting."""
+        self._advance(wait=False)
+
+    def wait(self) -> None:
+        """Return when no checkpoint is being written."""
+        self._advance(wait=True)
+
+    def _advance(self, *, wait: bool) -> None:
+        saving = self._saving
+        if saving is None:
+            return
+        with self._discarded_on_failure():
+            if saving.published is None and self._actor.checkpoint_written(wait):
+                saving.published = self._start_publishing(saving)
+            if saving.published is not None and (wait or saving.published.done()):
+                self._finish_publishing(saving)
+
+    def _start_publishing(self, saving: Saving) -> Future[None]:
+        """In a thread: hashing takes its time, and a disk that hangs must not keep the process alive."""
+        return in_thread(lambda: self._publish(saving), "publish")
+
+    def _finish_publishing(self, saving: Saving) -> None:
+        assert saving.published is not None
+        limit = self._config.training.stage_timeout_s
+        try:
+            saving.published.result(timeout=limit)
+        except FutureTimeout as error:
+            if saving.published.done():  # the disk's own words
+                raise
+            self._saving = None  # its thread is still at it: nothing of it is touched
+            raise CheckpointError(
+                f"{saving.folder}: not on disk within {limit} s; look whether the disk is there, or raise "
+                "training.stage_timeout_s. The checkpoints before it are as they were"
+            ) from error
+        self._complete()
+
+    def _publish(self, saving: Saving) -> None:
+        write_manifest(saving.temporary)
+        publish(saving.temporary, saving.folder)
+        write_text(self._checkpoints / LATEST, f"{step_of(saving.folder)}\n")
+
+    def _complete(self) -> None:
+        assert self._saving is not None
+        saving, self._saving = self._saving, None
+        self._newest, step = saving.folder, step_of(saving.folder)
+        self._saved(saving.folder)
+        try:
+            drop_rolling(self._checkpoints, but=step)
+            mark_rolling(self._checkpoints, {step} if saving.rolling else ())
+        except OSError as error:  # the run does not depend on it
+            log.warning("an old checkpoint could not be deleted: %s", error)
+        self.prune(step)
+
+    def prune(self, step: int) -> None:
+        """Delete the checkpoints up to ``step`` that are not kept; at the start those that a killed run did not."""
+        training, root = self._config.training, self._checkpoints
+        metric, largest = best_metric(self._config)
+        rolling = rolling_steps(root)
+        try:
+            if training.keep_latest:
+                count = training.keep_best
+                kept = best(root, metric, count, largest=largest, ignore=rolling) if count else []
+                prune(root, training.keep_latest, newest=step, keep=frozenset(kept), ignore=rolling)
+            self._point_to_best(metric, step, largest=largest)
+        except OSError as error:  # the run does not depend on it
+            log.warning("an old checkpoint could not be deleted: %s", error)
+
+    def _point_to_best(self, metric: str, newest: int, *, largest: bool) -> None:
+        """``best_checkpointed_iteration.txt``: the step of the best checkpoint that is there, and why in JSON."""
+        root = self._checkpoints
+        found = best(root, metric, 2, largest=largest, newest=newest, ignore=rolling_steps(root))
+        if not found:
+            return
+        self._say_if_near(found, metric)
+        value = metric_of(found[0], metric)
+        step, mode = step_of(found[0]), "max" if largest else "min"
+        write_json(root / BEST_REASON, {"step": step, "metric": metric, "mode": mode, "value": value})
+        write_text(root / BEST, f"{step}\n")
+
+    def _say_if_near(self, found: list[Path], metric: str) -> None:
+        """The best checkpoint may be the best by chance: tell if it and the next differ by less than their errors."""
+        measured = [(metric_of(folder, metric), metric_of(folder, f"{metric}_se")) for folder in found]
+        known = [(value, error) for value, error in measured if value is not None and error is not None]
+        if len(known) < 2 or found == self._near:
+            return
+        (first, first_error), (second, second_error) = known
+        if abs(first - second) <= math.hypot(first_error, second_error):
+            self._near = found
+            log.info(
+                "%s: the best checkpoint, %s (%s), and the next, %s (%s), are within their standard errors",
+                metric,
+                found[0].name,
+                with_error(first, first_error),
+                found[1].name,
+                with_error(second, second_error),
+            )
+
+    @contextmanager
+    def _discarded_on_failure(self) -> Iterator[None]:
+        """A checkpoint that could not be written leaves nothing behind."""
+        try:
+            yield
+        except BaseException as error:
+            self._discard()
+            if isinstance(error, OSError):
+                raise CheckpointError(f"{self._checkpoints}: the checkpoint could not be written: {error}") from error
+            raise
+
+    def _discard(self) -> None:
+        if self._saving is not None:
+            shutil.rmtree(self._saving.temporary, ignore_errors=True)
+            self._saving = None
+
+    def _driver(self, state: State) -> dict[str, Any]:
+        training = self._config.training
+        kept = {name: value for name, value in asdict(state).items() if name not in UNSAVED}
+        return {
+            "format": FORMAT,
+            "curve": CURVE,
+            **kept,
+            "metrics": finite_or_null(state.metrics),
+            "sampling": {"seed": training.seed, "position": state.step * training.global_batch_size},
+            "reported_step": state.reported_step,
+            "run_folder": str(self._run_dir.absolute()),
+            **self._describe(state),
+            "data": self._data,
+            "config": self._config.dump(),
+        }
+
+    def _sync_logs(self) -> None:
+        """A resumed run cuts these files to the checkpoint's step, so they must reach at least as far on disk."""
+        for path in self._run_dir.glob("*.jsonl"):
+            fsync(path)
+
+    def _require_space(self) -> None:
+        """Before the first step, and before each save: a full disk is found out while the last checkpoint is whole."""
+        root = next(path for path in (self._checkpoints, *self._checkpoints.parents) if path.exists())
+        earlier, actor = list_checkpoints(self._checkpoints), self._config.actor_rollout
+        needed = int(1.1 * num_bytes(earlier[-1])) if earlier else _least_bytes(self._config)
+        free = shutil.disk_usage(root).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self._checkpoints}: a checkpoint takes about {needed:,} bytes, but {free:,} are free; make room, "
+                f"lower training.keep_latest = {self._config.training.keep_latest} (0 keeps all), or name a folder on "
+                f"another disk in {'actor_rollout.save' if actor.save else 'hydra.run.dir'}"
+            )
+
+    def save_hf(self, step: int) -> None:
+        """``<checkpoints>/hf_0000020``: the policy after 20 steps as a folder that transformers loads."""
+        self._actor.save_hf(self._checkpoints / f"hf_{step:07d}")
+
+    def save_policy(self) -> Path:
+        """``<run folder>/policy``: the policy and its tokenizer as a folder that transformers loads."""
+        folder = self._run_dir / "policy"
+        self._actor.save_hf(folder)
+        return folder
+
+
+class Recorders:
+    """Writes ``rollouts.jsonl`` every step if asked to, and ``samples.jsonl`` after the first and every n-th step."""
+
+    def __init__(self, rollouts: RolloutRecorder | None, samples: SampleRecorder | None, samples_interval: int) -> None:
+        self._rollouts = rollouts
+        self._samples = samples
+        self._interval = samples_interval
+
+    def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult) -> None:
+        if self._rollouts is not None:
+            self._rollouts.write(step, scored)
+        if self._samples is not None and (step == 1 or step % self._interval == 0):
+            self._samples.write(step, scored, pairing.chosen_rows, pairing.rejected_rows)
+
+
+@contextmanager
+def owned_checkpoints(config: RunConfig, run_dir: Path) -> Iterator[None]:
+    """The run's checkpoint folder, for this run alone; what a killed one left half written there is deleted.
+
+    Raises:
+        CheckpointError: another run writes there now.
+    """
+    root = checkpoints_folder(config, run_dir)
+    made = not root.exists()
+    make_folder(root)
+    lock = root / LOCK
+    with lock.open("a+") as file:  # let go by the system when this process ends, however it does
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CheckpointError(
+                f"{root}: another run writes its checkpoints there ({file.read().strip() or 'unknown'}); wait for it, "
+                "or name another folder in actor_rollout.save (or hydra.run.dir)"
+            ) from None
+        except OSError as error:  # a file system without locks
+            log.warning("%s: cannot be locked (%s); start no second run with it", root, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        remove_leftovers(root, PUBLISHED)
+        remove_leftovers(run_dir, PUBLISHED)
+        try:
+            yield
+        finally:
+            if [path.name for path in root.iterdir()] == [lock.name]:  # a run that did not start leaves nothing
+                lock.unlink()
+                if made:
+                    root.rmdir()
+
+
+def is_owned(root: Path) -> bool:
+    """Whether a run works on the checkpoints below ``root`` now; False on a file system without locks."""
+    try:
+        with (root / LOCK).open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def checkpoints_folder(config: RunConfig, run_dir: Path) -> Path:
+    """Where the run's checkpoints go: ``actor_rollout.save``, or ``checkpoints`` in the run folder."""
+    return Path(config.actor_rollout.save or run_dir / "checkpoints").absolute()
+
+
+def training_files(config: RunConfig) -> list[Path]:
+    """What the run trains on."""
+    if config.engine == "replay":
+        return [Path(config.rollout.replay_path)] if config.rollout.replay_path else []
+    return data_files(config.actor_rollout.data_path or ())
+
+
+def _least_bytes(config: RunConfig) -> int:
+    """A lower bound of a checkpoint's size before there is one: fp32 weights, their master copy and two moments."""
+    actor = config.actor_rollout
+    if actor.load is None or actor.lora_r:  # the adapters are small, and the base is not in it
+        return 0
+    return 4 * sum(path.stat().st_size for path in Path(actor.load).glob("*.safetensors"))
+
+
+def save_config(config: RunConfig, run_dir: Path) -> None:
+    """``config.yaml``: the merged recipe, every default filled in. An evaluation alone leaves a training run's."""
+    if config.training.eval_only and (run_dir / "config.yaml").exists():
+        return
+    write_text(run_dir / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
+
+
+def fingerprint(*paths: Path) -> dict[str, Any] | None:
+    """What tells whether data files are still the same; None without a file."""
+    if not paths:
+        return None
+    statuses = [path.stat() for path in paths]
+    digests = [_digest(path, now.st_size, now.st_mtime_ns) for path, now in zip(paths, statuses, strict=True)]
+    return {
+        "path": ", ".join(map(str, paths)) if len(paths) < 4 else f"{paths[0]} and {len(paths) - 1} more",
+        "num_bytes": sum(now.st_size for now in statuses),
+        "sha256": digests[0] if len(paths) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest(),
+    }
+
+
+@cache
+def _digest(path: Path, num_bytes: int, modified_ns: int) -> str:
+    """The hash of a file that may be large, and is asked for twice in a resumed run."""
+    return file_digest(path)

@@ -1,0 +1,225 @@
+"""Which checkpoint to go on from: a manifest with a hash of every file, and the newest folder that still fits its own.
+
+A folder is made under a temporary name and renamed last (``core.files.publish``), so a crash leaves no half of one. The
+manifest is for what comes later: a truncated copy, a flipped bit, a deleted shard, which no loader notices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlxf.core.errors import CheckpointError
+from rlxf.core.files import remove
+
+MANIFEST = "manifest.json"
+DRIVER = "driver.json"
+LATEST = "latest_checkpointed_iteration.txt"  # megatron's tracker: the step of the newest checkpoint
+BEST = "best_checkpointed_iteration.txt"  # the step of the best one, in the same form
+BEST_REASON = "best_checkpointed_iteration.json"  # and by which metric
+PUBLISHED = r"(?:iter|hf)_\d{7,}|policy"  # the folders of a run that get their names when they are whole
+_NAME = re.compile(r"iter_(\d{7,})")
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A checkpoint that cannot be used, and the first reasons why."""
+
+    folder: Path
+    problems: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.folder}: {'; '.join(self.problems[:3])}"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """``manifest.json``: size and SHA-256 of every other file below ``folder``."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        digests = list(pool.map(file_digest, paths))
+    files = {
+        str(path.relative_to(folder)): {"num_bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, digests, strict=True)
+    }
+    (folder / MANIFEST).write_text(_as_text({"files": files}))
+
+
+def find_problems(folder: Path) -> list[str]:
+    """What keeps a checkpoint from being used, each naming its file; empty if every file is what was written."""
+    try:
+        files = _manifest(folder)
+    except FileNotFoundError:
+        return [f"no {MANIFEST}"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
+    if DRIVER not in files:
+        return [f"{MANIFEST} names no {DRIVER}"]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda item: _file_problem(folder / item[0], item[0], *item[1]), files.items())
+        return [problem for problem in found if problem is not None]
+
+
+def _file_problem(path: Path, name: str, num_bytes: int, sha256: str) -> str | None:
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != num_bytes:
+        return f"{name} has {path.stat().st_size} bytes, {num_bytes} were written"
+    return None if file_digest(path) == sha256 else f"{name} is not what was written (SHA-256 differs)"
+
+
+def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file that was written."""
+    text = (folder / MANIFEST).read_text()
+    content: dict[str, Any] = json.loads(text)
+    if text != _as_text(content):
+        raise ValueError("not as it was written")
+    return {name: (written["num_bytes"], written["sha256"]) for name, written in content["files"].items()}
+
+
+def _as_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def num_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's files, as far as they are there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, from its name; -1 if it is not named like one."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match else -1
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """``<root>/iter_0000020`` for step 20."""
+    return root / f"iter_{step:07d}"
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """The checkpoints below ``root``, oldest first; temporary folders do not count."""
+    if not root.is_dir():
+        return []
+    found = [(int(match.group(1)), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def newest_good(root: Path) -> tuple[Path | None, list[Damaged]]:
+    """The newest checkpoint whose files are all whole, and the damaged ones that are newer.
+
+    Returns:
+        (None, []) if there is no checkpoint at all: a run then starts at the beginning.
+
+    Raises:
+        CheckpointError: there are checkpoints, or there were, and none is whole. Starting anew must be asked for, it
+            never just happens.
+    """
+    found: Path | None = None
+    damaged: list[Damaged] = []
+    for folder in reversed(list_checkpoints(root)):
+        problems = find_problems(folder)
+        if not problems:
+            found = folder
+            break
+        damaged.append(Damaged(folder, problems))
+    tracked = _tracked(root)
+    newest = max([step_of(item.folder) for item in damaged] + [step_of(found) if found else -1])
+    if tracked is not None and tracked > newest:
+        damaged.insert(0, Damaged(folder_of(root, tracked), [f"is missing, though {LATEST} names it"]))
+    if found is None and (damaged or (root / LATEST).exists()):
+        listed = "\n".join(f"  {item}" for item in damaged) or f"  {root / LATEST}: there was one"
+        raise CheckpointError(
+            f"no checkpoint below {root} is whole:\n{listed}\n"
+            "restore one; or start from the beginning with training.resume=never and another folder in "
+            "actor_rollout.save (or hydra.run.dir)"
+        )
+    return found, damaged
+
+
+def _tracked(root: Path) -> int | None:
+    """The step that the tracker file names; None without a readable one: the folders speak for themselves."""
+    try:
+        return int((root / LATEST).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def require_good(folder: Path) -> None:
+    """Check one checkpoint that the user named.
+
+    Raises:
+        CheckpointError: it is not there, or damaged.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"training.resume = {folder}: no such folder")
+    if problems := find_problems(folder):
+        raise CheckpointError(f"training.resume = {Damaged(folder, problems)}; name another one, or `auto`")
+
+
+def best(
+    root: Path,
+    metric: str,
+    count: int,
+    *,
+    largest: bool,
+    newest: int | None = None,
+    ignore: frozenset[int] = frozenset(),
+) -> list[Path]:
+    """The ``count`` checkpoints with the best value of a metric at their own step, best first.
+
+    One without a value, whose ``driver.json`` cannot be read, of a step after ``newest`` or in ``ignore`` is not among
+    them. Of equal ones the newer is better.
+    """
+    values: list[tuple[float, int, Path]] = []
+    for folder in list_checkpoints(root):
+        value, step = metric_of(folder, metric), step_of(folder)
+        if value is not None and (newest is None or step <= newest) and step not in ignore:
+            values.append((value if largest else -value, step, folder))
+    return [folder for _, _, folder in sorted(values, reverse=True)[:count]]
+
+
+def metric_of(folder: Path, metric: str) -> float | None:
+    """The value of a metric at a checkpoint's own step, if it has one."""
+    try:
+        return float(json.loads((folder / DRIVER).read_text())["metrics"][metric])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def prune(
+    root: Path,
+    keep_latest: int,
+    *,
+    newest: int,
+    keep: frozenset[Path] = frozenset(),
+    ignore: frozenset[int] = frozenset(),
+) -> list[Path]:
+    """Delete all but the ``keep_latest`` newest checkpoints (0 = keep all) and those in ``keep``; the deleted ones.
+
+    Only folders that this program made are touched: named like a checkpoint, with a manifest, and no link. Those of
+    steps after ``newest`` neither count nor go: they are damaged, and a run that fell back behind them replaces them.
+    Nor do those of the steps in ``ignore``.
+    """
+    if keep_latest == 0:
+        return []
+    deleted = []
+    counted = [f for f in list_checkpoints(root) if step_of(f) <= newest and step_of(f) not in ignore]
+    for folder in counted[:-keep_latest]:
+        if folder not in keep and not folder.is_symlink() and (folder / MANIFEST).is_file():
+            remove(folder)
+            deleted.append(folder)
+    return deleted

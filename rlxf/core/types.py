@@ -1,0 +1,329 @@
+"""What travels between rooms: frozen dataclasses of flat tensors.
+
+When data gains a meaning it gains a new type:
+``PromptBatch -> Rollouts -> ScoredRollouts -> Pairs -> ReferencedPairs``.
+Token rows are flat on the wire (tokens plus lengths); only an engine pads. Shapes: ``P`` prompts, ``K`` completions per
+prompt, ``B = P * K`` completions, ``N`` pairs. Chosen and rejected are two fields: meaning is never row order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from rlxf.core.errors import ShapeError
+
+Messages = list[dict[str, str]]
+Text = str | Messages  # a plain prompt, or chat messages with "role" and "content"
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ShapeError(message)
+
+
+def _select_tokens(values: Tensor, lengths: Tensor, index: Tensor) -> Tensor:
+    """The values of some rows, one after the other; row ``i`` has ``lengths[i]`` of them."""
+    rows = torch.split(values, lengths.tolist())
+    picked = [rows[i] for i in index.tolist()]
+    return torch.cat(picked) if picked else values.new_empty(0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """Rows of token ids, flat: row ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``."""
+
+    tokens: Tensor  # [sum_L] int32, row after row
+    lengths: Tensor  # [rows] int64
+
+    def __post_init__(self) -> None:
+        total = int(self.lengths.sum())
+        _require(total == self.tokens.numel(), f"lengths sum to {total}, but tokens has {self.tokens.numel()} entries")
+
+    def __len__(self) -> int:
+        return self.lengths.numel()
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[int]]) -> Self:
+        flat = [token for row in rows for token in row]
+        return cls(
+            tokens=torch.tensor(flat, dtype=torch.int32),
+            lengths=torch.tensor([len(row) for row in rows], dtype=torch.int64),
+        )
+
+    def rows(self) -> list[list[int]]:
+        """The rows as Python lists, for tokenizers, engines and files."""
+        return [row.tolist() for row in torch.split(self.tokens, self.lengths.tolist())]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sequences:
+    """``B`` token sequences, each a prompt followed by its completion (the EOS included when it was sampled)."""
+
+    tokens: Tensor  # [sum_L] int32, row after row
+    lengths: Tensor  # [B] int64, prompt + completion
+    prompt_lengths: Tensor  # [B] int64, at least 1
+
+    def __post_init__(self) -> None:
+        total = int(self.lengths.sum())
+        _require(total == self.tokens.numel(), f"lengths sum to {total}, but tokens has {self.tokens.numel()} entries")
+        _require(
+            self.lengths.shape == self.prompt_lengths.shape,
+            f"{self.lengths.numel()} lengths but {self.prompt_lengths.numel()} prompt lengths",
+        )
+        _require(bool((self.prompt_lengths <= self.lengths).all()), "a prompt is longer than its sequence")
+
+    def __len__(self) -> int:
+        return self.lengths.numel()
+
+    @property
+    def completion_lengths(self) -> Tensor:
+        return self.lengths - self.prompt_lengths  # [B] int64
+
+    @classmethod
+    def from_rows(cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Self:
+        _require(len(prompts) == len(completions), f"{len(prompts)} prompts but {len(completions)} completions")
+        flat = [token for p, c in zip(prompts, completions, strict=True) for token in (*p, *c)]
+        return cls(
+            tokens=torch.tensor(flat, dtype=torch.int32),
+            lengths=torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]),
+            prompt_lengths=torch.tensor([len(p) for p in prompts], dtype=torch.int64),
+        )
+
+    def rows(self) -> list[list[int]]:
+        """Prompt and completion of each sequence as one Python list."""
+        return [row.tolist() for row in torch.split(self.tokens, self.lengths.tolist())]
+
+    def prompt_rows(self) -> list[list[int]]:
+        return [row[:n] for row, n in zip(self.rows(), self.prompt_lengths.tolist(), strict=True)]
+
+    def completion_rows(self) -> list[list[int]]:
+        return [row[n:] for row, n in zip(self.rows(), self.prompt_lengths.tolist(), strict=True)]
+
+    def select(self, index: Tensor) -> Sequences:
+        """The rows named by ``index`` ([n] int64), in that order."""
+        rows = torch.split(self.tokens, self.lengths.tolist())
+        picked = [rows[i] for i in index.tolist()]
+        return Sequences(
+            tokens=torch.cat(picked) if picked else self.tokens.new_empty(0),
+            lengths=self.lengths[index],
+            prompt_lengths=self.prompt_lengths[index],
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[Sequences]) -> Sequences:
+        return Sequences(
+            tokens=torch.cat([part.tokens for part in parts]),
+            lengths=torch.cat([part.lengths for part in parts]),
+            prompt_lengths=torch.cat([part.prompt_lengths for part in parts]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptBatch:
+    """``P`` prompts of one driver step, tokenized."""
+
+    prompts: Tokens  # P rows
+    prompt_ids: Tensor  # [P] int64, row of the data
+    # [P] int64, which item of the run each prompt is: step * global_batch_size + its place in the step, so that a row
+    # that comes again, even within a step, is sampled anew. Of prompts in file order: the row.
+    positions: Tensor
+    texts: tuple[Text, ...]  # what the data file held: a string, or chat messages
+    columns: dict[str, list[Any]]  # the data file's other columns, each of length P, for reward functions
+
+    def __post_init__(self) -> None:
+        rows = len(self.prompts)
+        _require(self.prompt_ids.shape == (rows,), f"{rows} prompts but {self.prompt_ids.numel()} prompt ids")
+        _require(self.positions.shape == (rows,), f"{rows} prompts but {self.positions.numel()} positions")
+        _require(len(self.texts) == rows, f"{rows} prompts but {len(self.texts)} texts")
+        for name, values in self.columns.items():
+            _require(len(values) == rows, f"{rows} prompts but column {name!r} has {len(values)} values")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def slice(self, start: int, stop: int) -> PromptBatch:
+        rows = self.prompts.rows()[start:stop]
+        return PromptBatch(
+            prompts=Tokens.from_rows(rows),
+            prompt_ids=self.prompt_ids[start:stop],
+            positions=self.positions[start:stop],
+            texts=self.texts[start:stop],
+            columns={name: values[start:stop] for name, values in self.columns.items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollouts:
+    """``B`` sampled completions of ``P`` prompts. Row ``i`` answers prompt row ``prompt_index[i]``."""
+
+    prompts: PromptBatch
+    sequences: Sequences  # B rows
+    prompt_index: Tensor  # [B] int64, row of ``prompts``
+    sample_index: Tensor  # [B] int64, 0..K-1
+    engine_logps: Tensor  # [sum completion tokens] float32, raw log-probs of the sampling engine; NaN where unknown
+    policy_version: Tensor  # [B] int64, number of updates in the weights that sampled
+
+    def __post_init__(self) -> None:
+        rows = len(self.sequences)
+        for name in ("prompt_index", "sample_index", "policy_version"):
+            _require(getattr(self, name).shape == (rows,), f"{rows} completions but {name} has another length")
+        total = int(self.sequences.completion_lengths.sum())
+        _require(self.engine_logps.shape == (total,), f"{total} sampled tokens, {self.engine_logps.numel()} log-probs")
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredRollouts:
+    """Rollouts with a score for each completion; NaN marks a missing score, which is never chosen nor rejected."""
+
+    rollouts: Rollouts
+    raw_scores: Tensor  # [B] float32, as the scorer gave them
+    scores: Tensor  # [B] float32, after the missing-EOS penalty
+    contains_eos: Tensor  # [B] bool
+
+    def __post_init__(self) -> None:
+        for name in ("raw_scores", "scores", "contains_eos"):
+            _require(
+                getattr(self, name).shape == (len(self.rollouts),), f"{name} does not have one entry per completion"
+            )
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pairs:
+    """``N`` preference pairs, from a file or from rollouts. Row ``i`` of both sides answers the same prompt."""
+
+    chosen: Sequences
+    rejected: Sequences
+
+    def __post_init__(self) -> None:
+        _require(len(self.chosen) == len(self.rejected), f"{len(self.chosen)} chosen, {len(self.rejected)} rejected")
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def select(self, index: Tensor) -> Pairs:
+        return Pairs(chosen=self.chosen.select(index), rejected=self.rejected.select(index))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnlinePairs(Pairs):
+    """Pairs made from scored rollouts."""
+
+    prompt_ids: Tensor  # [N] int64
+    margin: Tensor  # [N] float32, score(chosen) - score(rejected), > 0
+    policy_version: Tensor  # [N] int64, number of updates in the weights that sampled
+    chosen_engine_logps: Tensor  # [sum chosen completion tokens] float32
+    rejected_engine_logps: Tensor  # [sum rejected completion tokens] float32
+
+    def all_engine_logps(self) -> Tensor:
+        """[sum completion tokens] float32: the chosen sides, then the rejected."""
+        return torch.cat([self.chosen_engine_logps, self.rejected_engine_logps])
+
+    def select(self, index: Tensor) -> OnlinePairs:
+        chosen, rejected = (
+            _select_tokens(logps, side.completion_lengths, index)
+            for side, logps in ((self.chosen, self.chosen_engine_logps), (self.rejected, self.rejected_engine_logps))
+        )
+        return OnlinePairs(
+            chosen=self.chosen.select(index),
+            rejected=self.rejected.select(index),
+            prompt_ids=self.prompt_ids[index],
+            margin=self.margin[index],
+            policy_version=self.policy_version[index],
+            chosen_engine_logps=chosen,
+            rejected_engine_logps=rejected,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardPairs(Pairs):
+    """Pairs that a reward model is trained on; a side's last token is the one that ends its answer."""
+
+    margin: Tensor  # [N] float32, how much better chosen is said to be; 0 where the data says nothing
+
+    def __post_init__(self) -> None:
+        Pairs.__post_init__(self)
+        _require(self.margin.shape == (len(self),), f"{len(self)} pairs but {self.margin.numel()} margins")
+
+    def select(self, index: Tensor) -> RewardPairs:
+        return RewardPairs(
+            chosen=self.chosen.select(index), rejected=self.rejected.select(index), margin=self.margin[index]
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Examples:
+    """``N`` sequences of supervised fine-tuning; ``prompt_lengths`` end before the first token that the loss counts."""
+
+    sequences: Sequences
+    counted: Tensor  # [sum completion tokens] bool; False: a later turn of the user, or padding of a template
+
+    def __post_init__(self) -> None:
+        total = int(self.sequences.completion_lengths.sum())
+        _require(self.counted.shape == (total,), f"{total} completion tokens but {self.counted.numel()} marks")
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def num_counted(self) -> Tensor:
+        """[N] int64 tokens of each sequence that the loss counts."""
+        parts = torch.split(self.counted, self.sequences.completion_lengths.tolist())
+        return torch.stack([part.sum() for part in parts])
+
+    def select(self, index: Tensor) -> Examples:
+        counted = _select_tokens(self.counted, self.sequences.completion_lengths, index)
+        return Examples(sequences=self.sequences.select(index), counted=counted)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairLogps:
+    """Log-probabilities of the two sides of ``N`` pairs, summed over the completion tokens."""
+
+    chosen: Tensor  # [N] float32
+    rejected: Tensor  # [N] float32
+
+    def __len__(self) -> int:
+        return self.chosen.numel()
+
+    def select(self, index: Tensor) -> PairLogps:
+        return PairLogps(chosen=self.chosen[index], rejected=self.rejected[index])
+
+    def to(self, device: torch.device) -> PairLogps:
+        return PairLogps(chosen=self.chosen.to(device), rejected=self.rejected.to(device))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferencedPairs:
+    """Pairs with the log-probabilities that the frozen reference gives them: what one update needs."""
+
+    pairs: Pairs
+    reference: PairLogps
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.pairs) == len(self.reference), f"{len(self.pairs)} pairs, {len(self.reference)} reference rows"
+        )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def select(self, index: Tensor) -> ReferencedPairs:
+        return ReferencedPairs(pairs=self.pairs.select(index), reference=self.reference.select(index))
+
+
+Batch = ReferencedPairs | Examples | RewardPairs
+"""What one driver step trains on, by stage."""
+
+Metrics = dict[str, float]
+"""One step's metrics: the names of the table in docs/metrics.md."""

@@ -1,0 +1,276 @@
+"""What the driver works with: the members of a run, as protocols, and the little state that is its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from rlxf.config.schema import RunConfig
+from rlxf.core.clock import Clock
+from rlxf.core.stop import Stop
+from rlxf.core.types import (
+    Batch,
+    Examples,
+    Metrics,
+    PairLogps,
+    Pairs,
+    PromptBatch,
+    ReferencedPairs,
+    RewardPairs,
+    Rollouts,
+    ScoredRollouts,
+    Sequences,
+)
+from rlxf.pair.strategies import PairingResult
+from rlxf.rollout.engine import Sampling
+from rlxf.score.scorer import Scorer
+from rlxf.sync.push import SyncReport
+
+
+class PromptSource(Protocol):
+    """Prompts, a step at a time."""
+
+    def next_batch(self, step: int) -> PromptBatch:
+        """The prompts of driver step ``step`` (0 is the first), the same whatever was asked before."""
+        ...
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data at the end of a step."""
+        ...
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows left out so far, each counted once."""
+        ...
+
+
+class FileSource(Protocol):
+    """What an offline run trains on, a step at a time: preference pairs (dpo), examples (sft), reward pairs (rm)."""
+
+    def next_batch(self, step: int) -> Pairs | Examples: ...
+
+    def epoch(self, step: int) -> float: ...
+
+    @property
+    def num_dropped(self) -> int: ...
+
+
+class Rollout(Protocol):
+    """One rollout engine, or all of them."""
+
+    def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts: ...
+
+
+class Reference(Protocol):
+    """The frozen model."""
+
+    def logps(self, pairs: Pairs) -> PairLogps: ...
+
+    def token_logps(self, sequences: Sequences) -> Tensor: ...
+
+
+class Actor(Protocol):
+    """The model being trained."""
+
+    def update(self, batch: Batch, step: int) -> Metrics: ...
+
+    def evaluate(self, batch: Batch) -> Metrics:
+        """What ``update`` would report, without training; means over the batch, and what standard errors need."""
+        ...
+
+    def token_logps(self, sequences: Sequences) -> Tensor: ...
+
+    def save_checkpoint(self, folder: Path, background: bool = False) -> None:
+        """``background``: return when the state is copied; ``checkpoint_written`` says when it is in the folder."""
+        ...
+
+    def checkpoint_written(self, wait: bool) -> bool: ...
+
+    def load_checkpoint(self, folder: Path) -> None: ...
+
+    def is_untouched(self) -> bool:
+        """Whether the update that failed made no optimizer step: the weights are still those of before it.
+
+        Raises:
+            RlxfError: a rank is lost, or does not answer within seconds.
+        """
+        ...
+
+    def save_hf(self, folder: Path) -> None: ...
+
+
+class Sync(Protocol):
+    """Puts the actor's weights into the rollout engines."""
+
+    def push(self, version: int) -> SyncReport:
+        """From now on the engines sample from the newest weights, which are ``version``."""
+        ...
+
+
+class MovesReference(Protocol):
+    """Moves the reference after the update that made ``version``, if a move is due."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the reference's weights have made the same moves; false after a move that broke off."""
+        ...
+
+    def __call__(self, version: int) -> None: ...
+
+
+class Recorder(Protocol):
+    """Writes what the policy said."""
+
+    def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult) -> None: ...
+
+
+class Evaluate(Protocol):
+    """Measures the policy after ``step`` complete steps; empty when no evaluation is due."""
+
+    def __call__(self, step: int) -> Metrics: ...
+
+
+class Report(Protocol):
+    """Tells people and files how the run goes. ``step``: complete driver steps."""
+
+    def evaluated(self, step: int, metrics: Metrics) -> None:
+        """The evaluation before the first step, empty if none was due; steps begin now."""
+        ...
+
+    def stepped(self, step: int, metrics: Metrics) -> None: ...
+
+    def saved(self, folder: Path) -> None: ...
+
+    def finished(self, policy: Path) -> None: ...
+
+
+# What a complete step may still owe when the run ends, in the order in which it is done.
+Owed = Literal["push", "move", "evaluation", "row", "hf"]
+AFTER_UPDATE: tuple[Owed, ...] = ("push", "move", "evaluation", "row", "hf")
+WITHOUT_UPDATE: tuple[Owed, ...] = ("evaluation", "row", "hf")
+
+
+@dataclass(kw_only=True, slots=True)
+class State:
+    """The driver's own state after the last complete step: what a resumed run needs besides the actor's."""
+
+    step: int = 0  # complete driver steps
+    policy_version: int = 0  # updates of the actor
+    empty_steps: int = 0  # steps without a pair, in a row
+    num_tokens: int = 0  # trained on so far
+    failed_scores: int = 0  # completions that have no score because a call of the scorer failed
+    metrics: Metrics = field(default_factory=dict)  # of the last complete step
+    owed: tuple[Owed, ...] = ()  # by the last complete step: new weights to the engines, move of the reference, ...
+    # Of the step under way, never saved:
+    updating: bool = False  # the actor's weights are changing, and may be those of no complete step
+    failing_scores: int = 0  # what it adds to failed_scores once it is complete
+
+    @property
+    def reported_step(self) -> int:
+        """The last step whose row in the run's files is final."""
+        return self.step - 1 if "row" in self.owed else self.step
+
+    def count_failures(self) -> None:
+        """What was under way is complete: its failed scores count, and will not be asked for again."""
+        self.failed_scores += self.failing_scores
+        self.failing_scores = 0
+
+    def settled(self, item: Owed) -> None:
+        """``item`` is no longer owed."""
+        self.owed = tuple(other for other in self.owed if other != item)
+
+
+UNSAVED = frozenset({"updating", "failing_scores"})
+
+
+class Folder(Protocol):
+    """What a run leaves on disk."""
+
+    def save_checkpoint(self, state: State) -> None:
+        """Save the complete steps, unless they are; with ``training.async_save`` written while training goes on."""
+        ...
+
+    def save_in_time(self, state: State) -> None:
+        """Save the complete steps if ``training.save_every_minutes`` have passed; the next checkpoint replaces it."""
+        ...
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is complete."""
+        ...
+
+    def finish(self, *, ask_actor: bool) -> None:
+        """For a run that failed: publish the checkpoint that is being written if it is whole, or drop it.
+
+        ``ask_actor``: the actor answers, and can finish writing.
+        """
+        ...
+
+    def save_hf(self, step: int) -> None: ...
+
+    def poll(self) -> None:
+        """Finish a checkpoint that has been written in the background, if there is one."""
+        ...
+
+    def wait(self) -> None:
+        """Return when no checkpoint is being written."""
+        ...
+
+    def save_policy(self) -> Path: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Online:
+    """The source of an online run: what pairs are made of."""
+
+    prompts: PromptSource
+    rollout: Rollout
+    scorer: Scorer
+    eos_ids: tuple[int, ...]
+    recorder: Recorder
+
+    def epoch(self, step: int) -> float:
+        return self.prompts.epoch(step)
+
+    @property
+    def num_dropped(self) -> int:
+        return self.prompts.num_dropped
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Everything that ``train`` needs."""
+
+    config: RunConfig
+    source: Online | FileSource
+    reference: Reference
+    actor: Actor
+    sync: Sync
+    refresh: MovesReference
+    evaluate: Evaluate
+    report: Report
+    folder: Folder
+    clock: Clock
+    stop: Stop
+    state: State
+
+    def with_reference(self, data: Pairs | Examples) -> Batch:
+        """What an update needs: preference pairs are compared with the reference, the rest is whole already."""
+        if isinstance(data, Examples | RewardPairs):
+            return data
+        with self.clock("ref"):
+            return ReferencedPairs(pairs=data, reference=self.reference.logps(data))
+
+    def training_sampling(self) -> Sampling:
+        """The recipe's sampling, the same in every step: the prompts' positions give each completion its seed."""
+        actor, rollout = self.config.actor_rollout, self.config.rollout
+        return Sampling(
+            num_samples=actor.n_samples_per_prompt,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=rollout.temperature if actor.do_sample else 0.0,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            seed=self.config.training.seed,
+        )

@@ -1,0 +1,204 @@
+"""Recorded rollouts (`rollouts.jsonl`), written by a live run and read by a replay; sampled pairs (`samples.jsonl`).
+
+A row of `rollouts.jsonl` is one prompt:
+``{"step": n, "prompt_ids": [...], "completions": [{"token_ids": [...], "score": number or null}, ...],
+"policy_version": n}``.
+``step`` counts from 1, and a replay does not need it. ``token_ids`` include the EOS that was sampled, ``score`` is the
+raw score (penalties apply on replay as they do live), and rows stand in the order in which the run saw the prompts:
+with the run's batch size, a replay makes the same steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlxf.core.jsonl import JsonLines, Row, describe, open_after
+from rlxf.core.types import ScoredRollouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_INT32_MAX = torch.iinfo(torch.int32).max
+_KEYS = ("prompt_ids", "completions", "policy_version")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recorded:
+    """One row: a prompt and its completions."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    scores: list[float]  # raw, one per completion; NaN where the row has none
+    policy_version: int
+
+
+class RecordedRollouts:
+    """The rows of a `rollouts.jsonl`, each checked when the file is opened and read from disk on request.
+
+    Raises:
+        DataError: rows that cannot be trained on, with file, line and reason.
+    """
+
+    def __init__(self, path: str | Path, *, vocab_size: int | None = None, seq_length: int | None = None) -> None:
+        """``vocab_size``: token ids at or above it are refused; ``seq_length``: so are longer prompt + completion."""
+        self._largest_id = (vocab_size or _INT32_MAX + 1) - 1
+        self._seq_length = seq_length
+        self._rows = JsonLines(path, self._check)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Recorded:
+        fields = self._rows[row]
+        completions = fields["completions"]
+        return Recorded(
+            prompt=fields["prompt_ids"],
+            completions=[completion["token_ids"] for completion in completions],
+            scores=[math.nan if (score := c.get("score")) is None else float(score) for c in completions],
+            policy_version=fields["policy_version"],
+        )
+
+    def where(self, row: int) -> str:
+        """``file:line`` of a row, for messages."""
+        return self._rows.where(row)
+
+    def _check(self, row: Row) -> str | None:
+        missing = [repr(key) for key in _KEYS if key not in row]
+        if missing:
+            return f"{' and '.join(missing)} missing; a recorded row has {', '.join(_KEYS)}"
+        if problem := self._ids_problem(row["prompt_ids"], "prompt_ids"):
+            return problem
+        if not _is_count(row["policy_version"]):
+            return f"policy_version: expected a number of updates (0, 1, ...), got {describe(row['policy_version'])}"
+        completions = row["completions"]
+        if not isinstance(completions, list) or len(completions) < 2:
+            found = f"{len(completions)}" if isinstance(completions, list) else describe(completions)
+            return f"completions: expected a list of at least 2, got {found}"
+        for index, completion in enumerate(completions):
+            problem = self._completion_problem(completion, len(row["prompt_ids"]))
+            if problem:
+                return f"completion {index}: {problem}"
+        return None
+
+    def _completion_problem(self, completion: Any, prompt_length: int) -> str | None:
+        if not isinstance(completion, dict) or "token_ids" not in completion:
+            return f"expected an object with token_ids and score, got {describe(completion)}"
+        if problem := self._ids_problem(completion["token_ids"], "token_ids"):
+            return problem
+        length = prompt_length + len(completion["token_ids"])
+        if self._seq_length is not None and length > self._seq_length:
+            return f"prompt and completion are {length} tokens, more than actor_rollout.seq_length={self._seq_length}"
+        score = completion.get("score")
+        if score is None:
+            return None
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            return f"score: expected a number or null, got {describe(score)}"
+        return (
+            None if abs(score) <= _FLOAT32_MAX else f"score: {score} is not a finite float32; write null for no score"
+        )
+
+    def _ids_problem(self, ids: Any, name: str) -> str | None:
+        if not isinstance(ids, list) or not ids:
+            return f"{name}: expected a list of token ids, not empty; got {describe(ids)}"
+        if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) <= self._largest_id:
+            return None
+        wrong = next(i for i in ids if not _is_count(i) or i > self._largest_id)
+        return f"{name}: expected token ids from 0 to {self._largest_id}, got {describe(wrong)}"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+class RolloutRecorder:
+    """Writes `rollouts.jsonl`, a step at a time and only whole lines, so that a killed run leaves whole rows."""
+
+    def __init__(self, path: str | Path, *, after: int | None = None) -> None:
+        """``after``: the step after which a resumed run goes on; its rows and those before stay."""
+        self._file = open_after(Path(path), after)
+
+    def write(self, step: int, scored: ScoredRollouts) -> None:
+        """Append the prompts of one step, in batch order, each with its completions by sample index."""
+        rows = ({"step": step, **row} for row in _record(scored))
+        lines = [json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in rows]
+        self._file.write("".join(lines).encode())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _record(scored: ScoredRollouts) -> list[Row]:
+    rollouts = scored.rollouts
+    completions = rollouts.sequences.completion_rows()
+    raw_scores = scored.raw_scores.tolist()  # a float32 as a double: its repr gives the same float32 back
+    by_prompt: list[list[int]] = [[] for _ in range(len(rollouts.prompts))]
+    for row in _by_sample(rollouts.sample_index):
+        by_prompt[int(rollouts.prompt_index[row])].append(row)
+    return [
+        {
+            "prompt_ids": prompt,
+            "completions": [{"token_ids": completions[row], "score": _or_null(raw_scores[row])} for row in rows],
+            "policy_version": min(int(rollouts.policy_version[row]) for row in rows),
+        }
+        for prompt, rows in zip(rollouts.prompts.prompts.rows(), by_prompt, strict=True)
+    ]
+
+
+def _by_sample(sample_index: Tensor) -> list[int]:
+    rows: list[int] = torch.argsort(sample_index, stable=True).tolist()
+    return rows
+
+
+def _or_null(score: float) -> float | None:
+    return score if math.isfinite(score) else None
+
+
+class SampleRecorder:
+    """Writes `samples.jsonl`: what the model said, as text, for people to read."""
+
+    def __init__(
+        self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_rows: int = 16, after: int | None = None
+    ) -> None:
+        """``max_rows``: pairs written per step, the first ones of the batch. ``after``: as `RolloutRecorder` has it."""
+        self._file = open_after(Path(path), after)
+        self._tokenizer = tokenizer
+        self._max_rows = max_rows
+
+    def write(self, step: int, scored: ScoredRollouts, chosen_rows: Tensor, rejected_rows: Tensor) -> list[Row]:
+        """Append pairs of one step and return them.
+
+        ``chosen_rows`` and ``rejected_rows``: [N] int64, rows of ``scored``, as `make_pairs` gives them.
+        """
+        rollouts = scored.rollouts
+        completions = rollouts.sequences.completion_rows()
+        table: list[Row] = []
+        for chosen, rejected in zip(chosen_rows.tolist(), rejected_rows.tolist(), strict=True):
+            if len(table) == self._max_rows:
+                break
+            table.append(
+                {
+                    "step": step,
+                    "prompt": rollouts.prompts.texts[int(rollouts.prompt_index[chosen])],
+                    "chosen": self._tokenizer.decode(completions[chosen], skip_special_tokens=True),
+                    "rejected": self._tokenizer.decode(completions[rejected], skip_special_tokens=True),
+                    "chosen_score": float(scored.scores[chosen]),
+                    "rejected_score": float(scored.scores[rejected]),
+                    "chosen_eos": bool(scored.contains_eos[chosen]),
+                    "rejected_eos": bool(scored.contains_eos[rejected]),
+                }
+            )
+        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table).encode())
+        self._file.flush()
+        return table
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,192 @@
+"""How a run goes, for people and files: progress line, metrics files, final table and ``summary.json``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlxf.checkpointing.resume import Resume
+from rlxf.config.schema import RunConfig
+from rlxf.core.files import file_sizes, write_json
+from rlxf.core.types import Metrics
+from rlxf.observe.console import Progressbar, duration, final_table
+from rlxf.observe.metrics import JsonlSink, Sink, TensorBoardSink, finite_or_null
+from rlxf.observe.trackers import TrackerSink
+
+# Rows of the final table. Read together, because each of them alone can look good in a run that has gone wrong.
+EVAL_ROWS = (
+    ("reward score", "eval/reward"),
+    ("reward score, greedy", "eval/greedy_reward"),
+    ("reward score before the EOS penalty", "eval/raw_reward"),
+    ("reward score before the EOS penalty, greedy", "eval/greedy_raw_reward"),
+    ("win rate against the initial policy", "eval/win_rate"),
+    ("win rate against the initial policy, greedy", "eval/greedy_win_rate"),
+    ("win rate against the evaluation before", "eval/win_rate_previous"),
+    ("KL to the reference, nats", "eval/kl"),
+    ("completion length, tokens", "eval/length"),
+    ("EOS rate", "eval/eos_rate"),
+    ("held-out loss", "eval/loss"),
+    ("held-out accuracy", "eval/accuracy"),
+    ("held-out implicit reward accuracy", "eval/rewards/accuracies"),
+    ("held-out implicit reward margin", "eval/rewards/margins"),
+)
+TRAINING_ROWS = (
+    ("training reward score", "objective/scores"),
+    ("tie rate", "pair/tie_rate"),
+    ("dropped pairs", "pair/dropped"),
+    ("score margin of the pairs", "pair/margin"),
+    ("loss", "loss"),
+    ("reward model's accuracy", "accuracy"),
+    ("reward model's margin", "margin"),
+    ("implicit reward accuracy", "rewards/accuracies"),
+    ("implicit reward margin", "rewards/margins"),
+    ("KL on the training pairs, nats", "objective/kl"),
+)
+# Told by the metrics files; the final table leaves them out.
+_UNSHOWN = ("eval/greedy_win_rate_previous", "eval/greedy_length", "eval/greedy_eos_rate")
+_BEFORE_PENALTY = ("eval/raw_reward", "eval/greedy_raw_reward")  # equal to the rewards where there is no penalty
+# Of pairs that the policy did not sample: no estimate of the KL.
+_OFFLINE_TITLES = {"objective/kl": "mean log-ratio on the pairs, nats"}
+_TITLES = {"ray_online_dpo": "online DPO", "dpo": "offline DPO", "sft": "supervised fine-tuning", "rm": "reward model"}
+
+
+class RunReport:
+    """Everything that a run says about itself."""
+
+    def __init__(
+        self, config: RunConfig, run_dir: Path, sinks: Sequence[Sink], console: Console, resume: Resume | None = None
+    ) -> None:
+        after, first_step = _steps_of(resume)
+        self._run_dir = run_dir
+        self._sinks = sinks
+        if config.training.eval_only:
+            after = sys.maxsize  # another evaluation of a run that may be longer: nothing is cut
+        evaluates = config.training.eval_interval > 0 or config.training.eval_only
+        self._evaluations = JsonlSink(run_dir / "eval.jsonl", after=after) if evaluates else None
+        self._console = console
+        self._only = config.training.eval_only
+        self._title = _TITLES[config.training.stage]
+        self._product = "reward model" if config.training.stage == "rm" else "policy"
+        self._online = not config.offline
+        self._unshown = {*_UNSHOWN, *(() if config.actor_rollout.missing_eos_penalty else _BEFORE_PENALTY)}
+        self._num_steps = config.training.train_iters
+        self._bar = Progressbar(console, first_step, self._num_steps, config.log.interval)
+        self._started = time.monotonic()
+        self._seconds_before = resume.seconds if resume and not config.training.eval_only else 0.0
+        self._step = first_step
+        self._start: Metrics = dict(resume.start) if resume else {}  # the first evaluation and the first step
+        self._end: Metrics = dict(resume.end) if resume else {}  # the newest ones
+        self._measured: Metrics = {}  # by this process before its first step
+
+    def describe(self) -> dict[str, Any]:
+        """What the report of a resumed run needs, as JSON data."""
+        trackers = {sink.name: sink.run_id for sink in self._sinks if isinstance(sink, TrackerSink)}
+        return {
+            "start": finite_or_null(self._start),
+            "end": finite_or_null(self._end),
+            "trackers": trackers,
+            "seconds": round(self._seconds(), 3),
+        }
+
+    def _seconds(self) -> float:
+        """That the run has taken so far, in all of its processes."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def evaluated(self, step: int, metrics: Metrics) -> None:
+        """The evaluation before the first step, empty if none was due; later ones come with their step's metrics."""
+        for sink in self._sinks:
+            if metrics and not isinstance(sink, JsonlSink):  # metrics.jsonl holds steps only
+                sink.write(step, metrics)
+        self._measured = metrics
+        self._keep(step, metrics)
+        self._bar.begin()
+
+    def stepped(self, step: int, metrics: Metrics) -> None:
+        self._step = step
+        for sink in self._sinks:
+            sink.write(step, metrics)
+        self._keep(step, metrics)
+        self._bar.show(step, metrics)
+
+    def saved(self, folder: Path) -> None:
+        self.say(f"checkpoint: {folder}")
+
+    def finished(self, policy: Path) -> None:
+        """Print the final table and write ``summary.json``."""
+        self.close(complete=True)
+        seconds = self._seconds()
+        summary = {
+            "steps": self._step,
+            "seconds": round(seconds, 3),
+            "policy": str(policy),
+            # A resumed run writes the policy again if it is no longer so.
+            **({} if self._only else {"policy_files": file_sizes(policy)}),
+            "start": finite_or_null(self._start),
+            "end": finite_or_null(self._end),
+        }
+        write_json(self._run_dir / "summary.json", summary)
+        done = f"evaluated after {self._step} steps" if self._only else f"{self._step} steps"
+        title = f"{self._title}: {done} in {duration(seconds)}"
+        columns = {"value": self._measured} if self._only else {"start": self._start, "end": self._end}
+        self._console.print(final_table(title, self._rows(), columns))
+        self.say(f"{self._product}: {policy}")
+        self.say(f"run folder: {self._run_dir}")
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """Of the final table, with what the stage or ``eval.metrics`` adds to the usual evaluation."""
+        known = {name for _, name in EVAL_ROWS} | self._unshown
+        known |= {name for name in self._end if name.removesuffix("_se") in self._end and name.endswith("_se")}
+        added = [name for name in self._end if name.startswith("eval/") and name not in known]
+        kind = "" if self._online else "held-out "
+        training = [(_OFFLINE_TITLES.get(name, title) if kind else title, name) for title, name in TRAINING_ROWS]
+        usual = [row for row in EVAL_ROWS if row[1] not in self._unshown]
+        return [*usual, *((kind + name.removeprefix("eval/"), name) for name in added), *training]
+
+    def say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self, *, complete: bool = False) -> None:
+        """End the progress line and flush every file; may be called twice. ``complete``: the run is at its end."""
+        self._bar.close()
+        for sink in self._sinks:
+            sink.close(complete=complete)
+        if self._evaluations is not None:
+            self._evaluations.close()
+
+    def _keep(self, step: int, metrics: Metrics) -> None:
+        evaluation = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        first = metrics
+        if any(name.startswith("eval/") for name in self._start):  # what a later evaluation measures besides is later
+            first = {name: value for name, value in metrics.items() if name not in evaluation}
+        self._start = first | self._start
+        self._end = self._end | metrics
+        if evaluation and self._evaluations is not None:
+            self._evaluations.write(step, evaluation)
+
+
+def make_report(config: RunConfig, run_dir: Path, console: Console, resume: Resume | None = None) -> RunReport:
+    """The report that a recipe asks for; a resumed run goes on after the step of its checkpoint, in files and trackers.
+
+    Raises:
+        ConfigError: a tracker could not be started.
+    """
+    after, _ = _steps_of(resume)
+    logs, trains = config.log, not config.training.eval_only
+    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", after=after)] if trains else []
+    if logs.tensorboard or "tensorboard" in logs.report_to:
+        sinks.append(TensorBoardSink(run_dir / "tensorboard", after=after if trains else None))
+    ids = resume.trackers if resume and trains else {}  # an evaluation alone is a run of its own
+    for name in dict.fromkeys(logs.report_to):
+        if name != "tensorboard":
+            sinks.append(TrackerSink(name, config, run_dir, ids.get(name)))
+    return RunReport(config, run_dir, sinks, console, resume)
+
+
+def _steps_of(resume: Resume | None) -> tuple[int | None, int]:
+    """The last step whose numbers are in the files of a resumed run, and the steps that are done."""
+    return (resume.state.reported_step, resume.state.step) if resume else (None, 0)

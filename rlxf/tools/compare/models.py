@@ -1,0 +1,240 @@
+"""What two models say to the same prompts, and what one scorer thinks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlxf.assembly.roles import build_engine, build_scorer, policy_tokenizer
+from rlxf.config.read_position import warn_of_read_position
+from rlxf.config.schema import ReadAt, RunConfig
+from rlxf.core.errors import ConfigError, ModelError, StageTimeout, WorkerLost
+from rlxf.core.types import PromptBatch, Rollouts, Text, Tokens
+from rlxf.core.waiting import own_children
+from rlxf.data.prompts import eval_prompts
+from rlxf.models.hf_folder import load_hf_config
+from rlxf.models.tokenizer import eos_token_ids
+from rlxf.platform import Platform, Process, get_platform
+from rlxf.rollout.engine import Sampling
+from rlxf.score.penalty import with_scores
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What is asked, how it is answered, and who judges."""
+
+    data_path: Path
+    num_prompts: int  # the first ones of the file
+    reward_model: Path | None = None  # this or reward_function
+    reward_function: Path | None = None
+    read_at: ReadAt = "auto"  # where the reward model's score is read
+    prompt_key: str = "prompt"
+    max_prompt_length: int = 512  # tokens; a longer prompt of either model is left out
+    max_new_tokens: int = 512
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    seed: int = 1  # of the samples: the same for both models
+    missing_eos_penalty: float = 0.0
+    prompts_per_call: int = 64  # answered at a time
+    engine: Literal["hf", "vllm"] = "hf"
+    device: str = "auto"
+    bf16: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One model's answers, one per prompt."""
+
+    texts: list[str]
+    scores: Tensor  # [prompts] float32, NaN where missing
+    contains_eos: Tensor  # [prompts] bool
+
+    @property
+    def lengths(self) -> list[int]:
+        """Characters: tokens of two tokenizers cannot be compared."""
+        return [len(text) for text in self.texts]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The answers of both models to the same prompts."""
+
+    prompts: tuple[Text, ...]
+    prompt_ids: list[int]  # rows of the data
+    first: Said
+    second: Said
+
+
+def compare(first: Path, second: Path, settings: Settings) -> Comparison:
+    """Both models' answers, and their scores.
+
+    Args:
+        first: a Hugging Face folder, or a run folder with ``policy`` in it.
+        second: the same.
+        settings: the rest. Both models sample with the same seeds, so a model is even with itself.
+
+    Raises:
+        ConfigError: a folder, the data or the scorer is wrong.
+        WorkerLost, StageTimeout: the process of a vLLM engine died, or did not answer.
+    """
+    configs = [recipe(model_folder(folder), settings) for folder in (first, second)]
+    warn_of_read_position(configs[0])
+    platform = get_platform(settings.device)
+    prompts = [eval_prompts(config, policy_tokenizer(config)) for config in configs]
+    common = set.intersection(*(set(batch.prompt_ids.tolist()) for batch in prompts))
+    if not common:
+        raise ConfigError(f"{settings.data_path}: no prompt is short enough for both models; raise --max-prompt-length")
+    said = [
+        answer(config, _only(batch, common), settings, platform) for config, batch in zip(configs, prompts, strict=True)
+    ]
+    asked = _only(prompts[0], common)
+    return Comparison(asked.texts, asked.prompt_ids.tolist(), said[0], said[1])
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder with the weights: the one named, or ``policy`` of a run.
+
+    Raises:
+        ModelError: neither holds a model.
+    """
+    for found in (folder, folder / "policy"):
+        if (found / "config.json").is_file():
+            return found.absolute()
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder}: holds a LoRA adapter only; name a folder with merged weights")
+    raise ModelError(f"{folder}: no config.json there or in {folder / 'policy'}; expected a Hugging Face or run folder")
+
+
+def recipe(folder: Path, settings: Settings) -> RunConfig:
+    """What the rooms read to sample from ``folder`` and to score it, as the recipe of a run would say it."""
+    reward_model, function = settings.reward_model, settings.reward_function
+    models = {"policy": _shape(folder, settings)}
+    reward: dict[str, Any] = {"function": str(function) if function else None}
+    if reward_model is not None:
+        models["reward"] = _shape(reward_model, settings)
+        reward |= {"model": "reward", "load": str(reward_model.absolute()), "read_at": settings.read_at}
+        # Its tokens are not those that the options count: it takes what it has positions for.
+        reward |= _lengths(settings) | {"seq_length": models["reward"]["max_position_embeddings"]}
+    return RunConfig.model_validate(
+        {
+            "runtime": "local",
+            "training": {
+                "stage": "ray_online_dpo",
+                "device": settings.device,
+                "seed": settings.seed,
+                "trust_remote_code": settings.trust_remote_code,
+            },
+            "model": models,
+            "actor_rollout": {
+                "model": "policy",
+                "load": str(folder),
+                "data_path": str(settings.data_path),
+                "prompt_key": settings.prompt_key,
+                "max_prompt_length": settings.max_prompt_length,
+                "max_new_tokens": settings.max_new_tokens,
+                "bf16": settings.bf16,
+                **_lengths(settings),
+            },
+            "ref": {"model": "policy"},
+            "reward": reward,
+            "rollout": {"engine": settings.engine},
+            "eval": {"num_prompts": settings.num_prompts, "data_path": str(settings.data_path)},
+        }
+    )
+
+
+def _lengths(settings: Settings) -> dict[str, int]:
+    return {
+        "seq_length": settings.max_prompt_length + settings.max_new_tokens,
+        "micro_batch_size": settings.prompts_per_call,
+    }
+
+
+def _shape(folder: Path, settings: Settings) -> dict[str, Any]:
+    """The model section of a recipe, from the folder's ``config.json``."""
+    found = load_hf_config(folder, trust_remote_code=settings.trust_remote_code)
+    try:
+        return {
+            "num_layers": found.num_hidden_layers,
+            "hidden_size": found.hidden_size,
+            "ffn_hidden_size": found.intermediate_size,
+            "num_attention_heads": found.num_attention_heads,
+            "num_query_groups": getattr(found, "num_key_value_heads", None),
+            "kv_channels": getattr(found, "head_dim", None),
+            "vocab_size": found.vocab_size,
+            "max_position_embeddings": found.max_position_embeddings,
+        }
+    except AttributeError as error:
+        raise ModelError(f"{folder}: {found.model_type} is no decoder-only language model ({error})") from error
+
+
+def _only(prompts: PromptBatch, wanted: set[int]) -> PromptBatch:
+    """The prompts of these rows of the data."""
+    rows = [row for row, number in enumerate(prompts.prompt_ids.tolist()) if number in wanted]
+    tokens = prompts.prompts.rows()
+    return PromptBatch(
+        prompts=Tokens.from_rows([tokens[row] for row in rows]),
+        prompt_ids=prompts.prompt_ids[rows],
+        positions=prompts.positions[rows],
+        texts=tuple(prompts.texts[row] for row in rows),
+        columns={name: [values[row] for row in rows] for name, values in prompts.columns.items()},
+    )
+
+
+def answer(config: RunConfig, prompts: PromptBatch, settings: Settings, platform: Platform) -> Said:
+    """One model's completions of all prompts, scored; the model is let go of before the scorer is loaded."""
+    sampling = Sampling(
+        num_samples=1,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=settings.seed,
+        purpose="eval",
+    )
+    size = settings.prompts_per_call
+    parts = [prompts.slice(start, start + size) for start in range(0, len(prompts), size)]
+    sample = _generate if settings.engine == "hf" else _generate_apart
+    rollouts = sample(config, parts, sampling, platform.name)
+    scorer, tokenizer = build_scorer(config, platform, Process()), policy_tokenizer(config)
+    eos_ids = eos_token_ids(str(config.actor_rollout.load), tokenizer)
+    penalty = settings.missing_eos_penalty
+    scored = [with_scores(part, scorer.score(part), eos_ids=eos_ids, missing_eos_penalty=penalty) for part in rollouts]
+    rows = [row for part in rollouts for row in part.sequences.completion_rows()]
+    return Said(
+        texts=tokenizer.batch_decode(rows, skip_special_tokens=True),
+        scores=torch.cat([part.scores for part in scored]),
+        contains_eos=torch.cat([part.contains_eos for part in scored]),
+    )
+
+
+def _generate(config: RunConfig, parts: Sequence[PromptBatch], sampling: Sampling, device: str) -> list[Rollouts]:
+    engine = build_engine(config, get_platform(device))
+    return [engine.generate(part, sampling) for part in parts]
+
+
+def _generate_apart(config: RunConfig, parts: Sequence[PromptBatch], sampling: Sampling, device: str) -> list[Rollouts]:
+    """The same in a process of its own: vLLM must be alone in it on a CPU, and gives its memory back with its end."""
+    limit = config.training.start_timeout_s + len(parts) * config.training.stage_timeout_s
+    model = config.actor_rollout.load
+    with own_children() as kill, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        future = pool.submit(_generate, config, parts, sampling, device)
+        try:
+            return future.result(timeout=limit)
+        except BrokenProcessPool as error:
+            raise WorkerLost(f"the process of the vLLM engine died with {model}") from error
+        except FutureTimeout as error:
+            kill()
+            raise StageTimeout(
+                f"no answer within {limit} s from the vLLM engine with {model}; its process was ended. Look at what it "
+                "wrote, or try --engine hf"
+            ) from error

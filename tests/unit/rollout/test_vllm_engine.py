@@ -1,0 +1,224 @@
+"""The vLLM engine on CPU against plain Hugging Face models: tokens, log-probs, updates, and updates gone wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlxf.config.schema import RunConfig, SyncConfig
+from rlxf.core.errors import SyncError
+from rlxf.core.types import Tokens
+from rlxf.platform import get_platform
+from rlxf.rollout import HfEngine
+from rlxf.rollout.engine import Sampling
+from rlxf.sync.plan import Bucket, TensorSpec
+from rlxf.sync.probe import make_probe
+from rlxf.sync.push import LocalSink, WeightSync
+from tests.rollout_world import HfActor, greedy, load_model, prompt_batch, random_prompts, run_config
+from tests.tiny_models import EOS, randomize, save_causal_lm
+from tests.vllm_process import VllmProcess, VllmProxy
+
+pytestmark = pytest.mark.vllm
+
+GREEDY = Sampling(num_samples=1, max_new_tokens=12, temperature=0)
+RANDOM = Sampling(num_samples=3, max_new_tokens=12, seed=5)
+SHORT = (1, 4, 9, 30)
+LONG = (150, 200, 3)  # two are longer than a cache block
+
+
+@dataclass
+class World:
+    engine: VllmProxy
+    folder: Path
+    actor: HfActor  # starts with the engine's weights
+
+    def sync(self, verify_first: int = 0, config: RunConfig | None = None) -> WeightSync:
+        prompts = Tokens.from_rows(random_prompts(SHORT))
+        probe = make_probe(config or run_config(self.folder), get_platform("cpu"), prompts)
+        return WeightSync(self.actor, LocalSink(self.engine), SyncConfig(verify_first=verify_first), probe)
+
+    def train(self, seed: int) -> None:
+        randomize(self.actor.model, seed)
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VllmProcess, list[Path]]]:
+    root = tmp_path_factory.mktemp("vllm")
+    folders = [save_causal_lm(root / name, tied=name == "tied", seed=1) for name in ("tied", "untied")]
+    process = VllmProcess(*map(run_config, folders))
+    yield process, folders
+    process.close()
+
+
+@pytest.fixture(params=[0, 1], ids=["tied", "untied"])
+def world(request: pytest.FixtureRequest, process: tuple[VllmProcess, list[Path]]) -> World:
+    """An engine with the folder's weights, whatever the test before it did."""
+    server, folders = process
+    folder = folders[request.param]
+    world = World(engine=server.engine(request.param), folder=folder, actor=HfActor(load_model(folder)))
+    world.engine.forget(None)
+    world.engine.set_prompts_per_call(None)
+    world.sync().push(version=0)
+    return world
+
+
+def follows(engine: Any, model: Any) -> bool:
+    """Whether the engine's greedy tokens are the model's, after short and long prompts."""
+    batch = prompt_batch(random_prompts(SHORT + LONG))
+    rows = engine.generate(batch, GREEDY).sequences.completion_rows()
+    return rows == [greedy(model, prompt, 12, stop=[EOS]) for prompt in batch.prompts.rows()]
+
+
+def test_greedy_tokens_are_those_of_the_hf_engine_and_of_the_plain_model(world: World) -> None:
+    batch = prompt_batch(random_prompts(SHORT + LONG))
+    ours = world.engine.generate(batch, GREEDY)
+    twin = HfEngine(run_config(world.folder), get_platform("cpu")).generate(batch, GREEDY)
+    assert ours.sequences.completion_rows() == twin.sequences.completion_rows()
+    torch.testing.assert_close(ours.engine_logps, twin.engine_logps, rtol=0, atol=1e-5)
+    assert follows(world.engine, world.actor.model)
+
+
+def test_log_probs_of_sampled_tokens_are_the_raw_ones(world: World) -> None:
+    batch = prompt_batch(random_prompts(SHORT))
+    sampling = Sampling(num_samples=4, max_new_tokens=12, temperature=0.7, top_p=0.9, top_k=50, seed=1)
+    rollouts = world.engine.generate(batch, sampling)
+    expected = world.actor.token_logps(rollouts.sequences)
+    torch.testing.assert_close(rollouts.engine_logps, expected, rtol=0, atol=1e-5)
+
+
+def test_a_sample_ends_with_its_first_eos_or_at_the_limit(world: World) -> None:
+    sampling = Sampling(num_samples=32, max_new_tokens=40, seed=3)
+    rows = world.engine.generate(prompt_batch(random_prompts(SHORT)), sampling).sequences.completion_rows()
+    ended = [row for row in rows if row[-1] == EOS]
+    assert 0 < len(ended) < len(rows)
+    assert all(EOS not in row[:-1] for row in rows)
+    assert all(len(row) == 40 for row in rows if row[-1] != EOS)
+
+
+def test_the_same_batch_gives_the_same_samples_twice_and_in_other_chunks(world: World) -> None:
+    batch = prompt_batch(random_prompts(SHORT + LONG), first_id=70)
+    first = world.engine.generate(batch, RANDOM)
+    again = world.engine.generate(batch, RANDOM)
+    assert first.sequences.rows() == again.sequences.rows()
+    world.engine.set_prompts_per_call(2)
+    assert first.sequences.rows() == world.engine.generate(batch, RANDOM).sequences.rows()
+    alone = world.engine.generate(batch.slice(1, 2), RANDOM).sequences.rows()
+    assert alone == first.sequences.rows()[3:6]
+
+
+def test_samples_of_a_prompt_differ_and_so_do_its_next_occurrence_and_evaluations(world: World) -> None:
+    row = random_prompts([20])
+    batch = replace(prompt_batch(row * 2), prompt_ids=torch.zeros(2, dtype=torch.int64))
+    rows = world.engine.generate(batch, RANDOM).sequences.completion_rows()
+    other = world.engine.generate(prompt_batch(row), replace(RANDOM, purpose="eval", step=3))
+    assert len({tuple(row) for row in rows + other.sequences.completion_rows()}) == 9
+
+
+def test_rollouts_carry_the_version_that_was_pushed(world: World) -> None:
+    world.sync().push(version=7)
+    rollouts = world.engine.generate(prompt_batch(random_prompts(SHORT)), RANDOM)
+    assert rollouts.policy_version.tolist() == [7] * 12
+    assert rollouts.prompt_index.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert rollouts.sample_index.tolist() == [0, 1, 2] * 4
+
+
+def test_after_each_update_the_engine_follows_the_new_weights(world: World) -> None:
+    sync = world.sync(verify_first=2)
+    for version in (1, 2):
+        world.train(seed=10 + version)
+        assert not follows(world.engine, world.actor.model)
+        report = sync.push(version)
+        assert report.probe_difference is not None
+        assert report.probe_difference < 1e-5
+        assert follows(world.engine, world.actor.model)
+
+
+def test_a_head_that_was_not_rebuilt_fails_the_probe_where_it_is_tied(world: World) -> None:
+    world.engine.forget("head")
+    world.train(seed=20)
+    if not world.actor.model.config.tie_word_embeddings:
+        world.sync(verify_first=1).push(version=1)  # a head of its own arrives as any other weight
+        return
+    with pytest.raises(SyncError, match=r"engine 1 of 1 does not hold .* version 1.*tolerance 1e-04.*tied embeddings"):
+        world.sync(verify_first=1).push(version=1)
+
+
+def test_a_prefix_cache_that_was_not_reset_fails_the_probe(world: World) -> None:
+    world.engine.forget("prefix cache")
+    world.train(seed=30)
+    with pytest.raises(SyncError, match=r"does not hold .* version 1.*prefix cache"):
+        world.sync(verify_first=1).push(version=1)
+
+
+def test_an_update_that_breaks_off_leaves_the_engine_dirty_until_a_whole_one_ends(world: World) -> None:
+    batch = prompt_batch(random_prompts(SHORT))
+    world.train(seed=40)
+    plan = world.actor.sync_plan()
+    wrong = Bucket(
+        (*plan[1].tensors[:2], TensorSpec("model.layers.0.nothing.weight", (1,), "float32")), plan[1].num_bytes
+    )
+    world.engine.begin_update()
+    world.engine.load_bucket(plan[0], world.actor.export_bucket(0))
+    with pytest.raises(SyncError, match=r"vLLM did not take the weights .*nothing"):
+        world.engine.load_bucket(wrong, world.actor.export_bucket(1))
+    for index, bucket in enumerate(plan):  # a sender that had not looked yet
+        with pytest.raises(SyncError, match="failed before"):
+            world.engine.load_bucket(bucket, world.actor.export_bucket(index))
+    with pytest.raises(SyncError, match="failed before"):
+        world.engine.end_update(1)
+    with pytest.raises(SyncError, match="mixture of version 0"):
+        world.engine.generate(batch, GREEDY)
+    with pytest.raises(SyncError, match="mixture of version 0"):
+        world.engine.probe(batch.slice(0, 1).prompts, 4)
+    world.sync().push(version=1)
+    assert follows(world.engine, world.actor.model)
+
+
+def test_an_update_without_all_weights_does_not_end(world: World) -> None:
+    world.engine.begin_update()
+    world.engine.load_bucket(world.actor.sync_plan()[0], world.actor.export_bucket(0))
+    with pytest.raises(SyncError, match="ended without"):
+        world.engine.end_update(1)
+    with pytest.raises(SyncError, match="mixture"):
+        world.engine.generate(prompt_batch(random_prompts(SHORT)), GREEDY)
+    world.sync().push(version=1)
+    assert follows(world.engine, world.actor.model)
+
+
+def test_weights_outside_of_an_update_are_refused(world: World) -> None:
+    with pytest.raises(SyncError, match="begin_update"):
+        world.engine.load_bucket(world.actor.sync_plan()[0], world.actor.export_bucket(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "bf16", "two ranks"])
+def test_other_models_types_and_layouts_follow_updates_too(kind: str, tmp_path: Path) -> None:
+    """Query norms and biases, bf16, and an update that reaches two tensor-parallel worker processes."""
+    folder = save_causal_lm(tmp_path, kind if kind.startswith("qwen") else "llama", tied=True, seed=1)
+    config = run_config(folder)
+    changes = {"bf16": kind == "bf16", "inference_tensor_model_parallel_size": 2 if kind == "two ranks" else 1}
+    config = config.model_copy(update={"actor_rollout": config.actor_rollout.model_copy(update=changes)})
+    model = load_model(folder).bfloat16() if kind == "bf16" else load_model(folder)
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if kind == "two ranks" else {}  # a core for each
+    process = VllmProcess(config, environment=environment)
+    try:
+        world = World(engine=process.engine(0), folder=folder, actor=HfActor(model))
+        sync = world.sync(verify_first=2, config=config)
+        for version in (1, 2):
+            world.train(seed=10 + version)
+            report = sync.push(version)
+            assert report.probe_difference is not None
+            assert kind == "bf16" or report.probe_difference < 1e-5
+            assert kind == "bf16" or follows(world.engine, world.actor.model)
+        world.engine.forget("head")
+        world.train(seed=20)
+        if kind != "two ranks":  # forgetting reaches this process only, not the workers
+            with pytest.raises(SyncError, match="does not hold"):
+                world.sync(verify_first=1, config=config).push(3)
+    finally:
+        process.close()
