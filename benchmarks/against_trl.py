@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import measure, random_world, turns  # noqa: E402 - the root must be importable first
 from benchmarks.sides import SAMPLES, Ours, Trl, Work, run_ours, run_trl  # noqa: E402
 from benchmarks.turns import Program, Turn  # noqa: E402
-from rlxf.observe.metrics import read_jsonl  # noqa: E402
+from rlxf.observe.formulas import read_jsonl  # noqa: E402
 
 STEPS_PER_TURN = {"2.5M": 4, "26M": 1}
 SIDES = ("trl", "local_hf", "local_hf_mkl", "ray_vllm")

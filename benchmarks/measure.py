@@ -19,7 +19,7 @@ import psutil  # type: ignore[import-untyped]
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rlxf.observe.metrics import read_jsonl  # noqa: E402 - the repository's root must be importable first
+from rlxf.observe.formulas import read_jsonl  # noqa: E402 - the repository's root must be importable first
 
 POLL_S = 0.2
 # What a process of a run is called -> what it is. Everything else that a run starts belongs to Ray.

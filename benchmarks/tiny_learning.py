@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import measure  # noqa: E402 - the repository's root must be importable first
-from rlxf.observe.metrics import read_jsonl  # noqa: E402
+from rlxf.observe.formulas import read_jsonl  # noqa: E402
 
 RECIPE, LORA = "online_dpo_trainer_tiny", "online_dpo_trainer_tiny_lora"
 SHOWN = ("positive", "win_truth", "valid", "kl", "reward", "win_rate", "eos_rate", "length")  # of eval/*

@@ -7,7 +7,7 @@ from rlxf.core.types import Examples, Metrics, Pairs
 from rlxf.loop.rescue import save_last_step
 from rlxf.loop.run import AFTER_UPDATE, WITHOUT_UPDATE, Online, Run
 from rlxf.loop.settle import save, settle
-from rlxf.observe.metrics import data_metrics, num_tokens, pair_metrics, rollout_metrics, version_lag
+from rlxf.observe.formulas import data_metrics, num_tokens, pair_metrics, rollout_metrics, version_lag
 from rlxf.pair.strategies import make_pairs
 from rlxf.score.penalty import with_scores
 

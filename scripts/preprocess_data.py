@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also without an installed package
 
-from rlxf.config.keys import nearest
 from rlxf.core.errors import ConfigError, RlxfError
+from rlxf.core.words import nearest
 from rlxf.data.handlers import HANDLERS
 from rlxf.data.indexed import merge_indexed
 from rlxf.data.templates import TEMPLATE_NAMES

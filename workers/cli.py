@@ -26,9 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlxf.config.defaults import unset_recipe
-from rlxf.config.keys import is_known, nearest, plain_layout, unknown_key
+from rlxf.config.keys import is_known, plain_layout, unknown_key
 from rlxf.core.command import Typed
 from rlxf.core.errors import ConfigError, RlxfError, notes_of
+from rlxf.core.words import nearest
 
 RECIPES = Path(__file__).parent.parent / "configs" / "rlxf"
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)

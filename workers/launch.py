@@ -14,7 +14,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rlxf.assembly.build_run import Roles, needs_scorer
+from rlxf.assembly.build_run import Roles
+from rlxf.assembly.data import needs_scorer
 from rlxf.assembly.start import prepared, run_prepared
 from rlxf.config.schema import Role, RunConfig
 from rlxf.core.clock import Clock

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from rlxf.assembly.build_run import Roles, needs_scorer
+from rlxf.assembly.build_run import Roles
+from rlxf.assembly.data import needs_scorer
 from rlxf.assembly.roles import build_actor, build_engine, build_reference, build_scorer
 from rlxf.assembly.start import prepared, run_prepared
 from rlxf.config.schema import RunConfig

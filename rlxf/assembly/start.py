@@ -10,10 +10,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rlxf.assembly.build_run import Data, Roles, build_run, load_data, with_epochs
+from rlxf.assembly.build_run import Roles, build_run
+from rlxf.assembly.data import Data, load_data, with_epochs
+from rlxf.checkpointing.lock import owned_checkpoints
 from rlxf.checkpointing.resume import Resume, find_resume, is_complete, policy_source
-from rlxf.checkpointing.run_folder import checkpoints_folder, owned_checkpoints, save_config
-from rlxf.checkpointing.store import list_checkpoints
+from rlxf.checkpointing.run_folder import save_config
+from rlxf.checkpointing.store import checkpoints_folder, list_checkpoints
 from rlxf.checkpointing.unfinished import newest_unfinished
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
@@ -67,7 +69,8 @@ def prepared(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None) 
 
 def run_prepared(found: Prepared, roles: Roles, *, platform: Platform, clock: Clock, stop: Stop) -> None:
     """Train, or evaluate only, with roles whose models are loaded."""
-    report = make_report(found.config, found.run_dir, Console(), found.resume)
+    earlier = found.resume.reported if found.resume else None
+    report = make_report(found.config, found.run_dir, Console(), earlier)
     try:
         run = build_run(
             found.config, found.run_dir, found.data, roles,

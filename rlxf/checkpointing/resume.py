@@ -8,17 +8,19 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rlxf.checkpointing.run_folder import FORMAT, checkpoints_folder, fingerprint, training_files
-from rlxf.checkpointing.store import DRIVER, Damaged, list_checkpoints, newest_good, require_good, step_of
+from rlxf.checkpointing.fingerprint import fingerprint, training_files
+from rlxf.checkpointing.manifest import DRIVER
+from rlxf.checkpointing.run_folder import FORMAT
+from rlxf.checkpointing.store import Damaged, checkpoints_folder, list_checkpoints, newest_good, require_good, step_of
 from rlxf.config.changes import compare
 from rlxf.config.curve import changed_since
-from rlxf.config.folders import megatron_checkpoint
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import CheckpointError
 from rlxf.core.files import file_sizes
-from rlxf.core.types import Metrics
+from rlxf.core.jsonl import from_json
+from rlxf.core.model_folder import megatron_checkpoint
 from rlxf.loop.run import State
-from rlxf.observe.metrics import from_json
+from rlxf.observe.report import Reported
 
 log = logging.getLogger(__name__)
 _LONGEST_HEADER = 10**8  # bytes, of a safetensors file
@@ -33,12 +35,9 @@ class Resume:
     run_folder: Path  # of the run that wrote it
     prompt_ids: list[int] | None  # rows of the data that the last step was made of; None: it does not say
     stream: dict[str, Any] | None = None  # where the data goes on, for ``DataSource.go_on``; None: it does not say
-    start: Metrics  # of the report: the first evaluation and the first step
-    end: Metrics  # and the newest ones
+    reported: Reported
     baseline: dict[str, Any] | None  # what the initial policy said to the evaluation's prompts
     changes: list[str]  # of the recipe since then, that change the curve
-    seconds: float = 0.0  # that the run had taken; a checkpoint of the first version does not say
-    trackers: dict[str, str] = field(default_factory=dict)  # the run's id in each experiment tracker
     other_start: list[str] = field(default_factory=list)  # keys by which the recipe now starts from another policy
 
 
@@ -66,20 +65,28 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         return None
     driver = read_driver(folder)
     changes = _check(config, folder, driver)
-    report = driver.get("report", {})
+    state = _state(driver)
     return Resume(
         folder=folder,
-        state=_state(driver),
+        state=state,
         run_folder=Path(driver.get("run_folder", run_dir)),
         prompt_ids=driver.get("prompt_ids"),
         stream=driver.get("stream"),
-        start=from_json(report.get("start", {})),
-        end=from_json(report.get("end", {})),
+        reported=_reported(driver.get("report", {}), state),
         baseline=driver.get("baseline"),
         changes=changes,
-        trackers=report.get("trackers", {}),
-        seconds=report.get("seconds", 0.0),
         other_start=_other_start(driver, config),
+    )
+
+
+def _reported(report: dict[str, Any], state: State) -> Reported:
+    return Reported(
+        step=state.step,
+        final_step=state.reported_step,
+        start=from_json(report.get("start", {})),
+        end=from_json(report.get("end", {})),
+        seconds=report.get("seconds", 0.0),
+        trackers=report.get("trackers", {}),
     )
 
 

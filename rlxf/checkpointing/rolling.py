@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from rlxf.checkpointing.store import MANIFEST, folder_of
+from rlxf.checkpointing.manifest import MANIFEST
+from rlxf.checkpointing.store import folder_of
 from rlxf.core.files import remove, write_text
 
 ROLLING = "rolling_checkpointed_iteration.txt"  # their steps, one a line: one, or two while it is being replaced

@@ -1,61 +1,56 @@
-"""What a run leaves on disk: checkpoints, the policy as a Hugging Face folder, recorded rollouts, config."""
+"""What a run leaves on disk: checkpoints, the policy as a Hugging Face folder, config."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import logging
 import math
-import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rlxf.checkpointing.fingerprint import fingerprint, training_files
+from rlxf.checkpointing.manifest import DRIVER, write_manifest
 from rlxf.checkpointing.rolling import drop_rolling, mark_rolling, rolling_steps
 from rlxf.checkpointing.store import (
     BEST,
     BEST_REASON,
-    DRIVER,
     LATEST,
-    PUBLISHED,
     best,
-    file_digest,
+    checkpoints_folder,
     folder_of,
     list_checkpoints,
     metric_of,
     num_bytes,
     prune,
     step_of,
-    write_manifest,
 )
 from rlxf.config.curve import CURVE
 from rlxf.config.evaluation import best_metric
-from rlxf.config.folders import data_files
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import CheckpointError
-from rlxf.core.files import fsync, make_folder, publish, remove_leftovers, temporary_for, write_json, write_text
-from rlxf.core.types import ScoredRollouts
+from rlxf.core.files import (
+    fsync,
+    publish,
+    temporary_for,
+    write_json,
+    write_text,
+)
+from rlxf.core.jsonl import finite_or_null
 from rlxf.core.waiting import in_thread
 from rlxf.loop.run import UNSAVED, Actor, State
 from rlxf.observe.console import with_error
-from rlxf.observe.metrics import finite_or_null
-from rlxf.observe.record import RolloutRecorder, SampleRecorder
-from rlxf.pair.strategies import PairingResult
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of driver.json
-LOCK = ".lock"  # in a folder of checkpoints; whose run holds it
 
 
 @dataclass(slots=True)
@@ -335,81 +330,6 @@ class RunFolder:
         return folder
 
 
-class Recorders:
-    """Writes ``rollouts.jsonl`` every step if asked to, and ``samples.jsonl`` after the first and every n-th step."""
-
-    def __init__(self, rollouts: RolloutRecorder | None, samples: SampleRecorder | None, samples_interval: int) -> None:
-        self._rollouts = rollouts
-        self._samples = samples
-        self._interval = samples_interval
-
-    def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult) -> None:
-        if self._rollouts is not None:
-            self._rollouts.write(step, scored)
-        if self._samples is not None and (step == 1 or step % self._interval == 0):
-            self._samples.write(step, scored, pairing.chosen_rows, pairing.rejected_rows)
-
-
-@contextmanager
-def owned_checkpoints(config: RunConfig, run_dir: Path) -> Iterator[None]:
-    """The run's checkpoint folder, for this run alone; what a killed one left half written there is deleted.
-
-    Raises:
-        CheckpointError: another run writes there now.
-    """
-    root = checkpoints_folder(config, run_dir)
-    made = not root.exists()
-    make_folder(root)
-    lock = root / LOCK
-    with lock.open("a+") as file:  # let go by the system when this process ends, however it does
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise CheckpointError(
-                f"{root}: another run writes its checkpoints there ({file.read().strip() or 'unknown'}); wait for it, "
-                "or name another folder in actor_rollout.save (or hydra.run.dir)"
-            ) from None
-        except OSError as error:  # a file system without locks
-            log.warning("%s: cannot be locked (%s); start no second run with it", root, error.strerror)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        remove_leftovers(root, PUBLISHED)
-        remove_leftovers(run_dir, PUBLISHED)
-        try:
-            yield
-        finally:
-            if [path.name for path in root.iterdir()] == [lock.name]:  # a run that did not start leaves nothing
-                lock.unlink()
-                if made:
-                    root.rmdir()
-
-
-def is_owned(root: Path) -> bool:
-    """Whether a run works on the checkpoints below ``root`` now; False on a file system without locks."""
-    try:
-        with (root / LOCK).open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def checkpoints_folder(config: RunConfig, run_dir: Path) -> Path:
-    """Where the run's checkpoints go: ``actor_rollout.save``, or ``checkpoints`` in the run folder."""
-    return Path(config.actor_rollout.save or run_dir / "checkpoints").absolute()
-
-
-def training_files(config: RunConfig) -> list[Path]:
-    """What the run trains on."""
-    if config.engine == "replay":
-        return [Path(config.rollout.replay_path)] if config.rollout.replay_path else []
-    return data_files(config.actor_rollout.data_path or ())
-
-
 def _least_bytes(config: RunConfig) -> int:
     """A lower bound of a checkpoint's size before there is one: fp32 weights, their master copy and two moments."""
     actor = config.actor_rollout
@@ -423,22 +343,3 @@ def save_config(config: RunConfig, run_dir: Path) -> None:
     if config.training.eval_only and (run_dir / "config.yaml").exists():
         return
     write_text(run_dir / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
-
-
-def fingerprint(*paths: Path) -> dict[str, Any] | None:
-    """What tells whether data files are still the same; None without a file."""
-    if not paths:
-        return None
-    statuses = [path.stat() for path in paths]
-    digests = [_digest(path, now.st_size, now.st_mtime_ns) for path, now in zip(paths, statuses, strict=True)]
-    return {
-        "path": ", ".join(map(str, paths)) if len(paths) < 4 else f"{paths[0]} and {len(paths) - 1} more",
-        "num_bytes": sum(now.st_size for now in statuses),
-        "sha256": digests[0] if len(paths) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest(),
-    }
-
-
-@cache
-def _digest(path: Path, num_bytes: int, modified_ns: int) -> str:
-    """The hash of a file that may be large, and is asked for twice in a resumed run."""
-    return file_digest(path)

@@ -1,24 +1,20 @@
-"""Which checkpoint to go on from: a manifest with a hash of every file, and the newest folder that still fits its own.
+"""The checkpoints of a run on disk: their names, which to go on from, which is the best, and which are deleted.
 
-A folder is made under a temporary name and renamed last (``core.files.publish``), so a crash leaves no half of one. The
-manifest is for what comes later: a truncated copy, a flipped bit, a deleted shard, which no loader notices.
+A folder is made under a temporary name and renamed last (``core.files.publish``), so a crash leaves no half of one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from rlxf.checkpointing.manifest import DRIVER, MANIFEST, find_problems
+from rlxf.config.schema import RunConfig
 from rlxf.core.errors import CheckpointError
 from rlxf.core.files import remove
 
-MANIFEST = "manifest.json"
-DRIVER = "driver.json"
 LATEST = "latest_checkpointed_iteration.txt"  # megatron's tracker: the step of the newest checkpoint
 BEST = "best_checkpointed_iteration.txt"  # the step of the best one, in the same form
 BEST_REASON = "best_checkpointed_iteration.json"  # and by which metric
@@ -35,63 +31,6 @@ class Damaged:
 
     def __str__(self) -> str:
         return f"{self.folder}: {'; '.join(self.problems[:3])}"
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_manifest(folder: Path) -> None:
-    """``manifest.json``: size and SHA-256 of every other file below ``folder``."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-        digests = list(pool.map(file_digest, paths))
-    files = {
-        str(path.relative_to(folder)): {"num_bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, digests, strict=True)
-    }
-    (folder / MANIFEST).write_text(_as_text({"files": files}))
-
-
-def find_problems(folder: Path) -> list[str]:
-    """What keeps a checkpoint from being used, each naming its file; empty if every file is what was written."""
-    try:
-        files = _manifest(folder)
-    except FileNotFoundError:
-        return [f"no {MANIFEST}"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
-    if DRIVER not in files:
-        return [f"{MANIFEST} names no {DRIVER}"]
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda item: _file_problem(folder / item[0], item[0], *item[1]), files.items())
-        return [problem for problem in found if problem is not None]
-
-
-def _file_problem(path: Path, name: str, num_bytes: int, sha256: str) -> str | None:
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != num_bytes:
-        return f"{name} has {path.stat().st_size} bytes, {num_bytes} were written"
-    return None if file_digest(path) == sha256 else f"{name} is not what was written (SHA-256 differs)"
-
-
-def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of each file that was written."""
-    text = (folder / MANIFEST).read_text()
-    content: dict[str, Any] = json.loads(text)
-    if text != _as_text(content):
-        raise ValueError("not as it was written")
-    return {name: (written["num_bytes"], written["sha256"]) for name, written in content["files"].items()}
-
-
-def _as_text(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2) + "\n"
 
 
 def num_bytes(folder: Path) -> int:
@@ -223,3 +162,8 @@ def prune(
             remove(folder)
             deleted.append(folder)
     return deleted
+
+
+def checkpoints_folder(config: RunConfig, run_dir: Path) -> Path:
+    """Where the run's checkpoints go: ``actor_rollout.save``, or ``checkpoints`` in the run folder."""
+    return Path(config.actor_rollout.save or run_dir / "checkpoints").absolute()

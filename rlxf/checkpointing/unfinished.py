@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlxf.checkpointing.fingerprint import fingerprint, training_files
+from rlxf.checkpointing.lock import is_owned
 from rlxf.checkpointing.resume import read_driver, summarised_steps
-from rlxf.checkpointing.run_folder import checkpoints_folder, fingerprint, is_owned, training_files
+from rlxf.checkpointing.run_folder import checkpoints_folder
 from rlxf.checkpointing.store import list_checkpoints
 from rlxf.config.changes import compare
 from rlxf.config.schema import RunConfig

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from rlxf.config.devices import DEVICES, find_device
 from rlxf.config.evaluation import evaluation_problems, say_what_is_not_evaluated
 from rlxf.config.folders import folder_problems
-from rlxf.config.keys import nearest
 from rlxf.config.lora import lora_problems, say_which_reference, warn_of_unused
 from rlxf.config.losses import loss_problems, warn_of_other_stages
 from rlxf.config.parallel import layout_problems, rollout_layout_problems
@@ -21,6 +20,7 @@ from rlxf.config.read_position import warn_of_read_position
 from rlxf.config.recording import holds_scores
 from rlxf.config.schema import ActorConfig, ModelConfig, RoleConfig, RunConfig
 from rlxf.config.trackers import tracker_problems
+from rlxf.core.words import nearest
 
 logger = logging.getLogger(__name__)
 

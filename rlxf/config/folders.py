@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from rlxf.config.problems import Problem, show
 from rlxf.config.schema import RESUME_WORDS, ModelConfig, RunConfig
+from rlxf.core.model_folder import assets_folder, megatron_checkpoint
 
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _INDEX_SUFFIX = ".idx"  # of indexed files, which are found by their prefix or their folder
 _DATASET_FILES = ("state.json", "dataset_dict.json")  # of a Hugging Face dataset on disk
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _DEFAULT_LABELS = 2  # of a Hugging Face classifier whose config.json says nothing about labels
 Head = Literal["words", "score", "either"]  # of a language model, of a reward model; a reward model begins with either
 
@@ -57,31 +57,6 @@ def data_files(paths: Iterable[str]) -> list[Path]:
 def indexed_files(prefix: Path) -> list[Path]:
     """The indexed files that a data path stands for when it is their prefix."""
     return sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}_packed_*_document.*"))
-
-
-def megatron_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of megatron that a model folder is, or holds instead of safetensors files; None if neither."""
-    if (folder / ".metadata").is_file():
-        return folder
-    tracker = folder / "latest_checkpointed_iteration.txt"
-    if not tracker.is_file() or any((folder / name).is_file() for name in _WEIGHT_FILES):
-        return None
-    newest = tracker.read_text(errors="replace").strip()
-    return folder / (f"iter_{int(newest):07d}" if newest.isdecimal() else "release")
-
-
-def assets_folder(folder: Path) -> Path:
-    """Where config.json and tokenizer of a model folder are: in it; for a checkpoint of a run, where that run began."""
-    checkpoint = megatron_checkpoint(folder)
-    if (folder / "config.json").is_file() or checkpoint is None:
-        return folder
-    if (checkpoint.parent / "config.json").is_file():
-        return checkpoint.parent
-    try:
-        start = json.loads((checkpoint / "driver.json").read_text(encoding="utf-8"))["config"]["actor_rollout"]["load"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return folder
-    return assets_folder(Path(start))
 
 
 def named_paths(config: RunConfig) -> list[NamedPath]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,6 +21,7 @@ from rlxf.config.schema import (
     SyncConfig,
     TrainingConfig,
 )
+from rlxf.core.words import nearest
 
 ROLES: dict[str, type[Strict]] = {"actor_rollout": ActorConfig, "ref": ReferenceConfig, "reward": RewardConfig}
 SECTIONS: dict[str, type[Strict]] = {
@@ -226,14 +226,6 @@ def plain_layout(path: Sequence[str]) -> tuple[str, ...]:
     """The path of a key of the reference layout in ours."""
     nested = len(path) > 1 and path[0] == REFERENCE_LAYOUT and path[1] in ("actor_rollout", "ref")
     return tuple(path[1:] if nested else path)
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word most like a wrong one, or else one that begins with it."""
-    words = sorted(known)
-    matches = get_close_matches(word, words, n=1, cutoff=0.6)
-    matches += [other for other in words if len(word) > 2 and other.startswith(word)]
-    return matches[0] if matches else None
 
 
 def unknown_key(path: Sequence[str]) -> str:

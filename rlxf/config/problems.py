@@ -10,7 +10,7 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from rlxf.config.devices import SYNONYMS
-from rlxf.config.keys import nearest
+from rlxf.core.words import nearest
 
 _LONGEST_VALUE = 80
 

@@ -7,9 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from rlxf.config.folders import assets_folder, megatron_checkpoint, shown
+from rlxf.config.folders import shown
 from rlxf.config.schema import RewardConfig, RunConfig
 from rlxf.core.errors import ConfigError
+from rlxf.core.model_folder import assets_folder, megatron_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlxf.core.errors import DataError
+from rlxf.core.types import Metrics
 
 Row = dict[str, Any]
 Check = Callable[[Row], str | None]  # what is wrong with a row, or None
@@ -193,3 +195,13 @@ def describe(value: Any) -> str:
     text = repr(value)
     kind = kinds.get(type(value), f"a {type(value).__name__}")
     return f"{kind} ({text})" if len(text) <= 40 else kind
+
+
+def from_json(values: Mapping[str, float | None]) -> Metrics:
+    """Metrics that were written with ``finite_or_null``; null is NaN again."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def finite_or_null(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has neither NaN nor infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}

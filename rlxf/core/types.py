@@ -327,3 +327,16 @@ Batch = ReferencedPairs | Examples | RewardPairs
 
 Metrics = dict[str, float]
 """One step's metrics: the names of the table in docs/metrics.md."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairingResult:
+    """Pairs, and why the other prompts have none. ``len(pairs) + dropped == num_prompts``."""
+
+    pairs: OnlinePairs  # N, at most one per prompt, in the order of the prompts
+    chosen_rows: Tensor  # [N] int64, rows of the scored rollouts
+    rejected_rows: Tensor  # [N] int64
+    dropped: int  # prompts without a pair, whatever the reason
+    ties: int  # of those: all scores equal
+    missing: int  # of those: fewer than two completions have a score
+    num_prompts: int

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlxf.config.keys import nearest
 from rlxf.core.errors import ConfigError, DataError
 from rlxf.core.jsonl import Row
 from rlxf.core.types import Messages
+from rlxf.core.words import nearest
 from rlxf.data.fields import BadRow, Pair
 from rlxf.data.instructions import ALPACA, Alpaca, ShareGpt
 from rlxf.data.text import text_problem

@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from rlxf.config.keys import nearest
 from rlxf.core.errors import ConfigError
+from rlxf.core.words import nearest
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from rlxf.core.types import (
     Batch,
     Examples,
     Metrics,
+    PairingResult,
     PairLogps,
     Pairs,
     PromptBatch,
@@ -24,7 +25,6 @@ from rlxf.core.types import (
     ScoredRollouts,
     Sequences,
 )
-from rlxf.pair.strategies import PairingResult
 from rlxf.rollout.engine import Sampling
 from rlxf.score.scorer import Scorer
 from rlxf.sync.push import SyncReport

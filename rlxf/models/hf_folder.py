@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from rlxf.config.folders import assets_folder
 from rlxf.core.errors import ModelError
 from rlxf.core.files import new_folder
+from rlxf.core.model_folder import assets_folder
 
 _SHARD_BYTES = 5 * 2**30
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*")

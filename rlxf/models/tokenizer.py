@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlxf.config.folders import assets_folder
 from rlxf.core.errors import ModelError, RlxfError
+from rlxf.core.model_folder import assets_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

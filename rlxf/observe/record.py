@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlxf.core.jsonl import JsonLines, Row, describe, open_after
-from rlxf.core.types import ScoredRollouts
+from rlxf.core.types import PairingResult, ScoredRollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -202,3 +202,18 @@ class SampleRecorder:
 
     def close(self) -> None:
         self._file.close()
+
+
+class Recorders:
+    """Writes ``rollouts.jsonl`` every step if asked to, and ``samples.jsonl`` after the first and every n-th step."""
+
+    def __init__(self, rollouts: RolloutRecorder | None, samples: SampleRecorder | None, samples_interval: int) -> None:
+        self._rollouts = rollouts
+        self._samples = samples
+        self._interval = samples_interval
+
+    def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult) -> None:
+        if self._rollouts is not None:
+            self._rollouts.write(step, scored)
+        if self._samples is not None and (step == 1 or step % self._interval == 0):
+            self._samples.write(step, scored, pairing.chosen_rows, pairing.rejected_rows)

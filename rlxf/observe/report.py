@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from rlxf.checkpointing.resume import Resume
 from rlxf.config.schema import RunConfig
 from rlxf.core.files import file_sizes, write_json
+from rlxf.core.jsonl import finite_or_null
 from rlxf.core.types import Metrics
 from rlxf.observe.console import Progressbar, duration, final_table
-from rlxf.observe.metrics import JsonlSink, Sink, TensorBoardSink, finite_or_null
+from rlxf.observe.sinks import JsonlSink, Sink, TensorBoardSink
 from rlxf.observe.trackers import TrackerSink
 
 # Rows of the final table. Read together, because each of them alone can look good in a run that has gone wrong.
@@ -55,13 +56,29 @@ _OFFLINE_TITLES = {"objective/kl": "mean log-ratio on the pairs, nats"}
 _TITLES = {"ray_online_dpo": "online DPO", "dpo": "offline DPO", "sft": "supervised fine-tuning", "rm": "reward model"}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reported:
+    """What the earlier processes of a resumed run have reported, as its checkpoint holds it."""
+
+    step: int  # complete driver steps
+    final_step: int  # the last one whose row in the run's files is final
+    start: Metrics = field(default_factory=dict)  # the first evaluation and the first step
+    end: Metrics = field(default_factory=dict)  # the newest ones
+    seconds: float = 0.0  # that the run had taken; a checkpoint of the first version does not say
+    trackers: Mapping[str, str] = field(default_factory=dict)  # the run's id in each experiment tracker
+
+
+NOTHING_REPORTED = Reported(step=0, final_step=0)
+
+
 class RunReport:
     """Everything that a run says about itself."""
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, sinks: Sequence[Sink], console: Console, resume: Resume | None = None
+        self, config: RunConfig, run_dir: Path, sinks: Sequence[Sink], console: Console, earlier: Reported | None = None
     ) -> None:
-        after, first_step = _steps_of(resume)
+        after = earlier.final_step if earlier else None
+        earlier = earlier or NOTHING_REPORTED
         self._run_dir = run_dir
         self._sinks = sinks
         if config.training.eval_only:
@@ -75,12 +92,12 @@ class RunReport:
         self._online = not config.offline
         self._unshown = {*_UNSHOWN, *(() if config.actor_rollout.missing_eos_penalty else _BEFORE_PENALTY)}
         self._num_steps = config.training.train_iters
-        self._bar = Progressbar(console, first_step, self._num_steps, config.log.interval)
+        self._bar = Progressbar(console, earlier.step, self._num_steps, config.log.interval)
         self._started = time.monotonic()
-        self._seconds_before = resume.seconds if resume and not config.training.eval_only else 0.0
-        self._step = first_step
-        self._start: Metrics = dict(resume.start) if resume else {}  # the first evaluation and the first step
-        self._end: Metrics = dict(resume.end) if resume else {}  # the newest ones
+        self._seconds_before = 0.0 if config.training.eval_only else earlier.seconds
+        self._step = earlier.step
+        self._start: Metrics = dict(earlier.start)  # the first evaluation and the first step
+        self._end: Metrics = dict(earlier.end)  # the newest ones
         self._measured: Metrics = {}  # by this process before its first step
 
     def describe(self) -> dict[str, Any]:
@@ -169,24 +186,19 @@ class RunReport:
             self._evaluations.write(step, evaluation)
 
 
-def make_report(config: RunConfig, run_dir: Path, console: Console, resume: Resume | None = None) -> RunReport:
+def make_report(config: RunConfig, run_dir: Path, console: Console, earlier: Reported | None = None) -> RunReport:
     """The report that a recipe asks for; a resumed run goes on after the step of its checkpoint, in files and trackers.
 
     Raises:
         ConfigError: a tracker could not be started.
     """
-    after, _ = _steps_of(resume)
+    after = earlier.final_step if earlier else None
     logs, trains = config.log, not config.training.eval_only
     sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", after=after)] if trains else []
     if logs.tensorboard or "tensorboard" in logs.report_to:
         sinks.append(TensorBoardSink(run_dir / "tensorboard", after=after if trains else None))
-    ids = resume.trackers if resume and trains else {}  # an evaluation alone is a run of its own
+    ids = earlier.trackers if earlier and trains else {}  # an evaluation alone is a run of its own
     for name in dict.fromkeys(logs.report_to):
         if name != "tensorboard":
             sinks.append(TrackerSink(name, config, run_dir, ids.get(name)))
-    return RunReport(config, run_dir, sinks, console, resume)
-
-
-def _steps_of(resume: Resume | None) -> tuple[int | None, int]:
-    """The last step whose numbers are in the files of a resumed run, and the steps that are done."""
-    return (resume.state.reported_step, resume.state.step) if resume else (None, 0)
+    return RunReport(config, run_dir, sinks, console, earlier)

@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rlxf.core.errors import ShapeError
-from rlxf.core.types import OnlinePairs, Rollouts, ScoredRollouts
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PairingResult:
-    """Pairs, and why the other prompts have none. ``len(pairs) + dropped == num_prompts``."""
-
-    pairs: OnlinePairs  # N, at most one per prompt, in the order of the prompts
-    chosen_rows: Tensor  # [N] int64, rows of the scored rollouts
-    rejected_rows: Tensor  # [N] int64
-    dropped: int  # prompts without a pair, whatever the reason
-    ties: int  # of those: all scores equal
-    missing: int  # of those: fewer than two completions have a score
-    num_prompts: int
+from rlxf.core.types import OnlinePairs, PairingResult, Rollouts, ScoredRollouts
 
 
 def make_pairs(scored: ScoredRollouts, *, min_score_margin: float) -> PairingResult:

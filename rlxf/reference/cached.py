@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import rlxf
-from rlxf.checkpointing.store import file_digest
-from rlxf.config.folders import assets_folder, megatron_checkpoint
+from rlxf.core.files import file_digest
+from rlxf.core.model_folder import assets_folder, megatron_checkpoint
 from rlxf.core.types import PairLogps, Pairs, Sequences
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rlxf.config.folders import assets_folder, megatron_checkpoint
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, RlxfError, SyncError
+from rlxf.core.model_folder import assets_folder, megatron_checkpoint
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer

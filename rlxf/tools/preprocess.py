@@ -14,10 +14,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rlxf.config.keys import nearest
 from rlxf.core.errors import ConfigError, DataError, StageTimeout, WorkerLost
 from rlxf.core.jsonl import Problems
 from rlxf.core.waiting import own_children
+from rlxf.core.words import nearest
 from rlxf.data.batches import Drop
 from rlxf.data.encoders import ChatEncoder, Encoder, Ids, TextEncoder
 from rlxf.data.handlers import Columns, Handler, find_handler

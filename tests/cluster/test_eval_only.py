@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlxf.observe.metrics import read_jsonl
+from rlxf.observe.formulas import read_jsonl
 from tests.cluster.conftest import Recipe
 from tests.cluster.test_launch import succeed
 

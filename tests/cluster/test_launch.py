@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from rlxf.checkpointing.store import list_checkpoints
-from rlxf.observe.metrics import read_jsonl
+from rlxf.observe.formulas import read_jsonl
 from tests.cluster.conftest import RAY, Recipe, TwoNodes, children, command_of, environment
 from tests.runs.small import CLOCKED
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlxf.checkpointing.store import list_checkpoints
-from rlxf.observe.metrics import read_jsonl
+from rlxf.observe.formulas import read_jsonl
 from tests.cluster.conftest import Recipe, children, command_of, environment
 from tests.cluster.test_launch import leftovers, numbers, succeed, wait_until
 

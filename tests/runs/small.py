@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlxf.assembly.local import launch
 from rlxf.config.load import load_config
-from rlxf.observe.metrics import read_jsonl
+from rlxf.observe.formulas import read_jsonl
 from tests.data_world import chat_tokenizer, write_rows
 from tests.settings import MODEL
 from tests.tiny_models import EOS, VOCAB, save_causal_lm, save_reward_model

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from rlxf.evaluate.user import BUILT_IN
-from rlxf.observe.metrics import read_jsonl
+from rlxf.observe.formulas import read_jsonl
 from tests.runs.small import Finished, World, run
 
 NUM_STEPS, SAVE_INTERVAL, EVAL_INTERVAL, SAMPLES_INTERVAL = 5, 2, 3, 4

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlxf.core.errors import CheckpointError, ConfigError
-from rlxf.observe.metrics import read_jsonl
+from rlxf.observe.formulas import read_jsonl
 from tests.runs.small import Finished, Recipe, World, run
 
 

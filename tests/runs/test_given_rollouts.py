@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlxf.observe.metrics import read_jsonl
+from rlxf.observe.formulas import read_jsonl
 from tests.data_world import write_rows
 from tests.runs.small import Finished, Recipe, World, replay_of, run
 from tests.tiny_models import EOS

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from rlxf.checkpointing.store import find_problems, list_checkpoints, newest_good, step_of
+from rlxf.checkpointing.manifest import find_problems
+from rlxf.checkpointing.store import list_checkpoints, newest_good, step_of
 from tests.runs.killed import After, Call, File, Moment, assert_same_run, run_in_child, undisturbed_run
 from tests.runs.small import NUM_PROMPTS, Finished, Recipe, World
 

@@ -17,7 +17,7 @@ import torch
 from rlxf.assembly.local import launch
 from rlxf.checkpointing.store import list_checkpoints
 from rlxf.config.load import load_config
-from rlxf.observe.metrics import read_jsonl
+from rlxf.observe.formulas import read_jsonl
 from tests.data_world import write_rows
 from tests.runs.killed import Call, assert_same_run, run_in_child, undisturbed_run
 from tests.runs.small import Finished, Recipe, World, command, environment, replay_of, run

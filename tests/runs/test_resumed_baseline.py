@@ -12,7 +12,7 @@ import pytest
 from rlxf.assembly.local import launch
 from rlxf.config.load import load_config
 from rlxf.core.errors import CheckpointError
-from rlxf.observe.metrics import read_jsonl
+from rlxf.observe.formulas import read_jsonl
 from tests.runs.small import Finished, Recipe, World, run
 
 STARTS = ["plain", "megatron", "lora_load", "qlora"]

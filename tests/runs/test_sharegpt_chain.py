@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlxf.observe.metrics import read_jsonl
+from rlxf.observe.formulas import read_jsonl
 from tests.runs.small import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlxf.observe.metrics import read_jsonl
+from rlxf.observe.formulas import read_jsonl
 from tests.runs.small import World, command, environment
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlxf.observe.metrics import read_jsonl
+from rlxf.observe.formulas import read_jsonl
 from tests.runs.small import ROOT, Finished, ray_gpt
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.vllm, pytest.mark.timeout(1800)]

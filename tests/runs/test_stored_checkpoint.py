@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from rlxf.checkpointing.fingerprint import fingerprint
+from rlxf.checkpointing.manifest import find_problems
 from rlxf.checkpointing.resume import find_resume
-from rlxf.checkpointing.run_folder import fingerprint
-from rlxf.checkpointing.store import find_problems
 from rlxf.config.load import load_config
-from rlxf.observe.metrics import read_jsonl
+from rlxf.observe.formulas import read_jsonl
 from rlxf.platform import Process, get_platform
 from rlxf.update.actor import Actor
 from tests.runs.small import Finished, Recipe, replay_of

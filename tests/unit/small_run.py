@@ -16,6 +16,7 @@ from rlxf.core.clock import Clock
 from rlxf.core.stop import Stop
 from rlxf.core.types import (
     Metrics,
+    PairingResult,
     PairLogps,
     Pairs,
     PromptBatch,
@@ -27,7 +28,6 @@ from rlxf.core.types import (
 )
 from rlxf.evaluate import no_evaluation
 from rlxf.loop.run import Evaluate, FileSource, Online, PromptSource, Run, State
-from rlxf.pair.strategies import PairingResult
 from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_requests
 from rlxf.sync.push import SyncReport
 from rlxf.sync.refresh import no_refresh

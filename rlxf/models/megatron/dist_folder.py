@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from rlxf.config.folders import megatron_checkpoint
 from rlxf.core.errors import ModelError
+from rlxf.core.model_folder import megatron_checkpoint
 from rlxf.models.hf_folder import HfWeights, ModelWeights
 from rlxf.models.megatron.families import family_of
 from rlxf.models.megatron.weights import Entry, Geometry, entries, to_full

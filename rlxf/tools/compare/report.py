@@ -15,7 +15,7 @@ from rich.table import Table
 
 from rlxf.core.errors import ConfigError
 from rlxf.core.files import write_json, write_text
-from rlxf.observe.metrics import finite_or_null
+from rlxf.core.jsonl import finite_or_null
 from rlxf.tools.compare.models import Comparison, Said
 from rlxf.tools.compare.statistics import Floats, Interval, WinRate, win_rate
 

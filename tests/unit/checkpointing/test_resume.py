@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rlxf.checkpointing.manifest import write_manifest
 from rlxf.checkpointing.resume import Resume, find_resume, is_complete
 from rlxf.checkpointing.run_folder import RunFolder
-from rlxf.checkpointing.store import LATEST, write_manifest
+from rlxf.checkpointing.store import LATEST
 from rlxf.config import curve
 from rlxf.config.changes import compare
 from rlxf.config.curve import CurveChange
@@ -75,8 +76,8 @@ def test_the_newest_checkpoint_is_taken_with_the_drivers_state(tmp_path: Path) -
     assert (resume.state.step, resume.state.policy_version) == (3, 2)
     assert resume.state.metrics["loss"] != resume.state.metrics["loss"]  # NaN, through JSON's null
     assert resume.prompt_ids == [3]
-    assert resume.start == {"loss": 0.7}
-    assert resume.end["eval/reward"] != resume.end["eval/reward"]
+    assert resume.reported.start == {"loss": 0.7}
+    assert resume.reported.end["eval/reward"] != resume.reported.end["eval/reward"]
     assert resume.run_folder == tmp_path
 
 

@@ -18,8 +18,11 @@ import torch
 import yaml
 
 from rlxf.checkpointing import run_folder
-from rlxf.checkpointing.run_folder import RunFolder, fingerprint, owned_checkpoints, save_config
-from rlxf.checkpointing.store import find_problems, list_checkpoints, newest_good
+from rlxf.checkpointing.fingerprint import fingerprint
+from rlxf.checkpointing.lock import owned_checkpoints
+from rlxf.checkpointing.manifest import find_problems
+from rlxf.checkpointing.run_folder import RunFolder, save_config
+from rlxf.checkpointing.store import list_checkpoints, newest_good
 from rlxf.config.curve import CURVE
 from rlxf.core.errors import CheckpointError
 from rlxf.loop.run import State

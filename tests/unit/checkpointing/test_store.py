@@ -9,18 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlxf.checkpointing.store import (
-    LATEST,
-    MANIFEST,
-    PUBLISHED,
-    best,
-    find_problems,
-    list_checkpoints,
-    newest_good,
-    prune,
-    require_good,
-    write_manifest,
-)
+from rlxf.checkpointing.manifest import MANIFEST, find_problems, write_manifest
+from rlxf.checkpointing.store import LATEST, PUBLISHED, best, list_checkpoints, newest_good, prune, require_good
 from rlxf.core.errors import CheckpointError
 from rlxf.core.files import remove_leftovers, temporary_for
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlxf.assembly.build_run import needs_scorer
+from rlxf.assembly.data import needs_scorer
 from rlxf.config.folders import missing_paths
 from rlxf.config.load import load_config
 from rlxf.core.errors import ConfigError

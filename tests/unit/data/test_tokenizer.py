@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlxf.assembly.build_run import load_data, with_epochs
+from rlxf.assembly.data import load_data, with_epochs
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, ModelError
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer

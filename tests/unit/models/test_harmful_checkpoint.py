@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from rlxf.checkpointing.manifest import find_problems, write_manifest
 from rlxf.checkpointing.resume import find_resume
-from rlxf.checkpointing.store import find_problems, write_manifest
 from rlxf.config.load import load_config
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import CheckpointError, ModelError, RlxfError

@@ -10,15 +10,8 @@ import pytest
 import torch
 
 from rlxf.core.types import OnlinePairs, PromptBatch, Rollouts, ScoredRollouts, Sequences, Tokens
-from rlxf.observe.metrics import (
-    JsonlSink,
-    TensorBoardSink,
-    num_tokens,
-    pair_metrics,
-    read_jsonl,
-    rollout_metrics,
-    version_lag,
-)
+from rlxf.observe.formulas import num_tokens, pair_metrics, read_jsonl, rollout_metrics, version_lag
+from rlxf.observe.sinks import JsonlSink, TensorBoardSink
 from rlxf.pair.strategies import make_pairs
 from rlxf.score.penalty import with_scores
 

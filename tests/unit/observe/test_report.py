@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rlxf.checkpointing.resume import Resume
 from rlxf.config.schema import RunConfig
 from rlxf.core.types import Metrics
-from rlxf.loop.run import State
 from rlxf.observe.console import Progressbar, duration, with_error
-from rlxf.observe.metrics import read_jsonl
-from rlxf.observe.report import make_report
+from rlxf.observe.formulas import read_jsonl
+from rlxf.observe.report import Reported, make_report
 from tests.unit.small_run import small_config
 
 STEP = {
@@ -101,10 +99,12 @@ def test_the_report_of_a_run(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "metrics.jsonl")[1]["eval/reward"] == 3.0
 
 
-def table_of(tmp_path: Path, config: RunConfig, *evaluations: Metrics, resume: Resume | None = None) -> list[list[str]]:
+def table_of(
+    tmp_path: Path, config: RunConfig, *evaluations: Metrics, earlier: Reported | None = None
+) -> list[list[str]]:
     """Head and rows of the final table after evaluations at steps 0, 1, ...; none before a first one that is empty."""
     console, text = plain_console()
-    report = make_report(config, tmp_path, console, resume)
+    report = make_report(config, tmp_path, console, earlier)
     report.evaluated(0, evaluations[0])
     for step, metrics in enumerate(evaluations[1:], start=1):
         report.stepped(step, {**STEP, **metrics})
@@ -148,11 +148,10 @@ def test_with_a_penalty_the_score_before_it_is_a_row(tmp_path: Path) -> None:
 
 def test_an_evaluation_alone_has_one_column_of_what_it_measured(tmp_path: Path) -> None:
     config = small_config(training__eval_only=True, log__tensorboard=False)
-    resume = Resume(
-        folder=tmp_path, state=State(step=3), run_folder=tmp_path, prompt_ids=[], baseline=None, changes=[],
-        start={"eval/reward": 1.0, "loss": 0.7}, end={"eval/reward": 2.0, "loss": 0.5},
-    )  # fmt: skip
-    head, *rows = table_of(tmp_path, config, {"eval/reward": 3.0, "eval/reward_se": 0.25}, resume=resume)
+    earlier = Reported(
+        step=3, final_step=3, start={"eval/reward": 1.0, "loss": 0.7}, end={"eval/reward": 2.0, "loss": 0.5}
+    )
+    head, *rows = table_of(tmp_path, config, {"eval/reward": 3.0, "eval/reward_se": 0.25}, earlier=earlier)
     assert [head, *rows] == [["measure", "value"], ["reward score", "3.000 ± 0.25"]]
 
 
@@ -176,12 +175,9 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_processes(tmp_path: P
     first = make_report(config, tmp_path, plain_console()[0])
     before = first.describe()["seconds"]
     assert 0 <= before < 60
-    resume = Resume(
-        folder=tmp_path, state=State(step=1), run_folder=tmp_path, prompt_ids=[], start={}, end={}, baseline=None,
-        changes=[], seconds=3675.0,
-    )  # fmt: skip
+    earlier = Reported(step=1, final_step=1, seconds=3675.0)
     console, text = plain_console()
-    again = make_report(config, tmp_path, console, resume)
+    again = make_report(config, tmp_path, console, earlier)
     again.stepped(2, STEP)
     assert again.describe()["seconds"] >= 3675
     again.finished(tmp_path / "policy")

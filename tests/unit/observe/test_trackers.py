@@ -13,14 +13,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rlxf.checkpointing.resume import Resume
 from rlxf.config import trackers as checks
 from rlxf.config.load import load_config
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, StopRequested
-from rlxf.loop.run import State
 from rlxf.observe import trackers
-from rlxf.observe.report import RunReport, make_report
+from rlxf.observe.report import Reported, RunReport, make_report
 from rlxf.observe.trackers import TrackerSink
 from tests.unit.config.recipes import recipe
 from tests.unit.small_run import small_config
@@ -43,17 +41,13 @@ def config(*names: str, **log: Any) -> RunConfig:
     return small_config(**{f"log__{key}": value for key, value in wanted.items()})
 
 
-def report(run_dir: Path, recipe: RunConfig, resume: Resume | None = None) -> RunReport:
-    return make_report(recipe, run_dir, Console(file=io.StringIO()), resume)
+def report(run_dir: Path, recipe: RunConfig, earlier: Reported | None = None) -> RunReport:
+    return make_report(recipe, run_dir, Console(file=io.StringIO()), earlier)
 
 
-def resume_of(made: RunReport, run_dir: Path) -> Resume:
+def reported_by(made: RunReport) -> Reported:
     """What a checkpoint after step 2 holds of a report."""
-    found = made.describe()
-    return Resume(
-        folder=run_dir, state=State(step=2), run_folder=run_dir, prompt_ids=[], start={}, end={}, baseline=None,
-        changes=[], trackers=found["trackers"],
-    )  # fmt: skip
+    return Reported(step=2, final_step=2, trackers=made.describe()["trackers"])
 
 
 def train(made: RunReport, steps: dict[int, dict[str, float]] = STEPS, *, to_the_end: bool = True) -> None:
@@ -150,7 +144,7 @@ def test_a_resumed_run_goes_on_in_the_trackers_run(name: str, tmp_path: Path) ->
     first = report(tmp_path, config(name))
     ids = first.describe()["trackers"]
     train(first, to_the_end=False)
-    again = report(tmp_path, config(name), resume_of(first, tmp_path))
+    again = report(tmp_path, config(name), reported_by(first))
     assert again.describe()["trackers"] == ids
     train(again, {3: {"loss": 0.25}})
     runs = READERS[name](tmp_path)
@@ -179,7 +173,7 @@ def test_mlflow_knows_the_recipe_and_how_the_run_ended(tmp_path: Path) -> None:
     assert client.get_run(run_id).info.status == "RUNNING"
     train(made, to_the_end=False)
     assert client.get_run(run_id).info.status == "FAILED"
-    again = report(tmp_path, config("mlflow"), resume_of(made, tmp_path))
+    again = report(tmp_path, config("mlflow"), reported_by(made))
     assert client.get_run(run_id).info.status == "RUNNING"
     train(again, {})
     found = client.get_run(run_id)
@@ -277,6 +271,6 @@ def test_an_evaluation_alone_is_a_run_of_its_own(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(trackers._START, "wandb", Notes)
     first = report(tmp_path, config("wandb"))
     only = config("wandb").model_copy(update={"training": config().training.model_copy(update={"eval_only": True})})
-    report(tmp_path, only, resume_of(first, tmp_path))
-    report(tmp_path, config("wandb"), resume_of(first, tmp_path))
+    report(tmp_path, only, reported_by(first))
+    report(tmp_path, config("wandb"), reported_by(first))
     assert given == [None, None, "7"]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlxf.core.errors import ShapeError
-from rlxf.core.types import Rollouts, ScoredRollouts
-from rlxf.pair.strategies import PairingResult, make_pairs
+from rlxf.core.types import PairingResult, Rollouts, ScoredRollouts
+from rlxf.pair.strategies import make_pairs
 from tests.data_world import make_rollouts, prompt_batch, reorder
 
 NAN = math.nan

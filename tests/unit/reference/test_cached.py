@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlxf.checkpointing.store import file_digest
+from rlxf.core.files import file_digest
 from rlxf.core.types import PairLogps, Pairs, Sequences
 from rlxf.reference import cached as cached_module
 from rlxf.reference.cached import CachedReference, cache_folder

@@ -1,72 +1,15 @@
-"""One step's numbers: where they are written, and those that come from rollouts and pairs. Names: docs/metrics.md."""
+"""One step's numbers, as far as they come from rollouts, pairs and data. Names: docs/metrics.md."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from rlxf.core.jsonl import open_after
-from rlxf.core.types import Examples, Metrics, OnlinePairs, Pairs, ScoredRollouts
-from rlxf.pair.strategies import PairingResult
-
-
-class Sink(Protocol):
-    """A place that metrics are written to."""
-
-    def write(self, step: int, metrics: Metrics) -> None:
-        """``step``: complete driver steps, 0 before the first."""
-        ...
-
-    def close(self, *, complete: bool = False) -> None:
-        """``complete``: the run has come to its end. May be called twice."""
-        ...
-
-
-class JsonlSink:
-    """One object per step, ``step`` first, numbers at full precision; what is not finite becomes null."""
-
-    def __init__(self, path: Path, *, after: int | None = None) -> None:
-        """``after``: the step after which a resumed run goes on; its row and those before stay."""
-        self._file = open_after(path, after)
-
-    def write(self, step: int, metrics: Metrics) -> None:
-        self._file.write((json.dumps({"step": step, **finite_or_null(metrics)}) + "\n").encode())
-        self._file.flush()  # line by line: a killed run keeps what it wrote
-
-    def close(self, *, complete: bool = False) -> None:
-        self._file.close()
-
-
-class TensorBoardSink:
-    """TensorBoard event files. Imported late: TensorBoard takes a second to import."""
-
-    def __init__(self, folder: Path, *, after: int | None = None) -> None:
-        """``after``: the step after which a resumed run goes on; TensorBoard hides what is there of later steps."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
-
-    def write(self, step: int, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self, *, complete: bool = False) -> None:
-        self._writer.close()
-
-
-def from_json(values: Mapping[str, float | None]) -> Metrics:
-    """Metrics that were written with ``finite_or_null``; null is NaN again."""
-    return {name: math.nan if value is None else value for name, value in values.items()}
-
-
-def finite_or_null(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has neither NaN nor infinity."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+from rlxf.core.types import Examples, Metrics, OnlinePairs, PairingResult, Pairs, ScoredRollouts
 
 
 class Source(Protocol):

@@ -1,0 +1,74 @@
+"""One run to a folder of checkpoints: the lock, and what a killed run left half written."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlxf.checkpointing.store import (
+    PUBLISHED,
+    checkpoints_folder,
+)
+from rlxf.config.schema import RunConfig
+from rlxf.core.errors import CheckpointError
+from rlxf.core.files import (
+    make_folder,
+    remove_leftovers,
+)
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"  # in a folder of checkpoints; whose run holds it
+
+
+@contextmanager
+def owned_checkpoints(config: RunConfig, run_dir: Path) -> Iterator[None]:
+    """The run's checkpoint folder, for this run alone; what a killed one left half written there is deleted.
+
+    Raises:
+        CheckpointError: another run writes there now.
+    """
+    root = checkpoints_folder(config, run_dir)
+    made = not root.exists()
+    make_folder(root)
+    lock = root / LOCK
+    with lock.open("a+") as file:  # let go by the system when this process ends, however it does
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CheckpointError(
+                f"{root}: another run writes its checkpoints there ({file.read().strip() or 'unknown'}); wait for it, "
+                "or name another folder in actor_rollout.save (or hydra.run.dir)"
+            ) from None
+        except OSError as error:  # a file system without locks
+            log.warning("%s: cannot be locked (%s); start no second run with it", root, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        remove_leftovers(root, PUBLISHED)
+        remove_leftovers(run_dir, PUBLISHED)
+        try:
+            yield
+        finally:
+            if [path.name for path in root.iterdir()] == [lock.name]:  # a run that did not start leaves nothing
+                lock.unlink()
+                if made:
+                    root.rmdir()
+
+
+def is_owned(root: Path) -> bool:
+    """Whether a run works on the checkpoints below ``root`` now; False on a file system without locks."""
+    try:
+        with (root / LOCK).open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -1,0 +1,33 @@
+"""What a model folder is: Hugging Face's files, or a checkpoint of megatron, and where its small files are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def megatron_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of megatron that a model folder is, or holds instead of safetensors files; None if neither."""
+    if (folder / ".metadata").is_file():
+        return folder
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file() or any((folder / name).is_file() for name in WEIGHT_FILES):
+        return None
+    newest = tracker.read_text(errors="replace").strip()
+    return folder / (f"iter_{int(newest):07d}" if newest.isdecimal() else "release")
+
+
+def assets_folder(folder: Path) -> Path:
+    """Where config.json and tokenizer of a model folder are: in it; for a checkpoint of a run, where that run began."""
+    checkpoint = megatron_checkpoint(folder)
+    if (folder / "config.json").is_file() or checkpoint is None:
+        return folder
+    if (checkpoint.parent / "config.json").is_file():
+        return checkpoint.parent
+    try:
+        start = json.loads((checkpoint / "driver.json").read_text(encoding="utf-8"))["config"]["actor_rollout"]["load"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder
+    return assets_folder(Path(start))
