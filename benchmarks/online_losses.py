@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import measure  # noqa: E402 - the repository's root must be importable first
 from benchmarks.tiny_learning import RECIPE, evaluations  # noqa: E402
-from rlxf.config.schema import LossType  # noqa: E402
+from rlxf.config.kinds import LossType  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "online_losses.json"
 SHOWN = ("positive", "win_truth", "valid", "kl", "eos_rate", "length")

@@ -16,7 +16,7 @@ from typing import get_args
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # also without an installed package
 
-from rlxf.config.schema import Device, ReadAt  # noqa: E402 (the path comes first)
+from rlxf.config.kinds import Device, ReadAt  # noqa: E402
 from rlxf.core.errors import ConfigError, RlxfError  # noqa: E402
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import io
 import sys
-import tokenize
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -16,13 +13,14 @@ sys.path.insert(0, str(ROOT))
 from pydantic.fields import FieldInfo  # noqa: E402
 from pydantic_core import PydanticUndefined  # noqa: E402
 
-from rlxf.config import keys, schema  # noqa: E402
+from rlxf.config import keys, roles, schema  # noqa: E402
 from rlxf.config.fields import LocalPath  # noqa: E402
+from rlxf.config.kinds import Strict  # noqa: E402
 
 PAGE = ROOT / "docs" / "config.md"
 INTRO = """# Configuration
 
-*Generated from `rlxf/config/schema.py` by `scripts/make_config_docs.py`; do not edit.*
+*Generated from the docstrings in `rlxf/config/{schema,roles}.py` by `scripts/make_config_docs.py`; do not edit.*
 
 A recipe is a YAML file in `configs/rlxf/`, run by name:
 
@@ -44,23 +42,6 @@ python ray_gpt.py --config-name online_dpo_trainer_tiny training.seed=2 actor_ro
 - A recipe in the layout `actor_rollout_ref.actor_rollout`, `actor_rollout_ref.ref` is understood; where both layouts
   set a key, the plain one wins.
 """
-
-
-def comments(source: str) -> dict[tuple[str, str], str]:
-    """``(class, field) -> trailing comment`` of every annotated field."""
-    by_line: dict[int, str] = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            by_line[token.start[0]] = token.string.split("  # ")[-1].lstrip("# ")
-    found = {}
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for item in node.body:
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                lines = range(item.lineno, (item.end_lineno or item.lineno) + 1)
-                found[node.name, item.target.id] = " ".join(by_line[line] for line in lines if line in by_line)
-    return found
 
 
 def kind(annotation: Any, metadata: list[Any]) -> str:
@@ -108,41 +89,49 @@ def default(field: FieldInfo) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def section(title: str, model: type[schema.Strict], texts: dict[tuple[str, str], str], skip: frozenset[str]) -> str:
-    """A heading, the class's first line and a table of its fields; ``skip``: fields that another table has."""
+HEAD = ["| key | type | default | meaning |", "|---|---|---|---|"]
+
+
+def row(name: str, field: FieldInfo) -> str:
+    text = " ".join((field.description or "").split()).replace("|", "\\|")
+    return f"| `{name}` | {kind(field.annotation, field.metadata)} | {default(field)} | {text} |"
+
+
+def section(title: str, model: type[Strict], *, above: type[Strict] | None = None) -> str:
+    """A heading, the class's text and a table of its fields, but for those of ``above``, which another table has.
+
+    A class that is put together from others has a table for each of them.
+    """
+    skip = set(above.model_fields) if above else set()
     lines = [f"\n## `{title}`\n", (model.__doc__ or "").strip().replace("``", "`"), ""]
-    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for name, field in model.model_fields.items():
-        if name in skip:
-            continue
-        owner = next(cls for cls in model.__mro__ if name in getattr(cls, "__annotations__", {}))
-        text = texts[owner.__name__, name].replace("|", "\\|")
-        lines.append(f"| `{name}` | {kind(field.annotation, field.metadata)} | {default(field)} | {text} |")
+    own = [name for name in model.model_fields if name in vars(model).get("__annotations__", {}) and name not in skip]
+    if own:
+        lines += [*HEAD, *(row(name, model.model_fields[name]) for name in own)]
+    for part in model.__bases__:
+        names = [name for name in getattr(part, "model_fields", {}) if name not in skip]
+        if names:
+            lines += ["", f"**{(part.__doc__ or '').strip()}**", "", *HEAD]
+            lines += [row(name, model.model_fields[name]) for name in names]
     return "\n".join(lines) + "\n"
 
 
 def page() -> str:
     """The whole page."""
-    texts = comments(Path(schema.__file__).read_text(encoding="utf-8"))
-    common = frozenset(schema.RoleConfig.model_fields)
-    parts = [INTRO, top_level(texts)]
-    parts.append(section("training", schema.TrainingConfig, texts, frozenset()))
-    parts.append(section("actor_rollout, ref and reward", schema.RoleConfig, texts, frozenset()))
-    parts.append(section("actor_rollout", schema.ActorConfig, texts, common))
-    parts.append(section("ref", schema.ReferenceConfig, texts, common))
-    parts.append(section("reward", schema.RewardConfig, texts, common))
+    parts = [INTRO, top_level()]
+    parts.append(section("training", schema.TrainingConfig))
+    parts.append(section("actor_rollout, ref and reward", roles.RoleConfig))
+    parts.append(section("actor_rollout", roles.ActorConfig, above=roles.RoleConfig))
+    parts.append(section("ref", roles.ReferenceConfig, above=roles.RoleConfig))
+    parts.append(section("reward", roles.RewardConfig, above=roles.RoleConfig))
     for name in ("rollout", "sync", "algorithm", "resource_pool", "eval", "log"):
-        parts.append(section(name, keys.SECTIONS[name], texts, frozenset()))
-    parts.append(section("model.<name>", schema.ModelConfig, texts, frozenset()))
+        parts.append(section(name, keys.SECTIONS[name]))
+    parts.append(section("model.<name>", schema.ModelConfig))
     return "".join([*parts, older_names()])
 
 
-def top_level(texts: dict[tuple[str, str], str]) -> str:
-    lines = ["\n## Top level\n", "| key | type | default | meaning |", "|---|---|---|---|"]
-    for name in ("runtime", "dry_run"):
-        field = schema.RunConfig.model_fields[name]
-        text = texts["RunConfig", name]
-        lines.append(f"| `{name}` | {kind(field.annotation, field.metadata)} | {default(field)} | {text} |")
+def top_level() -> str:
+    lines = ["\n## Top level\n", *HEAD]
+    lines += [row(name, schema.RunConfig.model_fields[name]) for name in ("runtime", "dry_run")]
     return "\n".join(lines) + "\n"
 
 

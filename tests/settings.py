@@ -7,15 +7,8 @@ from typing import Any
 
 import torch
 
-from rlxf.config.schema import (
-    ActorConfig,
-    ModelConfig,
-    ReferenceConfig,
-    RewardConfig,
-    RoleConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from rlxf.config.roles import ActorConfig, ReferenceConfig, RewardConfig, RoleConfig
+from rlxf.config.schema import ModelConfig, RunConfig, TrainingConfig
 from rlxf.core.types import Examples, Metrics, PairLogps, Pairs, ReferencedPairs, RewardPairs, Sequences
 from rlxf.update.objective import MOMENTS
 from tests.tiny_models import VOCAB

@@ -17,7 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlxf.assembly.build_run import Roles
 from rlxf.assembly.data import needs_scorer
 from rlxf.assembly.start import prepared, run_prepared
-from rlxf.config.schema import Role, RunConfig
+from rlxf.config.kinds import Role
+from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
 from rlxf.core.command import Typed
 from rlxf.core.stop import Stop

@@ -18,7 +18,8 @@ from rlxf.config.placement import placement_problems
 from rlxf.config.problems import Problem, show, wrong
 from rlxf.config.read_position import warn_of_read_position
 from rlxf.config.recording import holds_scores
-from rlxf.config.schema import ActorConfig, ModelConfig, RoleConfig, RunConfig
+from rlxf.config.roles import ActorConfig, RoleConfig
+from rlxf.config.schema import ModelConfig, RunConfig
 from rlxf.config.trackers import tracker_problems
 from rlxf.core.words import nearest
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlxf.config.kinds import RESUME_WORDS
 from rlxf.config.problems import Problem, show
-from rlxf.config.schema import RESUME_WORDS, ModelConfig, RunConfig
+from rlxf.config.schema import ModelConfig, RunConfig
 from rlxf.core.model_folder import assets_folder, megatron_checkpoint
 
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")

@@ -6,18 +6,16 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from rlxf.config.kinds import Strict
+from rlxf.config.roles import ActorConfig, ReferenceConfig, RewardConfig
 from rlxf.config.schema import (
-    ActorConfig,
     AlgorithmConfig,
     EvalConfig,
     LogConfig,
     ModelConfig,
-    ReferenceConfig,
     ResourcePoolConfig,
-    RewardConfig,
     RolloutConfig,
     RunConfig,
-    Strict,
     SyncConfig,
     TrainingConfig,
 )

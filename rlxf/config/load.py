@@ -12,9 +12,10 @@ from pydantic_core import ErrorDetails
 from rlxf.config.checks import check
 from rlxf.config.fields import LocalPath
 from rlxf.config.keys import REFUSED_STAGES, ROLES, SECTIONS
+from rlxf.config.kinds import Stage, Strict
 from rlxf.config.normalise import Section, normalise
 from rlxf.config.problems import Problem, concerning, expectation, lines, show
-from rlxf.config.schema import ModelConfig, RunConfig, Stage, Strict
+from rlxf.config.schema import ModelConfig, RunConfig
 from rlxf.core.errors import ConfigError
 from rlxf.core.words import nearest
 

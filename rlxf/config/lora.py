@@ -11,7 +11,8 @@ from pathlib import Path
 from rlxf.config.devices import device_facts, find_device
 from rlxf.config.folders import shown
 from rlxf.config.problems import Problem, show, wrong
-from rlxf.config.schema import ActorConfig, RunConfig
+from rlxf.config.roles import ActorConfig
+from rlxf.config.schema import RunConfig
 
 logger = logging.getLogger(__name__)
 

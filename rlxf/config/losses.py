@@ -6,7 +6,8 @@ import logging
 from collections.abc import Iterator
 
 from rlxf.config.problems import Problem, wrong
-from rlxf.config.schema import ActorConfig, RunConfig
+from rlxf.config.roles import ActorConfig
+from rlxf.config.schema import RunConfig
 
 logger = logging.getLogger(__name__)
 

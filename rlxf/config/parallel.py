@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlxf.config.problems import Problem, wrong
-from rlxf.config.schema import ModelConfig, RoleConfig, RunConfig
+from rlxf.config.roles import RoleConfig
+from rlxf.config.schema import ModelConfig, RunConfig
 
 Problems = Iterator[Problem]
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from rlxf.config.devices import device_facts
-from rlxf.config.schema import Role, RoleConfig, RunConfig
+from rlxf.config.kinds import Role
+from rlxf.config.roles import RoleConfig
+from rlxf.config.schema import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rlxf.config.folders import shown
-from rlxf.config.schema import RewardConfig, RunConfig
+from rlxf.config.roles import RewardConfig
+from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError
 from rlxf.core.model_folder import assets_folder, megatron_checkpoint
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from rlxf.config.kinds import Tracker
 from rlxf.config.problems import Problem
-from rlxf.config.schema import RunConfig, Tracker
+from rlxf.config.schema import RunConfig
 
 # Module that a tracker needs, and the package that has it.
 PACKAGES: dict[Tracker, tuple[str, str]] = {

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from rlxf.config.schema import ActorConfig, DataFormat
+from rlxf.config.kinds import DataFormat
+from rlxf.config.roles import ActorConfig
 from rlxf.core.jsonl import Row, describe
 from rlxf.core.types import Messages, Text
 from rlxf.data.fields import (

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from rlxf.config.schema import ActorConfig, RunConfig
+from rlxf.config.roles import ActorConfig
+from rlxf.config.schema import RunConfig
 from rlxf.core.jsonl import Row, describe
 from rlxf.core.types import Pairs, RewardPairs, Sequences
 from rlxf.data.batches import Drop

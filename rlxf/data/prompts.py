@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from rlxf.config.schema import ActorConfig, RunConfig
+from rlxf.config.roles import ActorConfig
+from rlxf.config.schema import RunConfig
 from rlxf.core.jsonl import Row
 from rlxf.core.types import PromptBatch, Tokens
 from rlxf.data.batches import Drop

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Generic, TypeVar
 
-from rlxf.config.schema import ActorConfig, RunConfig
+from rlxf.config.roles import ActorConfig
+from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, DataError
 from rlxf.core.jsonl import Problems, Row
 from rlxf.data.fields import BadRow

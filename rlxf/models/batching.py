@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlxf.config.schema import RoleConfig
+from rlxf.config.roles import RoleConfig
 from rlxf.core.types import Sequences
 
 

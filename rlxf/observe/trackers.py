@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlxf.config.schema import RunConfig, Tracker
+from rlxf.config.kinds import Tracker
+from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, RlxfError
 from rlxf.core.types import Metrics
 

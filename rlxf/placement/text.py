@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rlxf.config.devices import DEVICES, DeviceFacts, find_device
 from rlxf.config.folders import missing_paths, shown
-from rlxf.config.schema import ActorConfig, ModelConfig, RoleConfig, RunConfig
+from rlxf.config.roles import ActorConfig, RoleConfig
+from rlxf.config.schema import ModelConfig, RunConfig
 from rlxf.placement.plan import NodeResources, Plan, RolePlan
 
 _NF4_BYTES = 0.5 + 4 / 64  # of one weight: 4 bits, and its share of a scale in fp32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlxf.config.devices import find_device
-from rlxf.config.schema import CpuLinear
+from rlxf.config.kinds import CpuLinear
 from rlxf.core.errors import ConfigError
 from rlxf.platform.base import Platform, Process
 from rlxf.platform.cpu import CpuPlatform

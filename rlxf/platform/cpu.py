@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlxf.config.schema import CpuLinear
+from rlxf.config.kinds import CpuLinear
 from rlxf.platform.linear import cpu_linear
 
 

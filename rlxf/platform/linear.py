@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlxf.config.schema import CpuLinear
+from rlxf.config.kinds import CpuLinear
 from rlxf.core.errors import ConfigError
 
 # benchmarks/cpu_linear.py: below these sizes the product is bound by memory, or by the call itself.

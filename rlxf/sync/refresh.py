@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlxf.config.schema import ReferenceConfig
+from rlxf.config.roles import ReferenceConfig
 from rlxf.core.errors import CheckpointError
 from rlxf.sync.plan import Bucket
 

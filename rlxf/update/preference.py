@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlxf.config.schema import ActorConfig, RunConfig
+from rlxf.config.roles import ActorConfig
+from rlxf.config.schema import RunConfig
 from rlxf.core.types import Metrics, OnlinePairs, PairLogps, ReferencedPairs, Sequences
 from rlxf.models.backend import pair_logps, sum_rows
 from rlxf.models.batching import pair_units

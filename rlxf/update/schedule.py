@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rlxf.config.schema import ActorConfig
+from rlxf.config.roles import ActorConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,7 +58,7 @@ HOMES: dict[str, tuple[str, ...]] = {
 DEVICE_HOME = "rlxf/platform/"
 DEVICE_WORDS = {"cuda", "npu", "hccl", "nccl"}
 # Files that name devices to people, or say what must be known before torch is imported.
-DEVICE_TEXTS = {"rlxf/config/schema.py": {"cuda", "npu"}, "rlxf/config/devices.py": {"cuda", "npu"}}
+DEVICE_TEXTS = {"rlxf/config/kinds.py": {"cuda", "npu"}, "rlxf/config/devices.py": {"cuda", "npu"}}
 
 # Torch keeps the index of a distributed checkpoint as a pickle; this file reads it with a list of the classes allowed.
 RESTRICTED_UNPICKLER = "rlxf/models/megatron/dist_folder.py"
@@ -292,7 +292,7 @@ GOOD: list[tuple[Rule, str, str]] = [
     (homes, "rlxf/rollout/vllm.py", "def f():\n    from vllm import LLM"),
     (homes, "rlxf/models/megatron/spec.py", "from megatron.core import parallel_state"),
     (devices, "rlxf/platform/cuda.py", "import torch\ntorch.cuda.synchronize()\nname = 'cuda'"),
-    (devices, "rlxf/config/schema.py", "Device = Literal['auto', 'npu', 'cuda', 'cpu']"),
+    (devices, "rlxf/config/kinds.py", "Device = Literal['auto', 'npu', 'cuda', 'cpu']"),
     (devices, "rlxf/update/step.py", '"""Runs on cuda and npu alike."""\nplatform.synchronize()'),
     (deadlines, "workers/remote.py", "import ray\nray.get(handle, timeout=limit)"),
     (deadlines, "workers/launch.py", "config.get('key')"),

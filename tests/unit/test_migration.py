@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlxf.config.keys import LEGACY, SECTIONS, keys_of, unknown_key
-from rlxf.config.schema import ActorConfig
+from rlxf.config.roles import ActorConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "migration.md"
 _CODE = re.compile(r"`([^`]+)`")

@@ -12,7 +12,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from rlxf.config.schema import ActorConfig
+from rlxf.config.roles import ActorConfig
 from rlxf.core.errors import ConfigError
 from rlxf.models.megatron.lora import attach, seed_dropout
 from rlxf.models.megatron.model import SCORE, MegatronModel, Piece

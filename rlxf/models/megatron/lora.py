@@ -34,7 +34,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from rlxf.config.schema import ActorConfig
+from rlxf.config.roles import ActorConfig
 from rlxf.models.megatron.nf4 import Nf4Linear, base_weight
 from rlxf.models.megatron.weights import Entry, linear_name
 

@@ -20,7 +20,7 @@ from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_mega
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
-from rlxf.config.schema import ActorConfig
+from rlxf.config.roles import ActorConfig
 from rlxf.core.errors import TrainingError
 from rlxf.models.megatron.model import MegatronModel
 from rlxf.models.megatron.parallel import from_last_stage

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlxf.config.schema import RoleConfig
+from rlxf.config.roles import RoleConfig
 from rlxf.core.errors import ConfigError
 from rlxf.platform.base import Platform, Process
 

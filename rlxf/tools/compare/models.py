@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rlxf.assembly.roles import build_engine, build_scorer, policy_tokenizer
+from rlxf.config.kinds import ReadAt
 from rlxf.config.read_position import warn_of_read_position
-from rlxf.config.schema import ReadAt, RunConfig
+from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, ModelError, StageTimeout, WorkerLost
 from rlxf.core.types import PromptBatch, Rollouts, Text, Tokens
 from rlxf.core.waiting import own_children

@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 
 from rlxf.config.devices import DEVICES
 from rlxf.config.keys import ROLES, SECTIONS, is_known, keys_of, unknown_key
+from rlxf.config.kinds import Strict
 from rlxf.config.load import path_fields
-from rlxf.config.schema import ModelConfig, RunConfig, Strict
+from rlxf.config.schema import ModelConfig, RunConfig
 from tests.unit.config.recipes import ROOT, composed
 from workers import cli
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from rlxf.config.load import load_config
-from rlxf.config.schema import ActorConfig, RunConfig
+from rlxf.config.roles import ActorConfig
+from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError
 from tests.unit.config.recipes import recipe
 

@@ -11,7 +11,7 @@ import pytest
 
 from rlxf.config.load import load_config
 from rlxf.config.read_position import read_position, stored_position
-from rlxf.config.schema import RewardConfig
+from rlxf.config.roles import RewardConfig
 from rlxf.core.errors import ConfigError
 from tests.tiny_models import save_causal_lm, save_reward_model
 from tests.unit.config.recipes import recipe

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlxf.config.schema import ActorConfig
+from rlxf.config.roles import ActorConfig
 from rlxf.data.formats import Task, find_layout
 
 PAGE = Path(__file__).parents[3] / "docs" / "data.md"

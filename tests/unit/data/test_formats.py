@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlxf.config.schema import ActorConfig
+from rlxf.config.roles import ActorConfig
 from rlxf.core.errors import DataError
 from rlxf.data.fields import BadRow
 from rlxf.data.formats import Task, find_layout

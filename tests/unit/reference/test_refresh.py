@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlxf.config.schema import ReferenceConfig, RunConfig
+from rlxf.config.roles import ReferenceConfig
+from rlxf.config.schema import RunConfig
 from rlxf.core.errors import CheckpointError
 from rlxf.models.hf_folder import save_hf_folder
 from rlxf.platform import Process, get_platform

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from rlxf.config.schema import ReferenceConfig
+from rlxf.config.roles import ReferenceConfig
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
 from rlxf.sync.refresh import Refresh
 from workers.actor import RemoteActor
