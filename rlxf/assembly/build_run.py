@@ -90,7 +90,7 @@ def build_run(
             "report": report.describe(),
             "baseline": evaluation.describe_baseline() if isinstance(evaluation, Evaluation) else None,
             "initial_policy": initial_policy(config),
-            **({READ_AT: TRAINED_AT} if config.training.stage == "rm" else {}),
+            **({READ_AT: TRAINED_AT} if config.objective == "reward" else {}),
         }
 
     also = refresh.save if refresh else _nothing_else

@@ -90,7 +90,7 @@ def save_policy_tokenizer(config: RunConfig, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     eos_ids = eos_token_ids(policy_folder(config), tokenizer, actor.eos_tokens)
     _change(folder / "generation_config.json", {"eos_token_id": list(eos_ids)})
-    padding = padding_id(folder) if actor.tokenizer_name_or_path and config.training.stage == "rm" else None
+    padding = padding_id(folder) if actor.tokenizer_name_or_path and config.objective == "reward" else None
     if padding is not None:
         _change(folder / "config.json", {"pad_token_id": padding})
 

@@ -24,28 +24,13 @@ from rlxf.models.megatron.parallel import reduce_over_data_parallel
 from rlxf.models.peft_folder import save_adapter
 from rlxf.platform.base import Platform, Process
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
+from rlxf.update import OBJECTIVES
 from rlxf.update.batches import mini_batches
-from rlxf.update.objective import MicroBatch, MiniBatch, Objective, Place
+from rlxf.update.objective import MicroBatch, MiniBatch, Place
 from rlxf.update.schedule import make_schedule
 
 if TYPE_CHECKING:
     from rlxf.models.megatron.checkpoint import Write
-
-
-def make_objective(config: RunConfig, place: Place) -> Objective[Any]:
-    """What the recipe's stage minimises."""
-    stage = config.training.stage
-    if stage == "sft":
-        from rlxf.update.supervised import SupervisedObjective
-
-        return SupervisedObjective(place)
-    if stage == "rm":
-        from rlxf.update.reward import RewardObjective
-
-        return RewardObjective(config.actor_rollout.center_rewards_coefficient, place)
-    from rlxf.update.preference import PreferenceObjective
-
-    return PreferenceObjective(config, place)
 
 
 class Actor:
@@ -79,9 +64,9 @@ class Actor:
         self.schedule = make_schedule(self.config, config.training.train_iters)
         self._seed = config.training.seed
         self._limits = Limits.of(self.config)
-        if config.training.stage == "sft":  # an example is one sequence where a pair is two
+        if config.rows == "examples":  # each is one sequence where a pair is two
             self._limits = replace(self._limits, num_sequences=self.config.micro_batch_size)
-        self.objective = make_objective(config, Place(model=self.model, limits=self._limits))
+        self.objective = OBJECTIVES[config.objective](config, Place(model=self.model, limits=self._limits))
         dtype = str(self.model.dtype).removeprefix("torch.")
         specs = [TensorSpec(name, shape, dtype) for name, shape in self.model.exported_shapes()]
         self._sync_plan = plan_buckets(specs, config.sync.bucket_mb * 2**20)
