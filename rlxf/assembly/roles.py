@@ -40,14 +40,12 @@ def build_reference(config: RunConfig, platform: Platform, process: Process) -> 
 
 
 def build_scorer(config: RunConfig, platform: Platform, process: Process) -> Scorer:
-    """One rank of the reward model, or the reward function."""
-    if config.reward.function is not None:
-        from rlxf.score.functions import FunctionScorer
+    """One rank of the reward model, the reward function, or the scores of a replay."""
+    from rlxf.score import SCORERS, ScorerParts, scorer_of
 
-        return FunctionScorer(config, policy_tokenizer(config))
-    from rlxf.score.reward_model import RewardModelScorer
-
-    return RewardModelScorer(config, platform, process)
+    tokenizer = partial(policy_tokenizer, config)
+    parts = ScorerParts(config=config, platform=platform, process=process, tokenizer=tokenizer)
+    return SCORERS[scorer_of(config)](parts)
 
 
 def build_engine(config: RunConfig, platform: Platform) -> RolloutEngine:

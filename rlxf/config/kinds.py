@@ -108,6 +108,9 @@ ReadAt = Literal["auto", "end_of_turn", "last_token"]
 PairingName = Literal["best_worst"]
 
 
+ScorerName = Literal["model", "function", "recorded"]
+
+
 Role = Literal["train", "infer", "ref", "reward"]
 
 

@@ -7,11 +7,12 @@ from typing import Any, get_args
 import pytest
 
 from rlxf.algorithms import ALGORITHMS
-from rlxf.config.kinds import PairingName, Stage
+from rlxf.config.kinds import PairingName, ScorerName, Stage
 from rlxf.config.schema import RolloutConfig
 from rlxf.config.stages import STAGES, ObjectiveName
 from rlxf.pair import PAIRINGS
 from rlxf.rollout import ENGINES
+from rlxf.score import SCORERS
 from rlxf.update import OBJECTIVES
 
 
@@ -32,9 +33,10 @@ ENGINE_CHOICES = choices(RolloutConfig.model_fields["engine"].annotation) - {"re
         (set(get_args(ObjectiveName)), OBJECTIVES),
         ({facts.objective for facts in STAGES.values()}, OBJECTIVES),
         (set(get_args(PairingName)), PAIRINGS),
+        (set(get_args(ScorerName)), SCORERS),
         (ENGINE_CHOICES, ENGINES),
     ],
-    ids=["stages", "algorithms", "objectives", "objectives of stages", "pairings", "engines"],
+    ids=["stages", "algorithms", "objectives", "objectives of stages", "pairings", "scorers", "engines"],
 )
 def test_every_choice_has_an_entry_and_every_entry_is_a_choice(expected: set[str], entries: dict[str, Any]) -> None:
     assert expected == set(entries)
