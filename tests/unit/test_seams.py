@@ -8,11 +8,12 @@ import pytest
 
 from rlxf.algorithms import ALGORITHMS
 from rlxf.config.kinds import PairingName, ScorerName, Stage
-from rlxf.config.schema import RolloutConfig
+from rlxf.config.schema import RolloutConfig, SyncConfig
 from rlxf.config.stages import STAGES, ObjectiveName
 from rlxf.pair import PAIRINGS
 from rlxf.rollout import ENGINES
 from rlxf.score import SCORERS
+from rlxf.sync.transports import TRANSPORTS
 from rlxf.update import OBJECTIVES
 
 
@@ -40,3 +41,8 @@ ENGINE_CHOICES = choices(RolloutConfig.model_fields["engine"].annotation) - {"re
 )
 def test_every_choice_has_an_entry_and_every_entry_is_a_choice(expected: set[str], entries: dict[str, Any]) -> None:
     assert expected == set(entries)
+
+
+def test_a_transport_that_a_recipe_may_name_is_there() -> None:
+    """``auto`` chooses among all of them."""
+    assert choices(SyncConfig.model_fields["transport"].annotation) - {"auto"} <= set(TRANSPORTS)
