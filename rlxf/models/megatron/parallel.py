@@ -87,11 +87,11 @@ def require_megatron() -> None:
         )
 
 
-def _store(process: Process, timeout: timedelta) -> dist.Store:
+def _store(process: Process, timeout: timedelta) -> Any:
     """Where the group's ranks find each other."""
     if process.world_size == 1:  # no port that another program could take first
-        return dist.HashStore()
-    return dist.TCPStore(
+        return dist.HashStore()  # type: ignore[attr-defined]  # documented, but not in torch's own list
+    return dist.TCPStore(  # type: ignore[attr-defined]
         process.master_addr,
         process.master_port,
         process.world_size,
