@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from rlxf.config.checks import check
 from rlxf.config.fields import LocalPath
+from rlxf.config.folders import indexed_files
 from rlxf.config.keys import REFUSED_STAGES, ROLES, SECTIONS
 from rlxf.config.kinds import Stage, Strict
 from rlxf.config.normalise import Section, normalise
@@ -42,7 +43,7 @@ def load_config(raw: Mapping[str, Any], *, earlier: Sequence[str] = (), typed: C
         ConfigError: with every mistake found, one line each.
     """
     recipe, problems = normalise(raw)
-    notes = _one_scorer(recipe, typed)
+    notes = [*_one_scorer(recipe, typed), *_evaluation_of_other_data(recipe, typed)]
     merged, origins = _merge(recipe)
     config, wrong_values, incomplete = _validate(merged, origins)
     problems += wrong_values
@@ -75,6 +76,26 @@ def _one_scorer(recipe: Section, typed: Collection[str]) -> list[str]:
     if other == "load" and "reward.model" not in typed:
         reward.pop("model", None)
     return [f"reward.{given[0]} is on the command line: reward.{other} of the recipe is left out"]
+
+
+def _evaluation_of_other_data(recipe: Section, typed: Collection[str]) -> list[str]:
+    """Drop the evaluation set of a recipe whose data are not here, where other data were typed. What to say about it.
+
+    The recipe's own metrics judge its own data, and go with them.
+    """
+    evaluation, paths = recipe.get("eval", {}), recipe.get("eval", {}).get("data_path")
+    if "actor_rollout.data_path" not in typed or "eval.data_path" in typed or recipe.get("dry_run") or not paths:
+        return []
+    listed = [paths] if isinstance(paths, str) else paths
+    if any(indexed_files(Path(path)) or Path(path).expanduser().exists() for path in listed):
+        return []
+    dropped = ["data_path", *(["metrics"] if "metrics" in evaluation and "eval.metrics" not in typed else [])]
+    for key in dropped:
+        del evaluation[key]
+    keys, are = " and ".join(f"eval.{key}" for key in dropped), "is" if len(dropped) == 1 else "are"
+    return [
+        f"actor_rollout.data_path is on the command line: {keys} of the recipe, whose data are not here, {are} left out"
+    ]
 
 
 def _merge(recipe: Section) -> tuple[Section, dict[str, str]]:

@@ -218,6 +218,24 @@ def test_a_typed_scorer_takes_the_place_of_the_recipes(files: Path, caplog: pyte
             load_config(both, typed=typed)
 
 
+def test_a_recipes_evaluation_of_data_that_are_not_here_does_not_stop_other_data(
+    files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluation = {"data_path": "eval.jsonl", "metrics": "truth.py"}
+    raw = recipe(dry_run=False, training={"eval_interval": 5}, eval=evaluation)
+    with pytest.raises(ConfigError, match=r"eval\.data_path = .*no such file"):
+        load_config(raw)
+    with caplog.at_level(logging.INFO):
+        config = load_config(raw, typed=["actor_rollout.data_path"])
+    assert (config.eval.data_path, config.eval.metrics) == (None, None)
+    assert "eval.data_path and eval.metrics of the recipe, whose data are not here, are left out" in caplog.text
+    with pytest.raises(ConfigError, match=r"eval\.data_path = .*no such file"):
+        load_config(raw, typed=["actor_rollout.data_path", "eval.data_path"])
+    (files / "eval.jsonl").touch()
+    (files / "truth.py").touch()
+    assert load_config(raw, typed=["actor_rollout.data_path"]).eval.data_path == (str(files / "eval.jsonl"),)
+
+
 # A plan without folders
 
 
