@@ -12,13 +12,13 @@ from pydantic_core import ErrorDetails
 
 from rlxf.config.checks import check
 from rlxf.config.fields import LocalPath
-from rlxf.config.folders import indexed_files
 from rlxf.config.keys import REFUSED_STAGES, ROLES, SECTIONS
 from rlxf.config.kinds import Stage, Strict
 from rlxf.config.normalise import Section, normalise
 from rlxf.config.problems import Problem, concerning, expectation, lines, show
 from rlxf.config.schema import ModelConfig, RunConfig
 from rlxf.config.shapes import Written, resolve_shapes
+from rlxf.config.typed import make_room
 from rlxf.core.errors import ConfigError
 from rlxf.core.words import nearest
 
@@ -43,7 +43,7 @@ def load_config(raw: Mapping[str, Any], *, earlier: Sequence[str] = (), typed: C
         ConfigError: with every mistake found, one line each.
     """
     recipe, problems = normalise(raw)
-    notes = [*_one_scorer(recipe, typed), *_evaluation_of_other_data(recipe, typed)]
+    notes = make_room(recipe, typed)
     merged, origins = _merge(recipe)
     config, wrong_values, incomplete = _validate(merged, origins)
     problems += wrong_values
@@ -63,39 +63,6 @@ def load_config(raw: Mapping[str, Any], *, earlier: Sequence[str] = (), typed: C
     for note in notes:
         logger.info("%s", note)
     return config
-
-
-def _one_scorer(recipe: Section, typed: Collection[str]) -> list[str]:
-    """Drop the file's ``reward.load`` or ``reward.function`` where the other one was typed. What to say about it."""
-    reward = recipe.get("reward", {})
-    given = [key for key in ("load", "function") if f"reward.{key}" in typed and key in reward]
-    if len(given) != 1 or not {"load", "function"} <= reward.keys():
-        return []
-    other = "load" if given == ["function"] else "function"
-    del reward[other]
-    if other == "load" and "reward.model" not in typed:
-        reward.pop("model", None)
-    return [f"reward.{given[0]} is on the command line: reward.{other} of the recipe is left out"]
-
-
-def _evaluation_of_other_data(recipe: Section, typed: Collection[str]) -> list[str]:
-    """Drop the evaluation set of a recipe whose data are not here, where other data were typed. What to say about it.
-
-    The recipe's own metrics judge its own data, and go with them.
-    """
-    evaluation, paths = recipe.get("eval", {}), recipe.get("eval", {}).get("data_path")
-    if "actor_rollout.data_path" not in typed or "eval.data_path" in typed or recipe.get("dry_run") or not paths:
-        return []
-    listed = [paths] if isinstance(paths, str) else paths
-    if any(indexed_files(Path(path)) or Path(path).expanduser().exists() for path in listed):
-        return []
-    dropped = ["data_path", *(["metrics"] if "metrics" in evaluation and "eval.metrics" not in typed else [])]
-    for key in dropped:
-        del evaluation[key]
-    keys, are = " and ".join(f"eval.{key}" for key in dropped), "is" if len(dropped) == 1 else "are"
-    return [
-        f"actor_rollout.data_path is on the command line: {keys} of the recipe, whose data are not here, {are} left out"
-    ]
 
 
 def _merge(recipe: Section) -> tuple[Section, dict[str, str]]:

@@ -83,6 +83,7 @@ def _found(config: RunConfig, written: Written, problems: list[Problem]) -> Iter
         name, folder = _model(config, role), _folder(config, role)
         if folder is None or not folder.is_dir() or (role in written.sources and name not in written.models):
             continue  # a name that the recipe does not have is told elsewhere
+        name = name if name in written.models else ""
         key = keys.setdefault(folder, f"{role}.load")
         try:
             shape = shape_of(read_settings(folder))
@@ -185,10 +186,9 @@ def _without_shape(config: RunConfig, name: str) -> Iterator[Problem]:
     folder = _folder(config, "actor_rollout")
     if not config.dry_run or name or folder is None or folder.is_dir():
         return
-    text = (
-        "no such folder, and the recipe names no model to plan with; put the folder there, or name a shape: "
-        "+model=NAME actor_rollout.model=NAME, with a file of configs/rlxf/model such as llama3-8b"
-    )
+    file = "+model=NAME actor_rollout.model=NAME, with a file of configs/rlxf/model such as llama3-8b"
+    way = f"actor_rollout.model={next(iter(config.model))}" if config.model else file
+    text = f"no such folder, and the recipe names no model to plan with; put the folder there, or name a shape: {way}"
     keys = tuple(f"{role}.model" for role in ROLES)
     yield Problem(keys, f"actor_rollout.load = {show(shown(folder))}: {text}")
 

@@ -104,6 +104,11 @@ def test_a_model_that_says_what_the_folder_says_keeps_its_name(files: Path, capl
     assert {role.model for role in (config.actor_rollout, config.ref, config.reward)} == {"tiny"} == set(config.model)
 
 
+def test_a_name_that_the_recipe_does_not_have_is_a_mistake_all_the_same(files: Path) -> None:
+    raw = recipe(dry_run=False, actor_rollout={"model": "tinny"}, ref={"model": None})
+    assert problem_of(raw).startswith('actor_rollout.model = "tinny": expected a model of the recipe')
+
+
 def test_an_unnamed_reward_model_has_its_own_shape(files: Path, caplog: pytest.LogCaptureFixture) -> None:
     raw = recipe(dry_run=False, reward={"load": "deep", "model": None})
     with caplog.at_level(logging.INFO):
@@ -252,11 +257,12 @@ def test_a_plan_without_folder_and_model_names_both_ways_out(files: Path) -> Non
         'actor_rollout.load = "./gone": no such folder, and the recipe names no model to plan with; '
     )
     assert "put the folder there, or name a shape: +model=NAME actor_rollout.model=NAME" in line
+    assert problem_of(raw | {"model": recipe()["model"]}).endswith("or name a shape: actor_rollout.model=tiny")
     raw["dry_run"] = False
     with pytest.raises(ConfigError) as caught:
         load_config(raw)
     keys = [line.split(" = ")[0] for line in caught.value.problems]
-    assert keys == ["actor_rollout.load", "ref.load", "reward.load", "actor_rollout.tokenizer_name_or_path"][:3]
+    assert keys == ["actor_rollout.load", "ref.load", "reward.load"]  # the missing folders, once each
 
 
 def test_the_second_way_out_is_one(tmp_path: Path) -> None:
