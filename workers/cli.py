@@ -29,9 +29,9 @@ from rlxf.config.defaults import unset_recipe
 from rlxf.config.keys import is_known, plain_layout, unknown_key
 from rlxf.core.command import Typed
 from rlxf.core.errors import ConfigError, RlxfError, notes_of
+from rlxf.core.places import RECIPES
 from rlxf.core.words import nearest
 
-RECIPES = Path(__file__).parent.parent / "configs" / "rlxf"
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 _OPTIONS_WITH_VALUE = {
@@ -122,7 +122,7 @@ def register() -> None:
         "formatters": {"plain": {"format": "%(levelname)s: %(message)s"}},
         "handlers": {"console": handler},
         "root": {"level": "WARNING", "handlers": ["console"]},
-        "loggers": {"rlxf": {"level": "INFO"}, "workers": {"level": "INFO"}},
+        "loggers": {"rlxf": {"level": "INFO"}, __package__: {"level": "INFO"}},
     }
     store.store(group="hydra/job_logging", name="rlxf", node=job_logging, package="hydra.job_logging")
     warnings.filterwarnings(
