@@ -18,6 +18,7 @@ from rlxf.config.normalise import Section, normalise
 from rlxf.config.problems import Problem, concerning, expectation, lines, show
 from rlxf.config.schema import ModelConfig, RunConfig
 from rlxf.config.shapes import Written, resolve_shapes
+from rlxf.config.stages import STAGES
 from rlxf.config.typed import make_room
 from rlxf.core.errors import ConfigError
 from rlxf.core.user_file import file_of_module
@@ -145,7 +146,7 @@ _EXPLAINED = {
 
 def _required(path: list[str]) -> str:
     if path[:2] == ["training", "stage"]:
-        return 'set it to "ray_online_dpo" (online), "dpo" (offline), "sft" or "rm"'
+        return f"set it to one of {', '.join(f'{name} ({facts.title})' for name, facts in STAGES.items())}"
     return "give its value, as the model's config.json has it" if path[0] == "model" else "give its value"
 
 

@@ -23,6 +23,7 @@ from rlxf.config.kinds import (
     Device,
     File,
     Finite,
+    PairingName,
     Pool,
     Positive,
     PythonFile,
@@ -34,6 +35,7 @@ from rlxf.config.kinds import (
 )
 from rlxf.config.recording import holds_scores
 from rlxf.config.roles import ActorConfig, ReferenceConfig, RewardConfig
+from rlxf.config.stages import STAGES, ObjectiveName, RowKind
 
 
 class TrainingConfig(Strict):
@@ -153,7 +155,7 @@ class SyncConfig(Strict):
 class AlgorithmConfig(Strict):
     """From scores to pairs."""
 
-    pairing: Literal["best_worst"] = "best_worst"
+    pairing: PairingName = "best_worst"
     """best against worst of a prompt's completions"""
     min_score_margin: Rate = 0.0
     """pairs with a margin at or below it are dropped and counted"""
@@ -228,15 +230,25 @@ class RunConfig(Strict):
     log: LogConfig = LogConfig()
 
     @property
+    def objective(self) -> ObjectiveName:
+        """What an optimizer step minimises."""
+        return STAGES[self.training.stage].objective
+
+    @property
+    def rows(self) -> RowKind:
+        """What a row of the data is."""
+        return STAGES[self.training.stage].rows
+
+    @property
     def offline(self) -> bool:
         """Whether what is trained on comes from a file."""
-        return self.training.stage != "ray_online_dpo"
+        return not STAGES[self.training.stage].online
 
     @property
     def needs_reference(self) -> bool:
         """Whether a reference takes part. Online it does even with a loss that needs none: the KL is measured."""
         free = self.offline and REFERENCE_FREE.issuperset(self.actor_rollout.dpo_loss_type)
-        return self.training.stage in ("ray_online_dpo", "dpo") and not free
+        return self.objective == "preference" and not free
 
     @property
     def max_new_tokens(self) -> int:

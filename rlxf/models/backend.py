@@ -44,7 +44,7 @@ def load_model(config: RunConfig, role: RoleName, platform: Platform, process: P
     from rlxf.models.megatron.hf_config import check_shape
     from rlxf.models.megatron.model import MegatronModel
 
-    trained_as_reward = role == "actor_rollout" and config.training.stage == "rm"
+    trained_as_reward = role == "actor_rollout" and config.objective == "reward"
     model = MegatronModel(
         section.load,
         platform=platform,
