@@ -12,9 +12,10 @@ from rlxf.config.schema import RunConfig
 from rlxf.core.types import Batch, Metrics, PairLogps, Pairs, Sequences
 from rlxf.sync.plan import Bucket
 from rlxf.sync.transports.transport import Address, Message, Sender, Transport
-from workers.group import WorkerGroup
-from workers.remote import Pending
-from workers.worker import Worker
+
+from .group import WorkerGroup
+from .remote import Pending
+from .worker import Worker
 
 ANSWER_S = 10.0  # how long an actor that has nothing to do may take to answer
 

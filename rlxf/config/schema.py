@@ -26,6 +26,7 @@ from rlxf.config.kinds import (
     PairingName,
     Pool,
     Positive,
+    PythonFile,
     Rate,
     Role,
     Stage,
@@ -87,7 +88,7 @@ class TrainingConfig(Strict):
 
 
 class ModelConfig(Strict):
-    """Shape of a model, as its ``config.json`` says. Known before any folder exists, for checks and ``dry_run``."""
+    """Shape of a model, for a plan (``dry_run``) where its folder is not here; else its ``config.json`` decides."""
 
     num_layers: Positive
     """transformer layers"""
@@ -186,8 +187,8 @@ class EvalConfig(Strict):
     """prompts, pairs or examples of each evaluation"""
     greedy: bool = True
     """online: the most probable completion of each prompt, too"""
-    metrics: File | None = None
-    """path of a Python file that defines `evaluate(prompts, completions, initial_completions)`"""
+    metrics: PythonFile | None = None
+    """path or module of a Python file that defines `evaluate(prompts, completions, initial_completions)`"""
 
 
 class LogConfig(Strict):
