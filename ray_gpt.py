@@ -10,15 +10,13 @@ from omegaconf import DictConfig
 from rlxf.config.load import load_config
 from rlxf.core.errors import ConfigError, RlxfError
 from workers import cli
-from workers.address import require_cores
+from workers.dry_run import dry_run, require_cores
 
 
 def start(composed: DictConfig, command: cli.Command) -> None:
     """Check the composed recipe, then run it, or print its plan."""
     config = load_config(cli.plain(composed, command.problems), earlier=command.problems)
     if config.dry_run:
-        from workers.dry_run import dry_run
-
         dry_run(config)
     elif config.runtime == "ray":
         require_cores(config)  # before torch and Ray are imported

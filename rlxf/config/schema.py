@@ -83,6 +83,18 @@ class TrainingConfig(Strict):
     trust_remote_code: bool = False
     """allow model folders to run their own Python code"""
 
+    @property
+    def offline(self) -> bool:
+        """Whether what is trained on comes from a file."""
+        return self.stage != "ray_online_dpo"
+
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """What decides which checkpoint is the best, and whether more of it is better."""
+        name = self.keep_best_metric or ("eval/loss" if self.offline else "eval/reward")
+        mode = self.keep_best_mode or ("min" if name.endswith("loss") else "max")
+        return name, mode == "max"
+
 
 class ModelConfig(Strict):
     """Shape of a model, as its ``config.json`` says. Known before any folder exists, for checks and ``dry_run``."""
@@ -229,7 +241,14 @@ class RunConfig(Strict):
     @property
     def offline(self) -> bool:
         """Whether what is trained on comes from a file."""
-        return self.training.stage != "ray_online_dpo"
+        return self.training.offline
+
+    @property
+    def training_paths(self) -> tuple[str, ...]:
+        """What is trained on: data paths, or the recording of a replay."""
+        if self.engine == "replay":
+            return (self.rollout.replay_path,) if self.rollout.replay_path else ()
+        return self.actor_rollout.data_path or ()
 
     @property
     def needs_reference(self) -> bool:

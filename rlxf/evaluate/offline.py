@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from rlxf.config.schema import RunConfig
+from rlxf.config.schema import TrainingConfig
 from rlxf.core.types import Examples, Metrics, Pairs, ReferencedPairs, RewardPairs
 from rlxf.evaluate.due import is_due
 from rlxf.loop.run import Reference
@@ -32,16 +32,16 @@ class OfflineEvaluation:
     """``eval/*`` every ``training.eval_interval`` steps, before the first and after the last one.
 
     Args:
-        config: the whole recipe.
+        config: when it evaluates.
         batches: what is held out, the same in every evaluation.
         actor: the model that is trained.
         reference: gives DPO's pairs their reference log-probs; None: the stage has none (sft, rm).
     """
 
     def __init__(
-        self, config: RunConfig, batches: Sequence[Batch], actor: Evaluates, reference: Reference | None = None
+        self, config: TrainingConfig, batches: Sequence[Batch], actor: Evaluates, reference: Reference | None = None
     ) -> None:
-        self._training = config.training
+        self._training = config
         self._batches = batches
         self._actor = actor
         self._reference = reference

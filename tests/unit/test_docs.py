@@ -18,7 +18,7 @@ from workers import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
-COMMANDS = (ROOT / "rlxf" / "convert" / "command.py").read_text(encoding="utf-8")  # scripts/convert_ckpt.py's
+COMMANDS = (ROOT / "rlxf" / "tools" / "convert" / "command.py").read_text(encoding="utf-8")  # scripts/convert_ckpt.py's
 USERS_OWN = re.compile(r"_mine(\.yaml)?$")  # recipes that a reader is told to write
 
 
@@ -141,7 +141,8 @@ def recipe(stage: str) -> RunConfig:
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ray_online_dpo"])
 def test_every_number_of_an_objective_is_explained(stage: str) -> None:
     place = Place(model=None, limits=None)  # type: ignore[arg-type]  # names need no model
-    objective = make_objective(recipe(stage), place)
+    config = recipe(stage)
+    objective = make_objective(config.training.stage, config.actor_rollout, place, has_reference=config.needs_reference)
     sums, maxima = torch.ones(len(objective.sums), dtype=torch.float64), torch.ones(len(objective.maxima))
     reported = set(objective.metrics(sums, maxima))
     assert reported
