@@ -28,6 +28,7 @@ from rlxf.platform import Platform, get_platform
 from rlxf.platform.environment import differing_exports, with_exports
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
+from rlxf.sync.transports import choose_transport
 from workers.actor import ActorWorker, RemoteActor
 from workers.cluster import Cluster, connect
 from workers.group import Member, WorkerGroup
@@ -180,7 +181,7 @@ def _reference(config: RunConfig, groups: dict[Role, WorkerGroup], actor: Remote
 
 def _connect(config: RunConfig, platform: Platform, engines: RemoteEngines) -> RemoteEngines:
     """The engines, which new weights reach in the best way that recipe, device and placement allow."""
-    wanted = config.sync.transport == "auto" and platform.weights_in_host_memory
-    shared = wanted and engines.share_memory()
-    log.info("weights travel through %s", "shared memory" if shared else "Ray's object store")
+    transport = choose_transport(config.sync.transport, platform, engines.machines)
+    engines.connect(transport)
+    log.info("weights travel through %s", transport.title)
     return engines

@@ -58,7 +58,7 @@ def load_data(config: RunConfig) -> Data:
     if config.actor_rollout.eos_tokens:  # one that the tokenizer lacks is told now, not by the first save
         eos_token_ids(policy_folder(config), tokenizer, config.actor_rollout.eos_tokens)
     if config.offline:
-        open_file = open_examples if config.training.stage == "sft" else open_preferences
+        open_file = open_examples if config.rows == "examples" else open_preferences
         training = open_file(config, tokenizer)
         held_out = open_file(config, tokenizer, "valid") if config.evaluates else None
         batches = held_out.eval_batches(config.eval.num_prompts) if held_out is not None else None
@@ -82,7 +82,7 @@ def eval_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Promp
 def open_preferences(config: RunConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> PreferenceFile:
     """A part of the pairs that a run of stage dpo or rm reads."""
     actor, endings = config.actor_rollout, None
-    if config.training.stage == "rm":
+    if config.objective == "reward":
         endings = Endings.of(tokenizer, actor.load, tokens=actor.eos_tokens)
     return PreferenceFile(_settings(config), tokenizer, part, endings=endings)
 

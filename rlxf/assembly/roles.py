@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from rlxf.models.megatron.model import MegatronModel
     from rlxf.reference.frozen import FrozenReference
     from rlxf.rollout.engine import EngineSettings, RolloutEngine
-    from rlxf.score.reward_model import RewardModelScorer
-    from rlxf.score.scorer import Scorer
+    from rlxf.score.scorer import SampledBy, Scorer
     from rlxf.update.actor import Actor
+    from rlxf.update.objective import ObjectiveSettings
 
 
 def build_actor(config: RunConfig, platform: Platform, process: Process) -> Actor:
@@ -35,16 +35,17 @@ def build_actor(config: RunConfig, platform: Platform, process: Process) -> Acto
     Raises:
         ModelError: ``actor_rollout.load`` does not hold a model of the recipe's stage.
     """
-    from rlxf.update.actor import Actor, ActorSettings, make_objective
+    from rlxf.update import OBJECTIVES
+    from rlxf.update.actor import Actor, ActorSettings
     from rlxf.update.objective import Place
 
     actor, training = config.actor_rollout, config.training
     model = load_role(config, "actor_rollout", platform, process)
     limits = limits_of(actor)
-    if training.stage == "sft":  # an example is one sequence where a pair is two
+    if config.rows == "examples":  # an example is one sequence where a pair is two
         limits = replace(limits, num_sequences=actor.micro_batch_size)
     place = Place(model=model, limits=limits)
-    objective = make_objective(training.stage, actor, place, has_reference=config.needs_reference)
+    objective = OBJECTIVES[config.objective](objective_settings(config), place)
     settings = ActorSettings(
         optimizer=actor,
         lora=actor,
@@ -55,6 +56,13 @@ def build_actor(config: RunConfig, platform: Platform, process: Process) -> Acto
     )
     own = actor.tokenizer_name_or_path or actor.prompt_type or actor.eos_tokens
     return Actor(model, objective, settings, save_tokenizer=partial(save_policy_tokenizer, config) if own else None)
+
+
+def objective_settings(config: RunConfig) -> ObjectiveSettings:
+    """What an objective must know of its run."""
+    from rlxf.update.objective import ObjectiveSettings
+
+    return ObjectiveSettings(config=config.actor_rollout, offline=config.offline, has_reference=config.needs_reference)
 
 
 def build_reference(config: RunConfig, platform: Platform, process: Process) -> FrozenReference:
@@ -70,29 +78,33 @@ def build_reference(config: RunConfig, platform: Platform, process: Process) -> 
 
 
 def build_scorer(config: RunConfig, platform: Platform, process: Process) -> Scorer:
-    """One rank of the reward model, or the reward function.
+    """One rank of the reward model, the reward function, or the scores of a replay.
 
     Raises:
         ModelError: ``reward.load`` does not hold a reward model.
     """
-    if config.reward.function is not None:
-        from rlxf.score.functions import FunctionScorer
+    from rlxf.models.tokenizer import load_tokenizer
+    from rlxf.score import SCORERS, ScorerParts
 
-        return FunctionScorer(Path(config.reward.function), policy_tokenizer(config))
-    return build_reward_model(config, platform, process)
+    reward, trust = config.reward, config.training.trust_remote_code
+    parts = ScorerParts(
+        config=reward,
+        limits=limits_of(reward),
+        recording=config.rollout.replay_path,
+        policy=partial(sampled_by, config),
+        load_model=partial(load_role, config, "reward", platform, process),
+        load_tokenizer=lambda: load_tokenizer(_tokenizer_folder(reward, "reward"), trust_remote_code=trust),
+    )
+    return SCORERS[config.scorer](parts)
 
 
-def build_reward_model(config: RunConfig, platform: Platform, process: Process) -> RewardModelScorer:
-    """One rank of the reward model."""
-    from rlxf.models.tokenizer import declared_eos_ids, load_tokenizer
-    from rlxf.score.reward_model import RewardModelScorer, SampledBy
+def sampled_by(config: RunConfig) -> SampledBy:
+    """The policy, as far as a scorer knows it."""
+    from rlxf.models.tokenizer import declared_eos_ids
+    from rlxf.score.scorer import SampledBy
 
-    actor, reward, trust = config.actor_rollout, config.reward, config.training.trust_remote_code
-    model = load_role(config, "reward", platform, process)
-    own = load_tokenizer(_tokenizer_folder(reward, "reward"), trust_remote_code=trust)
-    policy = load_tokenizer(_tokenizer_folder(actor, "actor_rollout"), trust_remote_code=trust)
-    sampled_by = SampledBy(policy, declared_eos_ids(actor.load, policy, actor.eos_tokens))
-    return RewardModelScorer(model, reward, limits_of(reward), own, sampled_by)
+    actor, tokenizer = config.actor_rollout, policy_tokenizer(config)
+    return SampledBy(tokenizer, declared_eos_ids(actor.load, tokenizer, actor.eos_tokens))
 
 
 def build_engine(config: RunConfig, platform: Platform, process: Process | None = None) -> RolloutEngine:
@@ -128,7 +140,7 @@ def load_role(config: RunConfig, role: RoleName, platform: Platform, process: Pr
     actor, training = config.actor_rollout, config.training
     sections: dict[RoleName, RoleConfig] = {"actor_rollout": actor, "ref": config.ref, "reward": config.reward}
     section, is_actor = sections[role], role == "actor_rollout"
-    trained_as_reward = is_actor and training.stage == "rm"
+    trained_as_reward = is_actor and config.objective == "reward"
     settings = LoadSettings(
         role=role,
         shape=config.model.get(section.model),
@@ -190,7 +202,7 @@ def save_policy_tokenizer(config: RunConfig, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     eos_ids = eos_token_ids(policy_folder(config), tokenizer, actor.eos_tokens)
     _change(folder / "generation_config.json", {"eos_token_id": list(eos_ids)})
-    padding = padding_id(folder) if actor.tokenizer_name_or_path and config.training.stage == "rm" else None
+    padding = padding_id(folder) if actor.tokenizer_name_or_path and config.objective == "reward" else None
     if padding is not None:
         _change(folder / "config.json", {"pad_token_id": padding})
 

@@ -73,7 +73,7 @@ def _lengths(config: RunConfig) -> Problems:
     actor = config.actor_rollout
     keys = ("actor_rollout.seq_length", "actor_rollout.max_prompt_length", "actor_rollout.max_new_tokens")
     room = actor.seq_length - actor.max_prompt_length
-    if room < 1 and config.training.stage != "sft":  # whose examples are only bounded as a whole
+    if room < 1 and config.rows != "examples":  # which are only bounded as a whole
         expected = (
             f"expected at most {actor.seq_length - 1}: seq_length = {actor.seq_length} holds prompt and completion"
         )
@@ -213,10 +213,9 @@ def _inputs(config: RunConfig) -> Problems:
     if actor.load is None:
         yield Problem(("actor_rollout.load",), "actor_rollout.load is required: a Hugging Face folder with the policy")
     if actor.data_path is None and (config.samples or config.offline):
-        kind = {"sft": "examples", "ray_online_dpo": "prompts"}.get(config.training.stage, "preference pairs")
         yield Problem(
             ("actor_rollout.data_path",),
-            f"actor_rollout.data_path is required: a file or a folder of {kind}, such as a .jsonl",
+            f"actor_rollout.data_path is required: a file or a folder of {config.rows}, such as a .jsonl",
         )
     yield from _mixture(actor)
     if replay and config.rollout.replay_path is None:

@@ -142,7 +142,7 @@ def _model_folders(config: RunConfig) -> Iterator[Problem]:
             continue  # the actor's folder: its problems are the actor's
         seen.add((section.load, section.model))
         key, folder = f"{role}.load", Path(section.load)
-        head: Head = "score" if role == "reward" else "either" if config.training.stage == "rm" else "words"
+        head: Head = "score" if role == "reward" else "either" if config.objective == "reward" else "words"
         for text in _folder(folder, config.model.get(section.model), section.model, head=head):
             yield Problem((key,), f"{key} = {show(shown(folder))}: {text}")
         if role != "ref":

@@ -105,6 +105,12 @@ DataFormat = Literal["auto", "standard", "messages", "alpaca", "sharegpt"]
 ReadAt = Literal["auto", "end_of_turn", "last_token"]
 
 
+PairingName = Literal["best_worst"]
+
+
+ScorerName = Literal["model", "function", "recorded"]
+
+
 Role = Literal["train", "infer", "ref", "reward"]
 
 

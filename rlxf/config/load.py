@@ -16,6 +16,7 @@ from rlxf.config.kinds import Stage, Strict
 from rlxf.config.normalise import Section, normalise
 from rlxf.config.problems import Problem, concerning, expectation, lines, show
 from rlxf.config.schema import ModelConfig, RunConfig
+from rlxf.config.stages import STAGES
 from rlxf.core.errors import ConfigError
 from rlxf.core.words import nearest
 
@@ -115,7 +116,7 @@ _EXPLAINED = {
 
 def _required(path: list[str]) -> str:
     if path[:2] == ["training", "stage"]:
-        return 'set it to "ray_online_dpo" (online), "dpo" (offline), "sft" or "rm"'
+        return f"set it to one of {', '.join(f'{name} ({facts.title})' for name, facts in STAGES.items())}"
     if path[-1] == "model":
         return "name a model of the recipe's defaults list, such as tiny"
     return "give its value, as the model's config.json has it" if path[0] == "model" else "give its value"

@@ -27,6 +27,7 @@ from rlxf.config.kinds import (
     Positive,
     Rate,
     ReadAt,
+    ScorerName,
     Share,
     Shares,
     Strict,
@@ -282,3 +283,8 @@ class RewardConfig(RoleConfig):
     """token where a reward model's score is read; auto: what its folder says, else last_token"""
     max_failures: int = Field(0, ge=0)
     """completions of a whole run that may stay without a score when calls fail"""
+
+    @property
+    def kind(self) -> ScorerName:
+        """What this section holds."""
+        return "model" if self.function is None else "function"

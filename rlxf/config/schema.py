@@ -23,16 +23,19 @@ from rlxf.config.kinds import (
     Device,
     File,
     Finite,
+    PairingName,
     Pool,
     Positive,
     Rate,
     Role,
+    ScorerName,
     Stage,
     Strict,
     Tracker,
 )
 from rlxf.config.recording import holds_scores
 from rlxf.config.roles import ActorConfig, ReferenceConfig, RewardConfig
+from rlxf.config.stages import STAGES, ObjectiveName, RowKind
 
 
 class TrainingConfig(Strict):
@@ -86,7 +89,7 @@ class TrainingConfig(Strict):
     @property
     def offline(self) -> bool:
         """Whether what is trained on comes from a file."""
-        return self.stage != "ray_online_dpo"
+        return not STAGES[self.stage].online
 
     @property
     def best_metric(self) -> tuple[str, bool]:
@@ -164,7 +167,7 @@ class SyncConfig(Strict):
 class AlgorithmConfig(Strict):
     """From scores to pairs."""
 
-    pairing: Literal["best_worst"] = "best_worst"
+    pairing: PairingName = "best_worst"
     """best against worst of a prompt's completions"""
     min_score_margin: Rate = 0.0
     """pairs with a margin at or below it are dropped and counted"""
@@ -239,6 +242,16 @@ class RunConfig(Strict):
     log: LogConfig = LogConfig()
 
     @property
+    def objective(self) -> ObjectiveName:
+        """What an optimizer step minimises."""
+        return STAGES[self.training.stage].objective
+
+    @property
+    def rows(self) -> RowKind:
+        """What a row of the data is."""
+        return STAGES[self.training.stage].rows
+
+    @property
     def offline(self) -> bool:
         """Whether what is trained on comes from a file."""
         return self.training.offline
@@ -254,7 +267,7 @@ class RunConfig(Strict):
     def needs_reference(self) -> bool:
         """Whether a reference takes part. Online it does even with a loss that needs none: the KL is measured."""
         free = self.offline and REFERENCE_FREE.issuperset(self.actor_rollout.dpo_loss_type)
-        return self.training.stage in ("ray_online_dpo", "dpo") and not free
+        return self.objective == "preference" and not free
 
     @property
     def max_new_tokens(self) -> int:
@@ -271,6 +284,11 @@ class RunConfig(Strict):
         """Whether completions and scores are those of a recorded run, so that nothing scores."""
         path = self.rollout.replay_path
         return not self.offline and self.engine == "replay" and path is not None and bool(holds_scores(path))
+
+    @property
+    def scorer(self) -> ScorerName:
+        """What scores completions: what the ``reward`` section holds, unless a replay holds scores."""
+        return "recorded" if self.replays_scores else self.reward.kind
 
     @property
     def scores(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from rlxf.models.backend import sequence_scores
 from rlxf.models.batching import Limits
 from rlxf.models.encoding import encode_chat, encode_string, with_eos
 from rlxf.models.endings import Endings
+from rlxf.score.scorer import SampledBy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,14 +27,6 @@ if TYPE_CHECKING:
     from rlxf.models.megatron.model import MegatronModel
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SampledBy:
-    """The policy, as far as its completions can be read without it."""
-
-    tokenizer: PreTrainedTokenizerBase
-    eos_ids: set[int]  # what ends a completion
 
 
 class RewardModelScorer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from rlxf.config.kinds import Stage
-from rlxf.config.roles import LoraConfig, LossConfig, OptimizerConfig
+from rlxf.config.roles import LoraConfig, OptimizerConfig
 from rlxf.core.errors import TrainingError
 from rlxf.core.types import Batch, Metrics, PairLogps, Pairs, Sequences
 from rlxf.models.backend import pair_logps, token_logps
@@ -25,28 +23,12 @@ from rlxf.models.megatron.parallel import reduce_over_data_parallel
 from rlxf.models.peft_folder import save_adapter
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
 from rlxf.update.batches import mini_batches
-from rlxf.update.objective import MicroBatch, MiniBatch, Objective, Place
+from rlxf.update.objective import MicroBatch, MiniBatch, Objective
 from rlxf.update.schedule import make_schedule
 
 if TYPE_CHECKING:
     from rlxf.models.megatron.checkpoint import Write
     from rlxf.models.megatron.model import MegatronModel
-
-
-def make_objective(stage: Stage, config: LossConfig, place: Place, *, has_reference: bool) -> Objective[Any]:
-    """What a stage minimises; ``has_reference``: preference pairs come with a reference's log-probabilities."""
-    if stage == "sft":
-        from rlxf.update.supervised import SupervisedObjective
-
-        return SupervisedObjective(place)
-    if stage == "rm":
-        from rlxf.update.reward import RewardObjective
-
-        return RewardObjective(config.center_rewards_coefficient, place)
-    from rlxf.update.preference import PreferenceObjective
-
-    offline = stage != "ray_online_dpo"
-    return PreferenceObjective(config, place, offline=offline, has_reference=has_reference)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,30 +196,22 @@ class Actor:
         """The messages that carry all weights, by Hugging Face names; a tied head is not sent twice."""
         return self._sync_plan
 
-    def export_bucket(self, index: int, into: Tensor | None = None) -> Tensor:
+    def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """Name and newest tensor of all that is in bucket ``index``: whole, on the device, on rank 0 only.
+
+        Every rank must be called, in the same order, and exhaust it.
+        """
+        return self.model.export([spec.name for spec in self._sync_plan[index].tensors])
+
+    def export_copy(self, index: int) -> Tensor:
         """[num_bytes] uint8 on the CPU: the newest weights of bucket ``index``, filled in on rank 0 only.
 
         Every rank must be called, in the same order.
-
-        Args:
-            index: of the plan.
-            into: [num_bytes] uint8 memory to fill; None: this object's own, which the next call overwrites.
         """
         bucket = self._sync_plan[index]
-        payload = self._payload[: bucket.num_bytes] if into is None else into
-        places = dict(bucket.views(payload))
-        for name, tensor in self.model.export(list(places)):
-            places[name].copy_(tensor)
+        payload = torch.empty(bucket.num_bytes, dtype=torch.uint8)
+        bucket.fill(payload, self.bucket_tensors(index))
         return payload
-
-    def export_copy(self, index: int) -> Tensor:
-        """As ``export_bucket``, in memory of its own."""
-        return self.export_bucket(index, torch.empty(self._sync_plan[index].num_bytes, dtype=torch.uint8))
-
-    @cached_property
-    def _payload(self) -> Tensor:
-        """Memory of the largest bucket, allocated once: fresh pages cost more than the copy into them."""
-        return torch.empty(max(bucket.num_bytes for bucket in self._sync_plan), dtype=torch.uint8)
 
     def save_hf(self, folder: Path) -> None:
         """Write the policy as a folder that ``transformers`` loads; complete or not there at all.

@@ -31,9 +31,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(ROOMS, BELOW_ROOMS),
     # The loop's members as protocols: no device, no model, nothing that builds a room.
     "loop": BASE | {"rollout", "score", "sync"},
+    # What a step collects: stages called by their protocols, no model.
+    "algorithms": BASE | {"loop", "observe", "pair", "score"},
     "checkpointing": BASE | {"loop", "observe"},
-    "evaluate": BELOW_ROOMS | ROOMS | {"loop"},
-    "driver": BASE | {"loop", "observe", "pair", "score"},
+    "evaluate": BELOW_ROOMS | ROOMS | {"algorithms", "loop"},
+    "driver": BASE | {"algorithms", "loop", "observe"},
     # The only ones that build rooms.
     "assembly": BELOW_ROOMS | ROOMS | {"checkpointing", "driver", "evaluate", "loop"},
     "tools": BELOW_ROOMS | ROOMS | {"assembly", "checkpointing"},
@@ -72,9 +74,9 @@ WHOLE = {"rlxf.config.schema.RunConfig", "rlxf.config.roles.ActorConfig"}
 WHOLE_MODULES = {"rlxf.config", "rlxf.config.schema", "rlxf.config.roles"}  # by which everything in them is reached
 
 # What runs without a check of the recipe: the modules of rlxf.config that each part may import.
-VALUES = {"schema", "roles", "kinds", "devices"}  # the sections, and the words for their values
+VALUES = {"schema", "roles", "kinds", "devices", "stages"}  # the sections, and the words for their values
 CONFIG_MODULES: dict[str, set[str]] = {
-    **dict.fromkeys(ROOMS | {"models", "platform", "observe", "loop", "evaluate"}, VALUES),
+    **dict.fromkeys(ROOMS | {"models", "platform", "observe", "loop", "algorithms", "evaluate"}, VALUES),
     "checkpointing": VALUES | {"changes", "curve"},  # what a change of the recipe does to a run that goes on
 }
 
@@ -301,6 +303,10 @@ BAD: list[tuple[Rule, str, str]] = [
     (arrows, "rlxf/core/types.py", "from rlxf.models import tokenizer"),
     (arrows, "rlxf/config/checks.py", "import rlxf.platform"),
     (arrows, "rlxf/core/files.py", "from rlxf.config.schema import RunConfig"),
+    (arrows, "rlxf/driver.py", "from rlxf.pair import PAIRINGS"),
+    (arrows, "rlxf/algorithms/online_dpo.py", "from rlxf.update.preference import PreferenceObjective"),
+    (arrows, "rlxf/algorithms/online_dpo.py", "from rlxf.rollout.hf import HfEngine"),
+    (arrows, "rlxf/loop/run.py", "from rlxf.algorithms import Algorithm"),
     (arrows, "rlxf/newcomer.py", "import torch"),
     (arrows, "rlxf/newcomer/file.py", "import torch"),
     (arrows, "rlxf/observe/report.py", "from rlxf.checkpointing.resume import Resume"),
@@ -350,7 +356,8 @@ BAD: list[tuple[Rule, str, str]] = [
 GOOD: list[tuple[Rule, str, str]] = [
     (arrows, "rlxf/rollout/engine.py", "from rlxf.sync.plan import Bucket\nfrom rlxf.core.types import Rollouts"),
     (arrows, "rlxf/rollout/hf.py", "from rlxf.rollout.engine import Sampling\nfrom .engine import Sampling"),
-    (arrows, "rlxf/driver.py", "from rlxf.pair.strategies import make_pairs\nimport rlxf.score.penalty"),
+    (arrows, "rlxf/driver.py", "from rlxf.algorithms import ALGORITHMS\nimport rlxf.loop.run"),
+    (arrows, "rlxf/algorithms/online_dpo.py", "from rlxf.pair import PAIRINGS\nimport rlxf.score.penalty"),
     (arrows, "workers/actor.py", "from rlxf.update.actor import Actor"),
     (whole_recipe, "rlxf/assembly/roles.py", "from rlxf.config.schema import RunConfig"),
     (whole_recipe, "workers/worker.py", "from rlxf.config.schema import RunConfig"),

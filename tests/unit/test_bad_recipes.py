@@ -66,7 +66,9 @@ WRONG = [
     Wrong(actor(dpo_beta=0), "actor_rollout.dpo_beta", "expected greater than 0"),
     Wrong(actor(dpo_loss_type="sigmod"), "actor_rollout.dpo_loss_type", 'did you mean "sigmoid"?'),
     Wrong({"training": {"stage": "rlhf"}}, "training.stage", "expected one of ray_online_dpo, dpo, sft, rm"),
-    Wrong({"training": {"stage": None}}, "training.stage", '"ray_online_dpo" (online), "dpo" (offline), "sft" or "rm"'),
+    Wrong(
+        {"training": {"stage": None}}, "training.stage", "one of ray_online_dpo (online DPO), dpo (offline DPO), sft"
+    ),
     Wrong({"training": {"device": "gpu"}}, "training.device", 'did you mean "cuda"?'),
     Wrong({"rollout": {"top_p": 1.5}}, "rollout.top_p", "expected at most 1"),
     Wrong(actor(adam_beta2=1.0), "actor_rollout.adam_beta2", "expected less than 1"),

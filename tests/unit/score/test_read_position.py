@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from rlxf.assembly.data import open_preferences
-from rlxf.assembly.roles import build_actor, build_reward_model
+from rlxf.assembly.roles import build_actor, build_scorer
 from rlxf.config.schema import RunConfig
 from rlxf.core.read_position import stored_position
 from rlxf.core.types import RewardPairs, Rollouts
@@ -62,7 +62,7 @@ class Trained:
         return config.model_copy(update={"reward": config.reward.model_copy(update=reward)})
 
     def scores(self, policy: Path, rollouts: Rollouts, **reward: Any) -> torch.Tensor:
-        return build_reward_model(self.recipe(policy, **reward), get_platform("cpu"), Process()).score(rollouts)
+        return build_scorer(self.recipe(policy, **reward), get_platform("cpu"), Process()).score(rollouts)
 
 
 def train(kind: Kind, folder: Path) -> Trained:
