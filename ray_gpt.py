@@ -15,7 +15,7 @@ from workers.dry_run import dry_run, require_cores
 
 def start(composed: DictConfig, command: cli.Command) -> None:
     """Check the composed recipe, then run it, or print its plan."""
-    config = load_config(cli.plain(composed, command.problems), earlier=command.problems)
+    config = load_config(cli.plain(composed, command.problems), earlier=command.problems, typed=command.keys)
     if config.dry_run:
         dry_run(config)
     elif config.runtime == "ray":

@@ -34,8 +34,13 @@ python ray_gpt.py --config-name online_dpo_trainer_tiny training.seed=2 actor_ro
   `outputs/<recipe>/<date>_<time>`).
 - **Where a value comes from**: a role's own key, else `training`, else the role's `model.<name>` section, else the
   default below. `null` is the same as leaving a key out. `training` may hold any key of a role, for all roles.
-- `ref` and `reward` take `model`, `bf16`, `seq_length` and `micro_batch_size` from the actor when no section sets
-  them, and `ref` also `load`.
+- **The shape of a model** is that of its folder's `config.json` (`llama`, `qwen2`, `qwen3`), and no key needs to repeat
+  it. A role's `model` names a shape for `dry_run` where the folder is not here. Where the folder is here and differs,
+  a line of the log says in which keys; a `model` or `model.<name>` key that was typed and differs is an error.
+  `config.yaml` and checkpoints hold the shape that was used.
+- `ref` and `reward` take `bf16`, `seq_length` and `micro_batch_size` from the actor when no section sets them, and
+  `ref` also `load`. Where their folders are not here and they name no `model`, the actor's shape stands in.
+- `reward.load` or `reward.function` on the command line takes the place of the other one in the recipe.
 - **Paths** are relative to the folder where the command is typed.
 - An unknown key, in a file or on the command line, is an error that names the nearest valid one. All mistakes of a
   recipe are reported at once.
@@ -83,7 +88,7 @@ def bounds(metadata: list[Any]) -> str:
 def default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "required"
-    if field.default is None:
+    if field.default in (None, ""):
         return "unset"
     value = list(field.default) if isinstance(field.default, tuple) else field.default
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"

@@ -30,6 +30,7 @@ from rlxf.config.keys import is_known, plain_layout, unknown_key
 from rlxf.core.command import Typed
 from rlxf.core.errors import ConfigError, RlxfError, notes_of
 from rlxf.core.words import nearest
+from workers.usage import help_text
 
 RECIPES = Path(__file__).parent.parent / "configs" / "rlxf"
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -52,6 +53,7 @@ class Command:
     arguments: list[str]
     problems: list[str]
     typed: tuple[str, ...]
+    keys: frozenset[str]  # that it sets, in the plain layout; `model` for a choice of model files
 
     @property
     def only_shows(self) -> bool:
@@ -76,7 +78,8 @@ def read_command(arguments: Sequence[str]) -> Command:
         before = argument
     given = {override.split("=")[0] for override in overrides}
     ours = [f"{key}={value}" for key, value in _HYDRA_DEFAULTS.items() if key not in given]
-    return Command([*ours, *overrides, *options], problems, tuple(arguments))
+    keys = frozenset(override.lstrip("+").split("=")[0] for override in overrides if "=" in override)
+    return Command([*ours, *overrides, *options], problems, tuple(arguments), keys)
 
 
 def _belongs_to(option: str, argument: str) -> bool:
@@ -241,11 +244,14 @@ def _value_of(options: Sequence[str], arguments: Sequence[str]) -> str:
 
 
 def check(command: Command) -> None:
-    """What can be said before Hydra composes.
+    """What can be said before Hydra composes; ``--help`` is answered, and ends the program.
 
     Raises:
         ConfigError: there is no such recipe, or a command that only shows the recipe has wrong keys.
     """
+    if not {"--help", "-h"}.isdisjoint(command.typed):
+        sys.stdout.write(help_text(_folders(command.typed)))
+        raise SystemExit(0)
     require_recipe(command.arguments)
     if command.only_shows and command.problems:
         raise ConfigError(*command.problems)

@@ -54,10 +54,10 @@ def _shapes(config: RunConfig) -> Iterator[tuple[str, RoleConfig, ModelConfig]]:
 
 def _models(config: RunConfig) -> Problems:
     for name, role in _roles(config):
-        if role.model not in config.model:
+        if role.model and role.model not in config.model:
             near = nearest(role.model, config.model)
             hint = f'did you mean "{near}"?' if near else f"this recipe has {', '.join(config.model) or 'none'}"
-            expected = f"expected a model of the recipe's defaults (`- model: [{role.model or 'tiny'}]`); {hint}"
+            expected = f"expected a model of the recipe's defaults (`- model: [{role.model}]`); {hint}"
             yield wrong(f"{name}.model", role.model, expected, f"model.{role.model}")
     for model, shape in config.model.items():
         key = f"model.{model}.num_attention_heads"

@@ -76,8 +76,8 @@ class MicroBatchConfig(Strict):
 class RoleConfig(LengthConfig, LayoutConfig, MicroBatchConfig):
     """What actor, reference and reward have in common."""
 
-    model: str
-    """name of a file in configs/rlxf/model; ref and reward: unset = the actor's"""
+    model: str = ""
+    """a file in configs/rlxf/model: the shape for a plan where `load` is not here; ref, reward: unset = the actor's"""
     load: Folder | None = None
     """folder with the weights: Hugging Face's or a checkpoint; ref: unset = the actor's"""
     tokenizer_name_or_path: Folder | None = None

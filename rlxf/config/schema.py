@@ -100,7 +100,7 @@ class TrainingConfig(Strict):
 
 
 class ModelConfig(Strict):
-    """Shape of a model, as its ``config.json`` says. Known before any folder exists, for checks and ``dry_run``."""
+    """Shape of a model, for a plan (``dry_run``) where its folder is not here; else its ``config.json`` decides."""
 
     num_layers: Positive
     """transformer layers"""

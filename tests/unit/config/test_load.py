@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rlxf.config.load import load_config
 from rlxf.config.roles import ActorConfig
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError
-from tests.unit.config.recipes import recipe
+from tests.unit.config.recipes import LLAMA, recipe
 
 
 def test_a_role_wins_over_training_and_training_over_its_model() -> None:
@@ -149,7 +150,7 @@ def test_unused_keys_of_the_reference_are_named_in_one_warning(caplog: pytest.Lo
 def test_the_reference_is_the_named_checkpoint_of_a_run(tmp_path: Path) -> None:
     run, model = tmp_path / "ckpt", tmp_path / "model"
     model.mkdir(parents=True)
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text(json.dumps(LLAMA))
     (model / "model.safetensors").touch()
     for key in ({"ref": {"load": str(run), "refer_model_iter": 1}}, {"ref": {"load": str(run)}, **_from_actor(1)}):
         assert load_config(recipe(**key)).ref.load == str(run / "iter_0000001")
