@@ -11,9 +11,10 @@ from rlxf.assembly.roles import build_actor
 from rlxf.core.types import Batch, Metrics, PairLogps, Pairs, Sequences
 from rlxf.sync.plan import Bucket
 from rlxf.sync.transports.transport import Address, Message, Sender, Transport
-from workers.group import WorkerGroup
-from workers.remote import Pending
-from workers.worker import Worker
+
+from .group import WorkerGroup
+from .remote import Pending
+from .worker import Worker
 
 if TYPE_CHECKING:
     from rlxf.update.actor import Actor

@@ -29,10 +29,11 @@ from rlxf.config.defaults import unset_recipe
 from rlxf.config.keys import is_known, plain_layout, unknown_key
 from rlxf.core.command import Typed
 from rlxf.core.errors import ConfigError, RlxfError, notes_of
+from rlxf.core.places import RECIPES
 from rlxf.core.words import nearest
-from workers.usage import help_text
 
-RECIPES = Path(__file__).parent.parent / "configs" / "rlxf"
+from .usage import help_text
+
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 _OPTIONS_WITH_VALUE = {
@@ -125,7 +126,7 @@ def register() -> None:
         "formatters": {"plain": {"format": "%(levelname)s: %(message)s"}},
         "handlers": {"console": handler},
         "root": {"level": "WARNING", "handlers": ["console"]},
-        "loggers": {"rlxf": {"level": "INFO"}, "workers": {"level": "INFO"}},
+        "loggers": {"rlxf": {"level": "INFO"}, __package__: {"level": "INFO"}},
     }
     store.store(group="hydra/job_logging", name="rlxf", node=job_logging, package="hydra.job_logging")
     warnings.filterwarnings(

@@ -14,7 +14,8 @@ import ray
 from rlxf.core.errors import PlacementError
 from rlxf.placement.plan import Plan
 from rlxf.platform import Platform
-from workers.address import running_cluster
+
+from .address import running_cluster
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from rlxf.assembly.roles import build_reference
 from rlxf.core.types import PairLogps, Pairs, Sequences
 from rlxf.sync.plan import Bucket
-from workers.group import WorkerGroup
-from workers.worker import Worker
+
+from .group import WorkerGroup
+from .worker import Worker
 
 if TYPE_CHECKING:
     from rlxf.reference.frozen import FrozenReference

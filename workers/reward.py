@@ -7,8 +7,9 @@ from torch import Tensor
 from rlxf.assembly.roles import build_scorer
 from rlxf.core.types import Rollouts
 from rlxf.score.scorer import Scorer
-from workers.group import WorkerGroup
-from workers.worker import Worker
+
+from .group import WorkerGroup
+from .worker import Worker
 
 
 class RewardWorker(Worker):

@@ -11,10 +11,11 @@ from rlxf.rollout.shares import join, split_evenly
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer
 from rlxf.sync.transports.transport import Address, Message, Receiver, Transport
-from workers.actor import RemoteActor
-from workers.group import WorkerGroup
-from workers.remote import Pending
-from workers.worker import Worker
+
+from .actor import RemoteActor
+from .group import WorkerGroup
+from .remote import Pending
+from .worker import Worker
 
 
 class RolloutWorker(Worker):

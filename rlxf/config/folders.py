@@ -18,6 +18,7 @@ from rlxf.core.errors import ConfigError
 from rlxf.core.model_folder import assets_folder, megatron_checkpoint
 
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+_PYTHON = (".py",)
 _INDEX_SUFFIX = ".idx"  # of indexed files, which are found by their prefix or their folder
 _DATASET_FILES = ("state.json", "dataset_dict.json")  # of a Hugging Face dataset on disk
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -63,9 +64,9 @@ def named_paths(config: RunConfig) -> list[NamedPath]:
         "training.resume": None if config.training.resume in RESUME_WORDS else config.training.resume,
     }
     files: dict[str, tuple[str | None, tuple[str, ...]]] = {
-        "reward.function": (None if config.offline or config.replays_scores else reward.function, (".py",)),
+        "reward.function": (None if config.offline or config.replays_scores else reward.function, _PYTHON),
         "rollout.replay_path": (config.rollout.replay_path if config.engine == "replay" else None, (".jsonl",)),
-        "eval.metrics": (config.eval.metrics if evaluates else None, (".py",)),
+        "eval.metrics": (config.eval.metrics if evaluates else None, _PYTHON),
     }
     found = [NamedPath(key, Path(path), folder=True) for key, path in folders.items() if path is not None]
     found += [NamedPath(key, Path(path), suffixes=kinds) for key, (path, kinds) in files.items() if path is not None]
@@ -97,7 +98,8 @@ def folder_problems(config: RunConfig) -> Iterator[Problem]:
                 expected = f"no such folder, and no files of that prefix; paths are relative to {Path.cwd()}"
                 yield Problem((key,), f"{key} = {place}: {expected}")
         elif named.suffixes and named.path.suffix.lower() not in named.suffixes:
-            yield Problem((key,), f"{key} = {place}: expected a file that ends in {_either(named)}")
+            module = ", or the name of a module that is installed" if named.suffixes == _PYTHON else ""
+            yield Problem((key,), f"{key} = {place}: expected a file that ends in {_either(named)}{module}")
         elif not named.exists and not config.dry_run:
             kind = "folder" if named.folder else "file"
             other = named.path.exists() and f", but it is a {'file' if named.folder else 'folder'}"

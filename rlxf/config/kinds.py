@@ -40,6 +40,9 @@ Folder = Annotated[str, LocalPath("folder")]
 File = Annotated[str, LocalPath("file")]
 
 
+PythonFile = Annotated[str, LocalPath("file", module=True)]
+
+
 DataPaths = Annotated[tuple[Annotated[str, LocalPath("data")], ...], BeforeValidator(as_paths)]
 
 

@@ -21,6 +21,7 @@ from rlxf.config.shapes import Written, resolve_shapes
 from rlxf.config.stages import STAGES
 from rlxf.config.typed import make_room
 from rlxf.core.errors import ConfigError
+from rlxf.core.user_file import file_of_module
 from rlxf.core.words import nearest
 
 logger = logging.getLogger(__name__)
@@ -168,8 +169,11 @@ def _stage_meant(value: Any) -> str:
     return near or "ray_online_dpo"
 
 
-def _absolute(path: Any) -> Any:
-    return str(Path(path).expanduser().absolute()) if isinstance(path, str) and path else path
+def _absolute(path: Any, mark: LocalPath) -> Any:
+    if not isinstance(path, str) or not path:
+        return path
+    file = file_of_module(path) if mark.module else None
+    return str((file or Path(path)).expanduser().absolute())
 
 
 def path_fields(schema: type[Strict]) -> Iterator[tuple[str, LocalPath]]:
@@ -201,8 +205,8 @@ def _with_absolute_paths(merged: Section) -> Section:
         values = dict(merged.get(section, {}))
         for key, mark in path_fields(schema):
             if isinstance(values.get(key), list | tuple):
-                values[key] = [_absolute(path) for path in values[key]]
+                values[key] = [_absolute(path, mark) for path in values[key]]
             elif key in values and values[key] not in mark.words:
-                values[key] = _absolute(values[key])
+                values[key] = _absolute(values[key], mark)
         located[section] = values
     return located

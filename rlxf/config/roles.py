@@ -18,13 +18,13 @@ from rlxf.config.kinds import (
     BelowOne,
     DataFormat,
     DataPaths,
-    File,
     Finite,
     Folder,
     LoraTarget,
     LossType,
     MapKeys,
     Positive,
+    PythonFile,
     Rate,
     ReadAt,
     ScorerName,
@@ -277,8 +277,8 @@ class RewardConfig(RoleConfig):
 
     model: str | None = None  # type: ignore[assignment]
     """a reward function has no model"""
-    function: File | None = None
-    """path of a Python file that defines `reward(prompts, completions, completion_ids, **columns)`"""
+    function: PythonFile | None = None
+    """path or module of a Python file that defines `reward(prompts, completions, completion_ids, **columns)`"""
     read_at: ReadAt = "auto"
     """token where a reward model's score is read; auto: what its folder says, else last_token"""
     max_failures: int = Field(0, ge=0)

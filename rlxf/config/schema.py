@@ -26,6 +26,7 @@ from rlxf.config.kinds import (
     PairingName,
     Pool,
     Positive,
+    PythonFile,
     Rate,
     Role,
     ScorerName,
@@ -199,8 +200,8 @@ class EvalConfig(Strict):
     """prompts, pairs or examples of each evaluation"""
     greedy: bool = True
     """online: the most probable completion of each prompt, too"""
-    metrics: File | None = None
-    """path of a Python file that defines `evaluate(prompts, completions, initial_completions)`"""
+    metrics: PythonFile | None = None
+    """path or module of a Python file that defines `evaluate(prompts, completions, initial_completions)`"""
 
 
 class LogConfig(Strict):

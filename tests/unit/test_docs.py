@@ -109,7 +109,7 @@ def test_a_command_is_read_over_its_lines() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_tells_to_type_is_understood(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for arguments in commands(text, "ray_gpt.py"):
+    for arguments in commands(text, "ray_gpt.py") + commands(text, "rlxf train"):
         assert cli.read_command(arguments).problems == []
     for script in (ROOT / "scripts").glob("*.py"):
         source = script.read_text(encoding="utf-8") + COMMANDS
