@@ -87,10 +87,10 @@ class ActorOfFive(ActorWorker):
 
 class SlowRollout(RolloutWorker):
     def build(self, *_: Any) -> None:
-        self.engine = Engine(delay_s=0.02 * (1 + self.rank))  # type: ignore[assignment]
+        self.room = Engine(delay_s=0.02 * (1 + self.rank))  # type: ignore[assignment]
 
     def updates(self) -> list[list[Any]]:
-        return self.engine.updates  # type: ignore[attr-defined, no-any-return]
+        return self.room.updates  # type: ignore[attr-defined, no-any-return]
 
 
 class World:
