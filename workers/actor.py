@@ -49,7 +49,7 @@ class ActorWorker(Worker):
         return self.answer(self.room.sync_plan())
 
     def share_buckets(self) -> Address | None:
-        """Allocate the memory through which all buckets travel from now on; rank 0 says where it is."""
+        """Allocate the memory through which all buckets travel from now on; rank 0 returns its address."""
         if self.rank == 0:
             self.shared = SharedBuckets.allocate(self.room.sync_plan())
         return self.shared.address if self.shared is not None else None

@@ -187,7 +187,7 @@ def _folder(folder: Path, shape: ModelConfig | None, model: str | None, *, head:
     yield from _weights(folder)
     yield from _head(settings, head)
     for name, (expected, found) in _shape(shape, settings).items():
-        yield f"its config.json says {name} = {found}, but model.{model}.{name} = {expected}; name the fitting model"
+        yield f"its config.json has {name} = {found}, but model.{model}.{name} = {expected}; name the model that fits"
 
 
 def _weights(folder: Path) -> Iterator[str]:

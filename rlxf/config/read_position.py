@@ -1,4 +1,4 @@
-"""At which token a reward model's score is read: what the recipe says, or the model's own folder."""
+"""The token at which a reward model's score is read: set in the recipe, or in the model's own folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_position(config: RewardConfig) -> Position:
     """Where ``reward`` reads its scores: ``reward.read_at``, or where ``reward.load`` says that it was trained.
 
     Raises:
-        ConfigError: the folder says something that this program does not know.
+        ConfigError: the folder names a position that this program does not know.
     """
     if config.read_at != "auto":
         return config.read_at
@@ -36,10 +36,10 @@ def read_position(config: RewardConfig) -> Position:
 
 
 def stored_position(folder: Path) -> Position | None:
-    """What a reward model's folder or checkpoint says about itself; None if it says nothing.
+    """The position that a reward model's folder or checkpoint names; None if it names none.
 
     Raises:
-        ConfigError: it says something that this program does not know.
+        ConfigError: it names a position that this program does not know.
     """
     checkpoint = megatron_checkpoint(folder)
     driver = None if checkpoint is None else checkpoint / "driver.json"
@@ -61,9 +61,9 @@ def warn_of_read_position(config: RunConfig) -> None:
         return
     if stored_position(Path(reward.load)) is None:
         logger.warning(
-            "reward.load = %s does not say where its score was trained (%s in config.json): it is read at the last "
-            "token of the text, as models of TRL and transformers are; reward.read_at=%s says the same without this "
-            "warning, reward.read_at=%s reads at the token that ends the answer",
+            "reward.load = %s: its config.json has no %s, so the score is read at the last token of the text, as in "
+            "TRL and transformers; set reward.read_at=%s to do the same without this warning, or reward.read_at=%s to "
+            "read it at the token that ends the answer",
             shown(Path(reward.load)), READ_AT, _UNKNOWN, TRAINED_AT,
         )  # fmt: skip
 

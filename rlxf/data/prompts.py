@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class PromptRecord(NamedTuple):
-    """What a row says."""
+    """The content of a row."""
 
     text: Content
     columns: Row  # those that are not in the prompt

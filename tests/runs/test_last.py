@@ -169,6 +169,6 @@ def test_last_goes_on_in_the_folder_that_it_found_and_says_when_there_is_none(re
     assert anew.code == 128 + signal.SIGTERM
     ended = run_in_child(last, tmp_path / "second")
     assert ended.code == 0, ended.output
-    assert f"going on in {tmp_path / 'first'}" in ended.output
+    assert f"continuing the run in {tmp_path / 'first'}" in ended.output
     assert not (tmp_path / "second").exists()
     assert step_of(list_checkpoints(tmp_path / "first" / "checkpoints")[-1]) == STEPS

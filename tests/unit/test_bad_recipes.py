@@ -142,7 +142,7 @@ WRONG = [
             **shape(num_layers=4),
         },
         "reward.virtual_pipeline_model_parallel_size",
-        "varying lengths (they hang)",
+        "interleaved stages hang",
     ),
     Wrong(
         {
@@ -382,7 +382,7 @@ def test_a_folder_with_another_shape_is_refused(files: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(recipe(dry_run=False, ref={"load": "wide"}))
     text = str(caught.value)
-    assert "its config.json says hidden_size = 256, but model.tiny.hidden_size = 128" in text
+    assert "its config.json has hidden_size = 256, but model.tiny.hidden_size = 128" in text
     assert "num_query_groups = 4" in text
     assert "kv_channels = 64" in text
 
