@@ -192,6 +192,8 @@ main() {
   fi
   require_token "$ray"
   export_health_check
+  # Ray starts a process per core beforehand; the workers of a run have an environment of their own and never use them.
+  export RAY_prestart_worker_first_driver="${RAY_prestart_worker_first_driver:-0}"
   raise_open_files
   if [[ "$role" == head && "$dashboard_host" != 127.0.0.1 ]]; then
     say "the dashboard listens on every interface; it asks for the token, but open port $dashboard_port to few"

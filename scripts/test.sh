@@ -81,13 +81,13 @@ checks() {
 
 world() { step "tiny world" .venv/bin/python scripts/build_tiny_world.py; }
 
-cluster_tests() { step "tests with Ray or vLLM" pytest_part -m "${slow}(cluster or vllm)"; }
+cluster_tests() { step "tests with Ray or vLLM" pytest_part --durations=15 -m "${slow}(cluster or vllm)"; }
 
 # They fill the cores while a Ray cluster or an engine starts and waits, and give way when it works: it has deadlines.
 # Files in order of their names, not of their number of tests: whole runs, which are few and long, come before units.
 other_tests() {
   renice -n 5 -p "$BASHPID" >/dev/null
-  step "tests without cluster" pytest_part -n 2 --dist loadfile --no-loadscope-reorder -m "${slow}not cluster and not vllm"
+  step "tests without cluster" pytest_part --durations=15 -n 2 --dist loadfile --no-loadscope-reorder -m "${slow}not cluster and not vllm"
 }
 
 main() {

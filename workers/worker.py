@@ -21,14 +21,16 @@ class Worker:
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
+        self._listener: socket.socket | None = None
         # Arrays from the object store are read-only; every room only reads them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
     def address(self) -> tuple[str, int]:
-        """This node's address and a free port on it, for the group's rendezvous."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        """This node's address and a port on it, held until the group's rendezvous; a group of one needs none."""
+        if self.world_size == 1:
+            return "127.0.0.1", 0
+        self._listener = socket.create_server(("", 0))
+        return ray.util.get_node_ip_address(), self._listener.getsockname()[1]
 
     def machine(self) -> str:
         """The same for all processes that can share memory with this one."""
@@ -37,7 +39,12 @@ class Worker:
     def place(self, config: RunConfig, master: tuple[str, int]) -> tuple[Platform, Process]:
         """The device, and this rank's place in its group. Ray shows a process its own devices only: it has number 0."""
         process = Process(
-            rank=self.rank, world_size=self.world_size, local_rank=0, master_addr=master[0], master_port=master[1]
+            rank=self.rank,
+            world_size=self.world_size,
+            local_rank=0,
+            master_addr=master[0],
+            master_port=master[1],
+            listen_fd=self._listener.detach() if self._listener else None,
         )
         return get_platform(config.training.device, cpu_linear=config.training.cpu_linear), process
 

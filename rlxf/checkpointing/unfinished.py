@@ -12,8 +12,7 @@ from typing import Any
 from rlxf.checkpointing.fingerprint import fingerprint, training_files
 from rlxf.checkpointing.lock import is_owned
 from rlxf.checkpointing.resume import read_driver, summarised_steps
-from rlxf.checkpointing.run_folder import checkpoints_folder
-from rlxf.checkpointing.store import list_checkpoints
+from rlxf.checkpointing.store import checkpoints_folder, list_checkpoints
 from rlxf.config.changes import compare
 from rlxf.config.schema import RunConfig
 from rlxf.core.command import TYPED, Typed

@@ -47,6 +47,11 @@ ALIASES: dict[tuple[str, str], tuple[str, str]] = {
     ("actor_rollout", "ref_model"): ("ref", "load"),
 }
 
+# Key -> where a file of the library that recipes name was, and where it is now.
+MOVED_FILES: dict[tuple[str, str], tuple[str, str]] = {
+    ("eval", "metrics"): ("rlxf/tiny/truth.py", "rlxf/tools/tiny/truth.py"),
+}
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from rlxf.config.keys import (
     ALIASES,
+    MOVED_FILES,
     NOT_YET,
     REFERENCE_LAYOUT,
     ROLES,
@@ -45,6 +47,7 @@ def normalise(raw: Mapping[str, Any]) -> tuple[Section, list[Problem]]:
             recipe[name] = _known(name, name, value or {}, problems)
     _warn_of_legacy(raw)
     _resolve_aliases(recipe, problems)
+    _follow_moved_files(recipe)
     return recipe, problems
 
 
@@ -122,6 +125,18 @@ def _warn_of_legacy(raw: Mapping[str, Any]) -> None:
     found = list(_legacy_keys(raw))
     if found:
         logger.warning("accepted without effect: %s", ", ".join(found))
+
+
+def _follow_moved_files(recipe: Section) -> None:
+    """A recipe of an earlier version may name a file of the library that has moved since."""
+    for (section, key), (old, new) in MOVED_FILES.items():
+        value = recipe.get(section, {}).get(key)
+        if not isinstance(value, str) or not value.endswith(old) or Path(value).exists():
+            continue
+        moved = value.removesuffix(old) + new
+        if Path(moved).exists():
+            logger.warning("%s.%s = %s has moved: %s is read", section, key, value, moved)
+            recipe[section][key] = moved
 
 
 def _resolve_aliases(recipe: Section, problems: list[Problem]) -> None:

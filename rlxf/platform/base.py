@@ -19,7 +19,8 @@ class Process:
     world_size: int = 1
     local_rank: int = 0  # among this process's visible devices
     master_addr: str = "127.0.0.1"
-    master_port: int = 0  # 0: a free one (world_size 1 only)
+    master_port: int = 0  # unused by a group of one
+    listen_fd: int | None = None  # rank 0: a socket that listens at master_port, so that nobody else can take it
 
 
 class Platform(Protocol):

@@ -53,7 +53,8 @@ class Recipe:
 
 def environment(**changes: str) -> dict[str, str]:
     """Of a run that finds no cluster by itself."""
-    return {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **changes}
+    fixed = {"RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**os.environ, **fixed, "RAY_prestart_worker_first_driver": "0", **changes}
 
 
 def shape() -> dict[str, Any]:
@@ -124,7 +125,7 @@ class TwoNodes:
 
 
 @pytest.fixture(scope="session")
-def two_nodes() -> Iterator[TwoNodes]:
+def two_nodes(request: pytest.FixtureRequest) -> Iterator[TwoNodes]:
     """Brought up with the two `ray start` lines of the user guide; ports, address and count are this machine's.
 
     With a home folder of its own, as on a machine where Ray never ran: there is no token yet.
@@ -134,6 +135,8 @@ def two_nodes() -> Iterator[TwoNodes]:
         del env["RAY_ADDRESS"]
         ray_command, port, dashboard = ray_program(Path(scratch)), free_port(), free_port()
         head = f"start --head --port {port} --dashboard-host=0.0.0.0 --dashboard-port={dashboard}"
+        if not any("ray_job" in item.name for item in request.session.items):  # ten processes that only jobs need
+            head += " --include-dashboard=false"
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for line in (f"{head} --temp-dir={scratch}/ray", f"start --address=127.0.0.1:{port}"):

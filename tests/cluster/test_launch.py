@@ -65,6 +65,7 @@ def test_four_roles_on_ray_give_the_numbers_of_one_process(recipe: Recipe, local
     assert json.loads((tmp_path / "ray" / "summary.json").read_text())["steps"] == 3
 
 
+@pytest.mark.slow  # in one process: tests/runs/test_lora.py
 def test_with_lora_the_actors_processes_are_the_reference(recipe: Recipe, tmp_path: Path) -> None:
     lora = ("actor_rollout.lora_r=4", "actor_rollout.lora_dropout=0.2", "actor_rollout.lr=0.01", "sync.verify_first=3")
     common = (*lora, "training.eval_interval=2", "eval.num_prompts=4")
@@ -207,6 +208,7 @@ def test_a_signal_while_models_load_leaves_no_process(recipe: Recipe, tmp_path: 
     assert leftovers(family) == []
 
 
+@pytest.mark.slow  # without Ray: tests/unit/test_stop.py
 def test_a_second_signal_leaves_at_once_without_saving(recipe: Recipe, tmp_path: Path) -> None:
     process = started(recipe, tmp_path)
     family = children(process.pid)
@@ -220,6 +222,7 @@ def test_a_second_signal_leaves_at_once_without_saving(recipe: Recipe, tmp_path:
     assert list_checkpoints(tmp_path / "checkpoints") == []
 
 
+@pytest.mark.slow  # of another role, without --slow: test_ends.py
 def test_a_lost_worker_ends_the_run_and_is_named(recipe: Recipe, tmp_path: Path) -> None:
     process = started(recipe, tmp_path)
     family = children(process.pid)
@@ -235,6 +238,7 @@ def test_a_lost_worker_ends_the_run_and_is_named(recipe: Recipe, tmp_path: Path)
     assert leftovers(family) == []
 
 
+@pytest.mark.slow  # Ray's own way to start what the other tests start
 def test_a_run_is_a_ray_job(recipe: Recipe, two_nodes: TwoNodes, tmp_path: Path) -> None:
     env = {name: value for name, value in two_nodes.env.items() if name != "RAY_ADDRESS"}  # Ray sets it inside the job
     deadline = time.monotonic() + 90

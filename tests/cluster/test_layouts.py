@@ -74,6 +74,7 @@ def test_two_pipeline_stages(one: Finished, tmp_path: Path) -> None:
     assert_same(run(tmp_path / "pp2", "online_dpo_trainer_tiny_pp2", "rollout.engine=hf"), one)
 
 
+@pytest.mark.slow  # two nodes: test_launch.py; data parallel: tests/unit/models/test_layouts.py
 def test_two_data_parallel_ranks_on_two_nodes(one: Finished, two_nodes: TwoNodes, tmp_path: Path) -> None:
     """A rank on each node, the engine on the second; the reference shares the reward model's device."""
     pools = (

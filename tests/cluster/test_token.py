@@ -75,7 +75,9 @@ def join(address: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("place", ["home", "path", "value"])
+@pytest.mark.parametrize(
+    "place", ["home", *(pytest.param(place, marks=pytest.mark.slow) for place in ("path", "value"))]
+)
 def test_the_users_token_is_shown_to_the_cluster(guarded: Guarded, tmp_path: Path, place: str) -> None:
     token = guarded.home / ".ray" / "auth_token"
     env = {

@@ -76,7 +76,7 @@ def test_completions_without_a_score_are_dropped_and_counted(world: World, tmp_p
     assert step["reward/score/min"] == min(known)
 
 
-@pytest.mark.parametrize("runtime", ["local", pytest.param("ray", marks=pytest.mark.cluster)])
+@pytest.mark.parametrize("runtime", ["local", pytest.param("ray", marks=[pytest.mark.cluster, pytest.mark.slow])])
 def test_a_function_that_raises_ends_the_run_with_one_line(world: World, tmp_path: Path, runtime: str) -> None:
     reward = world.reward_function(tmp_path, RAISES)
     recipe = world.recipe(reward=reward, rollout={"engine": "hf"})

@@ -18,7 +18,7 @@ from workers import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
-COMMANDS = (ROOT / "rlxf" / "tools" / "convert" / "command.py").read_text(encoding="utf-8")  # scripts/convert_ckpt.py's
+COMMANDS = (ROOT / "rlxf/tools/convert/command.py").read_text(encoding="utf-8")  # scripts/convert_ckpt.py's
 USERS_OWN = re.compile(r"_mine(\.yaml)?$")  # recipes that a reader is told to write
 
 

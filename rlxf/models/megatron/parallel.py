@@ -87,6 +87,20 @@ def require_megatron() -> None:
         )
 
 
+def _store(process: Process, timeout: timedelta) -> Any:
+    """Where the group's ranks find each other."""
+    if process.world_size == 1:  # no port that another program could take first
+        return dist.HashStore()  # type: ignore[attr-defined]  # documented, but not in torch's own list
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        process.master_addr,
+        process.master_port,
+        process.world_size,
+        is_master=process.rank == 0,
+        timeout=timeout,
+        master_listen_fd=process.listen_fd,
+    )
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -122,7 +136,7 @@ def init_parallel(platform: Platform, process: Process, *, sizes: ParallelSizes,
     if not dist.is_initialized():
         dist.init_process_group(
             platform.collective_backend,
-            init_method=f"tcp://{process.master_addr}:{process.master_port or free_port()}",
+            store=_store(process, timedelta(seconds=timeout_s)),
             rank=process.rank,
             world_size=process.world_size,
             timeout=timedelta(seconds=timeout_s),

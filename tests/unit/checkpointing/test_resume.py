@@ -388,7 +388,7 @@ def test_what_a_report_needs_may_be_missing(tmp_path: Path, name: str) -> None:
     assert found.run_folder == tmp_path
     assert found.baseline is None
     if name == "report":
-        assert found.start == found.end == {}
+        assert found.reported.start == found.reported.end == {}
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\x80\x04", b"{", b"null"])

@@ -94,6 +94,21 @@ def test_older_names_set_the_key_that_they_mean(caplog: pytest.LogCaptureFixture
     assert "actor_rollout.shuffle is read as actor_rollout.shuffle_minibatch" in caplog.text
 
 
+def test_a_file_of_the_library_is_found_where_it_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rlxf/tools/tiny").mkdir(parents=True)
+    (tmp_path / "rlxf/tools/tiny/truth.py").touch()
+    raw = recipe(eval={"metrics": "./rlxf/tiny/truth.py"})
+    assert str(load_config(raw).eval.metrics).endswith("/rlxf/tools/tiny/truth.py")
+    assert "eval.metrics = ./rlxf/tiny/truth.py has moved: ./rlxf/tools/tiny/truth.py is read" in caplog.text
+    own = tmp_path / "rlxf/tiny/truth.py"
+    own.parent.mkdir()
+    own.touch()  # a file that is there is the one that was meant
+    assert str(load_config(raw).eval.metrics).endswith("/rlxf/tiny/truth.py")
+
+
 def test_the_default_of_a_composed_recipe_does_not_contradict_an_older_name() -> None:
     raw = recipe(training={"log_interval": 3}, log={"interval": 1})
     assert load_config(raw).log.interval == 3
