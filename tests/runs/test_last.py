@@ -150,7 +150,7 @@ def test_the_printed_commands_go_on_in_a_folder_with_a_space(recipe: Recipe, tmp
     assert beside.returncode == 0, beside.stderr
     assert "an unfinished run of this recipe" in beside.stderr
     assert f"(2 of {STEPS} steps)" in beside.stderr
-    last = re.search(r"to go on with it: (.*)$", beside.stderr, re.M)
+    last = re.search(r"to continue it: (.*)$", beside.stderr, re.M)
     assert last
     assert last[1].endswith("training.resume=last")
     ended = subprocess.run(
