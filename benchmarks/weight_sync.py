@@ -32,12 +32,13 @@ from rlxf.config.schema import RunConfig  # noqa: E402
 from rlxf.core.clock import Clock  # noqa: E402
 from rlxf.core.stop import Stop  # noqa: E402
 from rlxf.platform import get_platform  # noqa: E402
+from rlxf.sync.transports import TRANSPORTS  # noqa: E402
 from workers.actor import ActorWorker, RemoteActor  # noqa: E402
 from workers.group import Member, WorkerGroup  # noqa: E402
 from workers.remote import Waiter  # noqa: E402
 from workers.rollout import RemoteEngines, RolloutWorker  # noqa: E402
 
-TRANSPORTS = ("object_store", "shared_memory")
+COMPARED = ("object_store", "shared_memory")
 CASES = {"tiny": ("tiny", 256), "26M": ("26M", 256), "26M in buckets of 16 MB": ("26M", 16)}  # size, sync.bucket_mb
 PUSHES_PER_TURN = {"tiny": 20, "26M": 5}
 TINY = random_world.Shape(hidden=96, layers=2, ffn=256, heads=3, kv_heads=3, vocab=586, positions=256)
@@ -75,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="turns of each transport that count")
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
-    parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
+    parser.add_argument("--transports", nargs="+", choices=COMPARED, default=list(COMPARED))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "weight_sync.json")
     return parser.parse_args()
 
@@ -113,9 +114,8 @@ class Pushes:
         self._groups = (actors, engines)
         self._actor = RemoteActor(actors)
         self._engines = RemoteEngines(engines, self._actor)
+        self._engines.connect(TRANSPORTS[transport])
         self._plan = self._actor.sync_plan()
-        if transport == "shared_memory" and not self._engines.share_memory():
-            raise SystemExit("the two processes cannot share memory")
         self.num_bytes = sum(bucket.num_bytes for bucket in self._plan)
         self.num_buckets = len(self._plan)
         self.first_s = self.push()
@@ -133,7 +133,7 @@ class Pushes:
         begin = time.perf_counter()
         self._engines.begin_update()
         for index, bucket in enumerate(self._plan):
-            self._engines.load_bucket(bucket, self._actor.export_bucket(index))
+            self._engines.send(index, bucket)
         self._engines.end_update(1)
         return time.perf_counter() - begin
 

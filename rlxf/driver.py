@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from rlxf.algorithms import ALGORITHMS, Algorithm
 from rlxf.core.errors import TrainingError
 from rlxf.core.types import Examples, Metrics, Pairs
 from rlxf.loop.rescue import save_last_step
-from rlxf.loop.run import AFTER_UPDATE, WITHOUT_UPDATE, Online, Run
+from rlxf.loop.run import AFTER_UPDATE, WITHOUT_UPDATE, Run
 from rlxf.loop.settle import save, settle
-from rlxf.observe.formulas import data_metrics, num_tokens, pair_metrics, rollout_metrics, version_lag
-from rlxf.pair.strategies import make_pairs
-from rlxf.score.penalty import with_scores
+from rlxf.observe.formulas import num_tokens, version_lag
 
 
 def train(run: Run) -> None:
@@ -17,15 +16,15 @@ def train(run: Run) -> None:
 
     Whatever ends it early, the last complete step is saved if the actor still holds it.
     """
-    state = run.state
+    state, algorithm = run.state, ALGORITHMS[run.config.training.stage]
     try:
         begin(run)
         while state.step < run.config.training.train_iters:
             run.clock.start(state.step)
             with run.stop.abandonable():
-                data, metrics = collect(run)
+                data, metrics = algorithm.collect(run, state.step)  # prompts to pairs; offline, from a file
             if len(data):
-                learn(run, data, metrics)
+                learn(run, algorithm, data, metrics)
             else:
                 skip(run, metrics)
             settle(run)
@@ -52,30 +51,11 @@ def begin(run: Run) -> None:
     state.count_failures()
 
 
-def collect(run: Run) -> tuple[Pairs | Examples, Metrics]:
-    """What this step trains on: pairs made from samples; offline, what the data set already holds."""
-    step, source = run.state.step, run.source
-    if not isinstance(source, Online):
-        return source.next_batch(step), data_metrics(source, step)
-    with run.clock("gen"):
-        prompts = source.prompts.next_batch(step)  # P prompts
-        rollouts = source.rollout.generate(prompts, run.training_sampling())  # B = P * K completions
-    with run.clock("adv"):
-        penalty = run.config.actor_rollout.missing_eos_penalty
-        raw_scores = source.scorer.score(rollouts)
-        scored = with_scores(rollouts, raw_scores, eos_ids=source.eos_ids, missing_eos_penalty=penalty)
-        # Before the reference: a dropped pair costs neither a reference nor a training pass.
-        pairing = make_pairs(scored, min_score_margin=run.config.algorithm.min_score_margin)
-    source.recorder.write(step + 1, scored, pairing)
-    metrics = rollout_metrics(scored, run.clock.seconds["gen"]) | pair_metrics(pairing)
-    return pairing.pairs, data_metrics(source, step) | metrics
-
-
-def learn(run: Run, data: Pairs | Examples, metrics: Metrics) -> None:
+def learn(run: Run, algorithm: Algorithm, data: Pairs | Examples, metrics: Metrics) -> None:
     """One update on the step's data: all its mini-batches and passes. Then the step is complete."""
     state = run.state
     with run.stop.abandonable():
-        batch = run.with_reference(data)
+        batch = algorithm.batch(data, run.timed_reference)
     metrics |= version_lag(data, state.policy_version)
     state.updating = True
     with run.clock("update_actor"):

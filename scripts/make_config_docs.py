@@ -36,8 +36,13 @@ python ray_gpt.py --config-name online_dpo_trainer_tiny training.seed=2 actor_ro
 - **Where a value comes from**: the role's own key, else `training`, else the role's `model.<name>` section, else the
   default below. `null` means the same as leaving the key out. `training` may hold any key of a role; it is then the
   default of all roles.
-- If no section sets them, `ref` and `reward` take `model`, `bf16`, `seq_length` and `micro_batch_size` from the actor.
-  `ref` also takes `load`.
+- **The shape of a model** is read from its folder's `config.json` (`llama`, `qwen2`, `qwen3`); no key needs to repeat
+  it. A role's `model` names a shape for `dry_run` on a machine without the folder. If the folder exists and its shape
+  differs, the log names the keys; if you typed the differing `model` or `model.<name>` key, it is an error.
+  `config.yaml` and checkpoints hold the shape that was used.
+- If no section sets them, `ref` and `reward` take `bf16`, `seq_length` and `micro_batch_size` from the actor. `ref`
+  also takes `load`. If their folders do not exist and they name no `model`, they take the actor's shape.
+- `reward.load` or `reward.function` on the command line replaces the other one in the recipe.
 - **Paths** are relative to the folder where you type the command.
 - An unknown key, in a file or on the command line, is an error. The message names the nearest valid key. All mistakes
   in a recipe are reported at once.
@@ -85,7 +90,7 @@ def bounds(metadata: list[Any]) -> str:
 def default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "required"
-    if field.default is None:
+    if field.default in (None, ""):
         return "unset"
     value = list(field.default) if isinstance(field.default, tuple) else field.default
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"

@@ -23,7 +23,7 @@ from rlxf.core.types import Sequences
 from rlxf.models.megatron.parallel import free_port
 from rlxf.platform import Process, get_platform
 from rlxf.sync.plan import Bucket
-from rlxf.sync.transport import Address, SharedBuckets
+from rlxf.sync.transports.transport import Address, Message, Sender, Transport
 from tests.settings import random_pairs, referenced, run_config
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -45,10 +45,7 @@ def recipe(folder: Path, **settings: Any) -> RunConfig:
 
 
 class Ranks:
-    """``world_size`` processes, each with its share of an actor for every folder; speaks for one of the actors.
-
-    Buckets are written into shared memory by rank 0.
-    """
+    """``world_size`` processes, each with its share of an actor for every folder; speaks for one of the actors."""
 
     def __init__(self, folders: list[Path], world_size: int, **settings: Any) -> None:
         port, self._connections, self._processes = free_port(), list[Connection](), []
@@ -69,10 +66,6 @@ class Ranks:
             process.kill()
             process.join()
 
-    def address(self) -> Address:
-        address: Address = self._call("address")[0]
-        return address
-
     def update(self, step: int) -> None:
         self._call("update", step)
 
@@ -84,9 +77,11 @@ class Ranks:
         plan: tuple[Bucket, ...] = self._call("sync_plan")[0]
         return plan
 
-    def export_bucket(self, index: int) -> int:
-        self._call("export_bucket", index)
-        return index
+    def open_sender(self, transport: Transport) -> Address:
+        return self._call("open_sender", transport)[0]
+
+    def send_bucket(self, index: int) -> Message:
+        return self._call("send_bucket", index)[0]
 
     def token_logps(self, sequences: Sequences) -> Tensor:
         logps: Tensor = self._call("token_logps", sequences)[0]
@@ -116,17 +111,17 @@ class Rank:
 
         self._platform = get_platform("cpu")
         self._actor = Actor(recipe(folder, **settings), self._platform, place)
-        self._shared = SharedBuckets.allocate(self._actor.sync_plan()) if place.rank == 0 else None
+        self._rank = place.rank
 
-    def address(self) -> Address | None:
-        return self._shared.address if self._shared else None
+    def open_sender(self, transport: Transport) -> Address:
+        self._sender: Sender = transport.sender(self._actor.sync_plan(), self._rank)
+        return self._sender.address
 
     def sync_plan(self) -> tuple[Bucket, ...]:
         return self._actor.sync_plan()
 
-    def export_bucket(self, index: int) -> None:
-        size = self._actor.sync_plan()[index].num_bytes
-        self._actor.export_bucket(index, self._shared.slot(index, size) if self._shared else None)
+    def send_bucket(self, index: int) -> Message:
+        return self._sender.send(index, self._actor.bucket_tensors(index))
 
     def token_logps(self, sequences: Sequences) -> Tensor:
         return self._actor.token_logps(sequences)

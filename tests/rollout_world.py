@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def greedy(model: Any, prompt: Sequence[int], num_tokens: int, stop: Sequence[in
 
 
 class HfActor:
-    """A weight source around a Hugging Face model: what the sync protocol asks of the actor, and nothing else."""
+    """A weight source around a Hugging Face model: what weight sync asks of the actor, and what tests ask of both."""
 
     def __init__(self, model: Any, bucket_bytes: int = 200_000) -> None:
         self.model = model
@@ -86,14 +86,16 @@ class HfActor:
     def sync_plan(self) -> tuple[Bucket, ...]:
         return self._plan
 
-    def export_bucket(self, index: int) -> Tensor:
+    def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        parameters = dict(self.model.named_parameters())
+        for spec in self._plan[index].tensors:
+            yield spec.name, parameters[spec.name].detach()
+
+    def packed_bucket(self, index: int) -> Tensor:
         """The same memory for every bucket, so an engine that kept a view of an earlier payload would be found out."""
         bucket = self._plan[index]
         payload = self._payload[: bucket.num_bytes]
-        parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, view in bucket.views(payload):
-                view.copy_(parameters[name])
+        bucket.fill(payload, self.bucket_tensors(index))
         return payload
 
     @torch.no_grad()

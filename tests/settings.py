@@ -22,6 +22,7 @@ MODEL = ModelConfig(
     kv_channels=32,
     vocab_size=VOCAB,
     max_position_embeddings=512,
+    untie_embeddings_and_output_weights=True,
 )
 
 

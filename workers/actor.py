@@ -11,10 +11,11 @@ from rlxf.assembly import roles as assemble
 from rlxf.config.schema import RunConfig
 from rlxf.core.types import Batch, Metrics, PairLogps, Pairs, Sequences
 from rlxf.sync.plan import Bucket
-from rlxf.sync.transport import Address, SharedBuckets
-from workers.group import WorkerGroup
-from workers.remote import Pending
-from workers.worker import Worker
+from rlxf.sync.transports.transport import Address, Message, Sender, Transport
+
+from .group import WorkerGroup
+from .remote import Pending
+from .worker import Worker
 
 ANSWER_S = 10.0  # how long an actor that has nothing to do may take to answer
 
@@ -22,7 +23,7 @@ ANSWER_S = 10.0  # how long an actor that has nothing to do may take to answer
 class ActorWorker(Worker):
     """One rank of the actor."""
 
-    shared: SharedBuckets | None = None  # where rank 0 writes buckets; None: they travel by value
+    sender: Sender | None = None  # of buckets, once it is connected with the engines
 
     def build(self, config: RunConfig, master: tuple[str, int]) -> None:
         self.room = assemble.build_actor(config, *self.place(config, master))
@@ -48,21 +49,20 @@ class ActorWorker(Worker):
     def sync_plan(self) -> tuple[Bucket, ...] | None:
         return self.answer(self.room.sync_plan())
 
-    def share_buckets(self) -> Address | None:
-        """Allocate the memory through which all buckets travel from now on; rank 0 returns its address."""
-        if self.rank == 0:
-            self.shared = SharedBuckets.allocate(self.room.sync_plan())
-        return self.shared.address if self.shared is not None else None
+    def open_sender(self, transport: Transport) -> Address:
+        """This rank's end of the transport through which all buckets travel from now on; where it can be found."""
+        if self.sender is not None:
+            self.sender.close()
+        self.sender = transport.sender(self.room.sync_plan(), self.rank)
+        return self.sender.address
 
-    def export_bucket(self, index: int) -> tuple[None, Any]:
-        """Nothing, for those who wait; and the payload, for the engines: the bucket's number, or its bytes."""
-        if self.shared is None:
-            return None, self.answer(self.room.export_bucket(index).numpy())  # an array travels without a copy
-        self.room.export_bucket(index, self.shared.slot(index, self.room.sync_plan()[index].num_bytes))
-        return None, index
+    def send_bucket(self, index: int) -> tuple[None, Message]:
+        """Nothing, for those who wait; and the message, for the engines."""
+        assert self.sender is not None  # connected
+        return None, self.sender.send(index, self.room.bucket_tensors(index))
 
     def export_copy(self, index: int) -> tuple[None, Any]:
-        """As ``export_bucket``, and always the bytes."""
+        """Nothing, for those who wait; and the bytes of bucket ``index``, for the reference."""
         return None, self.answer(self.room.export_copy(index).numpy())
 
     def save_hf(self, folder: Path) -> None:
@@ -83,7 +83,6 @@ class RemoteActor:
 
     def __init__(self, group: WorkerGroup) -> None:
         self._group = group
-        self.exports: list[Pending] = []  # started, not yet waited for: the sink does
 
     def update(self, batch: Batch, step: int) -> Metrics:
         metrics: Metrics = self._group.call("update", batch, step)
@@ -115,20 +114,17 @@ class RemoteActor:
         return plan
 
     def machine(self) -> str:
-        """Of rank 0, which holds the buckets."""
+        """Of rank 0, which sends the buckets."""
         name: str = self._group.call("machine")
         return name
 
-    def share_buckets(self) -> Address:
-        """Let all buckets travel through memory that rank 0 allocates now; where it is."""
-        address: Address = self._group.call("share_buckets")
-        return address
+    def open_sender(self, transport: Transport) -> Address:
+        """A new sender in every rank; the address of rank 0's."""
+        return self._group.call("open_sender", transport)
 
-    def export_bucket(self, index: int) -> Any:
-        """A reference to the payload: the bytes go from the actor to the engines without passing through here."""
-        calls, payload = self._export("export_bucket", index)
-        self.exports += calls
-        return payload
+    def send_bucket(self, index: int) -> tuple[list[Pending], Message]:
+        """What to wait for, and a reference to the message, whose bytes do not pass through here."""
+        return self._export("send_bucket", index)
 
     def export_copy(self, index: int) -> Any:
         """A reference to the bytes of bucket ``index``, which are there: they do not pass through here either."""
@@ -137,7 +133,7 @@ class RemoteActor:
         return payload
 
     def _export(self, method: str, index: int) -> tuple[list[Pending], Any]:
-        """What to wait for, and a reference to rank 0's payload."""
+        """What to wait for, and a reference to what rank 0 gives."""
         members = self._group.members
         found = [getattr(member.handle, method).options(num_returns=2).remote(index) for member in members]
         calls = [Pending(done, member.name, method) for member, (done, _) in zip(members, found, strict=True)]

@@ -29,9 +29,11 @@ from rlxf.config.defaults import unset_recipe
 from rlxf.config.keys import is_known, plain_layout, unknown_key
 from rlxf.core.command import Typed
 from rlxf.core.errors import ConfigError, RlxfError, notes_of
+from rlxf.core.places import RECIPES
 from rlxf.core.words import nearest
 
-RECIPES = Path(__file__).parent.parent / "configs" / "rlxf"
+from .usage import help_text
+
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 _OPTIONS_WITH_VALUE = {
@@ -52,6 +54,7 @@ class Command:
     arguments: list[str]
     problems: list[str]
     typed: tuple[str, ...]
+    keys: frozenset[str]  # that it sets, in the plain layout; `model` for a choice of model files
 
     @property
     def only_shows(self) -> bool:
@@ -76,7 +79,8 @@ def read_command(arguments: Sequence[str]) -> Command:
         before = argument
     given = {override.split("=")[0] for override in overrides}
     ours = [f"{key}={value}" for key, value in _HYDRA_DEFAULTS.items() if key not in given]
-    return Command([*ours, *overrides, *options], problems, tuple(arguments))
+    keys = frozenset(override.lstrip("+").split("=")[0] for override in overrides if "=" in override)
+    return Command([*ours, *overrides, *options], problems, tuple(arguments), keys)
 
 
 def _belongs_to(option: str, argument: str) -> bool:
@@ -122,7 +126,7 @@ def register() -> None:
         "formatters": {"plain": {"format": "%(levelname)s: %(message)s"}},
         "handlers": {"console": handler},
         "root": {"level": "WARNING", "handlers": ["console"]},
-        "loggers": {"rlxf": {"level": "INFO"}, "workers": {"level": "INFO"}},
+        "loggers": {"rlxf": {"level": "INFO"}, __package__: {"level": "INFO"}},
     }
     store.store(group="hydra/job_logging", name="rlxf", node=job_logging, package="hydra.job_logging")
     warnings.filterwarnings(
@@ -241,11 +245,14 @@ def _value_of(options: Sequence[str], arguments: Sequence[str]) -> str:
 
 
 def check(command: Command) -> None:
-    """Mistakes that can be found before Hydra composes.
+    """Mistakes that can be found before Hydra composes; ``--help`` is answered, and ends the program.
 
     Raises:
         ConfigError: there is no such recipe, or a command that only shows the recipe has wrong keys.
     """
+    if not {"--help", "-h"}.isdisjoint(command.typed):
+        sys.stdout.write(help_text(_folders(command.typed)))
+        raise SystemExit(0)
     require_recipe(command.arguments)
     if command.only_shows and command.problems:
         raise ConfigError(*command.problems)

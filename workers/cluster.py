@@ -15,7 +15,8 @@ from rlxf.config.schema import RunConfig
 from rlxf.core.errors import PlacementError
 from rlxf.placement.plan import Plan
 from rlxf.platform import Platform
-from workers.address import running_cluster
+
+from .address import running_cluster
 
 log = logging.getLogger(__name__)
 

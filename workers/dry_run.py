@@ -10,7 +10,8 @@ from rlxf.config.schema import RunConfig
 from rlxf.core.errors import PlacementError
 from rlxf.placement.plan import NodeResources, Plan, crowded, fit, make_plan
 from rlxf.placement.text import describe, describe_nodes
-from workers.address import running_cluster
+
+from .address import running_cluster
 
 
 def dry_run(config: RunConfig) -> None:
@@ -55,8 +56,8 @@ def _say(text: str) -> None:
 def _nodes_of(address: str) -> list[NodeResources]:
     import ray
 
-    from workers.cluster import join
-    from workers.pools import cluster_nodes
+    from .cluster import join
+    from .pools import cluster_nodes
 
     join(address)
     try:

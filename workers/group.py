@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from workers.remote import Pending, Waiter
+from .remote import Pending, Waiter
 
 
 @dataclass(frozen=True, slots=True)

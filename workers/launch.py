@@ -21,6 +21,7 @@ from rlxf.config.kinds import Role
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
 from rlxf.core.command import Typed
+from rlxf.core.places import CHECKOUT
 from rlxf.core.stop import Stop
 from rlxf.loop.run import Reference
 from rlxf.placement.plan import Plan, make_plan
@@ -28,14 +29,16 @@ from rlxf.platform import Platform, get_platform
 from rlxf.platform.environment import differing_exports, with_exports
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
-from workers.actor import ActorWorker, RemoteActor
-from workers.cluster import Cluster, connect
-from workers.group import Member, WorkerGroup
-from workers.pools import Pools
-from workers.reference import ReferenceWorker, RemoteReference
-from workers.remote import Pending, Waiter
-from workers.reward import RemoteScorer, RewardWorker
-from workers.rollout import RemoteEngines, RolloutWorker
+from rlxf.sync.transports import choose_transport
+
+from .actor import ActorWorker, RemoteActor
+from .cluster import Cluster, connect
+from .group import Member, WorkerGroup
+from .pools import Pools
+from .reference import ReferenceWorker, RemoteReference
+from .remote import Pending, Waiter
+from .reward import RemoteScorer, RewardWorker
+from .rollout import RemoteEngines, RolloutWorker
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +48,6 @@ WORKERS: dict[Role, type] = {
     "ref": ReferenceWorker,
     "reward": RewardWorker,
 }
-CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None:
@@ -138,8 +140,11 @@ def _say_who_is_where(groups: dict[Role, WorkerGroup]) -> None:
 
 def _environment(config: RunConfig, role: Role, platform: Platform) -> dict[str, str]:
     """Environment variables of a role's processes: the device's or the user's, and where this checkout is."""
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    return {**with_exports(_defaults(config, role, platform), os.environ), "PYTHONPATH": path}
+    environment = with_exports(_defaults(config, role, platform), os.environ)
+    places = [str(CHECKOUT) if CHECKOUT else None, os.environ.get("PYTHONPATH")]
+    if path := os.pathsep.join(filter(None, places)):
+        environment["PYTHONPATH"] = path
+    return environment
 
 
 def _defaults(config: RunConfig, role: Role, platform: Platform) -> dict[str, str]:
@@ -180,7 +185,7 @@ def _reference(config: RunConfig, groups: dict[Role, WorkerGroup], actor: Remote
 
 def _connect(config: RunConfig, platform: Platform, engines: RemoteEngines) -> RemoteEngines:
     """The engines, which new weights reach in the best way that recipe, device and placement allow."""
-    wanted = config.sync.transport == "auto" and platform.weights_in_host_memory
-    shared = wanted and engines.share_memory()
-    log.info("weights travel through %s", "shared memory" if shared else "Ray's object store")
+    transport = choose_transport(config.sync.transport, platform, engines.machines)
+    engines.connect(transport)
+    log.info("weights travel through %s", transport.title)
     return engines

@@ -13,7 +13,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlxf.core.errors import PlacementError, StageTimeout
 from rlxf.placement.plan import GroupPlan, NodeResources, Plan, RolePlan, assign, fit
-from workers.remote import Pending, Waiter
+
+from .remote import Pending, Waiter
 
 PLACE_S = 10.0  # longest time to claim all devices, seconds
 RELEASE_S = 5.0  # of which: how long to wait for devices that a run before this one is giving back

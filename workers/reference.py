@@ -12,8 +12,9 @@ from rlxf.assembly import roles as assemble
 from rlxf.config.schema import RunConfig
 from rlxf.core.types import PairLogps, Pairs, Sequences
 from rlxf.sync.plan import Bucket
-from workers.group import WorkerGroup
-from workers.worker import Worker
+
+from .group import WorkerGroup
+from .worker import Worker
 
 
 class ReferenceWorker(Worker):

@@ -7,8 +7,9 @@ from torch import Tensor
 from rlxf.assembly import roles as assemble
 from rlxf.config.schema import RunConfig
 from rlxf.core.types import Rollouts
-from workers.group import WorkerGroup
-from workers.worker import Worker
+
+from .group import WorkerGroup
+from .worker import Worker
 
 
 class RewardWorker(Worker):

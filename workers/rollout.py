@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
-
-import torch
 
 from rlxf.assembly import roles as assemble
 from rlxf.config.schema import RunConfig
@@ -14,17 +11,18 @@ from rlxf.rollout.engine import ProbeResult, Sampling
 from rlxf.rollout.shares import join, split_evenly
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer
-from rlxf.sync.transport import MAX_SLOTS, Address, SharedBuckets
-from workers.actor import RemoteActor
-from workers.group import WorkerGroup
-from workers.remote import Pending
-from workers.worker import Worker
+from rlxf.sync.transports.transport import Address, Message, Receiver, Transport
+
+from .actor import RemoteActor
+from .group import WorkerGroup
+from .remote import Pending
+from .worker import Worker
 
 
 class RolloutWorker(Worker):
     """One rollout engine; alone in its process."""
 
-    shared: SharedBuckets | None = None  # where the actor writes buckets; None: they travel by value
+    receiver: Receiver | None = None  # of buckets, once it is connected with the actor
 
     def build(self, config: RunConfig, master: tuple[str, int]) -> None:
         platform, _ = self.place(config, master)
@@ -36,15 +34,13 @@ class RolloutWorker(Worker):
     def begin_update(self) -> None:
         self.engine.begin_update()
 
-    def open_buckets(self, address: Address) -> None:
-        self.shared = SharedBuckets.open(address)
+    def open_receiver(self, transport: Transport, address: Address) -> None:
+        self.receiver = transport.receiver(address)
 
-    def load_bucket(self, bucket: Bucket, payload: Any) -> None:
-        """``payload``: the bucket's number, or an array of its bytes."""
-        if self.shared is None:
-            self.engine.load_bucket(bucket, torch.from_numpy(payload))
-        else:
-            self.engine.load_bucket(bucket, self.shared.slot(payload, bucket.num_bytes))
+    def load_bucket(self, bucket: Bucket, message: Message) -> None:
+        """``message``: what the actor's sender gave."""
+        assert self.receiver is not None  # connected
+        self.engine.load_bucket(bucket, self.receiver.receive(bucket, message))
 
     def end_update(self, version: int) -> None:
         self.engine.end_update(version)
@@ -57,23 +53,27 @@ class RemoteEngines:
     """Every rollout engine of a run: prompts are shared out among them, weights go to all of them.
 
     An update is a chain of calls, which every worker runs in the order in which they were made, so nobody waits for
-    each of them. But the memory of a bucket is used again by the next but one: before that is exported, the engines
-    must have loaded it.
+    each of them. But a transport uses the memory of a bucket again: before that, the engines must have loaded it.
     """
 
     def __init__(self, group: WorkerGroup, actor: RemoteActor) -> None:
         self._group = group
         self._actor = actor
+        self._window = 1
         self._begun: list[Pending] = []  # calls that no bucket waits for yet
         self._under_way: deque[list[Pending]] = deque()  # the calls of each bucket
 
-    def share_memory(self) -> bool:
-        """Let buckets travel through memory shared with the actor, if that is possible; whether it is."""
-        machines = {self._actor.machine(), *self._group.waiter.gather(self._group.send("machine"))}
-        if len(machines) > 1:
-            return False
-        self._group.call("open_buckets", self._actor.share_buckets())
-        return True
+    def machines(self) -> set[str]:
+        """Where the actor's first rank and the engines are."""
+        return {self._actor.machine(), *self._group.waiter.gather(self._group.send("machine"))}
+
+    def connect(self, transport: Transport) -> None:
+        """Let buckets travel through ``transport``. Again after a process took the place of another."""
+        transport.connect(self._actor, self)
+        self._window = transport.window
+
+    def open_receivers(self, transport: Transport, address: Address) -> None:
+        self._group.call("open_receiver", transport, address)
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         """Contiguous shares of the prompts, one per engine; the results in prompt order."""
@@ -85,16 +85,14 @@ class RemoteEngines:
         return join(prompts, self._group.waiter.gather(calls))
 
     def begin_update(self) -> None:
-        self._actor.exports.clear()  # of an update that broke off
-        self._under_way.clear()
+        self._under_way.clear()  # of an update that broke off
         self._begun = self._group.send("begin_update")
 
-    def load_bucket(self, bucket: Bucket, payload: Any) -> None:
-        """``payload``: a reference to what ``RolloutWorker.load_bucket`` takes."""
-        calls = [*self._begun, *self._actor.exports, *self._group.send("load_bucket", bucket, payload)]
-        self._begun, self._actor.exports = [], []
-        self._under_way.append(calls)
-        if len(self._under_way) == MAX_SLOTS:
+    def send(self, index: int, bucket: Bucket) -> None:
+        sent, message = self._actor.send_bucket(index)
+        self._under_way.append([*self._begun, *sent, *self._group.send("load_bucket", bucket, message)])
+        self._begun = []
+        if len(self._under_way) == self._window:
             self._group.waiter.gather(self._under_way.popleft())
 
     def end_update(self, version: int) -> None:

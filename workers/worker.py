@@ -10,7 +10,7 @@ import ray
 
 from rlxf.config.schema import RunConfig
 from rlxf.platform import Platform, Process, get_platform
-from rlxf.sync.transport import this_machine
+from rlxf.sync.transports.shared_memory import this_machine
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from rlxf.assembly.data import Data
-from rlxf.assembly.roles import policy_folder
+from rlxf.assembly.roles import build_scorer, policy_folder
 from rlxf.checkpointing.resume import Resume, initial_policy
 from rlxf.checkpointing.run_folder import RunFolder
 from rlxf.config.read_position import READ_AT, TRAINED_AT
@@ -28,11 +28,10 @@ from rlxf.loop.run import Actor, Evaluate, FileSource, Online, Reference, Rollou
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.observe.record import Recorders, RolloutRecorder, SampleRecorder
 from rlxf.observe.report import RunReport
-from rlxf.platform.base import Platform
+from rlxf.platform.base import Platform, Process
 from rlxf.reference.cached import CachedReference, cache_folder
 from rlxf.rollout.replay import ReplayEngine
 from rlxf.score.failures import FailureLimit
-from rlxf.score.recorded import RecordedScorer
 from rlxf.score.scorer import Scorer
 from rlxf.sync.probe import make_probe
 from rlxf.sync.push import SyncReport, WeightSink, WeightSource, WeightSync
@@ -90,7 +89,7 @@ def build_run(
             "report": report.describe(),
             "baseline": evaluation.describe_baseline() if isinstance(evaluation, Evaluation) else None,
             "initial_policy": initial_policy(config),
-            **({READ_AT: TRAINED_AT} if config.training.stage == "rm" else {}),
+            **({READ_AT: TRAINED_AT} if config.objective == "reward" else {}),
         }
 
     also = refresh.save if refresh else _nothing_else
@@ -112,7 +111,7 @@ def build_run(
             folder.prune(resume.state.step)
     return Run(
         config=config,
-        source=_source(config, run_dir, data, roles, state, after=resume.state.step if resume else None),
+        source=_source(config, run_dir, data, roles, platform, state, after=resume.state.step if resume else None),
         reference=reference,
         actor=roles.actor,
         sync=sync,
@@ -198,12 +197,12 @@ def _same_rows(resume: Resume, training: PromptSource | ReplayEngine | Preferenc
 
 
 def _source(
-    config: RunConfig, run_dir: Path, data: Data, roles: Roles, state: State, *, after: int | None
+    config: RunConfig, run_dir: Path, data: Data, roles: Roles, platform: Platform, state: State, *, after: int | None
 ) -> Online | FileSource:
     if isinstance(data.training, PreferenceFile | ExampleFile):
         return data.training
     rollout = data.training if isinstance(data.training, ReplayEngine) else roles.rollout
-    scorer: Scorer = roles.scorer or RecordedScorer(str(config.rollout.replay_path))
+    scorer = roles.scorer or build_scorer(config, platform, Process())  # a replay's scores need no process of their own
     scorer = FailureLimit(scorer, state, config.reward.max_failures, lambda: f"step {state.step + 1}")
     assert rollout is not None  # a run that samples has an engine
     logs, trains = config.log, not config.training.eval_only

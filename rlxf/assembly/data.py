@@ -53,7 +53,7 @@ def load_data(config: RunConfig) -> Data:
     if config.actor_rollout.eos_tokens:  # one that the tokenizer lacks is told now, not by the first save
         eos_token_ids(policy_folder(config), tokenizer, config.actor_rollout.eos_tokens)
     if config.offline:
-        kind = ExampleFile if config.training.stage == "sft" else PreferenceFile
+        kind = ExampleFile if config.rows == "examples" else PreferenceFile
         training = kind(config, tokenizer)
         held_out = kind(config, tokenizer, part="valid") if config.evaluates else None
         batches = held_out.eval_batches(config.eval.num_prompts) if held_out is not None else None

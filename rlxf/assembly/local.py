@@ -53,7 +53,7 @@ def build_roles(config: RunConfig, platform: Platform) -> Roles:
         reference=_reference(config, platform, process, actor),
         scorer=scorer,
         rollout=engine,
-        sink=LocalSink(engine) if engine is not None else None,
+        sink=LocalSink(actor, engine) if engine is not None else None,
     )
 
 

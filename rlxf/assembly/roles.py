@@ -40,14 +40,12 @@ def build_reference(config: RunConfig, platform: Platform, process: Process) -> 
 
 
 def build_scorer(config: RunConfig, platform: Platform, process: Process) -> Scorer:
-    """One rank of the reward model, or the reward function."""
-    if config.reward.function is not None:
-        from rlxf.score.functions import FunctionScorer
+    """One rank of the reward model, the reward function, or the scores of a replay."""
+    from rlxf.score import SCORERS, ScorerParts, scorer_of
 
-        return FunctionScorer(config, policy_tokenizer(config))
-    from rlxf.score.reward_model import RewardModelScorer
-
-    return RewardModelScorer(config, platform, process)
+    tokenizer = partial(policy_tokenizer, config)
+    parts = ScorerParts(config=config, platform=platform, process=process, tokenizer=tokenizer)
+    return SCORERS[scorer_of(config)](parts)
 
 
 def build_engine(config: RunConfig, platform: Platform) -> RolloutEngine:
@@ -90,7 +88,7 @@ def save_policy_tokenizer(config: RunConfig, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     eos_ids = eos_token_ids(policy_folder(config), tokenizer, actor.eos_tokens)
     _change(folder / "generation_config.json", {"eos_token_id": list(eos_ids)})
-    padding = padding_id(folder) if actor.tokenizer_name_or_path and config.training.stage == "rm" else None
+    padding = padding_id(folder) if actor.tokenizer_name_or_path and config.objective == "reward" else None
     if padding is not None:
         _change(folder / "config.json", {"pad_token_id": padding})
 

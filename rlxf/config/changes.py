@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from rlxf.config.folders import tokenizer_files
 from rlxf.config.problems import show
 from rlxf.config.schema import RunConfig
 
@@ -45,7 +47,9 @@ _LAYOUT = {
 # What decides which tensors a LoRA checkpoint holds.
 _SHAPE = ("actor_rollout.lora_r", "actor_rollout.lora_target_modules")
 # Of a model's shape: it bounds the recipe, and no tensor depends on it.
-_NO_TENSOR = ("max_position_embeddings",)
+_NO_TENSOR = {"max_position_embeddings"}
+# Earlier versions dumped the recipe's shape, and held only the other keys against the folder.
+_NOT_HELD = {"vocab_size", "untie_embeddings_and_output_weights"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ def compare(before: Mapping[str, Any], config: RunConfig) -> Changes:
     old, new = dict(_flat(before)), dict(_flat(now))
     for key in old.keys() & new.keys():
         if old[key] == new[key] or key in _HARMLESS or key.startswith(tuple(f"{s}." for s in _HARMLESS_SECTIONS)):
+            continue
+        if key.endswith(".tokenizer_name_or_path") and _same_tokenizer(key.partition(".")[0], before, now):
             continue
         layout = key in _LAYOUT or key.startswith(tuple(f"{section}." for section in _LAYOUT_SECTIONS))
         kind = changes.shape if key in _SHAPE else changes.layout if layout else changes.curve
@@ -91,11 +97,34 @@ def _flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield section, values
 
 
+def _same_tokenizer(role: str, *recipes: Mapping[str, Any]) -> bool:
+    """Whether a role's tokenizer is the one of its model folder either way, or a copy of the same files."""
+    first, second = (recipe[role]["tokenizer_name_or_path"] or recipe[role]["load"] for recipe in recipes)
+    if first == second or first is None or second is None:
+        return bool(first == second)
+    return tokenizer_files(Path(first)) == tokenizer_files(Path(second)) != {}
+
+
 def _shape_changes(before: Mapping[str, Any], now: Mapping[str, Any], role: str) -> Iterator[str]:
-    old, new = (recipe["model"].get(recipe[role]["model"], {}) for recipe in (before, now))
-    for key in old.keys() & new.keys() - set(_NO_TENSOR):
+    old, new = (_explicit(recipe["model"].get(recipe[role]["model"], {})) for recipe in (before, now))
+    skip = _NO_TENSOR | (_NOT_HELD if _as_written(before, role) else set())
+    for key in old.keys() & new.keys() - skip:
         if old[key] != new[key]:
             yield _said(f"model.{now[role]['model']}.{key}", old[key], new[key])
+
+
+def _as_written(recipe: Mapping[str, Any], role: str) -> bool:
+    """Whether a dump holds the shape as a recipe had it: a folder's shape has no key unset."""
+    return None in recipe["model"].get(recipe[role]["model"], {}).values()
+
+
+def _explicit(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """A dumped shape with what its unset keys mean."""
+    heads, width = shape.get("num_attention_heads"), shape.get("hidden_size")
+    if not heads or not width:
+        return dict(shape)
+    groups, head_size = shape.get("num_query_groups") or heads, shape.get("kv_channels") or width // heads
+    return {**shape, "num_query_groups": groups, "kv_channels": head_size}
 
 
 def _derived(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

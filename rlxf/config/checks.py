@@ -54,10 +54,10 @@ def _shapes(config: RunConfig) -> Iterator[tuple[str, RoleConfig, ModelConfig]]:
 
 def _models(config: RunConfig) -> Problems:
     for name, role in _roles(config):
-        if role.model not in config.model:
+        if role.model and role.model not in config.model:
             near = nearest(role.model, config.model)
             hint = f'did you mean "{near}"?' if near else f"this recipe has {', '.join(config.model) or 'none'}"
-            expected = f"expected a model of the recipe's defaults (`- model: [{role.model or 'tiny'}]`); {hint}"
+            expected = f"expected a model of the recipe's defaults (`- model: [{role.model}]`); {hint}"
             yield wrong(f"{name}.model", role.model, expected, f"model.{role.model}")
     for model, shape in config.model.items():
         key = f"model.{model}.num_attention_heads"
@@ -73,7 +73,7 @@ def _lengths(config: RunConfig) -> Problems:
     actor = config.actor_rollout
     keys = ("actor_rollout.seq_length", "actor_rollout.max_prompt_length", "actor_rollout.max_new_tokens")
     room = actor.seq_length - actor.max_prompt_length
-    if room < 1 and config.training.stage != "sft":  # whose examples are only bounded as a whole
+    if room < 1 and config.rows != "examples":  # which are only bounded as a whole
         expected = (
             f"expected at most {actor.seq_length - 1}: seq_length = {actor.seq_length} holds prompt and completion"
         )
@@ -211,10 +211,9 @@ def _inputs(config: RunConfig) -> Problems:
     if actor.load is None:
         yield Problem(("actor_rollout.load",), "actor_rollout.load is required: a Hugging Face folder with the policy")
     if actor.data_path is None and (config.samples or config.offline):
-        kind = {"sft": "examples", "ray_online_dpo": "prompts"}.get(config.training.stage, "preference pairs")
         yield Problem(
             ("actor_rollout.data_path",),
-            f"actor_rollout.data_path is required: a file or a folder of {kind}, such as a .jsonl",
+            f"actor_rollout.data_path is required: a file or a folder of {config.rows}, such as a .jsonl",
         )
     yield from _mixture(actor)
     if replay and config.rollout.replay_path is None:

@@ -26,7 +26,7 @@ def _decays(config: RunConfig) -> bool:
 
 
 def _trains_scores(config: RunConfig) -> bool:
-    return config.training.stage == "rm"
+    return config.objective == "reward"
 
 
 def _reads_scores(config: RunConfig) -> bool:

@@ -12,11 +12,13 @@ from typing import Any, Literal
 class LocalPath:
     """Marks a field that names something on disk; ``load.py`` makes it absolute, ``folders.py`` checks that it exists.
 
-    ``data`` is a file or a folder; ``output`` need not exist. ``words``: values that are no path.
+    ``data`` is a file or a folder; ``output`` need not exist. ``words``: values that are no path. ``module``: the name
+    of a Python module that is installed, such as ``rlxf.tools.tiny.truth``, stands for its file.
     """
 
     kind: Literal["file", "folder", "data", "output"]
     words: tuple[str, ...] = ()
+    module: bool = False
 
 
 def finite(value: Any) -> Any:

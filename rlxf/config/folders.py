@@ -10,15 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlxf.config.config_json import read_settings
 from rlxf.config.kinds import RESUME_WORDS
 from rlxf.config.problems import Problem, show
-from rlxf.config.schema import ModelConfig, RunConfig
+from rlxf.config.schema import RunConfig
+from rlxf.core.errors import ConfigError
 from rlxf.core.model_folder import assets_folder, megatron_checkpoint
 
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+_PYTHON = (".py",)
 _INDEX_SUFFIX = ".idx"  # of indexed files, which are found by their prefix or their folder
 _DATASET_FILES = ("state.json", "dataset_dict.json")  # of a Hugging Face dataset on disk
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_MORE_OF_TOKENIZERS = ("special_tokens_map.json", "merges.txt", "chat_template.jinja")
 _DEFAULT_LABELS = 2  # of a Hugging Face classifier whose config.json says nothing about labels
 Head = Literal["words", "score", "either"]  # of a language model, of a reward model; a reward model begins with either
 
@@ -74,9 +78,9 @@ def named_paths(config: RunConfig) -> list[NamedPath]:
         "training.resume": None if config.training.resume in RESUME_WORDS else config.training.resume,
     }
     files: dict[str, tuple[str | None, tuple[str, ...]]] = {
-        "reward.function": (None if config.offline or config.replays_scores else reward.function, (".py",)),
+        "reward.function": (None if config.offline or config.replays_scores else reward.function, _PYTHON),
         "rollout.replay_path": (config.rollout.replay_path if config.engine == "replay" else None, (".jsonl",)),
-        "eval.metrics": (config.eval.metrics if evaluates else None, (".py",)),
+        "eval.metrics": (config.eval.metrics if evaluates else None, _PYTHON),
     }
     found = [NamedPath(key, Path(path), folder=True) for key, path in folders.items() if path is not None]
     found += [NamedPath(key, Path(path), suffixes=kinds) for key, (path, kinds) in files.items() if path is not None]
@@ -108,7 +112,8 @@ def folder_problems(config: RunConfig) -> Iterator[Problem]:
                 expected = f"no such folder, and no files of that prefix; paths are relative to {Path.cwd()}"
                 yield Problem((key,), f"{key} = {place}: {expected}")
         elif named.suffixes and named.path.suffix.lower() not in named.suffixes:
-            yield Problem((key,), f"{key} = {place}: expected a file that ends in {_either(named)}")
+            module = ", or the name of a module that is installed" if named.suffixes == _PYTHON else ""
+            yield Problem((key,), f"{key} = {place}: expected a file that ends in {_either(named)}{module}")
         elif not named.exists and not config.dry_run:
             kind = "folder" if named.folder else "file"
             other = named.path.exists() and f", but it is a {'file' if named.folder else 'folder'}"
@@ -118,6 +123,7 @@ def folder_problems(config: RunConfig) -> Iterator[Problem]:
             yield Problem((key,), f"{key} = {place}: {expected}")
     yield from _save_folder(config)
     yield from _model_folders(config)
+    yield from _vocabularies(config)
 
 
 def _either(named: NamedPath) -> str:
@@ -146,18 +152,18 @@ def _save_folder(config: RunConfig) -> Iterator[Problem]:
 
 
 def _model_folders(config: RunConfig) -> Iterator[Problem]:
-    seen: set[tuple[str, str]] = set()
+    seen: set[str] = set()
     for role in ("actor_rollout", "ref", "reward"):
         section = getattr(config, role)
         unused = role == "reward" and not config.scores
         if section.load is None or unused or not Path(section.load).is_dir():
             continue
-        if (section.load, section.model) in seen and role == "ref":
+        if section.load in seen and role == "ref":
             continue  # the actor's folder: its problems are the actor's
-        seen.add((section.load, section.model))
+        seen.add(section.load)
         key, folder = f"{role}.load", Path(section.load)
-        head: Head = "score" if role == "reward" else "either" if config.training.stage == "rm" else "words"
-        for text in _folder(folder, config.model.get(section.model), section.model, head=head):
+        head: Head = "score" if role == "reward" else "either" if config.objective == "reward" else "words"
+        for text in _folder(folder, head=head):
             yield Problem((key,), f"{key} = {show(shown(folder))}: {text}")
         if role != "ref":
             yield from _tokenizer(role, Path(section.tokenizer_name_or_path or section.load))
@@ -170,24 +176,20 @@ def _tokenizer(role: str, folder: Path) -> Iterator[Problem]:
         yield Problem((key,), f"{key}: {shown(folder)} {text}")
 
 
-def _folder(folder: Path, shape: ModelConfig | None, model: str | None, *, head: Head) -> Iterator[str]:
-    """What is wrong with a model folder, as far as its small files show."""
-    file = assets_folder(folder) / "config.json"
-    if not file.is_file():
-        yield "holds no config.json; expected a Hugging Face model folder"
-        return
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """What the tokenizer of a folder is made of."""
+    files = {name: assets_folder(folder) / name for name in (*_TOKENIZER_FILES, *_MORE_OF_TOKENIZERS)}
+    return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+
+
+def _folder(folder: Path, *, head: Head) -> Iterator[str]:
+    """What is wrong with a model folder, as far as its small files show; of its shape, ``shapes.py`` tells."""
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        yield f"its config.json cannot be read: {error}"
-        return
-    if not isinstance(settings, dict):
-        yield "its config.json is not a JSON object"
-        return
+        settings = read_settings(folder)
+    except ConfigError:
+        return  # told with its shape
     yield from _weights(folder)
     yield from _head(settings, head)
-    for name, (expected, found) in _shape(shape, settings).items():
-        yield f"its config.json has {name} = {found}, but model.{model}.{name} = {expected}; name the model that fits"
 
 
 def _weights(folder: Path) -> Iterator[str]:
@@ -228,19 +230,31 @@ def _head(settings: dict[str, Any], head: Head) -> Iterator[str]:
         yield f"has {labels} labels; a reward model has one (num_labels=1)"
 
 
-def _shape(shape: ModelConfig | None, settings: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """The keys in which a model section and a folder's ``config.json`` differ: recipe's value, folder's value."""
-    heads, width = settings.get("num_attention_heads"), settings.get("hidden_size")
-    if shape is None or not isinstance(heads, int) or not isinstance(width, int):
-        return {}
-    pairs = {
-        "num_layers": (shape.num_layers, settings.get("num_hidden_layers")),
-        "hidden_size": (shape.hidden_size, width),
-        "ffn_hidden_size": (shape.ffn_hidden_size, settings.get("intermediate_size")),
-        "num_attention_heads": (shape.num_attention_heads, heads),
-        "num_query_groups": (shape.kv_heads, settings.get("num_key_value_heads") or heads),
-        "kv_channels": (shape.head_size, settings.get("head_dim") or width // heads),
-    }
-    return {
-        name: (ours, theirs) for name, (ours, theirs) in pairs.items() if isinstance(theirs, int) and ours != theirs
-    }
+def _vocabularies(config: RunConfig) -> Iterator[Problem]:
+    """The reference reads the policy's tokens."""
+    actor, ref = config.actor_rollout, config.ref
+    shapes = [config.model.get(role.model) for role in (actor, ref)]
+    if not config.loads_reference or None in shapes or ref.load is None or actor.load is None:
+        return
+    ours, theirs = (shape.vocab_size for shape in shapes if shape is not None)
+    if ours == theirs or not (Path(actor.load).is_dir() and Path(ref.load).is_dir()):
+        return
+    if _same_tokens(*(Path(role.tokenizer_name_or_path or str(role.load)) for role in (actor, ref))):
+        return  # models of one family may fill their embeddings up by other numbers of rows
+    text = (
+        f"its model has {theirs} tokens, the policy (actor_rollout.load) has {ours}; expected a reference with the "
+        "policy's vocabulary, such as the policy's own folder"
+    )
+    yield Problem(("ref.load",), f"ref.load = {show(shown(Path(ref.load)))}: {text}")
+
+
+def _same_tokens(first: Path, second: Path) -> bool:
+    """Whether two folders hold tokenizers with the same tokens; false where that does not show."""
+    found = []
+    for folder in (first, second):
+        try:
+            tokenizer = json.loads((assets_folder(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+            found.append((tokenizer["model"]["vocab"], tokenizer.get("added_tokens")))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+    return bool(found[0] == found[1])

@@ -19,6 +19,7 @@ from rlxf.config.schema import (
     SyncConfig,
     TrainingConfig,
 )
+from rlxf.config.stages import stage_names
 from rlxf.core.words import nearest
 
 ROLES: dict[str, type[Strict]] = {"actor_rollout": ActorConfig, "ref": ReferenceConfig, "reward": RewardConfig}
@@ -106,7 +107,8 @@ REFUSED_SECTIONS = {
     "megatron_training": "the sections of this program are training, actor_rollout, ref and reward; docs/migration.md "
     "lists the keys",
 }
-_POLICY_GRADIENT = "policy gradients are not trained here; the online stage is ray_online_dpo, which needs no critic"
+_ONLINE = ", ".join(stage_names(online=True))
+_POLICY_GRADIENT = f"policy gradients are not trained here; the online stage is {_ONLINE}, which needs no critic"
 REFUSED_STAGES = {
     **dict.fromkeys(("ray_ppo", "ray_grpo", "trl_ppo", "ppo", "grpo"), _POLICY_GRADIENT),
     **dict.fromkeys(("simpo", "orpo"), "is a loss here: set training.stage=dpo and actor_rollout.dpo_loss_type to it"),

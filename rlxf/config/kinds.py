@@ -40,6 +40,9 @@ Folder = Annotated[str, LocalPath("folder")]
 File = Annotated[str, LocalPath("file")]
 
 
+PythonFile = Annotated[str, LocalPath("file", module=True)]
+
+
 DataPaths = Annotated[tuple[Annotated[str, LocalPath("data")], ...], BeforeValidator(as_paths)]
 
 
@@ -103,6 +106,12 @@ DataFormat = Literal["auto", "standard", "messages", "alpaca", "sharegpt"]
 
 
 ReadAt = Literal["auto", "end_of_turn", "last_token"]
+
+
+PairingName = Literal["best_worst"]
+
+
+ScorerName = Literal["model", "function", "recorded"]
 
 
 Role = Literal["train", "infer", "ref", "reward"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,8 +17,14 @@ from rlxf.config.kinds import Stage, Strict
 from rlxf.config.normalise import Section, normalise
 from rlxf.config.problems import Problem, concerning, expectation, lines, show
 from rlxf.config.schema import ModelConfig, RunConfig
+from rlxf.config.shapes import Written, resolve_shapes
+from rlxf.config.stages import STAGES
+from rlxf.config.typed import make_room
 from rlxf.core.errors import ConfigError
+from rlxf.core.user_file import file_of_module
 from rlxf.core.words import nearest
+
+logger = logging.getLogger(__name__)
 
 # Keys that the frozen models take from the actor when no section sets them.
 _FROM_ACTOR = {
@@ -26,25 +33,37 @@ _FROM_ACTOR = {
 }
 
 
-def load_config(raw: Mapping[str, Any], *, earlier: Sequence[str] = ()) -> RunConfig:
+def load_config(raw: Mapping[str, Any], *, earlier: Sequence[str] = (), typed: Collection[str] = ()) -> RunConfig:
     """The merged and checked recipe. Real defaults apply only after the merge ``model < training < role``.
 
     Args:
         raw: plain data, interpolations resolved; ``null`` means unset.
         earlier: mistakes that were found before, such as unknown keys on the command line; reported with the rest.
+        typed: keys that the command line sets, such as ``model.tiny.num_layers``; the rest stands in a file.
 
     Raises:
         ConfigError: with every mistake found, one line each.
     """
     recipe, problems = normalise(raw)
+    notes = make_room(recipe, typed)
     merged, origins = _merge(recipe)
-    config, wrong_values = _validate(merged, origins)
+    config, wrong_values, incomplete = _validate(merged, origins)
     problems += wrong_values
+    if config is not None:
+        sources = {role: origins[f"{role}.model"] for role in ROLES if f"{role}.model" in origins}
+        resolved = resolve_shapes(config, Written(models=merged["model"], sources=sources, typed=typed))
+        config = resolved.config
+        problems += [found for found in resolved.problems if not concerning(problems, found.keys)]
+        notes += [resolved.note] if resolved.note else []
+        incomplete = {name: missing for name, missing in incomplete.items() if name not in resolved.decided}
+    problems += [problem for missing in incomplete.values() for problem in missing]
     if config is not None:
         problems += [found for found in check(config) if not concerning(problems, found.keys)]
     if problems or earlier:
         raise ConfigError(*earlier, *lines(problems))
     assert config is not None
+    for note in notes:
+        logger.info("%s", note)
     return config
 
 
@@ -78,18 +97,30 @@ def _only(values: Section, schema: type[Strict]) -> Section:
     return {key: value for key, value in values.items() if key in schema.model_fields}
 
 
-def _validate(merged: Section, origins: Mapping[str, str]) -> tuple[RunConfig | None, list[Problem]]:
-    """The config and no problems; or a config without the wrong values, so that other checks can still run; or None."""
+def _validate(
+    merged: Section, origins: Mapping[str, str]
+) -> tuple[RunConfig | None, list[Problem], dict[str, list[Problem]]]:
+    """The config, or one without the wrong values, so that other checks can still run, or None; and what is wrong.
+
+    Apart from the rest, by model: the keys that its section lacks. They are no mistake where a folder has them.
+    """
     located = _with_reference_iteration(_with_absolute_paths(merged))
     try:
-        return RunConfig.model_validate(located), []
+        return RunConfig.model_validate(located), [], {}
     except ValidationError as error:
         errors = error.errors(include_url=False)
-    problems = [_problem(error, merged, origins) for error in errors]
+    problems: list[Problem] = []
+    incomplete: dict[str, list[Problem]] = {}
+    for found in errors:
+        problem = _problem(found, merged, origins)
+        if found["type"] == "missing" and found["loc"][0] == "model":
+            incomplete.setdefault(str(found["loc"][1]), []).append(problem)
+        else:
+            problems.append(problem)
     try:
-        return RunConfig.model_validate(_without(located, errors)), problems
+        return RunConfig.model_validate(_without(located, errors)), problems, incomplete
     except ValidationError:
-        return None, problems
+        return None, problems, incomplete
 
 
 def _problem(error: ErrorDetails, merged: Section, origins: Mapping[str, str]) -> Problem:
@@ -115,9 +146,7 @@ _EXPLAINED = {
 
 def _required(path: list[str]) -> str:
     if path[:2] == ["training", "stage"]:
-        return 'set it to "ray_online_dpo" (online), "dpo" (offline), "sft" or "rm"'
-    if path[-1] == "model":
-        return "name a model of the recipe's defaults list, such as tiny"
+        return f"set it to one of {', '.join(f'{name} ({facts.title})' for name, facts in STAGES.items())}"
     return "give its value, as the model's config.json has it" if path[0] == "model" else "give its value"
 
 
@@ -131,8 +160,6 @@ def _without(merged: Section, errors: Sequence[ErrorDetails]) -> Section:
         else:
             rest.pop(section, None)
     rest["training"].setdefault("stage", _stage_meant(merged["training"].get("stage")))
-    for role in ("actor_rollout", "ref"):
-        rest[role].setdefault("model", "")
     return rest
 
 
@@ -142,8 +169,11 @@ def _stage_meant(value: Any) -> str:
     return near or "ray_online_dpo"
 
 
-def _absolute(path: Any) -> Any:
-    return str(Path(path).expanduser().absolute()) if isinstance(path, str) and path else path
+def _absolute(path: Any, mark: LocalPath) -> Any:
+    if not isinstance(path, str) or not path:
+        return path
+    file = file_of_module(path) if mark.module else None
+    return str((file or Path(path)).expanduser().absolute())
 
 
 def path_fields(schema: type[Strict]) -> Iterator[tuple[str, LocalPath]]:
@@ -175,8 +205,8 @@ def _with_absolute_paths(merged: Section) -> Section:
         values = dict(merged.get(section, {}))
         for key, mark in path_fields(schema):
             if isinstance(values.get(key), list | tuple):
-                values[key] = [_absolute(path) for path in values[key]]
+                values[key] = [_absolute(path, mark) for path in values[key]]
             elif key in values and values[key] not in mark.words:
-                values[key] = _absolute(values[key])
+                values[key] = _absolute(values[key], mark)
         located[section] = values
     return located

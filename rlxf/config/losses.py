@@ -23,7 +23,7 @@ _TYPE = "actor_rollout.dpo_loss_type"
 def loss_problems(config: RunConfig) -> Iterator[Problem]:
     """Every mistake in the loss keys that single values do not show."""
     yield from _reference(config)
-    if config.training.stage not in ("ray_online_dpo", "dpo"):
+    if config.objective != "preference":
         return
     actor = config.actor_rollout
     names = actor.dpo_loss_type
@@ -52,9 +52,9 @@ def loss_problems(config: RunConfig) -> Iterator[Problem]:
 
 def warn_of_other_stages(config: RunConfig) -> None:
     """Names loss keys that a recipe sets and this stage does not read."""
-    stage = config.training.stage
-    unread = [key for key in ActorConfig.model_fields if key.startswith(_PREFERENCE)] if stage in ("sft", "rm") else []
-    unread += _REWARD if stage != "rm" else ()
+    stage, objective = config.training.stage, config.objective
+    unread = [key for key in ActorConfig.model_fields if key.startswith(_PREFERENCE) and objective != "preference"]
+    unread += _REWARD if objective != "reward" else ()
     found = [f"actor_rollout.{key}" for key in unread if key in config.actor_rollout.model_fields_set]
     if found:
         logger.warning("these keys have no effect with training.stage = %s: %s", stage, ", ".join(found))

@@ -18,15 +18,16 @@ from rlxf.config.kinds import (
     BelowOne,
     DataFormat,
     DataPaths,
-    File,
     Finite,
     Folder,
     LoraTarget,
     LossType,
     MapKeys,
     Positive,
+    PythonFile,
     Rate,
     ReadAt,
+    ScorerName,
     Share,
     Shares,
     Strict,
@@ -78,9 +79,9 @@ class MicroBatchConfig(Strict):
 class RoleConfig(LengthConfig, LayoutConfig, MicroBatchConfig):
     """Keys that ``actor_rollout``, ``ref`` and ``reward`` have in common."""
 
-    model: str
-    """Name of a file in `configs/rlxf/model`, which holds the shape of the model. Unset for ref and reward: the
-    actor's."""
+    model: str = ""
+    """Name of a file in `configs/rlxf/model`: the shape of the model, for a plan on a machine without the folder in
+    `load`. Unset for ref and reward: the actor's."""
     load: Folder | None = None
     """Folder with the weights: a Hugging Face folder or a checkpoint. Unset for ref: the actor's."""
     tokenizer_name_or_path: Folder | None = None
@@ -288,11 +289,16 @@ class RewardConfig(RoleConfig):
 
     model: str | None = None  # type: ignore[assignment]
     """Shape of the reward model, as for the other roles. A reward function has no model."""
-    function: File | None = None
-    """Path of a Python file that defines `reward(prompts, completions, completion_ids, **columns)`."""
+    function: PythonFile | None = None
+    """Path or module of a Python file that defines `reward(prompts, completions, completion_ids, **columns)`."""
     read_at: ReadAt = "auto"
     """Token at which a reward model's score is read. `auto`: the one that its `config.json` names, else `last_token`.
     See docs/stages.md."""
     max_failures: int = Field(0, ge=0)
     """Number of completions in the whole run that may stay without a score because a call of the reward function
     failed. One more ends the run."""
+
+    @property
+    def kind(self) -> ScorerName:
+        """What this section holds."""
+        return "model" if self.function is None else "function"

@@ -23,8 +23,10 @@ from rlxf.config.kinds import (
     Device,
     File,
     Finite,
+    PairingName,
     Pool,
     Positive,
+    PythonFile,
     Rate,
     Role,
     Stage,
@@ -33,6 +35,7 @@ from rlxf.config.kinds import (
 )
 from rlxf.config.recording import holds_scores
 from rlxf.config.roles import ActorConfig, ReferenceConfig, RewardConfig
+from rlxf.config.stages import STAGES, ObjectiveName, RowKind
 
 
 class TrainingConfig(Strict):
@@ -96,7 +99,7 @@ class TrainingConfig(Strict):
 
 
 class ModelConfig(Strict):
-    """Shape of a model, as in its ``config.json``. Checks and ``dry_run`` use it before any model folder exists."""
+    """Shape of a model, for a plan (``dry_run``) on a machine without its folder; else its ``config.json`` decides."""
 
     num_layers: Positive
     """Number of transformer layers."""
@@ -167,7 +170,7 @@ class SyncConfig(Strict):
 class AlgorithmConfig(Strict):
     """How scores become pairs."""
 
-    pairing: Literal["best_worst"] = "best_worst"
+    pairing: PairingName = "best_worst"
     """How the scored completions of a prompt become a pair. `best_worst`: the best is chosen, the worst is rejected."""
     min_score_margin: Rate = 0.0
     """Pairs whose score margin is at or below this value are dropped and counted. 0 drops ties only."""
@@ -199,9 +202,9 @@ class EvalConfig(Strict):
     """Number of prompts, pairs or examples in each evaluation."""
     greedy: bool = True
     """Online: also evaluate the most probable completion of each prompt. false halves the sampling of an evaluation."""
-    metrics: File | None = None
-    """Path of a Python file that defines `evaluate(prompts, completions, initial_completions)`. Its results appear as
-    `eval/<name>`."""
+    metrics: PythonFile | None = None
+    """Path or module of a Python file that defines `evaluate(prompts, completions, initial_completions)`. Its results
+    appear as `eval/<name>`."""
 
 
 class LogConfig(Strict):
@@ -244,15 +247,25 @@ class RunConfig(Strict):
     log: LogConfig = LogConfig()
 
     @property
+    def objective(self) -> ObjectiveName:
+        """What an optimizer step minimises."""
+        return STAGES[self.training.stage].objective
+
+    @property
+    def rows(self) -> RowKind:
+        """What a row of the data is."""
+        return STAGES[self.training.stage].rows
+
+    @property
     def offline(self) -> bool:
         """Whether what is trained on comes from a file."""
-        return self.training.stage != "ray_online_dpo"
+        return not STAGES[self.training.stage].online
 
     @property
     def needs_reference(self) -> bool:
         """Whether a reference takes part. Online it does even with a loss that needs none: the KL is measured."""
         free = self.offline and REFERENCE_FREE.issuperset(self.actor_rollout.dpo_loss_type)
-        return self.training.stage in ("ray_online_dpo", "dpo") and not free
+        return self.objective == "preference" and not free
 
     @property
     def max_new_tokens(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 TYPED = "command.json"  # in the run folder
@@ -15,31 +15,33 @@ _REPLACED = ("hydra.run.dir", "training.resume")  # the command that goes on nam
 
 @dataclass(frozen=True, slots=True)
 class Typed:
-    """How a run was started: ``python ray_gpt.py`` and its arguments."""
+    """How a run was started."""
 
     config_name: str
     arguments: tuple[str, ...]
+    program: tuple[str, ...] = ("python", "ray_gpt.py")  # or ``rlxf train``, of an installed package
 
     def __str__(self) -> str:
-        return shlex.join(["python", "ray_gpt.py", *self.arguments])
+        return shlex.join([*self.program, *self.arguments])
 
     def going_on(self, run_dir: Path) -> str:
         """The command that goes on with the run in ``run_dir``."""
-        return str(Typed(self.config_name, (*self._kept(), f"hydra.run.dir={_quoted(_short(run_dir))}")))
+        return self._with(f"hydra.run.dir={_quoted(short(run_dir))}")
 
     def with_last(self) -> str:
         """The command that goes on with the newest unfinished run."""
-        return str(Typed(self.config_name, (*self._kept(), "training.resume=last")))
+        return self._with("training.resume=last")
 
-    def _kept(self) -> tuple[str, ...]:
-        return tuple(argument for argument in self.arguments if argument.lstrip("+").split("=")[0] not in _REPLACED)
+    def _with(self, override: str) -> str:
+        kept = [argument for argument in self.arguments if argument.lstrip("+").split("=")[0] not in _REPLACED]
+        return str(replace(self, arguments=(*kept, override)))
 
 
-def _short(folder: Path) -> str:
+def short(path: Path | str) -> str:
     """Relative to the working folder, where the command is typed again, if it is below it."""
-    folder = folder.absolute()
+    path = Path(path).absolute()
     here = Path.cwd()
-    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _quoted(value: str) -> str:

@@ -1,9 +1,10 @@
-"""Python files of the user: loading a function from one, and the line of it at which something went wrong."""
+"""Python files that a recipe names: finding one, loading a function from it, and the line at which it went wrong."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from rlxf.core.errors import ConfigError, RlxfError
+
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+def file_of_module(name: str) -> Path | None:
+    """The file of an importable module with a dotted name, such as ``rlxf.tools.tiny.truth``; None if it is none."""
+    if not _MODULE.fullmatch(name) or name.endswith(".py"):
+        return None
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # no such package, or one that cannot be imported
+        return None
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 
 def load_function(path: Path, name: str, *, key: str, signature: str) -> Callable[..., Any]:

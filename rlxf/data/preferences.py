@@ -56,7 +56,7 @@ class PreferenceFile(DataSource[PairRecord, PairIds, Pairs]):
     task = "pair"
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> None:
-        self._with_margin = config.training.stage == "rm"
+        self._with_margin = config.objective == "reward"
         self._warned = False
         actor = config.actor_rollout
         # A reward model's score is trained at the last token that it is given.

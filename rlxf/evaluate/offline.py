@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+from rlxf.algorithms import ALGORITHMS
 from rlxf.config.schema import RunConfig
 from rlxf.core.types import Examples, Metrics, Pairs, ReferencedPairs, RewardPairs
 from rlxf.evaluate.due import is_due
@@ -35,16 +36,15 @@ class OfflineEvaluation:
         config: the whole recipe.
         batches: what is held out, the same in every evaluation.
         actor: the model that is trained.
-        reference: gives DPO's pairs their reference log-probs; None: the stage has none (sft, rm).
+        reference: gives DPO's pairs their reference log-probs; the other stages do not ask it.
     """
 
-    def __init__(
-        self, config: RunConfig, batches: Sequence[Batch], actor: Evaluates, reference: Reference | None = None
-    ) -> None:
+    def __init__(self, config: RunConfig, batches: Sequence[Batch], actor: Evaluates, reference: Reference) -> None:
         self._training = config.training
         self._batches = batches
         self._actor = actor
         self._reference = reference
+        self._algorithm = ALGORITHMS[config.training.stage]
 
     def __call__(self, step: int) -> Metrics:
         """The actor's own metrics over all batches, with ``eval/`` before their names; empty if none are due.
@@ -54,18 +54,15 @@ class OfflineEvaluation:
         """
         if not is_due(self._training, step):
             return {}
-        found = [(self._actor.evaluate(self._with_reference(batch)), _weight(batch)) for batch in self._batches]
+        found = [(self._measure(batch), _weight(batch)) for batch in self._batches]
         names = dict.fromkeys(name for metrics, _ in found for name in metrics)
         metrics = {name: _over_batches(name, found) for name in names}
         errors = _standard_errors(metrics, sum(weight for _, weight in found))
         kept = {name: value for name, value in metrics.items() if not name.startswith(MOMENTS)}
         return {f"eval/{name}": value for name, value in (kept | errors).items()}
 
-    def _with_reference(self, batch: Batch) -> ReferencedPairs | RewardPairs | Examples:
-        if isinstance(batch, Examples | RewardPairs):
-            return batch
-        assert self._reference is not None  # DPO has a reference
-        return ReferencedPairs(pairs=batch, reference=self._reference.logps(batch))
+    def _measure(self, batch: Batch) -> Metrics:
+        return self._actor.evaluate(self._algorithm.batch(batch, self._reference))
 
 
 def _weight(batch: Batch) -> int:

@@ -19,8 +19,6 @@ from rlxf.core.types import (
     PairLogps,
     Pairs,
     PromptBatch,
-    ReferencedPairs,
-    RewardPairs,
     Rollouts,
     ScoredRollouts,
     Sequences,
@@ -239,6 +237,22 @@ class Online:
         return self.prompts.num_dropped
 
 
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """A reference whose answers take time of a stage of the clock."""
+
+    reference: Reference
+    clock: Clock
+
+    def logps(self, pairs: Pairs) -> PairLogps:
+        with self.clock("ref"):
+            return self.reference.logps(pairs)
+
+    def token_logps(self, sequences: Sequences) -> Tensor:
+        with self.clock("ref"):
+            return self.reference.token_logps(sequences)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """Everything that ``train`` needs."""
@@ -256,12 +270,10 @@ class Run:
     stop: Stop
     state: State
 
-    def with_reference(self, data: Pairs | Examples) -> Batch:
-        """What an update needs: preference pairs are compared with the reference, the rest is whole already."""
-        if isinstance(data, Examples | RewardPairs):
-            return data
-        with self.clock("ref"):
-            return ReferencedPairs(pairs=data, reference=self.reference.logps(data))
+    @property
+    def timed_reference(self) -> Reference:
+        """The reference; what it is asked counts as the stage ``ref``."""
+        return _Timed(self.reference, self.clock)
 
     def training_sampling(self) -> Sampling:
         """The recipe's sampling, the same in every step: the prompts' positions give each completion its seed."""

@@ -32,7 +32,7 @@ def load_model(config: RunConfig, role: RoleName, platform: Platform, process: P
         ModelError: the folder does not hold such a model. ConfigError: it differs from the recipe's model section.
     """
     section = getattr(config, role)
-    if section.load is None or section.model is None:
+    if section.load is None or not section.model:
         raise ConfigError(f"{role}.load and {role}.model: expected a model folder and the name of its shape, got none")
     layout = init_parallel(
         platform,
@@ -44,7 +44,7 @@ def load_model(config: RunConfig, role: RoleName, platform: Platform, process: P
     from rlxf.models.megatron.hf_config import check_shape
     from rlxf.models.megatron.model import MegatronModel
 
-    trained_as_reward = role == "actor_rollout" and config.training.stage == "rm"
+    trained_as_reward = role == "actor_rollout" and config.objective == "reward"
     model = MegatronModel(
         section.load,
         platform=platform,

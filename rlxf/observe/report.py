@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from rlxf.config.schema import RunConfig
+from rlxf.config.stages import STAGES
 from rlxf.core.files import file_sizes, write_json
 from rlxf.core.jsonl import finite_or_null
 from rlxf.core.types import Metrics
@@ -53,7 +54,6 @@ _UNSHOWN = ("eval/greedy_win_rate_previous", "eval/greedy_length", "eval/greedy_
 _BEFORE_PENALTY = ("eval/raw_reward", "eval/greedy_raw_reward")  # equal to the rewards where there is no penalty
 # Of pairs that the policy did not sample: no estimate of the KL.
 _OFFLINE_TITLES = {"objective/kl": "mean log-ratio on the pairs, nats"}
-_TITLES = {"ray_online_dpo": "online DPO", "dpo": "offline DPO", "sft": "supervised fine-tuning", "rm": "reward model"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,8 +87,8 @@ class RunReport:
         self._evaluations = JsonlSink(run_dir / "eval.jsonl", after=after) if evaluates else None
         self._console = console
         self._only = config.training.eval_only
-        self._title = _TITLES[config.training.stage]
-        self._product = "reward model" if config.training.stage == "rm" else "policy"
+        self._title = STAGES[config.training.stage].title
+        self._product = "reward model" if config.objective == "reward" else "policy"
         self._online = not config.offline
         self._unshown = {*_UNSHOWN, *(() if config.actor_rollout.missing_eos_penalty else _BEFORE_PENALTY)}
         self._num_steps = config.training.train_iters

@@ -11,7 +11,7 @@ from rlxf.core.errors import ShapeError
 from rlxf.core.types import OnlinePairs, PairingResult, Rollouts, ScoredRollouts
 
 
-def make_pairs(scored: ScoredRollouts, *, min_score_margin: float) -> PairingResult:
+def best_worst(scored: ScoredRollouts, *, min_score_margin: float) -> PairingResult:
     """Best against worst completion of each prompt.
 
     Among equal scores the smallest sample index counts, so the order of the rows changes nothing. A completion without

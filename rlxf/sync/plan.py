@@ -42,6 +42,12 @@ class Bucket:
             raw = payload[spec.offset : spec.offset + spec.num_bytes]
             yield spec.name, raw.view(getattr(torch, spec.dtype)).view(spec.shape)
 
+    def fill(self, payload: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy tensors of this bucket, from whatever device, to their places in ``payload`` ([num_bytes] uint8)."""
+        places = dict(self.views(payload))
+        for name, tensor in tensors:
+            places[name].copy_(tensor)
+
 
 def plan_buckets(tensors: Iterable[TensorSpec], max_bytes: int) -> tuple[Bucket, ...]:
     """Buckets of whole layers, each up to ``max_bytes`` (one layer may exceed it).

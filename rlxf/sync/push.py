@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,19 +13,14 @@ from rlxf.config.schema import SyncConfig
 from rlxf.core.types import Metrics, Sequences, Tokens
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer, Probe, check_answers
-
-Payload = Any
-"""One bucket's bytes on their way: a [num_bytes] uint8 tensor in one process, a reference to one between processes."""
+from rlxf.sync.transports import TRANSPORTS
+from rlxf.sync.transports.transport import Address, Exports, Receiver, Sender, Transport
 
 
 class WeightSource(Protocol):
-    """The actor, or what stands for it."""
+    """The actor, or what stands for it: what a push is made of, and what it is checked against."""
 
     def sync_plan(self) -> tuple[Bucket, ...]: ...
-
-    def export_bucket(self, index: int) -> Payload:
-        """Bucket ``index`` of the plan, filled with the newest weights."""
-        ...
 
     def token_logps(self, sequences: Sequences) -> Tensor:
         """[sum completion tokens] float32 under the newest weights."""
@@ -32,13 +28,17 @@ class WeightSource(Protocol):
 
 
 class WeightSink(Protocol):
-    """All rollout engines of a run."""
+    """All rollout engines of a run, connected with its actor by a transport."""
 
     def begin_update(self) -> None: ...
 
-    def load_bucket(self, bucket: Bucket, payload: Payload) -> None: ...
+    def send(self, index: int, bucket: Bucket) -> None:
+        """Bucket ``index`` of the plan from the actor into every engine; it may still be under way on return."""
+        ...
 
-    def end_update(self, version: int) -> None: ...
+    def end_update(self, version: int) -> None:
+        """Every engine has all buckets, and samples from them."""
+        ...
 
     def probe(self, prompt: Tokens, num_tokens: int) -> list[EngineAnswer]:
         """The answer of each engine."""
@@ -58,22 +58,44 @@ class Engine(Protocol):
 
 
 class LocalSink:
-    """The sink of a run whose only engine lives in this process."""
+    """The sink of a run whose actor and engines live in this process."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, actor: Exports, *engines: Engine, transport: Transport = TRANSPORTS["in_process"]) -> None:
+        self._actor = actor
+        self._engines = engines
+        self._sender: Sender | None = None
+        self._receivers: Sequence[Receiver] = ()
+        self.connect(transport)
+
+    def connect(self, transport: Transport) -> None:
+        """Open both ends of ``transport``, in place of those that are open."""
+        transport.connect(self, self)  # actor and engines are both here
+
+    def open_sender(self, transport: Transport) -> Address:
+        if self._sender is not None:
+            self._sender.close()
+        self._sender = transport.sender(self._actor.sync_plan(), rank=0)
+        return self._sender.address
+
+    def open_receivers(self, transport: Transport, address: Address) -> None:
+        self._receivers = [transport.receiver(address) for _ in self._engines]
 
     def begin_update(self) -> None:
-        self._engine.begin_update()
+        for engine in self._engines:
+            engine.begin_update()
 
-    def load_bucket(self, bucket: Bucket, payload: Tensor) -> None:
-        self._engine.load_bucket(bucket, payload)
+    def send(self, index: int, bucket: Bucket) -> None:
+        assert self._sender is not None  # connected
+        message = self._sender.send(index, self._actor.bucket_tensors(index))
+        for engine, receiver in zip(self._engines, self._receivers, strict=True):
+            engine.load_bucket(bucket, receiver.receive(bucket, message))
 
     def end_update(self, version: int) -> None:
-        self._engine.end_update(version)
+        for engine in self._engines:
+            engine.end_update(version)
 
     def probe(self, prompt: Tokens, num_tokens: int) -> list[EngineAnswer]:
-        return [self._engine.probe(prompt, num_tokens)]
+        return [engine.probe(prompt, num_tokens) for engine in self._engines]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,9 +119,11 @@ class SyncReport:
 class WeightSync:
     """Pushes versions from one source into one sink, and probes the first ones and every so many.
 
+    A push that failed can be repeated: it begins anew in every engine.
+
     Args:
         source: the actor.
-        sink: the rollout engines.
+        sink: the rollout engines, connected with the actor.
         config: which versions are probed.
         probe: what the engines are asked.
         filled: whether the engines hold weights before the first push; those of a megatron checkpoint come with it.
@@ -130,7 +154,7 @@ class WeightSync:
         self._can_sample = False
         self._sink.begin_update()
         for index, bucket in enumerate(self._plan):
-            self._sink.load_bucket(bucket, self._source.export_bucket(index))
+            self._sink.send(index, bucket)
         self._sink.end_update(version)
         self._can_sample = True
         self._num_updates += version > 0

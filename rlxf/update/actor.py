@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,28 +23,13 @@ from rlxf.models.megatron.parallel import reduce_over_data_parallel
 from rlxf.models.peft_folder import save_adapter
 from rlxf.platform.base import Platform, Process
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
+from rlxf.update import OBJECTIVES
 from rlxf.update.batches import mini_batches
-from rlxf.update.objective import MicroBatch, MiniBatch, Objective, Place
+from rlxf.update.objective import MicroBatch, MiniBatch, Place
 from rlxf.update.schedule import make_schedule
 
 if TYPE_CHECKING:
     from rlxf.models.megatron.checkpoint import Write
-
-
-def make_objective(config: RunConfig, place: Place) -> Objective[Any]:
-    """What the recipe's stage minimises."""
-    stage = config.training.stage
-    if stage == "sft":
-        from rlxf.update.supervised import SupervisedObjective
-
-        return SupervisedObjective(place)
-    if stage == "rm":
-        from rlxf.update.reward import RewardObjective
-
-        return RewardObjective(config.actor_rollout.center_rewards_coefficient, place)
-    from rlxf.update.preference import PreferenceObjective
-
-    return PreferenceObjective(config, place)
 
 
 class Actor:
@@ -79,9 +63,9 @@ class Actor:
         self.schedule = make_schedule(self.config, config.training.train_iters)
         self._seed = config.training.seed
         self._limits = Limits.of(self.config)
-        if config.training.stage == "sft":  # an example is one sequence where a pair is two
+        if config.rows == "examples":  # each is one sequence where a pair is two
             self._limits = replace(self._limits, num_sequences=self.config.micro_batch_size)
-        self.objective = make_objective(config, Place(model=self.model, limits=self._limits))
+        self.objective = OBJECTIVES[config.objective](config, Place(model=self.model, limits=self._limits))
         dtype = str(self.model.dtype).removeprefix("torch.")
         specs = [TensorSpec(name, shape, dtype) for name, shape in self.model.exported_shapes()]
         self._sync_plan = plan_buckets(specs, config.sync.bucket_mb * 2**20)
@@ -207,30 +191,22 @@ class Actor:
         """The messages that carry all weights, by Hugging Face names; a tied head is not sent twice."""
         return self._sync_plan
 
-    def export_bucket(self, index: int, into: Tensor | None = None) -> Tensor:
+    def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """Name and newest tensor of all that is in bucket ``index``: whole, on the device, on rank 0 only.
+
+        Every rank must be called, in the same order, and exhaust it.
+        """
+        return self.model.export([spec.name for spec in self._sync_plan[index].tensors])
+
+    def export_copy(self, index: int) -> Tensor:
         """[num_bytes] uint8 on the CPU: the newest weights of bucket ``index``, filled in on rank 0 only.
 
         Every rank must be called, in the same order.
-
-        Args:
-            index: of the plan.
-            into: [num_bytes] uint8 memory to fill; None: this object's own, which the next call overwrites.
         """
         bucket = self._sync_plan[index]
-        payload = self._payload[: bucket.num_bytes] if into is None else into
-        places = dict(bucket.views(payload))
-        for name, tensor in self.model.export(list(places)):
-            places[name].copy_(tensor)
+        payload = torch.empty(bucket.num_bytes, dtype=torch.uint8)
+        bucket.fill(payload, self.bucket_tensors(index))
         return payload
-
-    def export_copy(self, index: int) -> Tensor:
-        """As ``export_bucket``, in memory of its own."""
-        return self.export_bucket(index, torch.empty(self._sync_plan[index].num_bytes, dtype=torch.uint8))
-
-    @cached_property
-    def _payload(self) -> Tensor:
-        """Memory of the largest bucket, allocated once: fresh pages cost more than the copy into them."""
-        return torch.empty(max(bucket.num_bytes for bucket in self._sync_plan), dtype=torch.uint8)
 
     def save_hf(self, folder: Path) -> None:
         """Write the policy as a folder that ``transformers`` loads; complete or not there at all.

@@ -16,6 +16,8 @@ from rlxf.core.clock import Clock
 from rlxf.core.errors import SyncError, WorkerLost
 from rlxf.core.stop import Stop
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
+from rlxf.sync.transports import TRANSPORTS, Transport
+from rlxf.sync.transports.shared_memory import this_machine
 from workers.actor import ActorWorker, RemoteActor
 from workers.group import Member, WorkerGroup
 from workers.remote import Waiter
@@ -33,20 +35,24 @@ def byte_of(update: int, index: int) -> int:
 
 
 class Policy:
-    """Exports a bucket as soon as it is asked to."""
+    """Gives a bucket's tensors as soon as it is asked to."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
         self.update = 0
 
     def sync_plan(self) -> tuple[Bucket, ...]:
         return PLAN
 
-    def export_bucket(self, index: int, into: Tensor | None = None) -> Tensor:
+    def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
         self.update += index == 0
+        if self.rank:  # has no whole tensors
+            return
         if self.update == DEAD and index == 3:
             os._exit(1)
-        payload = torch.empty(PLAN[index].num_bytes, dtype=torch.uint8) if into is None else into
-        return payload.fill_(byte_of(self.update, index))
+        (spec,) = PLAN[index].tensors
+        tensor = torch.empty(spec.num_bytes, dtype=torch.uint8).fill_(byte_of(self.update, index))
+        yield spec.name, tensor.view(torch.float32).view(spec.shape)
 
 
 class Engine:
@@ -62,9 +68,10 @@ class Engine:
     def load_bucket(self, bucket: Bucket, payload: Tensor) -> None:
         if len(self.updates[-1]) == 2 and payload[0] == byte_of(BROKEN, 2):
             raise SyncError("vLLM did not take the weights")
-        before = payload.unique().tolist()
+        content = payload[: bucket.tensors[0].num_bytes]  # without what fills the bucket up
+        before = content.unique().tolist()
         time.sleep(self.delay_s)
-        self.updates[-1].append((len(payload) - bucket.num_bytes, before, payload.unique().tolist()))
+        self.updates[-1].append((len(payload) - bucket.num_bytes, before, content.unique().tolist()))
 
     def end_update(self, version: int) -> None:
         self.updates[-1].append(version)
@@ -72,7 +79,7 @@ class Engine:
 
 class ActorOfFive(ActorWorker):
     def build(self, *_: Any) -> None:
-        self.room = Policy()  # type: ignore[assignment]
+        self.room = Policy(self.rank)  # type: ignore[assignment]
 
     def jump(self, update: int) -> None:
         self.room.update = update  # type: ignore[attr-defined]
@@ -87,20 +94,22 @@ class SlowRollout(RolloutWorker):
 
 
 class World:
-    """One actor and two engines that are not equally fast."""
+    """Two ranks of an actor and two engines that are not equally fast."""
 
-    def __init__(self) -> None:
+    def __init__(self, transport: Transport) -> None:
         waiter = Waiter(Clock(), Stop(), 120.0)
-        self.actors = _group(ActorOfFive, "train", 1, waiter)
+        self.transport = transport
+        self.actors = _group(ActorOfFive, "train", 2, waiter)
         self.engines = _group(SlowRollout, "infer", 2, waiter)
         self.actor = RemoteActor(self.actors)
         self.sink = RemoteEngines(self.engines, self.actor)
+        self.sink.connect(transport)
 
     def push(self, version: int) -> None:
         """As ``WeightSync`` does it."""
         self.sink.begin_update()
         for index, bucket in enumerate(PLAN):
-            self.sink.load_bucket(bucket, self.actor.export_bucket(index))
+            self.sink.send(index, bucket)
         self.sink.end_update(version)
 
     def seen(self) -> list[list[list[Any]]]:
@@ -114,11 +123,9 @@ def _group(worker: type, role: str, size: int, waiter: Waiter) -> WorkerGroup:
     return group
 
 
-@pytest.fixture(params=["shared memory", "object store"])
+@pytest.fixture(params=["shared_memory", "object_store"])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    world = World()
-    if request.param == "shared memory":
-        assert world.sink.share_memory()
+    world = World(TRANSPORTS[request.param])
     yield world
     for member in (*world.actors.members, *world.engines.members):
         ray.kill(member.handle)
@@ -134,6 +141,32 @@ def test_every_engine_reads_every_bucket_before_it_is_overwritten(world: World) 
     assert world.seen() == [[[*whole(version), version] for version in (1, 2, 3)]] * 2
 
 
+def test_actor_and_engines_of_one_machine_are_on_one(world: World) -> None:
+    assert world.sink.machines() == {this_machine()}
+
+
+def test_a_push_after_connecting_again_is_the_same(world: World) -> None:
+    world.push(1)
+    for transport in ("object_store", "shared_memory", "shared_memory"):
+        world.sink.connect(TRANSPORTS[transport])
+        world.push(2)
+    assert [[updates[i][:-1] for i in range(4)] for updates in world.seen()] == [[whole(i) for i in range(1, 5)]] * 2
+
+
+def test_an_engine_that_takes_the_place_of_another_is_connected(world: World) -> None:
+    """Its process knows of no memory that the one before it had opened."""
+    world.push(1)
+    replaced = world.engines.members[1]
+    ray.kill(replaced.handle)
+    fresh = _group(SlowRollout, "infer", 1, world.engines.waiter)
+    engines = WorkerGroup([world.engines.members[0], *fresh.members], world.engines.waiter)
+    sink = RemoteEngines(engines, world.actor)
+    sink.connect(world.transport)
+    world.engines, world.sink = engines, sink
+    world.push(2)
+    assert world.seen() == [[[*whole(1), 1], [*whole(2), 2]], [[*whole(2), 2]]]
+
+
 def test_a_push_that_an_engine_refused_can_be_repeated(world: World) -> None:
     world.actors.call("jump", BROKEN - 1)
     with pytest.raises(SyncError, match="did not take the weights"):
@@ -146,5 +179,5 @@ def test_a_push_that_an_engine_refused_can_be_repeated(world: World) -> None:
 
 def test_an_actor_that_dies_is_the_one_that_is_named(world: World) -> None:
     world.actors.call("jump", DEAD - 1)
-    with pytest.raises(WorkerLost, match=r"lost train rank 0 on node .* during export_bucket"):
+    with pytest.raises(WorkerLost, match=r"lost train rank 0 on node .* during send_bucket"):
         world.push(7)

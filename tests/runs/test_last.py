@@ -143,7 +143,7 @@ def test_the_printed_commands_go_on_in_a_folder_with_a_space(recipe: Recipe, tmp
     go_on = re.search(r"^to go on: (.*)$", first.stderr, re.M)
     assert go_on, first.stderr
     python, script, *arguments = shlex.split(go_on[1])
-    assert (python, script) == ("python", "ray_gpt.py")
+    assert (python, script) == ("python", str(ROOT / "ray_gpt.py"))  # typed in another folder
     (folder / "down").unlink()
     # A new run beside it tells of it, with the other command.
     beside = command(folder, *rule, f"hydra.run.dir='{folder}/my runs/second'")
@@ -154,7 +154,7 @@ def test_the_printed_commands_go_on_in_a_folder_with_a_space(recipe: Recipe, tmp
     assert last
     assert last[1].endswith("training.resume=last")
     ended = subprocess.run(
-        [sys.executable, str(ROOT / "ray_gpt.py"), *arguments],
+        [sys.executable, script, *arguments],
         cwd=folder, env=environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr

@@ -50,6 +50,17 @@ def test_its_state_is_the_one_that_was_saved(stored: StoredRun) -> None:
     assert digests(actor) == json.loads((STORED / "state.json").read_text())
 
 
+def test_a_recipe_that_names_no_model_goes_on_from_it_unchanged(stored: StoredRun) -> None:
+    """The checkpoint's recipe names one, whose head size is unset."""
+    recipe = stored.recipe
+    del recipe["model"]
+    for role in ("actor_rollout", "ref", "reward"):
+        del recipe[role]["model"]
+    found = find_resume(load_config({"runtime": "local", **recipe}), stored.folder / "run")
+    assert found is not None
+    assert found.changes == []
+
+
 def test_a_run_goes_on_from_it(stored: StoredRun) -> None:
     before = read_jsonl(stored.folder / "run" / "metrics.jsonl")
     evaluations = read_jsonl(stored.folder / "run" / "eval.jsonl")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlxf.config.schema import RunConfig
-from rlxf.update.actor import make_objective
+from rlxf.update import OBJECTIVES
 from rlxf.update.objective import Place
 from tests.runs.test_artefacts import EVAL_NAMES, STEP_NAMES  # what a whole online run is held to
 from workers import cli
@@ -108,7 +108,7 @@ def test_a_command_is_read_over_its_lines() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_tells_to_type_is_understood(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for arguments in commands(text, "ray_gpt.py"):
+    for arguments in commands(text, "ray_gpt.py") + commands(text, "rlxf train"):
         assert cli.read_command(arguments).problems == []
     for script in (ROOT / "scripts").glob("*.py"):
         source = script.read_text(encoding="utf-8") + COMMANDS
@@ -141,7 +141,8 @@ def recipe(stage: str) -> RunConfig:
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ray_online_dpo"])
 def test_every_number_of_an_objective_is_explained(stage: str) -> None:
     place = Place(model=None, limits=None)  # type: ignore[arg-type]  # names need no model
-    objective = make_objective(recipe(stage), place)
+    config = recipe(stage)
+    objective = OBJECTIVES[config.objective](config, place)
     sums, maxima = torch.ones(len(objective.sums), dtype=torch.float64), torch.ones(len(objective.maxima))
     reported = set(objective.metrics(sums, maxima))
     assert reported

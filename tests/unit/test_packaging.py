@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
+import tempfile
 import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from tests.wheel import build_wheel
 
 ROOT = Path(__file__).parents[2]
 LANES = ("cpu", "npu", "cuda")
@@ -139,13 +146,60 @@ def test_sources_parse_on_the_oldest_python(folder: str) -> None:
         ast.parse(file.read_text(), str(file), feature_version=(3, 11))
 
 
-def test_package_lists_reach_every_package(pyproject: dict[str, Any]) -> None:
-    """A folder without ``__init__.py`` would be in the checkout but not in the wheel."""
-    patterns = pyproject["tool"]["setuptools"]["packages"]["find"]["include"]
-    assert patterns == ["rlxf*", "workers*"]
-    for top in ("rlxf", "workers"):
-        for file in (ROOT / top).rglob("*.py"):
-            assert (file.parent / "__init__.py").is_file(), f"{file.parent} has no __init__.py"
+def test_the_list_of_packages_names_every_folder(pyproject: dict[str, Any]) -> None:
+    """A folder that it lacks would be in the checkout but not in the wheel."""
+    folders = {file.parent for file in (ROOT / "rlxf").rglob("*.py")}
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert sorted(pyproject["tool"]["setuptools"]["packages"]) == sorted({*names, "rlxf.recipes", "rlxf_workers"})
+    for folder in (*folders, ROOT / "workers"):
+        assert (folder / "__init__.py").is_file(), f"{folder} has no __init__.py"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ZipFile]:
+    with ZipFile(build_wheel(tmp_path_factory.mktemp("built"))) as opened:
+        yield opened
+
+
+def test_the_wheel_holds_the_library_the_launcher_and_the_recipes_and_no_more(wheel: ZipFile) -> None:
+    places = {"rlxf": ("rlxf", "*.py"), "workers": ("rlxf_workers", "*.py"), "configs/rlxf": ("rlxf/recipes", "*.yaml")}
+    expected = {
+        f"{place}/{file.relative_to(ROOT / source).as_posix()}": file
+        for source, (place, pattern) in places.items()
+        for file in (ROOT / source).rglob(pattern)
+    }
+    found = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert found == expected.keys()
+    assert [name for name, file in expected.items() if wheel.read(name) != file.read_bytes()] == []
+
+
+def test_the_wheel_has_the_command_and_no_path_of_this_machine(wheel: ZipFile, project: dict[str, Any]) -> None:
+    texts = {name: wheel.read(name).decode() for name in wheel.namelist()}
+    (commands,) = (text for name, text in texts.items() if name.endswith("entry_points.txt"))
+    assert commands.split() == ["[console_scripts]", "rlxf", "=", "rlxf_workers.command:main"]
+    version = project["version"]
+    assert f'__version__ = "{version}"' in texts["rlxf/__init__.py"]
+    paths = {str(ROOT), sys.prefix, tempfile.gettempdir() + "/pytest"}
+    assert [name for name, text in texts.items() if any(path in text for path in paths)] == []
+
+
+def test_every_import_is_declared(project: dict[str, Any]) -> None:
+    """In an environment that pip made, nothing is there by chance."""
+    users = {name: extra for name, extra in project["optional-dependencies"].items() if name != "dev"}
+    wishes = [*project["dependencies"], *(line for extra in users.values() for line in extra)]
+    declared = {canonicalize_name(Requirement(line).name) for line in wishes}
+    homes = packages_distributions()
+    for file in (file for top in ("rlxf", "workers") for file in (ROOT / top).rglob("*.py")):
+        for name in third_party(ast.parse(file.read_text())):
+            names = {canonicalize_name(home).removesuffix("-cpu") for home in homes.get(name, [name])}
+            assert names & declared, f"{file}: {name}, of {' or '.join(names)}, is in no list of pyproject.toml"
+
+
+def third_party(tree: ast.Module) -> set[str]:
+    """The packages that a module imports which are neither ours nor Python's."""
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"rlxf", "workers"}
 
 
 @pytest.mark.parametrize("lane", LOCKS)

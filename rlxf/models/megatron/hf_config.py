@@ -112,7 +112,9 @@ def check_head(hf_config: Any, weights: ModelWeights, folder: str, *, reward: bo
 
 
 def check_shape(section: ModelConfig, hf_config: Any, *, role: str, name: str) -> None:
-    """Compare a recipe's model section with the folder that the role loads.
+    """Compare the shape that a run was planned with, and the folder that the role loads.
+
+    The plan's shape comes from the folder as the machine of the command has it.
 
     Raises:
         ConfigError: they differ; one line per key.
@@ -127,8 +129,8 @@ def check_shape(section: ModelConfig, hf_config: Any, *, role: str, name: str) -
         "head_size": getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
     }
     problems = [
-        f"model.{name}.{key} = {getattr(section, key)}, but the model that {role}.load names has {value}; "
-        f"choose the fitting `{role}.model` or correct its file"
+        f"model.{name}.{key} = {getattr(section, key)}, but the folder that {role}.load names has {value} where this "
+        "process runs; give every machine the same folder"
         for key, value in found.items()
         if getattr(section, key) != value
     ]

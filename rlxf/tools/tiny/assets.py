@@ -17,7 +17,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,13 +27,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 from rlxf.core.errors import ConfigError, StageTimeout, TrainingError
 from rlxf.core.files import new_folder, remove_leftovers
+from rlxf.core.places import RECIPES, TYPED_TRAIN, train_command
 from rlxf.tools.tiny import heads, world
 from rlxf.tools.tiny.recipe import Recipe
 
 if TYPE_CHECKING:
     from rlxf.tools.tiny.preferences import Collected
 
-CHECKOUT = Path(__file__).resolve().parents[3]
 STAGES = ("sft_trainer_tiny", "reward_trainer_tiny")  # the recipes that train its models
 MANIFEST = "manifest.json"
 REPORT = "report.json"
@@ -143,7 +142,7 @@ def _digest(path: Path) -> str:
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:
     """All that decides what the world holds: the recipe, and the files that say how its models are trained."""
-    stages = {name: _digest(CHECKOUT / "configs" / "rlxf" / f"{name}.yaml") for name in STAGES}
+    stages = {name: _digest(RECIPES / f"{name}.yaml") for name in STAGES}
     known: dict[str, Any] = json.loads(json.dumps(asdict(recipe) | {"stages": stages}))
     return known
 
@@ -186,7 +185,7 @@ def _build(folder: Path, recipe: Recipe, say: Say) -> None:
     costs = _Costs(say)
     with costs("data"):
         _write_data(folder, recipe)
-    say(f"  python ray_gpt.py --config-name {STAGES[0]}, then {STAGES[1]}: the policy and the reward model")
+    say(f"  {' '.join(TYPED_TRAIN)} --config-name {STAGES[0]}, then {STAGES[1]}: the policy and the reward model")
     with costs("policy"):
         policy = _train(folder, recipe, "sft_trainer_tiny", "sft", recipe.policy_overrides)
     with costs("reward_model"):
@@ -248,7 +247,7 @@ def _train(folder: Path, recipe: Recipe, name: str, output: str, overrides: Sequ
     }
     if output == "rm":
         paths["eval.data_path"] = folder / "reward_eval_pairs.jsonl"
-    command = [sys.executable, str(CHECKOUT / "ray_gpt.py"), "--config-name", name]
+    command = [*train_command(), "--config-name", name]
     command += [f"{key}={value}" for key, value in paths.items()]
     # The sums of two threads differ in the last digits; spinning ones on shared cores cost a factor of 20.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}

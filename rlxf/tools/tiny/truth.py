@@ -1,4 +1,4 @@
-"""Ground truth of the tiny world, for ``eval.metrics: ./rlxf/tools/tiny/truth.py``."""
+"""Ground truth of the tiny world, for ``eval.metrics: rlxf.tools.tiny.truth``."""
 
 from __future__ import annotations
 

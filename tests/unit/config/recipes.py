@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,41 @@ def _change(section: dict[str, Any], changes: dict[str, Any]) -> None:
             section.pop(key, None)
         else:
             section[key] = value
+
+
+# The shape of the small recipe as a config.json has it.
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 260,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+
+def model_folder(folder: Path, **changes: Any) -> Path:
+    """The small files of a model folder, which the checks look at. ``changes`` of config.json; None removes a key."""
+    settings = {key: value for key, value in (LLAMA | changes).items() if value is not None}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "model.safetensors").touch()
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def reward_folder(folder: Path, **changes: Any) -> Path:
+    """The same of a reward model."""
+    return model_folder(
+        folder,
+        **{
+            "architectures": ["LlamaForSequenceClassification"],
+            "id2label": {"0": "LABEL_0"},
+            "rlxf_read_at": "last_token",
+        }
+        | changes,
+    )

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlxf.config.keys import SECTIONS, is_known
 from rlxf.config.load import load_config
 from rlxf.core.errors import PlacementError
 from tests.runs.small import command, make_world
-from tests.unit.config.recipes import ROOT, recipe
+from tests.unit.config.recipes import NAMES, ROOT, recipe
+from workers import cli
 from workers.address import require_cores, running_cluster
 
 TINY = ("--config-name", "online_dpo_trainer_tiny")
@@ -41,6 +43,29 @@ def test_cfg_job_prints_the_composed_recipe_with_every_section(tmp_path: Path) -
     assert recipe["actor_rollout"]["adam_beta1"] is None
     assert recipe["sync"]["bucket_mb"] == 256
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_lists_the_recipes_the_keys_used_most_and_where_the_rest_is(tmp_path: Path, option: str) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text("# Mine, for a friend.\n# More.\ntraining: {stage: sft}\n")
+    (tmp_path / "recipes" / "bare.yaml").write_text("training: {stage: sft}\n")
+    done = ray_gpt("--config-dir", "recipes", option, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if len(line.split()) > 1)
+    for name in NAMES:
+        first = (cli.RECIPES / f"{name}.yaml").read_text().splitlines()[0]
+        assert rows[name] == first.removeprefix("# ")
+        assert first.endswith(".")  # says something by itself
+    assert rows["mine"] == "Mine, for a friend."
+    assert "\n  bare\n" in done.stdout
+    keys = [name for name in rows if "." in name and "=" not in name and name.split(".")[0] in SECTIONS]
+    assert {"actor_rollout.load", "reward.load", "reward.function", "actor_rollout.data_path"} <= set(keys)
+    assert all(is_known(key.split(".")) for key in keys)
+    pages = [name for name in rows if name.startswith("docs/")]
+    assert "docs/config.md" in pages
+    assert all((ROOT / page).is_file() for page in pages)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipes"]
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path: Path) -> None:

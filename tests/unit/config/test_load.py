@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from rlxf.config.load import load_config
 from rlxf.config.roles import ActorConfig
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError
-from tests.unit.config.recipes import recipe
+from rlxf.tools.tiny import truth
+from tests.unit.config.recipes import LLAMA, recipe
 
 
 def test_a_role_wins_over_training_and_training_over_its_model() -> None:
@@ -149,7 +151,7 @@ def test_unused_keys_of_the_reference_are_named_in_one_warning(caplog: pytest.Lo
 def test_the_reference_is_the_named_checkpoint_of_a_run(tmp_path: Path) -> None:
     run, model = tmp_path / "ckpt", tmp_path / "model"
     model.mkdir(parents=True)
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text(json.dumps(LLAMA))
     (model / "model.safetensors").touch()
     for key in ({"ref": {"load": str(run), "refer_model_iter": 1}}, {"ref": {"load": str(run)}, **_from_actor(1)}):
         assert load_config(recipe(**key)).ref.load == str(run / "iter_0000001")
@@ -186,6 +188,22 @@ def test_paths_are_relative_to_the_folder_of_the_command(tmp_path: Path, monkeyp
     assert config.actor_rollout.data_path == ("/c/d.jsonl",)
     assert load_config(recipe(training={"resume": "never"})).training.resume == "never"
     assert load_config(recipe(training={"resume": "./c"})).training.resume == str(tmp_path / "c")
+
+
+def test_the_name_of_an_installed_module_stands_for_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "of_mine").mkdir()
+    (tmp_path / "of_mine" / "rule.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert load_config(recipe(eval={"metrics": "rlxf.tools.tiny.truth"})).eval.metrics == truth.__file__
+    scored = recipe(reward={"load": None, "model": None, "function": "of_mine.rule"})
+    with pytest.raises(
+        ConfigError, match=r'"./of_mine.rule": .* ends in .py, or the name of a module that is installed'
+    ):
+        load_config(scored)  # what lies in the current folder is named by its path
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_config(scored).reward.function == str(tmp_path / "of_mine" / "rule.py")
+    scored["reward"]["function"] = "of_mine/rule.py"
+    assert load_config(scored).reward.function == str(tmp_path / "of_mine" / "rule.py")
 
 
 def test_a_run_goes_on_by_itself_and_keeps_every_checkpoint() -> None:

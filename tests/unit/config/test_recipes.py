@@ -34,6 +34,13 @@ def test_a_recipe_is_valid_and_has_a_plan(name: str, caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_takes_each_tokenizer_from_its_model_folder(name: str) -> None:
+    """Else a folder of one's own would be trained with the tokenizer of the recipe's."""
+    raw = compose(name)
+    assert {raw[section].get("tokenizer_name_or_path") for section in ("training", *ROLES)} == {None}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_composed_recipe_shows_every_key(name: str) -> None:
     raw = compose(name)
     unset = unset_recipe()

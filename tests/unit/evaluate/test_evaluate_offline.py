@@ -117,8 +117,9 @@ def test_every_counted_token_weighs_the_same_in_supervised_fine_tuning() -> None
     sequences = sides(6, 4)
     counted = torch.rand(int(sequences.completion_lengths.sum()), generator=torch.Generator().manual_seed(5)) < 0.5
     examples, learner = Examples(sequences=sequences, counted=counted), Learner(random_logits())
-    whole = OfflineEvaluation(config(), [examples], learner)(0)
-    split = OfflineEvaluation(config(), [examples.select(rows) for rows in parts(6, 1, 5)], learner)(0)
+    whole = OfflineEvaluation(config(stage="sft"), [examples], learner, Bigram())(0)
+    cut = [examples.select(rows) for rows in parts(6, 1, 5)]
+    split = OfflineEvaluation(config(stage="sft"), cut, learner, Bigram())(0)
     assert split["eval/loss"] == pytest.approx(whole["eval/loss"], rel=1e-6)
 
 
@@ -142,7 +143,7 @@ def test_the_standard_error_of_supervised_fine_tuning_is_that_of_whole_examples(
     counted = torch.rand(int(sequences.completion_lengths.sum()), generator=torch.Generator().manual_seed(5)) < 0.8
     examples, learner = Examples(sequences=sequences, counted=counted), Learner(random_logits())
     batches = [examples.select(rows) for rows in parts(40, 33, 7)]
-    found = OfflineEvaluation(config(), batches, learner)(0)
+    found = OfflineEvaluation(config(stage="sft"), batches, learner, Bigram())(0)
     draws = torch.randint(0, 40, (2000, 40), generator=torch.Generator().manual_seed(6))
     one_each = [learner.evaluate(examples.select(torch.tensor([row]))) for row in range(40)]
     counts = torch.tensor([float(part.sum()) for part in counted.split(sequences.completion_lengths.tolist())])
@@ -161,7 +162,7 @@ def test_smallest_and_largest_reward_are_those_of_all_batches() -> None:
     both = pairs(4)
     rewards = RewardPairs(chosen=both.chosen, rejected=both.rejected, margin=torch.tensor([-1.0, 4.0, 2.0, 0.5]))
     batches = [rewards.select(rows) for rows in parts(4, 3, 1)]
-    assert OfflineEvaluation(config(), batches, Learner(random_logits()))(0) == {
+    assert OfflineEvaluation(config(stage="rm"), batches, Learner(random_logits()), Bigram())(0) == {
         "eval/accuracy": pytest.approx(0.75),
         "eval/accuracy_se": pytest.approx(torch.tensor([0.0, 1.0, 1.0, 1.0]).std().item() / 2),
         "eval/margin": pytest.approx(1.375),
@@ -180,9 +181,10 @@ def test_the_reference_is_asked_for_its_log_probs_of_pairs_only() -> None:
 
     both = pairs(2)
     rewards = RewardPairs(chosen=both.chosen, rejected=both.rejected, margin=torch.ones(2))
-    assert OfflineEvaluation(config(), [rewards], Learner(random_logits()), Refuses())(0)["eval/accuracy"] == 1.0
+    learner = Learner(random_logits())
+    assert OfflineEvaluation(config(stage="rm"), [rewards], learner, Refuses())(0)["eval/accuracy"] == 1.0
     with pytest.raises(AssertionError, match="no reference"):
-        OfflineEvaluation(config(), [both], Learner(random_logits()), Refuses())(0)
+        OfflineEvaluation(config(), [both], learner, Refuses())(0)
 
 
 def test_a_batch_without_a_counted_token_weighs_nothing() -> None:
@@ -191,6 +193,9 @@ def test_a_batch_without_a_counted_token_weighs_nothing() -> None:
     nothing = Examples(sequences=sequences, counted=torch.zeros(total, dtype=torch.bool))
     something = replace(nothing, counted=torch.ones(total, dtype=torch.bool))
     learner = Learner(random_logits())
-    both = OfflineEvaluation(config(), [nothing, something], learner)(0)
-    assert both == OfflineEvaluation(config(), [something], learner)(0)
-    assert math.isnan(OfflineEvaluation(config(), [nothing], learner)(0)["eval/loss"])
+
+    def of(*batches: Examples) -> Metrics:
+        return OfflineEvaluation(config(stage="sft"), batches, learner, Bigram())(0)
+
+    assert of(nothing, something) == of(something)
+    assert math.isnan(of(nothing)["eval/loss"])

@@ -17,7 +17,7 @@ from rlxf.config.recording import holds_scores
 from rlxf.core.errors import ConfigError, DataError, SyncError
 from rlxf.core.types import Rollouts, ScoredRollouts
 from rlxf.observe.record import RecordedRollouts, RolloutRecorder, SampleRecorder
-from rlxf.pair.strategies import make_pairs
+from rlxf.pair.strategies import best_worst
 from rlxf.rollout.engine import Sampling
 from rlxf.rollout.replay import ReplayEngine
 from rlxf.score.penalty import with_scores
@@ -86,7 +86,7 @@ def test_replay_gives_the_live_steps_bit_for_bit(tmp_path: Path) -> None:
         again = with_scores(rollouts, scorer.score(rollouts), eos_ids=(EOS,), missing_eos_penalty=0.3)
         assert_same(live[step], again)
         assert rollouts.engine_logps.isnan().all()
-        pairs = [make_pairs(scored, min_score_margin=0.1).pairs for scored in (live[step], again)]
+        pairs = [best_worst(scored, min_score_margin=0.1).pairs for scored in (live[step], again)]
         assert pairs[0].chosen.rows() == pairs[1].chosen.rows()
         assert torch.equal(pairs[0].margin, pairs[1].margin)
 
@@ -220,7 +220,7 @@ def test_samples_show_text_and_scores(tmp_path: Path) -> None:
     answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("good", "bad")]
     rollouts: Rollouts = make_rollouts(prompt_batch([[5]], texts=["say é"]), [[[*answers[0], EOS], answers[1]]])
     scored = with_scores(rollouts, torch.tensor([0.1, 0.2]), eos_ids=(EOS,), missing_eos_penalty=1.0)
-    result = make_pairs(scored, min_score_margin=0.0)
+    result = best_worst(scored, min_score_margin=0.0)
     recorder = SampleRecorder(tmp_path / "samples.jsonl", tokenizer)
     table = recorder.write(6, scored, result.chosen_rows, result.rejected_rows)
     recorder.close()

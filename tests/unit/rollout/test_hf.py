@@ -49,7 +49,7 @@ def with_actor(config: RunConfig, **changes: object) -> RunConfig:
 def push(actor: HfActor, engine: HfEngine, version: int) -> None:
     engine.begin_update()
     for index, bucket in enumerate(actor.sync_plan()):
-        engine.load_bucket(bucket, actor.export_bucket(index))
+        engine.load_bucket(bucket, actor.packed_bucket(index))
     engine.end_update(version)
 
 
@@ -221,7 +221,7 @@ def test_an_update_that_breaks_off_leaves_the_engine_dirty(engine: HfEngine, fol
     actor = HfActor(load_model(folder))
     batch = prompt_batch(random_prompts(LENGTHS))
     engine.begin_update()
-    engine.load_bucket(actor.sync_plan()[0], actor.export_bucket(0))
+    engine.load_bucket(actor.sync_plan()[0], actor.packed_bucket(0))
     with pytest.raises(SyncError, match="weights did not arrive"):
         engine.end_update(1)
     with pytest.raises(SyncError, match="mixture of version 0"):

@@ -40,7 +40,7 @@ class World:
     def sync(self, verify_first: int = 0, config: RunConfig | None = None) -> WeightSync:
         prompts = Tokens.from_rows(random_prompts(SHORT))
         probe = make_probe(config or run_config(self.folder), get_platform("cpu"), prompts)
-        return WeightSync(self.actor, LocalSink(self.engine), SyncConfig(verify_first=verify_first), probe)
+        return WeightSync(self.actor, LocalSink(self.actor, self.engine), SyncConfig(verify_first=verify_first), probe)
 
     def train(self, seed: int) -> None:
         randomize(self.actor.model, seed)
@@ -163,12 +163,12 @@ def test_an_update_that_breaks_off_leaves_the_engine_dirty_until_a_whole_one_end
         (*plan[1].tensors[:2], TensorSpec("model.layers.0.nothing.weight", (1,), "float32")), plan[1].num_bytes
     )
     world.engine.begin_update()
-    world.engine.load_bucket(plan[0], world.actor.export_bucket(0))
+    world.engine.load_bucket(plan[0], world.actor.packed_bucket(0))
     with pytest.raises(SyncError, match=r"vLLM did not take the weights .*nothing"):
-        world.engine.load_bucket(wrong, world.actor.export_bucket(1))
+        world.engine.load_bucket(wrong, world.actor.packed_bucket(1))
     for index, bucket in enumerate(plan):  # a sender that had not looked yet
         with pytest.raises(SyncError, match="failed before"):
-            world.engine.load_bucket(bucket, world.actor.export_bucket(index))
+            world.engine.load_bucket(bucket, world.actor.packed_bucket(index))
     with pytest.raises(SyncError, match="failed before"):
         world.engine.end_update(1)
     with pytest.raises(SyncError, match="mixture of version 0"):
@@ -181,7 +181,7 @@ def test_an_update_that_breaks_off_leaves_the_engine_dirty_until_a_whole_one_end
 
 def test_an_update_without_all_weights_does_not_end(world: World) -> None:
     world.engine.begin_update()
-    world.engine.load_bucket(world.actor.sync_plan()[0], world.actor.export_bucket(0))
+    world.engine.load_bucket(world.actor.sync_plan()[0], world.actor.packed_bucket(0))
     with pytest.raises(SyncError, match="weights did not arrive"):
         world.engine.end_update(1)
     with pytest.raises(SyncError, match="mixture"):
@@ -192,7 +192,7 @@ def test_an_update_without_all_weights_does_not_end(world: World) -> None:
 
 def test_weights_outside_of_an_update_are_refused(world: World) -> None:
     with pytest.raises(SyncError, match="begin_update"):
-        world.engine.load_bucket(world.actor.sync_plan()[0], world.actor.export_bucket(0))
+        world.engine.load_bucket(world.actor.sync_plan()[0], world.actor.packed_bucket(0))
 
 
 @pytest.mark.slow

@@ -22,7 +22,8 @@ from rlxf.rollout import HfEngine
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer, make_probe
 from rlxf.sync.push import WeightSync
-from rlxf.sync.transport import SharedBuckets
+from rlxf.sync.transports import TRANSPORTS, Transport
+from rlxf.sync.transports.transport import Address, Receiver
 from tests.ranks import Ranks, recipe
 from tests.rollout_world import random_prompts
 from tests.tiny_models import save_causal_lm
@@ -50,18 +51,26 @@ PARAMETERS += [pytest.param(case[1:], id=case[0], marks=pytest.mark.slow) for ca
 
 
 class Replicas:
-    """A sink of several engines, all of which read the same memory."""
+    """A sink of several engines."""
 
-    def __init__(self, engines: list[HfEngine], shared: SharedBuckets) -> None:
-        self._engines, self._shared = engines, shared
+    def __init__(self, ranks: Ranks, engines: list[HfEngine]) -> None:
+        self._ranks, self._engines = ranks, engines
+        self._receivers: list[Receiver] = []
+
+    def connect(self, transport: Transport) -> None:
+        transport.connect(self._ranks, self)
+
+    def open_receivers(self, transport: Transport, address: Address) -> None:
+        self._receivers = [transport.receiver(address) for _ in self._engines]
 
     def begin_update(self) -> None:
         for engine in self._engines:
             engine.begin_update()
 
-    def load_bucket(self, bucket: Bucket, payload: int) -> None:
-        for engine in self._engines:
-            engine.load_bucket(bucket, self._shared.slot(payload, bucket.num_bytes))
+    def send(self, index: int, bucket: Bucket) -> None:
+        message = self._ranks.send_bucket(index)
+        for engine, receiver in zip(self._engines, self._receivers, strict=True):
+            engine.load_bucket(bucket, receiver.receive(bucket, message))
 
     def end_update(self, version: int) -> None:
         for engine in self._engines:
@@ -98,11 +107,12 @@ def test_the_engines_hold_what_the_ranks_hold(ranks: Ranks, tied: bool, tmp_path
     config, platform = recipe(other), get_platform("cpu")
     engines = [HfEngine(config, platform) for _ in range(2)]
     probe = make_probe(config, platform, Tokens.from_rows(random_prompts([9, 8])))
-    sink = Replicas(engines, SharedBuckets.open(ranks.address()))
+    sink = Replicas(ranks, engines)
     sync = WeightSync(ranks, sink, SyncConfig(verify_first=2), probe)
     assert len(ranks.sync_plan()) == 3  # more than there are slots
     folder = tmp_path
-    for version in range(3):
+    for version, transport in enumerate(("shared_memory", "shared_memory", "object_store")):
+        sink.connect(TRANSPORTS[transport])  # again each time, as after a process was replaced
         if version:
             ranks.update(version)
             assert all(ranks.differences(folder))  # every rank has trained, and the engines do not know it yet

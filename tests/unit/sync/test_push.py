@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Journal(LocalSink):
     """A sink that also writes down what was asked of it."""
 
-    def __init__(self, engine: HfEngine) -> None:
-        super().__init__(engine)
+    def __init__(self, actor: HfActor, engine: HfEngine) -> None:
+        super().__init__(actor, engine)
         self.calls: list[str] = []
 
     def begin_update(self) -> None:
         self.calls.append("begin")
         super().begin_update()
 
-    def load_bucket(self, bucket: Bucket, payload: Tensor) -> None:
+    def send(self, index: int, bucket: Bucket) -> None:
         self.calls.append("bucket")
-        super().load_bucket(bucket, payload)
+        super().send(index, bucket)
 
     def end_update(self, version: int) -> None:
         self.calls.append("end")
@@ -54,7 +55,7 @@ class World:
     def __init__(self, folder: Path, actor: HfActor, *, filled: bool = True, **sync: int) -> None:
         config, platform = run_config(folder), get_platform("cpu")
         self.actor = actor
-        self.sink = Journal(HfEngine(config, platform))
+        self.sink = Journal(actor, HfEngine(config, platform))
         self.probe: Probe = make_probe(config, platform, Tokens.from_rows(random_prompts([9, 8])))
         self.sync = WeightSync(actor, self.sink, SyncConfig(**sync), self.probe, filled=filled)
 
@@ -120,12 +121,9 @@ class StaleHead(HfActor):
         super().__init__(model)
         self._head = model.lm_head.weight.detach().clone()
 
-    def export_bucket(self, index: int) -> Tensor:
-        payload = super().export_bucket(index)
-        for name, view in self.sync_plan()[index].views(payload):
-            if name == "lm_head.weight":
-                view.copy_(self._head)
-        return payload
+    def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in super().bucket_tensors(index):
+            yield name, self._head if name == "lm_head.weight" else tensor
 
 
 def test_a_stale_head_fails_the_probe(folder: Path) -> None:
@@ -138,10 +136,10 @@ def test_a_stale_head_fails_the_probe(folder: Path) -> None:
 class Interrupted(HfActor):
     fail = True
 
-    def export_bucket(self, index: int) -> Tensor:
+    def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
         if self.fail and index == 1:
             raise ConnectionError("the actor went away")
-        return super().export_bucket(index)
+        return super().bucket_tensors(index)
 
 
 def test_a_push_that_broke_off_can_be_repeated(folder: Path) -> None:

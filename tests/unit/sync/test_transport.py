@@ -18,14 +18,14 @@ from rlxf.platform import get_platform
 from rlxf.rollout import HfEngine
 from rlxf.rollout.engine import Sampling
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
-from rlxf.sync.transport import Address, SharedBuckets, this_machine
+from rlxf.sync.transports.shared_memory import MemoryAddress, SharedBuckets, this_machine
 from tests.rollout_world import HfActor, greedy, load_model, prompt_batch, random_prompts, run_config
 from tests.tiny_models import randomize, save_causal_lm
 
 WRITER = """
 import sys
 from rlxf.sync.plan import Bucket
-from rlxf.sync.transport import SharedBuckets, this_machine
+from rlxf.sync.transports.shared_memory import SharedBuckets, this_machine
 shared = SharedBuckets.allocate([Bucket((), 5000), Bucket((), 9000), Bucket((), 10)])
 for index, size in enumerate((5000, 9000)):
     shared.slot(index, size).fill_(index + 1)
@@ -47,11 +47,11 @@ def writer() -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def address_of(process: subprocess.Popen[str]) -> Address:
+def address_of(process: subprocess.Popen[str]) -> MemoryAddress:
     assert process.stdout is not None
     path, num_slots, slot_bytes = process.stdout.readline().split()
     assert process.stdout.readline().strip() == this_machine()
-    return Address(path, int(num_slots), int(slot_bytes))
+    return MemoryAddress(path, int(num_slots), int(slot_bytes))
 
 
 def test_one_process_reads_what_another_writes_and_the_next_but_one_takes_its_place(
@@ -123,7 +123,7 @@ def test_an_engine_samples_from_its_own_copy_once_an_update_has_ended(tmp_path: 
     read = SharedBuckets.open(written.address)
     engine.begin_update()
     for index, bucket in enumerate(plan):
-        written.slot(index, bucket.num_bytes).copy_(actor.export_bucket(index))
+        written.slot(index, bucket.num_bytes).copy_(actor.packed_bucket(index))
         engine.load_bucket(bucket, read.slot(index, bucket.num_bytes))
     engine.end_update(1)
     for index in range(2):

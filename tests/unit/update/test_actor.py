@@ -184,7 +184,12 @@ def test_buckets_carry_the_newest_weights_by_hugging_face_names(folder: Path) ->
     trained.update(referenced(random_pairs(4)), 0)
     received = {}
     for index, bucket in enumerate(trained.sync_plan()):
-        received |= {name: tensor.clone() for name, tensor in bucket.views(trained.export_bucket(index))}
+        found = {name: tensor.clone() for name, tensor in trained.bucket_tensors(index)}
+        assert [(spec.name, spec.shape) for spec in bucket.tensors] == [
+            (name, tuple(t.shape)) for name, t in found.items()
+        ]
+        assert all(torch.equal(found[name], view) for name, view in bucket.views(trained.export_copy(index)))
+        received |= found
     assert set(received) == {name for name, _ in trained.model.exported_shapes()}
     assert all(torch.equal(value, received[name]) for name, value in weights(trained).items())
     start = HfWeights(folder).read("model.embed_tokens.weight")

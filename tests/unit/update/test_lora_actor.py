@@ -144,7 +144,7 @@ def sync_of(trained: Actor, folder: Path) -> tuple[WeightSync, HfEngine]:
     engine = HfEngine(config, PLATFORM)
     prompts = Tokens.from_rows(random_rows(4, 5, 20, torch.Generator().manual_seed(3)))
     probe = make_probe(config, PLATFORM, prompts)
-    return WeightSync(trained, LocalSink(engine), SyncConfig(verify_first=9), probe), engine
+    return WeightSync(trained, LocalSink(trained, engine), SyncConfig(verify_first=9), probe), engine
 
 
 @pytest.mark.parametrize("qlora", [False, True])
@@ -164,7 +164,7 @@ def test_the_probe_sees_an_engine_without_the_adapters(folder: Path, monkeypatch
     sync.push(0)
     train(trained, range(6))
     plain = actor(folder, lora_r=0)
-    monkeypatch.setattr(trained, "export_bucket", plain.export_bucket)
+    monkeypatch.setattr(trained, "bucket_tensors", plain.bucket_tensors)
     with pytest.raises(SyncError, match="does not hold the actor's weights at version 1"):
         sync.push(1)
 

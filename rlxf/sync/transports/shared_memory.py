@@ -1,10 +1,10 @@
-"""How a bucket's bytes get from the actor to the rollout engines: by value, or through memory that both have mapped."""
+"""Memory that the actor and the engines of one machine have mapped: written once, read in place by every engine."""
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,50 @@ from torch import Tensor
 
 from rlxf.core.errors import SyncError
 from rlxf.sync.plan import Bucket
+from rlxf.sync.transports.transport import Message, Receiver, Sender, SendsNothing, Transport
 
 MAX_SLOTS = 2  # the actor writes one bucket while the engines read the one before
+
+
+class SharedMemory(Transport):
+    """For processes of one machine whose weights are in its memory anyway."""
+
+    title = "shared memory"
+    window = MAX_SLOTS
+
+    def sender(self, plan: Sequence[Bucket], rank: int) -> Sender:
+        return SendsNothing() if rank else _Writer(plan)
+
+    def receiver(self, address: MemoryAddress) -> Receiver:
+        return _Reader(SharedBuckets.open(address))
+
+
+class _Writer:
+    """The message of a bucket is its number."""
+
+    def __init__(self, plan: Sequence[Bucket]) -> None:
+        self._plan = plan
+        self._shared = SharedBuckets.allocate(plan)
+
+    @property
+    def address(self) -> MemoryAddress:
+        return self._shared.address
+
+    def send(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> int:
+        bucket = self._plan[index]
+        bucket.fill(self._shared.slot(index, bucket.num_bytes), tensors)
+        return index
+
+    def close(self) -> None:
+        self._shared.close()
+
+
+class _Reader:
+    def __init__(self, shared: SharedBuckets) -> None:
+        self._shared = shared
+
+    def receive(self, bucket: Bucket, message: Message) -> Tensor:
+        return self._shared.slot(message, bucket.num_bytes)
 
 
 def this_machine() -> str:
@@ -28,7 +70,7 @@ def this_machine() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class MemoryAddress:
     """Where the memory of ``SharedBuckets`` can be opened, on the machine that allocated it."""
 
     path: str
@@ -37,15 +79,16 @@ class Address:
 
 
 class SharedBuckets:
-    """Room for the buckets of a plan, in memory that the processes of one machine share; allocated once per run.
+    """Room for the buckets of a plan, in memory that the processes of one machine share; allocated once a connection.
 
     A bucket is written once, by the actor, and read in place by every engine. The memory has no name in any file
     system and ends with the last process that has it mapped, so a killed run leaves nothing behind; and it is limited
     by the machine's memory, not by the size of ``/dev/shm``, which is 64 MB in many containers.
     """
 
-    def __init__(self, descriptor: int, address: Address, *, writable: bool) -> None:
+    def __init__(self, descriptor: int, address: MemoryAddress, *, writable: bool) -> None:
         self.address = address
+        self._descriptor = descriptor
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         # Populated now, all at once: a first touch page by page would be part of the first push.
         size = address.num_slots * address.slot_bytes
@@ -58,13 +101,13 @@ class SharedBuckets:
         largest = max(bucket.num_bytes for bucket in plan)
         slot_bytes = -(-largest // mmap.PAGESIZE) * mmap.PAGESIZE
         num_slots = min(MAX_SLOTS, len(plan))
-        descriptor = os.memfd_create("rlxf-weights")  # open as long as this process lives: engines open it by its path
+        descriptor = os.memfd_create("rlxf-weights")  # open until it is closed: engines open it by its path
         os.ftruncate(descriptor, num_slots * slot_bytes)
-        address = Address(f"/proc/{os.getpid()}/fd/{descriptor}", num_slots, slot_bytes)
+        address = MemoryAddress(f"/proc/{os.getpid()}/fd/{descriptor}", num_slots, slot_bytes)
         return cls(descriptor, address, writable=True)
 
     @classmethod
-    def open(cls, address: Address) -> SharedBuckets:
+    def open(cls, address: MemoryAddress) -> SharedBuckets:
         """The memory that another process of this machine allocated, to be read.
 
         Raises:
@@ -81,6 +124,10 @@ class SharedBuckets:
             return cls(descriptor, address, writable=False)
         finally:
             os.close(descriptor)  # the mapping stays
+
+    def close(self) -> None:
+        """For the process that allocated it: nobody can open it from now on; those who have it open keep it."""
+        os.close(self._descriptor)
 
     def slot(self, index: int, num_bytes: int) -> Tensor:
         """[num_bytes] uint8 view of where bucket ``index`` of the plan is written; the next but one overwrites it."""

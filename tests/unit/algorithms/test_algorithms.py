@@ -1,0 +1,120 @@
+"""What a step collects, stage by stage, and that the driver asks no one else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlxf.algorithms import ALGORITHMS
+from rlxf.algorithms.online_dpo import OnlineDpo
+from rlxf.core.types import Batch, Examples, Metrics, OnlinePairs, PairLogps, Pairs, RewardPairs, Sequences
+from rlxf.driver import train
+from rlxf.loop.run import Reference, Run
+from rlxf.pair import PAIRINGS
+from tests.settings import random_examples, random_pairs, random_reward_pairs
+from tests.unit.small_run import small_config, small_run
+
+
+@dataclass
+class Counts:
+    """A reference that notes how many pairs it was asked about."""
+
+    asked: int = 0
+
+    def logps(self, pairs: Pairs) -> PairLogps:
+        self.asked += len(pairs)
+        return PairLogps(chosen=torch.full((len(pairs),), -1.0), rejected=torch.full((len(pairs),), -2.0))
+
+    def token_logps(self, sequences: Sequences) -> Tensor:
+        raise AssertionError("nobody asks for tokens")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A file."""
+
+    data: Pairs | Examples
+
+    def next_batch(self, step: int) -> Pairs | Examples:
+        return self.data
+
+    def epoch(self, step: int) -> float:
+        return (step + 1) / 4
+
+    num_dropped = 3
+
+
+@pytest.mark.parametrize(
+    ("stage", "data"),
+    [("dpo", random_pairs(3)), ("rm", random_reward_pairs(3)), ("sft", random_examples(3))],
+)
+def test_a_file_stage_trains_on_what_its_file_holds(stage: str, data: Pairs | Examples) -> None:
+    small = small_run(small_config(training__stage=stage), offline=Rows(data))
+    algorithm = ALGORITHMS[small.run.config.training.stage]
+    found, metrics = algorithm.collect(small.run, 1)
+    assert found is data
+    assert metrics == {"epoch": 0.5, "data/dropped": 3.0}
+
+
+@pytest.mark.parametrize("stage", ["ray_online_dpo", "dpo"])
+def test_preferences_are_compared_with_the_reference(stage: str) -> None:
+    reference, pairs = Counts(), random_pairs(3)
+    batch = ALGORITHMS[stage].batch(pairs, reference)  # type: ignore[index]
+    assert (batch.pairs, batch.reference.chosen.tolist()) == (pairs, [-1.0] * 3)  # type: ignore[union-attr]
+    assert reference.asked == 3
+
+
+@pytest.mark.parametrize(("stage", "data"), [("rm", random_reward_pairs(3)), ("sft", random_examples(3))])
+def test_the_other_stages_need_no_reference(stage: str, data: RewardPairs | Examples) -> None:
+    reference = Counts()
+    assert ALGORITHMS[stage].batch(data, reference) is data  # type: ignore[index]
+    assert reference.asked == 0
+
+
+def test_the_step_that_is_collected_is_the_one_that_is_asked_for() -> None:
+    """Not the one that the run is at: sampling may be ahead of training."""
+    small = small_run(small_config())
+    data, metrics = OnlineDpo().collect(small.run, 2)
+    assert isinstance(data, OnlinePairs)
+    assert set(data.prompt_ids.tolist()) <= set(range(16, 24))  # eight prompts a step
+    assert len(data) == metrics["pair/kept"] > 0
+    assert metrics["epoch"] == 1.5
+    assert small.recorder.steps == [3]
+    assert small.run.state.step == 0
+
+
+class FirstPairOnly(OnlineDpo):
+    """What somebody may add: an algorithm in a file of its own."""
+
+    def collect(self, run: Run, step: int) -> tuple[Pairs | Examples, Metrics]:
+        data, metrics = super().collect(run, step)
+        return data.select(torch.arange(1)), metrics | {"pair/kept": 1.0}
+
+    def batch(self, data: Pairs | Examples, reference: Reference) -> Batch:
+        assert len(data) == 1
+        return super().batch(data, reference)
+
+
+def test_a_run_asks_the_algorithm_of_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALGORITHMS, "ray_online_dpo", FirstPairOnly())
+    small = small_run(small_config(training__train_iters=2))
+    train(small.run)
+    assert small.actor.num_pairs == small.reference.num_pairs == 2
+    assert [metrics["pair/kept"] for metrics in small.notes.steps.values()] == [1.0, 1.0]
+
+
+def test_pairs_are_made_as_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    margins: list[float] = []
+    made = PAIRINGS["best_worst"]
+
+    def noted(scored, *, min_score_margin):  # type: ignore[no-untyped-def]
+        margins.append(min_score_margin)
+        return made(scored, min_score_margin=min_score_margin)
+
+    monkeypatch.setitem(PAIRINGS, "best_worst", noted)
+    small = small_run(small_config(training__train_iters=1, algorithm__min_score_margin=0.5))
+    train(small.run)
+    assert margins == [0.5]

@@ -1,0 +1,44 @@
+"""Which scorer a recipe gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlxf.assembly.roles import build_scorer
+from rlxf.config.load import load_config
+from rlxf.platform import Process, get_platform
+from rlxf.score import SCORERS, ScorerParts
+from tests.data_world import write_rows
+from tests.unit.config.recipes import recipe
+
+PROCESS = Process(rank=1, world_size=2)
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ScorerParts]]:
+    """Which entries were asked for, and with what; nothing is built."""
+    asked: list[tuple[str, ScorerParts]] = []
+    for name in SCORERS:
+        monkeypatch.setitem(SCORERS, name, lambda parts, name=name: asked.append((name, parts)))
+    return asked
+
+
+def replayed(folder: Path, score: float | None) -> dict[str, Any]:
+    row = {"prompt_ids": [5], "completions": [{"token_ids": [6], "score": score}] * 2, "policy_version": 0}
+    return {"engine": "replay", "replay_path": str(write_rows(folder / f"{score}.jsonl", [row]))}
+
+
+def test_the_reward_section_chooses_the_scorer_unless_a_replay_holds_scores(
+    tmp_path: Path, chosen: list[tuple[str, ScorerParts]]
+) -> None:
+    function = recipe()
+    function["reward"] = {"function": "reward.py"}
+    with_scores, without = (recipe(rollout=replayed(tmp_path, score)) for score in (0.5, None))
+    for raw in (recipe(), function, with_scores, without):
+        config, platform = load_config(raw), get_platform("cpu")
+        build_scorer(config, platform, PROCESS)
+        assert (chosen[-1][1].config, chosen[-1][1].platform, chosen[-1][1].process) == (config, platform, PROCESS)
+    assert [name for name, _ in chosen] == ["model", "function", "recorded", "model"]
