@@ -22,30 +22,32 @@ INTRO = """# Configuration
 
 *Generated from the docstrings in `rlxf/config/{schema,roles}.py` by `scripts/make_config_docs.py`; do not edit.*
 
-A recipe is a YAML file in `configs/rlxf/`, run by name:
+This page lists every key that a recipe can set, with its type, its default and its meaning. The [glossary](glossary.md)
+explains the terms. A recipe is a YAML file in `configs/rlxf/`. You run it by its name:
 
 ```bash
 python ray_gpt.py --config-name online_dpo_trainer_tiny training.seed=2 actor_rollout.lr=1e-4
 ```
 
-- **Every key of this page can be set on the command line** as `section.key=value`, in any recipe. `--cfg job` prints
-  the composed recipe, `dry_run=true` checks it and prints its placement plan, `--multirun` runs several,
-  `--config-dir` adds a folder of your own recipes, `hydra.run.dir` names the run's folder (default
+- **You can set every key of this page on the command line** as `section.key=value`, for any recipe. `--cfg job` prints
+  the composed recipe. `dry_run=true` checks it and prints its placement plan. `--multirun` runs several recipes.
+  `--config-dir` adds a folder of your own recipes. `hydra.run.dir` sets the run's folder (default
   `outputs/<recipe>/<date>_<time>`).
-- **Where a value comes from**: a role's own key, else `training`, else the role's `model.<name>` section, else the
-  default below. `null` is the same as leaving a key out. `training` may hold any key of a role, for all roles.
-- **The shape of a model** is that of its folder's `config.json` (`llama`, `qwen2`, `qwen3`), and no key needs to repeat
-  it. A role's `model` names a shape for `dry_run` where the folder is not here. Where the folder is here and differs,
-  a line of the log says in which keys; a `model` or `model.<name>` key that was typed and differs is an error.
+- **Where a value comes from**: the role's own key, else `training`, else the role's `model.<name>` section, else the
+  default below. `null` means the same as leaving the key out. `training` may hold any key of a role; it is then the
+  default of all roles.
+- **The shape of a model** is read from its folder's `config.json` (`llama`, `qwen2`, `qwen3`); no key needs to repeat
+  it. A role's `model` names a shape for `dry_run` on a machine without the folder. If the folder exists and its shape
+  differs, the log names the keys; if you typed the differing `model` or `model.<name>` key, it is an error.
   `config.yaml` and checkpoints hold the shape that was used.
-- `ref` and `reward` take `bf16`, `seq_length` and `micro_batch_size` from the actor when no section sets them, and
-  `ref` also `load`. Where their folders are not here and they name no `model`, the actor's shape stands in.
-- `reward.load` or `reward.function` on the command line takes the place of the other one in the recipe.
-- **Paths** are relative to the folder where the command is typed.
-- An unknown key, in a file or on the command line, is an error that names the nearest valid one. All mistakes of a
-  recipe are reported at once.
-- A recipe in the layout `actor_rollout_ref.actor_rollout`, `actor_rollout_ref.ref` is understood; where both layouts
-  set a key, the plain one wins.
+- If no section sets them, `ref` and `reward` take `bf16`, `seq_length` and `micro_batch_size` from the actor. `ref`
+  also takes `load`. If their folders do not exist and they name no `model`, they take the actor's shape.
+- `reward.load` or `reward.function` on the command line replaces the other one in the recipe.
+- **Paths** are relative to the folder where you type the command.
+- An unknown key, in a file or on the command line, is an error. The message names the nearest valid key. All mistakes
+  in a recipe are reported at once.
+- A recipe with the sections `actor_rollout_ref.actor_rollout` and `actor_rollout_ref.ref` works, too. If a key is set
+  in both layouts, the value in `actor_rollout` or `ref` wins.
 """
 
 
@@ -145,11 +147,11 @@ def older_names() -> str:
     lines = ["\n## Older names\n"]
     lines += [f"- `{'.'.join(old)}` is read as `{'.'.join(new)}`." for old, new in keys.ALIASES.items()]
     lines.append("- `model.<name>.padded_vocab_size` is read as `model.<name>.vocab_size`.")
-    lines.append("\nAccepted without effect; one warning names those that a recipe has:\n")
+    lines.append("\nThe following keys are accepted and have no effect. One warning names those that a recipe sets:\n")
     roles = ", ".join(f"`{key}`" for key in sorted(keys.LEGACY["training"]))
     algorithm = ", ".join(f"`{key}`" for key in sorted(keys.LEGACY["algorithm"]))
     lines += [f"- in `training`, the roles and `model.<name>`: {roles}", f"- in `algorithm`: {algorithm}"]
-    lines.append("\nNot available in this version; only the value that switches them off is accepted:\n")
+    lines.append("\nThe following keys are not available. Only the value that switches them off is accepted:\n")
     lines.append(", ".join(f"`{key}`" for key in keys.NOT_YET))
     return "\n".join(lines) + "\n"
 

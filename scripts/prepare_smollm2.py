@@ -62,7 +62,7 @@ def load(weights: Path, dtype: Any) -> tuple[Any, Any]:
 
 
 def answer(folder: Path) -> str:
-    """What the model in ``folder`` says to ``QUESTION``, greedily, up to the end of its turn."""
+    """The greedy answer of the model in ``folder`` to ``QUESTION``, up to the end of its turn."""
     import torch
     import transformers
 
@@ -87,7 +87,7 @@ def main() -> None:
     with arguments.out.with_name(f".{arguments.out.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two commands started together: the second waits, then finds the folder
         if (arguments.out / "config.json").is_file():
-            say(f"{arguments.out} is there; delete it to make it anew")
+            say(f"{arguments.out} exists already; delete it to build it again")
         else:
             make(arguments.out, arguments.dtype)
     if arguments.check:

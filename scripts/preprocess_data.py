@@ -112,7 +112,7 @@ def run(flags: argparse.Namespace) -> None:
     if flags.tokenizer_not_use_fast:
         say("--tokenizer-not-use-fast: transformers 5 has one tokenizer per model, the fast one; its ids are the same")
     if flags.n_subs > 1:
-        say("--n-subs: not needed; --workers cuts the rows by itself and the files are the same")
+        say("--n-subs: not needed; --workers splits the rows, and the files are the same")
     values = {option.name: getattr(flags, option.name) for option in fields(Options)}
     values |= {name: tuple(values[name]) for name in ("json_keys", "dataset_additional_keys")}
     begin = time.perf_counter()

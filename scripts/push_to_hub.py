@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{total:>15,}  bytes in {len(files)} files")
     if arguments.dry_run:
         kind = "private" if arguments.private else "public"
-        print(f"dry run: nothing was sent; {arguments.repo} would be made {kind} if it is not there")
+        print(f"dry run: nothing was sent; {arguments.repo} would be created as {kind} if it does not exist")
         return
     address = push(
         files, arguments.repo, private=arguments.private, message=arguments.message, endpoint=arguments.endpoint

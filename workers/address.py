@@ -38,7 +38,7 @@ def running_cluster() -> str | None:
 
 
 def present_token() -> None:
-    """Let Ray show the user's token to the cluster that it joins, unless ``RAY_AUTH_MODE`` says what to do.
+    """Let Ray show the user's token to the cluster that it joins, unless ``RAY_AUTH_MODE`` is set.
 
     By itself it does so only at an address that it found on its own. Has no effect once Ray is imported.
     """

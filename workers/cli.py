@@ -1,4 +1,4 @@
-"""The command line: what Hydra must be told so that every schema key can be set, and what it says when it fails."""
+"""The command line: settings with which Hydra accepts every schema key, and its errors in plain sentences."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def _value_of(options: Sequence[str], arguments: Sequence[str]) -> str:
 
 
 def check(command: Command) -> None:
-    """What can be said before Hydra composes; ``--help`` is answered, and ends the program.
+    """Mistakes that can be found before Hydra composes; ``--help`` is answered, and ends the program.
 
     Raises:
         ConfigError: there is no such recipe, or a command that only shows the recipe has wrong keys.

@@ -67,8 +67,8 @@ def join(address: str) -> Any:
         return ray.init(address=address, **QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise PlacementError(
-            f"the Ray cluster at {address} does not let this program in: {' '.join(str(error).split())[:300]}. Is the "
-            "token that of the cluster (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH), and its Ray the same version?"
+            f"the Ray cluster at {address} refused the connection: {' '.join(str(error).split())[:300]}. Check that "
+            "the token is the cluster's (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH), and that Ray's version is the same"
         ) from error
 
 
@@ -97,12 +97,10 @@ def _own_resources(plan: Plan, platform: Platform) -> dict[str, Any]:
 
 
 def _warn_if_open(address: str, dashboard: str | None) -> None:
-    """Whoever reaches an open cluster can run commands on it; say so."""
+    """Whoever reaches an open cluster can run commands on it: warn."""
     if address.startswith(LOOPBACK) or not _is_open(dashboard):
         return
-    log.warning(
-        "Ray at %s accepts anybody who can reach it, and anybody who can use it can run commands there.", address
-    )
+    log.warning("Ray at %s has no token: anybody who can reach it can run commands there.", address)
     log.warning("Protect it: export RAY_AUTH_MODE=token before `ray start` on every node, with one shared token file,")
     log.warning("and keep the dashboard on 127.0.0.1; scripts/cluster_up.sh does both.")
 

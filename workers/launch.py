@@ -159,9 +159,9 @@ def _say_exports(config: RunConfig, roles: Iterable[Role], platform: Platform) -
     defaults = {name: value for role in roles for name, value in _defaults(config, role, platform).items()}
     taken, refused = differing_exports(defaults, os.environ)
     if taken:
-        log.info("environment of the workers, as exported: %s", ", ".join(taken))
+        log.info("the workers use these exported variables: %s", ", ".join(taken))
     if refused:
-        log.warning("exported, but not used: %s", ", ".join(refused))
+        log.warning("the workers do not use these exported variables: %s", ", ".join(refused))
 
 
 def make_roles(config: RunConfig, platform: Platform, groups: dict[Role, WorkerGroup]) -> Roles:

@@ -1,4 +1,4 @@
-"""The only wait for remote work: bounded, ended by a lost worker or a stop request, and it says what it waited for."""
+"""The only wait for remote work. It has a deadline, ends at a lost worker or a stop request, and names the call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Waiter:
     """Waits for remote calls on behalf of one run.
 
     Args:
-        clock: says which stage and step the run is in.
+        clock: knows the stage and step of the run.
         stop: ends a wait early when the user asked for it.
         timeout_s: longest wait, unless a call brings its own.
         logs: where people find what the workers wrote.

@@ -162,7 +162,7 @@ def _one_pass(source: PreferenceFile) -> Iterator[Pairs]:
 
 def _restore(resume: Resume, data: Data, roles: Roles, sync: Sync, evaluation: Evaluate | None) -> None:
     if not _same_rows(resume, data.training):
-        log.warning("the rows of step %d are not those that %s saw", resume.state.step, resume.folder)
+        log.warning("step %d has other rows than %s recorded", resume.state.step, resume.folder)
     if isinstance(evaluation, Evaluation):
         # Before the actor leaves the initial policy.
         evaluation.restore(resume.baseline, push_initial=partial(_push_initial, resume, sync))
@@ -179,8 +179,8 @@ def _push_initial(resume: Resume, sync: Sync) -> None:
     """
     if resume.other_start:
         raise CheckpointError(
-            f"{resume.folder}: holds no evaluation of the initial policy on these prompts, and the recipe starts from "
-            f"another policy now: {'; '.join(resume.other_start)}; set it back, evaluate the prompts that the run "
+            f"{resume.folder}: holds no evaluation of the initial policy on these prompts, and the recipe now starts "
+            f"from another policy: {'; '.join(resume.other_start)}; set it back, evaluate the prompts that the run "
             "evaluated, or set training.eval_interval=0"
         )
     sync.push(0)

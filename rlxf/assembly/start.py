@@ -106,9 +106,9 @@ def _run_dir(config: RunConfig, run_dir: Path, typed: Typed | None) -> Path:
         return run_dir
     found = newest_unfinished(config, run_dir, typed)
     if found is None:
-        log.info("training.resume = last: no unfinished run of this recipe in %s; it starts anew", run_dir.parent)
+        log.info("training.resume = last: no unfinished run of this recipe in %s; a new run starts", run_dir.parent)
         return run_dir
-    log.info("training.resume = last: going on in %s", found.folder)
+    log.info("training.resume = last: continuing the run in %s", found.folder)
     return found.folder
 
 
@@ -119,7 +119,7 @@ def _tell_of_unfinished(config: RunConfig, run_dir: Path, typed: Typed | None) -
     found = newest_unfinished(config, run_dir, typed)
     if found is not None:
         log.info(
-            "starting anew; an unfinished run of this recipe is in %s (%d of %d steps), to go on with it: %s",
+            "a new run starts; an unfinished run of this recipe is in %s (%d of %d steps), to continue it: %s",
             found.folder,
             found.step,
             found.num_steps,

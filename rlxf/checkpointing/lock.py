@@ -42,7 +42,7 @@ def owned_checkpoints(root: Path, run_dir: Path) -> Iterator[None]:
                 "or name another folder in actor_rollout.save (or hydra.run.dir)"
             ) from None
         except OSError as error:  # a file system without locks
-            log.warning("%s: cannot be locked (%s); start no second run with it", root, error.strerror)
+            log.warning("%s: cannot be locked (%s); do not start a second run that saves there", root, error.strerror)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -45,7 +45,7 @@ def _file_problem(path: Path, name: str, num_bytes: int, sha256: str) -> str | N
         return f"{name} is missing"
     if path.stat().st_size != num_bytes:
         return f"{name} has {path.stat().st_size} bytes, {num_bytes} were written"
-    return None if file_digest(path) == sha256 else f"{name} is not what was written (SHA-256 differs)"
+    return None if file_digest(path) == sha256 else f"{name} has changed since it was written (SHA-256 differs)"
 
 
 def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
@@ -53,7 +53,7 @@ def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
     text = (folder / MANIFEST).read_text()
     content: dict[str, Any] = json.loads(text)
     if text != _as_text(content):
-        raise ValueError("not as it was written")
+        raise ValueError("its contents have changed since it was written")
     return {name: (written["num_bytes"], written["sha256"]) for name, written in content["files"].items()}
 
 

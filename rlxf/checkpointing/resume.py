@@ -111,10 +111,10 @@ def is_complete(resume: Resume, config: RunConfig, run_dir: Path) -> bool:
                 raise CheckpointError(
                     f"{resume.folder}: that run is complete, and the recipe has changed since: "
                     f"{'; '.join(resume.changes)}; name another folder in actor_rollout.save (or hydra.run.dir) for a "
-                    "new run, or raise training.train_iters to go on with this one"
+                    "new run, or raise training.train_iters to continue this one"
                 )
             log.info(
-                "the run is complete: %d of %d steps (%s), its policy is %s; raise training.train_iters to go on",
+                "the run is complete: %d of %d steps (%s), its policy is %s; raise training.train_iters to train more",
                 step,
                 steps,
                 resume.folder,
@@ -146,8 +146,8 @@ def _choose(config: RunConfig, root: Path) -> tuple[Path | None, list[Damaged]]:
     newer = [other for other in earlier if other.parent != folder.parent or step_of(other) > step_of(folder)]
     if newer and not config.training.eval_only:
         raise CheckpointError(
-            f"training.resume = {folder}: {newer[-1]} is there, too, and would be mixed with what comes now; set "
-            "training.resume=auto to go on from it, or name another folder in actor_rollout.save"
+            f"training.resume = {folder}: this run would save beside {newer[-1]}, which is newer or another run's; "
+            "set training.resume=auto to continue from it, or name another folder in actor_rollout.save"
         )
     return folder, damaged
 
@@ -162,7 +162,7 @@ def _named(path: Path) -> tuple[Path, list[Damaged]]:
         if folder is not None:
             return folder, damaged
     raise CheckpointError(
-        f"training.resume = {path}: holds no checkpoint (iter_0000010, ...), nor does `checkpoints` in it"
+        f"training.resume = {path}: no checkpoint (iter_0000010, ...) in this folder or in its subfolder `checkpoints`"
     )
 
 
@@ -177,21 +177,21 @@ def _check(config: RunConfig, folder: Path, driver: dict[str, Any]) -> list[str]
         raise CheckpointError(f"{folder}: was trained on {_data(then)}, but this run reads {_data(now)}; {other}")
     if changes.curve:
         log.warning(
-            "the recipe has changed since %s: %s; the run goes on, but not as the one before would have",
+            "the recipe has changed since %s: %s; the run continues with the new values, so its results change",
             folder.name,
             "; ".join(changes.curve),
         )
     if changes.layout:
         log.warning(
-            "the layout has changed since %s: %s; the run goes on to float tolerance, not bit for bit",
+            "the layout has changed since %s: %s; the run continues within float tolerance, not bit for bit",
             folder.name,
             "; ".join(changes.layout),
         )
     moved = changed_since(driver.get("curve", 1), config)
     if moved and driver["step"] < config.training.train_iters and not config.training.eval_only:
         log.warning(
-            "%s was written by an earlier version of this program, and these have changed since: %s; the run goes on, "
-            "but not as that version would have",
+            "%s was written by an earlier version of this program, and these have changed since: %s; the run "
+            "continues, but its results differ from those of that version",
             folder.name,
             ", ".join(moved),
         )
@@ -235,7 +235,9 @@ def read_driver(folder: Path) -> dict[str, Any]:
             f"{path}: cannot be read ({error}); copy the checkpoint again, or name another one in training.resume"
         ) from error
     if found != FORMAT or config is None:
-        raise CheckpointError(f"{folder}: written by another version (format {found}, not {FORMAT})")
+        raise CheckpointError(
+            f"{folder}: written by another version of this program (format {found}, expected {FORMAT})"
+        )
     content: dict[str, Any] = driver
     return content
 
@@ -250,7 +252,7 @@ def _state(driver: dict[str, Any]) -> State:
 
 
 def _summary(run_dir: Path) -> dict[str, Any]:
-    """What a run that has ended says of itself; empty for one that has not."""
+    """The summary of a run that has ended; empty if it has not ended."""
     try:
         summary = json.loads((run_dir / "summary.json").read_text())
     except (OSError, ValueError):

@@ -203,8 +203,8 @@ class RunFolder:
                 raise
             self._saving = None  # its thread is still at it: nothing of it is touched
             raise CheckpointError(
-                f"{saving.folder}: not on disk within {limit} s; look whether the disk is there, or raise "
-                "training.stage_timeout_s. The checkpoints before it are as they were"
+                f"{saving.folder}: was not written within {limit} s; check the disk, or raise "
+                "training.stage_timeout_s. Earlier checkpoints are unchanged"
             ) from error
         self._complete()
 
@@ -261,7 +261,7 @@ class RunFolder:
         if abs(first - second) <= math.hypot(first_error, second_error):
             self._near = found
             log.info(
-                "%s: the best checkpoint, %s (%s), and the next, %s (%s), are within their standard errors",
+                "%s: the best checkpoint, %s (%s), and the next, %s (%s), differ by less than their standard errors",
                 metric,
                 found[0].name,
                 with_error(first, first_error),

@@ -79,9 +79,9 @@ def newest_good(root: Path) -> tuple[Path | None, list[Damaged]]:
     if tracked is not None and tracked > newest:
         damaged.insert(0, Damaged(folder_of(root, tracked), [f"is missing, though {LATEST} names it"]))
     if found is None and (damaged or (root / LATEST).exists()):
-        listed = "\n".join(f"  {item}" for item in damaged) or f"  {root / LATEST}: there was one"
+        listed = "\n".join(f"  {item}" for item in damaged) or f"  {root / LATEST} exists, but no checkpoint does"
         raise CheckpointError(
-            f"no checkpoint below {root} is whole:\n{listed}\n"
+            f"no checkpoint in {root} is complete:\n{listed}\n"
             "restore one; or start from the beginning with training.resume=never and another folder in "
             "actor_rollout.save (or hydra.run.dir)"
         )

@@ -1,4 +1,4 @@
-"""Runs of a recipe that have not ended: ``training.resume=last`` goes on with the newest, others are told of it."""
+"""Runs of a recipe that have not ended: ``training.resume=last`` continues the newest; a new run logs its name."""
 
 from __future__ import annotations
 

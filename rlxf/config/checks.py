@@ -87,9 +87,7 @@ def _lengths(config: RunConfig) -> Problems:
     for name, role, shape in _shapes(config):
         inherited = name != "actor_rollout" and (role.model, role.seq_length) == (actor.model, actor.seq_length)
         if role.seq_length > shape.max_position_embeddings and not inherited:
-            expected = (
-                f"expected at most {shape.max_position_embeddings}, the longest sequence that model {role.model} knows"
-            )
+            expected = f"expected at most {shape.max_position_embeddings}, the longest sequence of model {role.model}"
             yield wrong(f"{name}.seq_length", role.seq_length, expected, f"model.{role.model}.max_position_embeddings")
         if name != "actor_rollout" and role.seq_length < actor.seq_length:
             expected = (
@@ -290,13 +288,13 @@ def _local(config: RunConfig) -> Problems:
 
 def _warn(config: RunConfig) -> None:
     if config.replays_scores and (config.reward.load is not None or config.reward.function is not None):
-        logger.warning("no effect: reward.load and reward.function; rollout.replay_path holds scores, which are used")
+        logger.warning("reward.load and reward.function have no effect: the scores in rollout.replay_path are used")
     warn_of_unused(config)
     warn_of_other_stages(config)
     warn_of_read_position(config)
     say_which_reference(config)
     if config.needs_reference and config.ref.load != config.actor_rollout.load:
-        logger.warning("ref.load differs from actor_rollout.load: the policy starts away from its reference")
+        logger.warning("ref.load differs from actor_rollout.load: the policy does not start at its reference")
     for name, role in _roles(config):
         if role.sequence_parallel and role.tensor_model_parallel_size == 1:
             logger.warning("%s.sequence_parallel has no effect: tensor_model_parallel_size is 1", name)

@@ -105,7 +105,7 @@ WHY_NOT_YET = dict.fromkeys(NOT_YET, _NO_EXPERTS)
 REFUSED_SECTIONS = {
     "critic": "there is no critic here: DPO compares completions and needs no value function; remove the section",
     "megatron_training": "the sections of this program are training, actor_rollout, ref and reward; docs/migration.md "
-    "says which key is where",
+    "lists the keys",
 }
 _ONLINE = ", ".join(stage_names(online=True))
 _POLICY_GRADIENT = f"policy gradients are not trained here; the online stage is {_ONLINE}, which needs no critic"

@@ -1,4 +1,4 @@
-"""Checks of the LoRA keys: what belongs together, what the device can do, and what an adapter's own config says."""
+"""Checks of the LoRA keys: what belongs together, what the device can do, and what an adapter's own config requires."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def warn_of_unused(config: RunConfig) -> None:
     actor = config.actor_rollout
     unused = [f"actor_rollout.{key}" for key in _KEYS if key in actor.model_fields_set]
     if unused and not actor.lora_r:
-        logger.warning("no effect with actor_rollout.lora_r = 0, which trains all parameters: %s", ", ".join(unused))
+        logger.warning(
+            "these keys have no effect with actor_rollout.lora_r = 0, which trains all parameters: %s",
+            ", ".join(unused),
+        )
 
 
 def say_which_reference(config: RunConfig) -> None:
@@ -58,7 +61,7 @@ def say_which_reference(config: RunConfig) -> None:
             "ref.load or ref.bf16 (fp16) differs from the actor's: the reference is a second model, on its own devices"
         )
     elif "ref" in config.resource_pool.model_fields_set:
-        logger.warning("no effect with LoRA: resource_pool.ref; the reference is the actor with its adapters off")
+        logger.warning("resource_pool.ref has no effect with LoRA: the reference is the actor with its adapters off")
 
 
 def _qlora(config: RunConfig) -> Iterator[Problem]:

@@ -57,7 +57,7 @@ def warn_of_other_stages(config: RunConfig) -> None:
     unread += _REWARD if objective != "reward" else ()
     found = [f"actor_rollout.{key}" for key in unread if key in config.actor_rollout.model_fields_set]
     if found:
-        logger.warning("no effect with training.stage = %s: %s", stage, ", ".join(found))
+        logger.warning("these keys have no effect with training.stage = %s: %s", stage, ", ".join(found))
 
 
 def _smoothing(config: RunConfig) -> Iterator[Problem]:

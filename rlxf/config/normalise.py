@@ -124,7 +124,7 @@ def _legacy_keys(raw: Mapping[str, Any]) -> Iterator[str]:
 def _warn_of_legacy(raw: Mapping[str, Any]) -> None:
     found = list(_legacy_keys(raw))
     if found:
-        logger.warning("accepted, but nothing reads: %s", ", ".join(found))
+        logger.warning("accepted without effect: %s", ", ".join(found))
 
 
 def _follow_moved_files(recipe: Section) -> None:
@@ -149,7 +149,7 @@ def _resolve_aliases(recipe: Section, problems: list[Problem]) -> None:
             del recipe[target][key]
         own = recipe.setdefault(target, {}).setdefault(key, value)
         if own != value:
-            expected = f"{target}.{key} = {own} says something else; keep {target}.{key} and remove this key"
+            expected = f"{target}.{key} = {own} has another value; keep {target}.{key} and remove this key"
             problems.append(wrong(f"{section}.{alias}", value, expected))
         else:
             logger.warning("%s.%s is read as %s.%s", section, alias, target, key)

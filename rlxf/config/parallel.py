@@ -12,7 +12,7 @@ Problems = Iterator[Problem]
 
 
 def layout_problems(config: RunConfig, name: str, role: RoleConfig, shape: ModelConfig | None) -> Problems:
-    """What is wrong with one role's layout; ``shape`` is None where the model is unknown, which is told elsewhere."""
+    """What is wrong with one role's layout; ``shape`` is None if the model is unknown, which another check reports."""
     yield from _devices(config, name, role)
     yield from _virtual(name, role)
     if shape is not None:
@@ -91,7 +91,7 @@ def _virtual(name: str, role: RoleConfig) -> Problems:
         return
     longest = 2 * role.seq_length
     if role.max_tokens_per_micro_batch is None:
-        reason = "stages that take turns cannot pass on tensors of varying lengths (they hang)"
+        reason = "interleaved stages hang if they exchange tensors of different lengths"
         yield wrong(key, size, f"expected 1, or {budget} as the one length of all micro-batches: {reason}", budget)
     elif role.max_tokens_per_micro_batch < longest:
         expected = f"expected at least 2 * seq_length = {longest}, the longest pair, with {key} = {size}"

@@ -113,7 +113,9 @@ def placement_problems(config: RunConfig) -> list[tuple[str, str]]:
         )
         problems.append((key, f"{key} = {size}: {expected}"))
     if "infer" in _sharing(config):
-        expected = "expected 1 when resource_pool.colocate holds infer: an engine of several devices cannot share them"
+        expected = (
+            "expected 1, because resource_pool.colocate has infer: an engine of several devices cannot share them"
+        )
         problems.append((key, f"{key} = {size}: {expected}"))
     return problems
 

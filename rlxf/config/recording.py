@@ -14,7 +14,7 @@ _SCORE = re.compile(rb'"score"\s*:\s*[-0-9]')  # of a line that is worth parsing
 def holds_scores(path: str | Path) -> bool | None:
     """Whether a `rollouts.jsonl` holds any score, so that a replay needs no scorer; None if it cannot be read.
 
-    Reads up to the first score. What is wrong with a row is told by those who train on it.
+    Reads up to the first score. Wrong rows are reported later, when a run trains on them.
     """
     try:
         status = Path(path).stat()

@@ -1,4 +1,4 @@
-"""The keys of the roles: what is trained, what it is measured against, and what scores.
+"""The keys of the roles: the actor (trained), the reference (frozen) and the reward model or function (scores).
 
 Each part of the program receives the section that it needs.
 """
@@ -36,25 +36,25 @@ from rlxf.config.kinds import (
 
 
 class LengthConfig(Strict):
-    """How long a sequence may be."""
+    """Length of sequences."""
 
     seq_length: Positive = 1024
-    """longest prompt + completion, tokens"""
+    """Longest sequence of prompt and completion, in tokens."""
 
 
 class LayoutConfig(Strict):
-    """How one copy of a model is spread over devices."""
+    """Parallel layout: how one copy of a model is spread over devices."""
 
     tensor_model_parallel_size: Positive = 1
-    """devices that share each layer"""
+    """Number of devices that share the matrices of each layer (TP)."""
     pipeline_model_parallel_size: Positive = 1
-    """devices that the layers are spread over"""
+    """Number of pipeline stages (PP): each holds a part of the layers, on devices of its own."""
     virtual_pipeline_model_parallel_size: Positive = 1
-    """pieces of layers per pipeline device; needs a token budget"""
+    """Number of model pieces that each pipeline stage holds (VPP). Above 1 it needs `max_tokens_per_micro_batch`."""
     context_parallel_size: Positive = 1
-    """devices that share the tokens of each forward pass"""
+    """Number of devices that share the tokens of each forward pass (CP). Useful for long sequences."""
     sequence_parallel: bool = False
-    """cut norms and residuals along the tokens over the tensor-parallel devices, too"""
+    """Also split norms and residuals along the tokens over the tensor-parallel devices. Saves activation memory."""
 
     @property
     def devices_per_replica(self) -> int:
@@ -63,29 +63,33 @@ class LayoutConfig(Strict):
 
 
 class MicroBatchConfig(Strict):
-    """What one forward and backward pass takes at a time."""
+    """Micro-batches: how many rows one forward and backward pass takes."""
 
     micro_batch_size: Positive = 1
-    """pairs per forward/backward on one data-parallel rank"""
+    """Pairs (sft: examples) per forward and backward pass on one data-parallel rank. Changes memory and speed, not the
+    result."""
     max_tokens_per_micro_batch: Positive | None = None
-    """tokens per forward/backward instead, whatever the pairs"""
+    """Token budget of a forward and backward pass, instead of `micro_batch_size`. Bounds the memory whatever the
+    lengths are."""
     share_prompts: bool = True
-    """compute a prompt once for the chosen and the rejected side, or for all its completions"""
+    """Compute a prompt once for both sides of a pair, or for all its completions. false is for comparisons only; the
+    result is the same."""
 
 
 class RoleConfig(LengthConfig, LayoutConfig, MicroBatchConfig):
-    """What actor, reference and reward have in common."""
+    """Keys that ``actor_rollout``, ``ref`` and ``reward`` have in common."""
 
     model: str = ""
-    """a file in configs/rlxf/model: the shape for a plan where `load` is not here; ref, reward: unset = the actor's"""
+    """Name of a file in `configs/rlxf/model`: the shape of the model, for a plan on a machine without the folder in
+    `load`. Unset for ref and reward: the actor's."""
     load: Folder | None = None
-    """folder with the weights: Hugging Face's or a checkpoint; ref: unset = the actor's"""
+    """Folder with the weights: a Hugging Face folder or a checkpoint. Unset for ref: the actor's."""
     tokenizer_name_or_path: Folder | None = None
-    """folder with the tokenizer; unset = `load`"""
+    """Folder with the tokenizer. Unset: the folder in `load`."""
     bf16: bool = False
-    """false: fp32, unless fp16"""
+    """Compute in bf16. If bf16 and fp16 are both false, the role computes in fp32."""
     fp16: bool = False
-    """half precision; the actor's loss is scaled"""
+    """Compute in fp16. The actor's loss is then scaled so that small gradients do not vanish."""
 
     @property
     def precision(self) -> Literal["fp32", "bf16", "fp16"]:
@@ -98,80 +102,84 @@ class RoleConfig(LengthConfig, LayoutConfig, MicroBatchConfig):
 
 
 class DataConfig(LengthConfig):
-    """Which rows the policy is trained on, and how they are read."""
+    """Training data: which rows the policy learns from, and how they are read."""
 
     data_path: DataPaths | None = None
-    """files, folders or Hugging Face datasets on disk, see docs/data.md"""
+    """Files, folders or Hugging Face datasets on disk to train on. See docs/data.md."""
     data_weights: Weights = ()
-    """share of each path in a mixture; unset: every row of all once per epoch"""
+    """Share of each path in a mixture; one number per path. Unset: every row of all paths once per epoch."""
     split: Shares = (100.0, 0.0, 0.0)
-    """shares of training, validation and test rows, in file order"""
+    """Shares of training, validation and test rows, cut in file order."""
     data_format: DataFormat = "auto"
-    """auto: what the names of the columns say"""
+    """Format of the rows. `auto` recognises it from the names of the columns."""
     map_keys: MapKeys | None = None
-    """alpaca, sharegpt: the columns of prompt, query, response, history, system, chosen, rejected"""
+    """Names of the columns in alpaca and sharegpt files. The keys are prompt, query, response, history, system, chosen
+    and rejected."""
     prompt_key: str = "prompt"
-    """column with the prompt"""
+    """Name of the column with the prompt."""
     chosen_key: str = "chosen"
-    """offline: column with the preferred completion"""
+    """Offline: name of the column with the preferred completion."""
     rejected_key: str = "rejected"
-    """offline: column with the other completion"""
+    """Offline: name of the column with the other completion."""
     margin_key: str | None = None
-    """rm: column with how much better chosen is; unset: 0"""
+    """Stage rm: name of the column that holds how much better chosen is. Unset: the margin is 0."""
     prompt_type: str | None = None
-    """chat template by name, see docs/data.md; unset: the tokenizer's own"""
+    """Name of a chat template; docs/preprocessing.md lists them. Unset: the tokenizer's own template."""
     eos_tokens: Annotated[tuple[str, ...], BeforeValidator(as_list)] | None = None
-    """tokens that end a completion besides the model's own; unset: those of prompt_type"""
+    """Tokens that end a completion, in addition to the model's own. Unset: those of the template in `prompt_type`."""
     max_bad_rows: int = Field(0, ge=0)
-    """malformed rows that are left out; one more stops the run"""
+    """Number of malformed rows that are left out. One more ends the run."""
     no_shuffle: bool = False
-    """true: prompts in file order"""
+    """Use the rows in file order. If false, they are shuffled in each epoch, by training.seed."""
     max_prompt_length: Positive = 512
-    """tokens; see prompt_overflow"""
+    """Longest prompt, in tokens. `prompt_overflow` decides about longer ones."""
     prompt_overflow: Literal["drop", "truncate_left", "error"] = "drop"
-    """what becomes of longer prompts; sft: examples"""
+    """What happens to a prompt, pair or sft example that is too long. `drop` leaves it out, `truncate_left` keeps its
+    end, `error` ends the run."""
 
 
 class SamplingConfig(Strict):
-    """How many completions a prompt gets, and what becomes of those that do not end."""
+    """Sampling: how many completions a prompt gets, and how long they may be."""
 
     n_samples_per_prompt: int = Field(2, ge=2)
-    """completions per prompt"""
+    """Number of completions that are sampled for each prompt."""
     max_new_tokens: Positive | None = None
-    """unset: seq_length - max_prompt_length"""
+    """Longest completion, in tokens. Unset: `seq_length` - `max_prompt_length`."""
     num_samples_per_step: Positive | None = None
-    """prompts per generate call; unset = all of them"""
+    """Number of prompts that an engine receives in one call. Unset: all of its prompts."""
     do_sample: bool = True
-    """false (greedy) is an error online: all completions of a prompt would be the same"""
+    """Sample randomly. false (greedy) is an error online, because all completions of a prompt would be equal."""
     missing_eos_penalty: Rate = 0.0
-    """subtracted from the score of a completion without EOS"""
+    """Number that is subtracted from the score of a completion that did not end with EOS."""
 
 
 class LossConfig(Strict):
-    """What an update minimises."""
+    """The loss."""
 
     dpo_loss_type: Annotated[tuple[LossType, ...], BeforeValidator(as_list), Field(min_length=1)] = ("sigmoid",)
-    """one loss or several (docs/losses.md)"""
+    """Name of the loss, or a list of losses that are added up. See docs/losses.md."""
     dpo_loss_weights: Annotated[tuple[Rate, ...], BeforeValidator(as_tuple)] | None = None
-    """of each; unset = 1"""
+    """Weight of each loss in `dpo_loss_type`. Unset: 1 for each."""
     dpo_beta: Finite = Field(0.1, gt=0)
-    """pull towards the reference; larger stays closer; orpo: its lambda"""
+    """DPO beta (KL strength): a larger value keeps the policy closer to the reference. orpo: the lambda of its
+    paper."""
     dpo_label_smoothing: Finite = Field(0.0, ge=0, lt=0.5)
-    """assumed share of swapped labels"""
+    """Share of pairs whose label is assumed to be swapped. 0 trusts all labels."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """that the reference is kept near in; reverse_kl is plain DPO"""
+    """Divergence that measures the distance to the reference. `reverse_kl` is plain DPO."""
     f_alpha_divergence_coef: Finite = 0.5
-    """alpha of alpha_divergence"""
+    """Alpha of `alpha_divergence`. At 1 this divergence equals `reverse_kl`."""
     discopop_tau: Finite = Field(0.05, gt=0)
-    """discopop: how sharply its two losses are blended"""
+    """Loss discopop: temperature of the sigmoid that blends its two losses."""
     simpo_gamma: Finite = 0.5
-    """simpo: the margin that chosen should have, in units of dpo_beta x nats per token"""
+    """Loss simpo: target margin between chosen and rejected, in units of `dpo_beta` x nats per token."""
     pref_ftx: Rate = 0.0
-    """weight of the mean negative log-likelihood of the chosen side's tokens, added to the loss"""
+    """Weight of an additional SFT term: the mean negative log-likelihood of the tokens of chosen. 0 adds none."""
     center_rewards_coefficient: Rate = 0.0
-    """rm: weight of (score of chosen + score of rejected)^2"""
+    """Stage rm: weight of the term (score of chosen + score of rejected)^2, which keeps scores near 0. 0 adds none."""
     dpo_logp_reduction: Literal["auto", "sum", "mean"] = "auto"
-    """auto: mean for offline ipo, sum otherwise"""
+    """Whether log-probabilities are summed (`sum`) or averaged (`mean`) over the tokens of a completion. `auto`: `mean`
+    for offline ipo, else `sum`."""
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
@@ -180,109 +188,115 @@ class LossConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """AdamW, its schedule, and how a step's pairs are cut into optimizer steps."""
+    """AdamW, its learning-rate schedule, and the size of an optimizer step."""
 
     ppo_mini_batch_size: Positive = 1
-    """pairs per optimizer step on one data-parallel rank"""
+    """Pairs (sft: examples) per optimizer step on one data-parallel rank."""
     ppo_epochs: Positive = 1
-    """passes over the same pairs"""
+    """Number of passes over the pairs of a driver step."""
     shuffle_minibatch: bool = False
-    """shuffle pairs before each pass; a pair is never split"""
+    """Shuffle the pairs of a driver step before each pass."""
     lr: Rate = 1e-6
-    """highest learning rate"""
+    """Highest learning rate. Large models usually need 1e-7 to 1e-6; LoRA needs ten to a hundred times as much."""
     min_lr: Rate = 0.0
-    """learning rate at the end of the decay"""
+    """Learning rate at the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    """from lr to min_lr over train_iters"""
+    """How the learning rate falls from lr to `min_lr` after the warm-up. `constant` keeps lr."""
     lr_warmup_iters: int = Field(0, ge=0)
-    """driver steps; set this or lr_warmup_fraction"""
+    """Driver steps of linear warm-up. Set either this or `lr_warmup_fraction`."""
     lr_warmup_fraction: Share | None = None
-    """share of train_iters"""
+    """Length of the warm-up as a share of all driver steps."""
     weight_decay: Rate = 0.0
-    """of AdamW"""
+    """Weight decay of AdamW."""
     clip_grad: Rate = 1.0
-    """largest global gradient norm; 0 = no clipping"""
+    """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
     adam_beta1: BelowOne = 0.9
-    """decay of the mean of gradients"""
+    """AdamW: decay rate of the running mean of gradients."""
     adam_beta2: BelowOne = 0.999
-    """decay of the mean of squared gradients"""
+    """AdamW: decay rate of the running mean of squared gradients."""
     adam_eps: Finite = Field(1e-8, gt=0)
-    """added to the root of the mean of squared gradients"""
+    """AdamW: small number that is added to the denominator."""
     loss_scale: Annotated[Finite, Field(gt=0)] | None = None
-    """fp16: constant factor of the loss"""
+    """With fp16: constant factor of the loss. Unset: the factor adapts itself, by the four keys below."""
     initial_loss_scale: Finite = Field(65536.0, gt=0)
-    """fp16: the factor at the start; halved by gradients beyond fp16"""
+    """With fp16: factor of the loss at the start. It is halved when gradients overflow."""
     min_loss_scale: Finite = Field(1.0, gt=0)
-    """fp16: an overflow at this factor ends the run"""
+    """With fp16: smallest factor. An overflow at this factor ends the run."""
     loss_scale_window: Positive = 1000
-    """fp16: optimizer steps without overflow before the factor is doubled"""
+    """With fp16: optimizer steps without an overflow after which the factor is doubled."""
     hysteresis: Positive = 2
-    """fp16: overflows before the factor is halved"""
+    """With fp16: number of overflows after which the factor is halved."""
 
 
 class LoraConfig(Strict):
-    """Low-rank adapters, trained in place of the model's own parameters."""
+    """LoRA: low-rank adapters that are trained while the model's own parameters stay frozen."""
 
     lora_r: int = Field(0, ge=0)
-    """rank of the LoRA adapters; 0 = train all parameters"""
+    """Rank of the LoRA adapters. 0 trains all parameters instead."""
     lora_alpha: Finite = Field(32.0, gt=0)
-    """the adapters' output is scaled by lora_alpha / lora_r"""
+    """Scale of the adapters: their output is multiplied by `lora_alpha` / `lora_r`."""
     lora_dropout: BelowOne = 0.0
-    """share of the adapters' inputs that is zeroed while training"""
+    """Share of an adapter's inputs that is set to zero while training."""
     lora_target_modules: Annotated[tuple[LoraTarget, ...], BeforeValidator(as_tuple)] = (
         "linear_qkv",
         "linear_proj",
         "linear_fc1",
         "linear_fc2",
     )
-    """that get an adapter"""
+    """Layers that get an adapter: query, key and value (`linear_qkv`), attention output (`linear_proj`), MLP input
+    (`linear_fc1`), MLP output (`linear_fc2`)."""
     lora_load: Folder | None = None
-    """PEFT folder that the adapters start from; unset = fresh ones"""
+    """PEFT folder whose adapters the run starts from. Unset: new adapters."""
     qlora: bool = False
-    """hold the frozen base in 4 bits (NF4); needs lora_r and bitsandbytes"""
+    """Hold the frozen base model in 4 bits (NF4). Needs `lora_r` above 0 and the package bitsandbytes; not available on
+    NPUs."""
 
 
 class ActorConfig(RoleConfig, DataConfig, SamplingConfig, LossConfig, OptimizerConfig, LoraConfig):
-    """The policy being trained. A part of the program receives it as the section that it needs."""
+    """The policy that is trained, with its data, sampling, loss, optimizer and adapters."""
 
     save: Annotated[str, LocalPath("output")] | None = None
-    """folder of checkpoints; unset: `checkpoints` in the run folder"""
+    """Folder for checkpoints. Unset: `checkpoints` in the run folder."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
-    """activations computed again in backward"""
+    """Which activations the backward pass computes again to save memory. `selective`: attention; `full`: whole
+    layers."""
     num_gpus_for_train: Positive = 1
-    """devices of actor_rollout that train"""
+    """Number of devices of `resource_pool.actor_rollout` that train."""
     num_gpus_for_infer: Positive = 1
-    """devices of actor_rollout that sample"""
+    """Number of devices of `resource_pool.actor_rollout` that sample."""
     inference_tensor_model_parallel_size: Positive = 1
-    """devices of one rollout engine"""
+    """Number of devices of one rollout engine."""
 
 
 class ReferenceConfig(RoleConfig):
-    """The frozen model that DPO is measured against. Without ``load`` it starts from the actor's folder."""
+    """The frozen model that DPO compares the policy with. Without ``load`` it is loaded from the actor's folder."""
 
     refer_model_iter: Positive | None = None
-    """which checkpoint, where `load` is a run's folder of checkpoints"""
+    """Step of the checkpoint to load, if `load` is a folder of checkpoints. Unset: the newest."""
     precompute_ref_log_probs: bool = False
-    """dpo: compute those of all pairs before the first step, and keep them"""
+    """Stage dpo: compute the reference log-probabilities of all pairs before the first step and keep them on disk for
+    later runs."""
     cache: Annotated[str, LocalPath("output")] | None = None
-    """where they are kept; unset: ~/.cache/rlxf/ref_logps"""
+    """Folder where precomputed log-probabilities are kept. Unset: `~/.cache/rlxf/ref_logps`."""
     ref_update_interval: int = Field(0, ge=0)
-    """updates between moves of the reference after the policy; 0 = never"""
+    """Updates after which the reference moves towards the policy (TR-DPO). 0: the reference never moves."""
     ref_mixup_alpha: Share = 0.6
-    """reference = alpha * policy + (1 - alpha) * reference at each move (TR-DPO)"""
+    """Share of the policy in a moved reference: alpha * policy + (1 - alpha) * reference."""
 
 
 class RewardConfig(RoleConfig):
-    """What scores a completion: a reward model (``load``) or a Python function (``function``)."""
+    """What gives completions their scores: a reward model (``load``) or a Python function (``function``)."""
 
     model: str | None = None  # type: ignore[assignment]
-    """a reward function has no model"""
+    """Shape of the reward model, as for the other roles. A reward function has no model."""
     function: PythonFile | None = None
-    """path or module of a Python file that defines `reward(prompts, completions, completion_ids, **columns)`"""
+    """Path or module of a Python file that defines `reward(prompts, completions, completion_ids, **columns)`."""
     read_at: ReadAt = "auto"
-    """token where a reward model's score is read; auto: what its folder says, else last_token"""
+    """Token at which a reward model's score is read. `auto`: the one that its `config.json` names, else `last_token`.
+    See docs/stages.md."""
     max_failures: int = Field(0, ge=0)
-    """completions of a whole run that may stay without a score when calls fail"""
+    """Number of completions in the whole run that may stay without a score because a call of the reward function
+    failed. One more ends the run."""
 
     @property
     def kind(self) -> ScorerName:

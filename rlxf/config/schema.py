@@ -40,52 +40,63 @@ from rlxf.config.stages import STAGES, ObjectiveName, RowKind
 
 
 class TrainingConfig(Strict):
-    """What concerns the run, not one role. A recipe's ``training`` section may also hold defaults for every role."""
+    """Settings of the run as a whole. The section may also hold keys of the roles, as defaults for all of them."""
 
     stage: Annotated[Stage, BeforeValidator(as_stage)]
-    """ray_online_dpo, or from a file: dpo, sft, rm"""
+    """What the run trains. `ray_online_dpo` samples its own pairs; `dpo`, `sft` and `rm` (reward model) read them from
+    a file. See docs/stages.md."""
     device: Device = "auto"
-    """auto: the first of npu, cuda, cpu that this machine has"""
+    """Kind of device that the run uses. `auto` takes the first of `npu`, `cuda` and `cpu` that this machine has."""
     cpu_linear: CpuLinear = "auto"
-    """cpu, fp32: library of the linear layers; auto: onednn on AMD with AVX-512, else mkl"""
+    """Library that multiplies matrices on a CPU in fp32. `auto` chooses `onednn` on AMD processors with AVX-512, and
+    `mkl` elsewhere."""
     seed: int = Field(1, ge=0, lt=2**32)
-    """of sampling and shuffling"""
+    """Seed of the sampling, of the order of the data and of new parameters (LoRA adapters, score head)."""
     global_batch_size: Positive = 32
-    """prompts (offline: pairs) per driver step"""
+    """Rows that one driver step takes: prompts online; pairs (sft: examples) offline."""
     train_iters: Positive = 100
-    """driver steps"""
+    """Number of driver steps. Ignored if epochs is set."""
     epochs: Annotated[Finite, Field(gt=0)] | None = None
-    """passes over the data, which then decide train_iters"""
+    """Number of passes over the data, instead of `train_iters`. It is rounded up to whole driver steps; fractions such
+    as 0.1 work."""
     resume: Checkpoint = "auto"
-    """auto: from the newest whole checkpoint; last: of the newest unfinished run; or a folder"""
+    """Where the run starts. `auto`: from the newest complete checkpoint in the folder where the run saves. `last`: from
+    the newest unfinished run of this recipe. `never`: at step 0. A folder: from that checkpoint."""
     save_interval: int = Field(0, ge=0)
-    """driver steps between checkpoints that stay; 0 = only at the end"""
+    """Driver steps between checkpoints that are kept. 0 writes one after the last step only."""
     save_every_minutes: Rate = 30.0
-    """longest time without a checkpoint, which the next one replaces; 0 = off"""
+    """Longest time without a checkpoint, in minutes. The checkpoint that this key causes is replaced by the next one. 0
+    switches it off."""
     save_hf_interval: int = Field(0, ge=0)
-    """driver steps between `hf_*` folders beside the checkpoints; 0 = none"""
+    """Driver steps between exports of the policy as a Hugging Face folder `hf_*` beside the checkpoints. 0 writes
+    none."""
     async_save: bool = False
-    """write checkpoints while training goes on; holds a copy of the state in memory"""
+    """Write checkpoints in the background while training continues. This needs host memory for a copy of the training
+    state."""
     keep_latest: int = Field(0, ge=0)
-    """newest checkpoints that are kept; 0 = all"""
+    """Number of newest checkpoints to keep; older ones are deleted. 0 keeps all."""
     keep_best: int = Field(0, ge=0)
-    """best checkpoints that are kept besides the newest"""
+    """Number of best checkpoints to keep in addition to the newest. 0 keeps none for being best."""
     keep_best_metric: str | None = None
-    """what decides, at the checkpoint's own step; unset: eval/reward, eval/loss"""
+    """Metric that decides which checkpoint is best, read at the step of the checkpoint. Unset: `eval/reward` online,
+    `eval/loss` offline."""
     keep_best_mode: Literal["max", "min"] | None = None
-    """what is better; unset: min for a loss, else max"""
+    """Whether a larger (`max`) or a smaller (`min`) metric is better. Unset: `min` if the metric's name ends in loss,
+    else `max`."""
     eval_interval: int = Field(0, ge=0)
-    """driver steps between evaluations; 0 = never"""
+    """Driver steps between evaluations. 0 evaluates never."""
     eval_only: bool = False
-    """evaluate once, the newest checkpoint if there is one, and train nothing"""
+    """Evaluate once and train nothing. Evaluates the newest checkpoint, or the policy in `actor_rollout.load` if there
+    is none."""
     stop_grace_s: Rate = 30.0
-    """how long Ctrl-C and SIGTERM let an update or a sync finish, seconds; the save follows"""
+    """Seconds that an update or a weight sync may still take after Ctrl-C or SIGTERM. The checkpoint that follows is
+    not limited."""
     stage_timeout_s: Positive = 3600
-    """longest time that one remote stage may take, seconds"""
+    """Longest time of one stage on a Ray worker, in seconds. A stage that takes longer ends the run."""
     start_timeout_s: Positive = 600
-    """longest time that loading a model may take, seconds"""
+    """Longest time that a worker may take to load its model, in seconds."""
     trust_remote_code: bool = False
-    """allow model folders to run their own Python code"""
+    """Let model folders run the Python code that they contain. Set it only for folders that you trust."""
 
     @property
     def offline(self) -> bool:
@@ -101,26 +112,26 @@ class TrainingConfig(Strict):
 
 
 class ModelConfig(Strict):
-    """Shape of a model, for a plan (``dry_run``) where its folder is not here; else its ``config.json`` decides."""
+    """Shape of a model, for a plan (``dry_run``) on a machine without its folder; else its ``config.json`` decides."""
 
     num_layers: Positive
-    """transformer layers"""
+    """Number of transformer layers."""
     hidden_size: Positive
-    """width of the residual stream"""
+    """Width of the residual stream."""
     ffn_hidden_size: Positive
-    """width inside the feed-forward block"""
+    """Width inside the feed-forward block."""
     num_attention_heads: Positive
-    """query heads"""
+    """Number of query heads."""
     num_query_groups: Positive | None = None
-    """key/value heads; unset = as many as attention heads"""
+    """Number of key/value heads. Unset: as many as query heads."""
     kv_channels: Positive | None = None
-    """head size; unset = hidden_size / num_attention_heads"""
+    """Size of one attention head. Unset: `hidden_size` / `num_attention_heads`."""
     vocab_size: Positive
-    """rows of the embedding"""
+    """Number of rows of the embedding."""
     max_position_embeddings: Positive
-    """longest sequence that the model knows, tokens"""
+    """Longest sequence that the model supports, in tokens."""
     untie_embeddings_and_output_weights: bool = False
-    """true: the output layer has a matrix of its own"""
+    """Whether the output layer has its own matrix. If false, it uses the embedding."""
 
     @property
     def head_size(self) -> int:
@@ -132,104 +143,110 @@ class ModelConfig(Strict):
 
 
 class RolloutConfig(Strict):
-    """Sampling, and the engine that does it."""
+    """How completions are sampled, and by which engine."""
 
     engine: Literal["vllm", "hf", "replay"] | None = None
-    """unset: vllm under runtime=ray, hf under runtime=local"""
+    """Program that samples completions. `hf` samples with transformers' modules; `replay` reads recorded completions
+    instead. Unset: `vllm` under `runtime=ray`, `hf` under `runtime=local`."""
     temperature: Finite = Field(1.0, gt=0)
-    """divides the logits"""
+    """Sampling temperature: the logits are divided by it. Lower values make completions less diverse."""
     top_p: Finite = Field(1.0, gt=0, le=1)
-    """smallest set of tokens with this probability; 1 = all"""
+    """Sample from the smallest set of tokens whose probabilities add up to this value. 1 samples from all tokens."""
     top_k: int = Field(-1, ge=-1)
-    """-1 or 0: off"""
+    """Sample from this many most probable tokens. -1 or 0 samples from all tokens."""
     replay_path: File | None = None
-    """rollouts.jsonl that engine=replay trains on; its scores are used, too"""
+    """Recorded completions (`rollouts.jsonl` of an earlier run) for `engine=replay`. Scores in the file are used as
+    well."""
     gpu_memory_utilization: Finite = Field(0.85, gt=0, le=1)
-    """npu and cuda: share of the device for weights and KV cache"""
+    """Share of an NPU's or GPU's memory that a rollout engine takes for weights and KV cache. Lower it if other roles
+    share the device."""
     cpu_kv_cache_gib: Positive = 1
-    """cpu: size of the KV cache, GiB"""
+    """Size of the KV cache of an engine on a CPU, in GiB."""
     max_num_seqs: Positive = 256
-    """sequences that one engine decodes at a time"""
+    """Number of sequences that one engine decodes at the same time."""
 
 
 class SyncConfig(Strict):
-    """Pushing the actor's weights into the rollout engines."""
+    """How the actor's weights reach the rollout engines after each update."""
 
     transport: Literal["auto", "object_store"] = "auto"
-    """auto: shared memory on a cpu where actor and engines are on one machine, else Ray's object store"""
+    """How weights travel to the engines. `auto`: through shared memory on a CPU where actor and engines are on one
+    machine, else through Ray's object store."""
     bucket_mb: Positive = 256
-    """largest message, MiB; a layer is never split over messages"""
+    """Largest message of weights (bucket), in MiB. A larger layer still travels as one message."""
     verify_first: int = Field(2, ge=0)
-    """probe the engines after this many first updates"""
+    """Number of first updates after which a probe compares the engines with the trainer. 0 probes none of them."""
     verify_interval: int = Field(0, ge=0)
-    """and after every so many updates; 0 = never again"""
+    """Updates between later probes. 0 probes never again after the first ones."""
 
 
 class AlgorithmConfig(Strict):
-    """From scores to pairs."""
+    """How scores become pairs."""
 
     pairing: PairingName = "best_worst"
-    """best against worst of a prompt's completions"""
+    """How the scored completions of a prompt become a pair. `best_worst`: the best is chosen, the worst is rejected."""
     min_score_margin: Rate = 0.0
-    """pairs with a margin at or below it are dropped and counted"""
+    """Pairs whose score margin is at or below this value are dropped and counted. 0 drops ties only."""
     max_empty_steps: Positive = 3
-    """steps in a row without a single pair before the run stops"""
+    """Number of consecutive steps without a pair after which the run ends with an error."""
 
 
 class ResourcePoolConfig(Strict):
-    """Devices per role. A list is processes per node, an int is processes on one node."""
+    """Devices of each role. A number means processes on one node; a list holds the processes of each node."""
 
     actor_rollout: Pool = (2,)
-    """devices that train and sample"""
+    """Devices for training and sampling. The first `num_gpus_for_train` of them train."""
     ref: Pool = (1,)
-    """devices of the reference"""
+    """Devices for the reference."""
     reward: Pool = (1,)
-    """devices of the reward model; none are used by a reward function"""
+    """Devices for the reward model. A reward function needs none."""
     colocate: Annotated[tuple[Role, ...], BeforeValidator(as_tuple)] = ()
-    """roles that share devices"""
+    """Roles that share devices instead of having their own. They hold their memory at the same time."""
     resource_name: str | None = None
-    """Ray resource of one device; unset: the platform's (NPU, GPU, CPU)"""
+    """Name of the Ray resource that stands for one device. Unset: the platform's own (NPU, GPU or CPU)."""
 
 
 class EvalConfig(Strict):
-    """Online: completions of validation prompts, sampled at temperature 1. Offline: held-out pairs or examples."""
+    """Evaluations. Online runs answer validation prompts at temperature 1; offline runs use held-out rows."""
 
     data_path: DataPaths | None = None
-    """unset: the rows that actor_rollout.split sets aside, else training rows"""
+    """Held-out rows. Unset: the validation rows of `actor_rollout.split`, else (online) training rows."""
     num_prompts: Positive = 256
-    """prompts, pairs or examples of each evaluation"""
+    """Number of prompts, pairs or examples in each evaluation."""
     greedy: bool = True
-    """online: the most probable completion of each prompt, too"""
+    """Online: also evaluate the most probable completion of each prompt. false halves the sampling of an evaluation."""
     metrics: PythonFile | None = None
-    """path or module of a Python file that defines `evaluate(prompts, completions, initial_completions)`"""
+    """Path or module of a Python file that defines `evaluate(prompts, completions, initial_completions)`. Its results
+    appear as `eval/<name>`."""
 
 
 class LogConfig(Strict):
-    """What a run writes into its folder, and which trackers it tells."""
+    """What a run prints, writes into its folder and sends to trackers."""
 
     interval: Positive = 1
-    """driver steps between progress lines"""
+    """Driver steps between progress lines."""
     samples_interval: int = Field(50, ge=0)
-    """driver steps between tables of sampled pairs; 0 = never"""
+    """Driver steps between records of some pairs as text in `samples.jsonl`. 0 writes none."""
     rollouts: bool = False
-    """write rollouts.jsonl"""
+    """Write all completions and scores to `rollouts.jsonl`, which `engine=replay` can read."""
     tensorboard: bool = True
-    """write TensorBoard event files"""
+    """Write TensorBoard event files to the run folder."""
     report_to: Annotated[tuple[Tracker, ...], BeforeValidator(as_names)] = ()
-    """trackers that get the numbers, too"""
+    """Trackers that receive the metrics as well. See docs/trackers.md."""
     project: str = Field("rlxf", min_length=1)
-    """the trackers' project (mlflow: experiment)"""
+    """Name of the project in the trackers (mlflow: of the experiment)."""
     run_name: str | None = None
-    """the trackers' name of this run; unset: that of the run folder"""
+    """Name of the run in the trackers. Unset: the name of the run folder."""
 
 
 class RunConfig(Strict):
-    """A whole recipe, merged and checked. What a run reads; nothing writes back into it."""
+    """A whole recipe, merged and checked. The run reads it; nothing changes it."""
 
     runtime: Literal["ray", "local"] = "ray"
-    """local: one process without Ray"""
+    """Where the roles run. `ray`: each role has its own worker processes. `local`: everything runs in one process
+    without Ray, where breakpoints work."""
     dry_run: bool = False
-    """check the recipe, print the placement plan and end"""
+    """Check the recipe, print which role gets which devices, and end. Nothing is loaded."""
     training: TrainingConfig
     model: dict[str, ModelConfig]
     actor_rollout: ActorConfig

@@ -10,7 +10,7 @@ from rlxf.core.types import Metrics
 
 
 class Clock:
-    """Seconds per stage of the current step; also says where the run is, for the messages of whoever waits."""
+    """Seconds per stage of the current step; also knows where the run is, for messages of code that waits."""
 
     def __init__(self) -> None:
         self.step = 0  # driver steps that are complete

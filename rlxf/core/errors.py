@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each message says what was expected, what came, the key, and the next thing to do."""
+"""The errors that a user can meet. A message names what was expected, what came, the key, and what to do next."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PlacementError(RlxfError):
 
 
 class ShapeError(RlxfError):
-    """Two rooms disagree about the data between them; always a defect of the program, never of the recipe."""
+    """Data between two rooms has the wrong shape: always a defect of the program, never of the recipe."""
 
 
 class WorkerLost(RlxfError):
@@ -55,7 +55,7 @@ class SyncError(RlxfError):
 
 
 class TrainingError(RlxfError):
-    """Training cannot go on: a non-finite loss, or too many steps without a single pair."""
+    """Training cannot continue: a non-finite loss, or too many steps without a single pair."""
 
 
 class ScoreError(RlxfError):

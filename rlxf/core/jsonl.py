@@ -23,9 +23,9 @@ _STEP = re.compile(rb'\{"step": ?(\d+)[,}]')
 
 
 class Problems:
-    """What is wrong with the rows of one or more files. The report shows the first ten and says how many there are.
+    """What is wrong with the rows of one or more files. The report shows the first ten and the number of all.
 
-    ``allowed``: this many wrong rows are left out instead of ending the run; ``key``: the recipe's key that says so.
+    ``allowed``: this many wrong rows are left out instead of ending the run; ``key``: the recipe's key for this number.
     """
 
     def __init__(self, allowed: int = 0, key: str | None = None) -> None:
@@ -87,7 +87,7 @@ class JsonLines:
             handle.seek(self._offsets[row])
             parsed = _parse(handle.readline(MAX_LINE_BYTES))
         if isinstance(parsed, str):
-            raise DataError(f"{self.where(row)}: the file changed while it was in use: {parsed}")
+            raise DataError(f"{self.where(row)}: the file changed while the run was reading it: {parsed}")
         return parsed
 
     def _index(self, check: Check, problems: Problems) -> None:
@@ -145,7 +145,9 @@ def _bytes_up_to(path: Path, step: int) -> int:
         for number, line in enumerate(file, start=1):
             match = _STEP.match(line)
             if match is None and line.endswith(b"\n"):
-                raise DataError(f"{path}:{number}: begins with no step; a run cannot go on in this file, move it away")
+                raise DataError(
+                    f"{path}:{number}: the line has no step, so the run cannot continue this file; move it away"
+                )
             if match is None or int(match.group(1)) > step or not line.endswith(b"\n"):
                 break
             size += len(line)

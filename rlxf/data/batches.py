@@ -175,7 +175,7 @@ class Batches(Generic[T]):
             return
         if reason not in self._first:
             self._first[reason] = where = self._rows.where(row)
-            log.warning("%s: a row is dropped because %s; more of them are only counted", where, reason)
+            log.warning("%s: a row is dropped because %s; further rows are counted without a message", where, reason)
         self.dropped[reason] += 1
         if self.dropped.total() == self._order.num_rows:
             reasons = "; ".join(f"{count} because {why}" for why, count in self.dropped.most_common())

@@ -20,7 +20,7 @@ from rlxf.models.encoding import encode_string, with_eos
 
 
 class ExampleRecord(NamedTuple):
-    """What a row says: two strings; chat messages, cut before the assistant's first turn; or labelled token ids."""
+    """A row's content: two strings; chat messages, cut before the assistant's first turn; or labelled token ids."""
 
     prompt: Content
     completion: Content

@@ -13,7 +13,7 @@ Example = tuple[Text, Text]  # prompt and completion; the completion of a chat m
 
 
 class BadRow(Exception):
-    """A row does not hold what its format says; the message says what is wrong with it."""
+    """A row does not hold what its format requires; the message names the mistake."""
 
 
 def missing(row: Row, column: str) -> str | None:

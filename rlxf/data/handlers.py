@@ -17,7 +17,7 @@ from rlxf.data.text import text_problem
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """What a handler's name says: the layout of its rows and what is made of them."""
+    """What a handler's name stands for: the layout of its rows and what is made of them."""
 
     style: Literal["alpaca", "sharegpt", "text"]
     makes: Literal["prompt", "pair", "example", "text"]
@@ -140,7 +140,7 @@ class Columns:
                 hint = f' Did you mean "{close}"?' if close else ""
                 raise DataError(
                     f'{place}: no row has a column "{column}".{hint} The columns are: {", ".join(columns)}; '
-                    "--map-keys says which of them to read"
+                    "--map-keys chooses which of them to read"
                 )
 
 

@@ -209,7 +209,7 @@ def open_indexed(path: Path) -> IndexedDataset:
 
 
 def _megatron() -> Any:
-    """Megatron's module, without what it says when it is imported: Transformer Engine and Apex are missing."""
+    """Megatron's module, without the warnings of its import that Transformer Engine and Apex are missing."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"megatron\.core")
         from megatron.core.datasets import indexed_dataset
@@ -239,8 +239,8 @@ def check_index(path: Path) -> int:
         lengths = np.fromfile(stream, dtype=np.int32, count=sequences)
     expected = _HEADER.size + sequences * (4 + 8) + documents * 8
     if index.stat().st_size not in (expected, expected + sequences):  # with a mode per sequence: multimodal
-        raise DataError(f"{index}: {index.stat().st_size} bytes, but its header speaks of {expected}; make it again")
+        raise DataError(f"{index}: {index.stat().st_size} bytes, but its header promises {expected}; make it again")
     tokens = int(lengths.sum(dtype=np.int64)) * _ITEM_BYTES[code]
     if data.stat().st_size != tokens:
-        raise DataError(f"{data}: {data.stat().st_size} bytes, but its index speaks of {tokens}; make them again")
+        raise DataError(f"{data}: {data.stat().st_size} bytes, but its index promises {tokens}; make them again")
     return int(code)

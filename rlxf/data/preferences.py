@@ -33,7 +33,7 @@ _LARGEST_MARGIN = 2.0**127  # more is no finite float32
 
 
 class PairRecord(NamedTuple):
-    """What a row says: texts of one kind, all strings, all chat messages or all token ids."""
+    """The content of a row: texts of one kind, all strings, all chat messages or all token ids."""
 
     prompt: Content
     chosen: Content
@@ -131,8 +131,8 @@ class PreferenceFile(DataSource[PairRecord, PairIds, Pairs]):
         if shared < len(alone) and not self._warned:
             self._warned = True
             log.warning(
-                "%s: prompts are tokenized differently with a completion behind them; the end of the prompt that "
-                "differs is left out of the training sequences (first seen: %r)",
+                "%s: a prompt has other tokens when a completion follows it; the differing tokens at its end are left "
+                "out of the training sequences (first seen: %r)",
                 self._table.name,
                 self._tokenizer.decode(alone[shared:]),
             )
@@ -140,7 +140,7 @@ class PreferenceFile(DataSource[PairRecord, PairIds, Pairs]):
 
 
 def _margin(row: Row, column: str | None) -> float:
-    """How much better chosen is said to be: a finite number, which a CSV file writes as text; 0 without a column."""
+    """How much better chosen is, by the data: a finite number, which a CSV file writes as text; 0 without a column."""
     if column is None:
         return 0.0
     if column not in row:

@@ -19,7 +19,7 @@ from rlxf.data.tokenized import Content, TokenIds
 
 
 class PromptRecord(NamedTuple):
-    """What a row says."""
+    """The content of a row."""
 
     text: Content
     columns: Row  # those that are not in the prompt

@@ -62,7 +62,7 @@ class _Spans:
             handle.seek(self._starts[row])
             parsed = self._parse(handle.read(self._sizes[row]))
         if isinstance(parsed, str):
-            raise DataError(f"{self.where(row)}: the file changed while it was in use: {parsed}")
+            raise DataError(f"{self.where(row)}: the file changed while the run was reading it: {parsed}")
         return parsed
 
     def _scan(self, handle: BinaryIO) -> Iterator[Span]:
@@ -73,7 +73,7 @@ class _Spans:
 
 
 class JsonList(_Spans):
-    """The objects of one JSON list. Where a list breaks, nothing behind the break can be told apart: it is refused."""
+    """The objects of one JSON list. If a list is broken, the rows after the break cannot be read: it is refused."""
 
     def _scan(self, handle: BinaryIO) -> Iterator[Span]:
         text = _Window(handle, self.path)
@@ -88,7 +88,7 @@ class JsonList(_Spans):
                 text.skip(",")
         text.skip("]")
         if end := text.peek():
-            raise DataError(f"{self.path}:{text.line}: {end!r} behind the end of the list; expected one list per file")
+            raise DataError(f"{self.path}:{text.line}: {end!r} after the end of the list; expected one list per file")
 
     def _parse(self, content: bytes) -> Row | str:
         try:

@@ -1,4 +1,4 @@
-"""All rows of a run: those of every source, read as the source's format says, under one numbering."""
+"""All rows of a run: those of every source, read in the source's format, under one numbering."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def open_table(settings: DataSettings, part: Part, task: Task, read: Read[R]) ->
     problems = Problems(config.max_bad_rows, "actor_rollout.max_bad_rows")
     shares = (0.0, 100.0, 0.0) if aside else config.split
     if not aside and part != "train" and not _sets_aside(paths, shares, part):
-        log.warning("no row is set aside for evaluation (actor_rollout.split, eval.data_path): uses training rows")
+        log.warning(
+            "no row is set aside for evaluation (actor_rollout.split, eval.data_path): evaluations use training rows"
+        )
         part, shares = "train", (100.0, 0.0, 0.0)
     sources = [_open_source(path, config, part, shares, task, read, problems) for path in paths]
     if problems.total:

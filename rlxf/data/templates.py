@@ -28,7 +28,7 @@ class Template:
 def chat_template(name: str) -> Template:
     """The template of that name.
 
-    Its Jinja takes `add_generation_prompt`, marks what an assistant says with `{% generation %}` and refuses messages
+    Its Jinja takes `add_generation_prompt`, marks the assistant's text with `{% generation %}` and refuses messages
     that it cannot write. A rendered conversation is the beginning of the same conversation with another turn; of
     chatglm2, chatglm3, chatglm3_system, glm4 and baichuan2 without the EOS, which they write once, at the very end.
 

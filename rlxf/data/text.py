@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def text_problem(value: Any, name: str) -> str | None:
-    """What is wrong with a text, or None; ``name`` says where it stands."""
+    """What is wrong with a text, or None; ``name`` is the field that holds it."""
     if isinstance(value, str):
         return _string_problem(value, name)
     if isinstance(value, list):

@@ -70,7 +70,7 @@ def _require_start(text: str, start: str, num_messages: int) -> None:
     if not text.startswith(start):
         place = common_start(text, start)
         raise DataError(
-            f"the chat template writes the first {num_messages} messages differently once others follow (there "
+            f"the chat template writes the first {num_messages} messages differently when others follow (there "
             f"{start[place : place + 20]!r}, here {text[place : place + 20]!r}), so the assistant's turns cannot be "
             "found; use a template that marks them with {% generation %}, or conversations of one turn"
         )

@@ -1,4 +1,4 @@
-"""How good a policy's answers to the evaluation prompts are, and who of two says better."""
+"""Scores of a policy's answers to the evaluation prompts, and win rates between two policies."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _SHARES = ("accuracy", "rewards/accuracies")
 
 
 class Evaluates(Protocol):
-    """A model that says how well it does on a batch."""
+    """A model that reports its metrics on a batch."""
 
     def evaluate(self, batch: ReferencedPairs | RewardPairs | Examples) -> Metrics:
         """Means over the batch's pairs (``Examples``: counted tokens), without gradient; among them ``moments``."""

@@ -1,4 +1,4 @@
-"""Completions of validation prompts, scored, against what the initial policy and the last evaluation said to them."""
+"""Scored completions of validation prompts, compared with those of the initial policy and of the last evaluation."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Evaluation:
             return
         self._baseline, self._initial_texts = Scores.read(found), found["texts"]
         if self._config.greedy and self._baseline.greedy is None:
-            log.warning("the checkpoint has no greedy answers: the initial policy is asked again")
+            log.warning("the checkpoint has no greedy answers: the initial policy answers again")
             push_initial()
             self._baseline = Scores(self._baseline.sampled, _scores(self._greedy(0)))
         previous = found.get("previous")
@@ -148,7 +148,7 @@ class Evaluation:
         return metrics
 
     def _start(self, greedy: Samples | None) -> None:
-        """Keep what the initial policy says."""
+        """Keep the initial policy's completions."""
         samples = self._sample("initial", 0)
         self._baseline = self._previous = Scores(samples.scores, _scores(greedy))
         self._initial_texts = samples.texts

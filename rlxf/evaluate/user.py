@@ -30,7 +30,7 @@ def load_metrics(path: str) -> UserMetrics:
 def call_metrics(
     function: UserMetrics, path: str, prompts: list[Any], texts: list[str], initial_texts: list[str]
 ) -> Metrics:
-    """What ``function`` says, by names that begin with ``eval/``.
+    """The metrics that ``function`` returns, by names that begin with ``eval/``.
 
     Raises:
         ConfigError: it failed, gave something else than numbers by name, or a name that an evaluation has already.
@@ -43,7 +43,7 @@ def call_metrics(
         raise ConfigError(f"eval.metrics={path}: `evaluate` failed: {describe(error, Path(path))}") from error
     if taken := sorted(BUILT_IN.intersection(found)):
         raise ConfigError(
-            f"eval.metrics={path}: `evaluate` returns {', '.join(map(repr, taken))}, but an evaluation has a metric of "
-            f"that name itself (eval/{taken[0]}); give it another name"
+            f"eval.metrics={path}: `evaluate` returns {', '.join(map(repr, taken))}, but every evaluation has a metric "
+            f"of that name (eval/{taken[0]}); give it another name"
         )
     return {f"eval/{name}": value for name, value in found.items()}

@@ -1,4 +1,4 @@
-"""The end of a run that fails or is stopped: its last complete step is saved, and what was saved is told."""
+"""The end of a run that fails or is stopped: saves its last complete step, and reports what was saved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def save_last_step(run: Run, error: Exception) -> None:
     """Save the last complete step if the actor still holds it; the outcome becomes a note of ``error``.
 
     The actor is whole when no optimizer step of the current driver step has been made, or all of them. Never raises: a
-    second failure is told beside the first.
+    second failure is reported beside the first.
     """
     state = run.state
     if not state.step:  # nothing is complete that could be lost
@@ -35,7 +35,7 @@ def save_last_step(run: Run, error: Exception) -> None:
 
 
 def _outcome(run: Run, reason: str) -> str:
-    """What there is to go on from."""
+    """What was saved, as a line for the user."""
     newest = run.folder.newest()
     if not reason:
         return f"saved: {run.state.step} of {run.config.training.train_iters} steps, {newest}"
@@ -50,7 +50,7 @@ def _standing(run: Run, error: Exception, was_cut: bool) -> tuple[bool, str]:
     state = run.state
     where = f"step {state.step + 1}"
     if was_cut and state.updating:
-        reason = f"the update of {where} took longer than training.stop_grace_s = {run.stop.grace_s:g} and was cut"
+        reason = f"the update of {where} took longer than training.stop_grace_s = {run.stop.grace_s:g} and was stopped"
         return False, reason
     if state.updating or was_cut or isinstance(error, StageTimeout | WorkerLost):
         try:
@@ -59,9 +59,12 @@ def _standing(run: Run, error: Exception, was_cut: bool) -> tuple[bool, str]:
             log.debug("the actor does not answer", exc_info=second)
             return False, f"the actor is lost or does not answer ({where})"
         if state.updating and not untouched:
-            return True, f"{where} failed after its first optimizer step, so the weights are those of no complete step"
+            return True, f"{where} failed after its first optimizer step, so the weights belong to no complete step"
     if not run.refresh.whole:
-        return True, f"the reference was being moved after step {state.step}, and is neither the old nor the new one"
+        return (
+            True,
+            f"the move of the reference after step {state.step} did not finish, so a part of its weights is old",
+        )
     return True, ""
 
 

@@ -82,7 +82,7 @@ class Actor(Protocol):
     def token_logps(self, sequences: Sequences) -> Tensor: ...
 
     def save_checkpoint(self, folder: Path, background: bool = False) -> None:
-        """``background``: return when the state is copied; ``checkpoint_written`` says when it is in the folder."""
+        """``background``: return when the state is copied; ``checkpoint_written`` reports when it is in the folder."""
         ...
 
     def checkpoint_written(self, wait: bool) -> bool: ...
@@ -120,7 +120,7 @@ class MovesReference(Protocol):
 
 
 class Recorder(Protocol):
-    """Writes what the policy said."""
+    """Writes the policy's completions."""
 
     def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult) -> None: ...
 

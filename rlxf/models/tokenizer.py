@@ -53,7 +53,7 @@ def eos_token_ids(
 ) -> tuple[int, ...]:
     """Every id that ends a completion, sorted: of `generation_config.json`, `config.json` and the tokenizer together.
 
-    A chat model often ends a turn with another token than its tokenizer's EOS and says so only in one of the two files.
+    A chat model often ends a turn with another token than its tokenizer's EOS; only one of the two files names it.
     ``also``: further tokens, as ``actor_rollout.eos_tokens`` has them.
 
     Raises:
@@ -63,7 +63,7 @@ def eos_token_ids(
     if not found:
         raise ModelError(
             f"{assets_folder(Path(model_folder))}: no end-of-sequence token in generation_config.json, config.json or "
-            'the tokenizer; add "eos_token_id" to generation_config.json, or no completion ever ends'
+            'the tokenizer; add "eos_token_id" to generation_config.json, or completions never end'
         )
     return tuple(sorted(found))
 
@@ -86,9 +86,9 @@ def declared_eos_ids(
     for token in also or ():
         if token not in vocabulary:
             raise ModelError(
-                f"{tokenizer.name_or_path}: has no token {token!r}, which is to end completions (the chat template of "
-                "actor_rollout.prompt_type, or actor_rollout.eos_tokens, says so); name one that it has, or set "
-                "actor_rollout.eos_tokens=[] to do without"
+                f"{tokenizer.name_or_path}: has no token {token!r}, which should end completions (by "
+                "actor_rollout.eos_tokens, or by the chat template of actor_rollout.prompt_type); name one that it "
+                "has, or set actor_rollout.eos_tokens=[] for none"
             )
         found.add(int(vocabulary[token]))
     return found

@@ -163,7 +163,7 @@ def _or_null(score: float) -> float | None:
 
 
 class SampleRecorder:
-    """Writes `samples.jsonl`: what the model said, as text, for people to read."""
+    """Writes `samples.jsonl`: prompts and completions as text, for people to read."""
 
     def __init__(
         self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_rows: int = 16, after: int | None = None

@@ -28,7 +28,7 @@ EVAL_ROWS = (
     ("reward score before the EOS penalty, greedy", "eval/greedy_raw_reward"),
     ("win rate against the initial policy", "eval/win_rate"),
     ("win rate against the initial policy, greedy", "eval/greedy_win_rate"),
-    ("win rate against the evaluation before", "eval/win_rate_previous"),
+    ("win rate against the previous evaluation", "eval/win_rate_previous"),
     ("KL to the reference, nats", "eval/kl"),
     ("completion length, tokens", "eval/length"),
     ("EOS rate", "eval/eos_rate"),
@@ -82,7 +82,7 @@ class ReportSettings:
 
 
 class RunReport:
-    """Everything that a run says about itself."""
+    """Everything that a run prints and writes about itself."""
 
     def __init__(
         self,

@@ -40,7 +40,7 @@ class TrackerRun(Protocol):
 
 
 class TrackerSink:
-    """Writes a run's numbers to a tracker. A tracker that fails later on is told and does not end the run.
+    """Writes a run's numbers to a tracker. If a tracker fails later, a warning reports it and the run continues.
 
     Raises:
         ConfigError: the tracker could not be started.
@@ -88,7 +88,9 @@ class TrackerSink:
             raise  # a stop that the user asked for
         except Exception as error:  # noqa: BLE001 - hours of training outweigh a dashboard
             if not self._failures:
-                log.warning("%s: %s: %s; the run goes on without it", self.name, type(error).__name__, error)
+                log.warning(
+                    "%s: %s: %s; the run continues without this tracker", self.name, type(error).__name__, error
+                )
             self._failures += 1
 
 

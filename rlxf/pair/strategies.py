@@ -53,7 +53,7 @@ def _by_prompt_and_sample(rollouts: Rollouts) -> Tensor:
     twice = (prompt[1:] == prompt[:-1]) & (sample[1:] == sample[:-1])
     if twice.any():
         row = int(twice.nonzero()[0])
-        raise ShapeError(f"sample {int(sample[row])} of prompt row {int(prompt[row])} is there more than once")
+        raise ShapeError(f"sample {int(sample[row])} of prompt row {int(prompt[row])} occurs more than once")
     return order
 
 

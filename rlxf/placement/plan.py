@@ -91,7 +91,7 @@ def crowded(pools: ResourcePoolConfig, plan: Plan, cores: int) -> str | None:
     """Why this machine's CPUs should not run all of a plan's processes; None when they are few enough.
 
     For a Ray that the run starts by itself on CPUs, where devices are only numbers and any count could be made up. A
-    cluster that is running says by itself what it has.
+    running cluster reports its own resources.
     """
     counts = {"actor_rollout": 0, "ref": 0, "reward": 0}
     for role in plan.roles:

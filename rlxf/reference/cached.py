@@ -144,7 +144,7 @@ def cache_folder(root: Path, model: Path, dtype: str, device: str) -> Path:
     files = [file_digest(path) for path in sorted([*weights, assets_folder(model) / "config.json"])]
     earlier = root / f"{_name(dtype, *files)}.logps"  # of version 1, which knew neither device nor version
     if earlier.is_file():
-        log.info("%s is of an earlier version and is not read; it can be deleted", earlier)
+        log.info("%s was written by an earlier version and is not used; you can delete it", earlier)
     return root / _name(f"{rlxf.__version__} {VERSION} {device} {dtype} ", *files)
 
 

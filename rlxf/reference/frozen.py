@@ -85,5 +85,9 @@ class FrozenReference:
         dtype = weights.read(next(iter(names))).dtype
         if dtype.itemsize < 4 and dist.get_rank() == 0:
             kind = str(dtype).removeprefix("torch.")
-            log.warning("%s: holds %s weights, of an earlier version; the reference moves on from them", folder, kind)
+            log.warning(
+                "%s: an earlier version wrote the reference in %s; the moves continue from these rounded weights",
+                folder,
+                kind,
+            )
         self._moving.blend(names, weights.read, 1.0)

@@ -75,7 +75,9 @@ class HfEngine:
     def end_update(self, version: int) -> None:
         with self._state.receiving():
             if self._missing:
-                raise SyncError(f"an update ended without {len(self._missing)} weights: {min(self._missing)}, ...")
+                raise SyncError(
+                    f"an update ended, but {len(self._missing)} weights did not arrive: {min(self._missing)}, ..."
+                )
             self._decoder.refresh()
         self._state.end(version)
 

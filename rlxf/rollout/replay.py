@@ -118,4 +118,4 @@ class ReplayEngine:
         """Accepted; the recorded policy versions stay what they are."""
 
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
-        raise SyncError("rollout.engine=replay holds no weights that a probe could look at; set sync.verify_first=0")
+        raise SyncError("rollout.engine=replay has no weights to probe; set sync.verify_first=0")

@@ -54,7 +54,9 @@ class WeightLoader:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         if self.rlxf_missing:
-            raise SyncError(f"an update ended without {len(self.rlxf_missing)} weights: {min(self.rlxf_missing)}, ...")
+            raise SyncError(
+                f"an update ended, but {len(self.rlxf_missing)} weights did not arrive: {min(self.rlxf_missing)}, ..."
+            )
         model = self.model_runner.model
         with torch.device(self.device):
             finalize_layerwise_reload(model, self.vllm_config.model_config)

@@ -52,12 +52,12 @@ class FailureLimit:
             count = self._tally.failed_scores + self._tally.failing_scores + len(rollouts)
             if count > self._limit:
                 raise ScoreError(
-                    f"{self._place()}: {error}; {len(rollouts)} completions have no score by that, {count} in this "
-                    f"run, and reward.max_failures = {self._limit} may have none"
+                    f"{self._place()}: {error}; {len(rollouts)} completions have no score, {count} in this run, "
+                    f"and reward.max_failures = {self._limit} allows fewer"
                 ) from error
             self._tally.failing_scores += len(rollouts)
             log.warning(
-                "%s: %s; %d completions have no score by that, %d of reward.max_failures = %d in this run",
+                "%s: %s; %d completions have no score, %d of reward.max_failures = %d in this run",
                 self._place(), error, len(rollouts), count, self._limit,
             )  # fmt: skip
             return torch.full((len(rollouts),), math.nan)

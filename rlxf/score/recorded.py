@@ -27,6 +27,6 @@ class RecordedScorer:
         for prompt, sample in pairs:
             if sample >= len(recorded[prompt]):
                 place = self._rows.where(numbers[prompt])
-                raise ShapeError(f"{place}: sample {sample} is asked for, {len(recorded[prompt])} were recorded")
+                raise ShapeError(f"{place}: sample {sample} is needed, but {len(recorded[prompt])} were recorded")
             scores.append(recorded[prompt][sample])
         return torch.tensor(scores, dtype=torch.float32)

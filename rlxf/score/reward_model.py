@@ -47,7 +47,7 @@ class RewardModelScorer:
         policy: who sampled the completions.
 
     Raises:
-        ConfigError: the model's folder says of itself that it is read at a position that is not known.
+        ConfigError: the config.json of the model's folder names a position that is not known.
     """
 
     def __init__(
@@ -132,9 +132,9 @@ class RewardModelScorer:
         if not self._said_too_long:
             self._said_too_long = True
             log.warning(
-                "%d of %d completions get no score: with their prompts they have up to %d tokens of the reward model, "
-                "which takes %d (the smaller one of reward.seq_length and its max_position_embeddings); score/missing "
-                "counts them from now on",
+                "%d of %d completions get no score: with their prompts they have up to %d tokens, but the reward model "
+                "takes %d (the smaller of reward.seq_length and its max_position_embeddings); score/missing counts "
+                "such completions from now on",
                 int((sequences.lengths > self._max_tokens).sum()),
                 len(sequences),
                 int(sequences.lengths.max()),

@@ -73,15 +73,17 @@ class Refresh:
         """
         if not self._whole:
             raise CheckpointError(
-                f"{checkpoint}: not saved: a move of the reference broke off, so part of its weights have moved and "
-                "others have not; the run goes on from the checkpoint before"
+                f"{checkpoint}: not saved: a move of the reference failed, so only a part of its weights has moved; "
+                "resume from the checkpoint before"
             )
         self._reference.save(checkpoint / FOLDER)
 
     def load(self, checkpoint: Path) -> None:
         """Of a run that is resumed; a reference that has not moved so far stays what it is."""
         if not (checkpoint / FOLDER).is_dir():
-            log.warning("%s: its run did not move the reference, which moves from here on", checkpoint)
+            log.warning(
+                "%s: the run that wrote it did not move the reference; this run moves it from now on", checkpoint
+            )
             return
         self._reference.load(checkpoint / FOLDER)
 

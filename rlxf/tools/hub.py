@@ -187,8 +187,8 @@ def push(files: list[Upload], repo_id: str, *, private: bool, message: str, endp
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"{repo_id}: the hub did not take it: {type(error).__name__}: {reason}; log in with `hf auth login` or set "
-            "HF_TOKEN, and look at --endpoint or HF_ENDPOINT"
+            f"{repo_id}: the hub refused the upload: {type(error).__name__}: {reason}; log in with `hf auth login` or "
+            "set HF_TOKEN, and check --endpoint or HF_ENDPOINT"
         ) from error
     return str(address)
 

@@ -237,7 +237,7 @@ def _check(options: Options, handler: Handler) -> None:
             f"--prompt-type writes conversations, but {options.handler_name} takes whole texts; leave it out"
         )
     if options.neat_pack and not options.pack:
-        problems.append("--neat-pack says how to pack; give --pack, too")
+        problems.append("--neat-pack needs --pack; add --pack")
     if options.pack and handler.makes != "example":
         problems.append(
             f"--pack joins examples of supervised fine-tuning, but {options.handler_name} makes "

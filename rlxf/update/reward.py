@@ -21,7 +21,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, *, cent
 
     Args:
         chosen: [N] scores. rejected: [N] scores.
-        margin: [N] how much better chosen is said to be; 0 for plain Bradley-Terry.
+        margin: [N] how much better chosen is, by the data; 0 for plain Bradley-Terry.
         centering: weight of the term that keeps the mean of scores near 0.
     """
     losses = -F.logsigmoid(chosen - rejected - margin)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy of the tokens that an assistant said."""
+"""Supervised fine-tuning: cross-entropy of the assistant's tokens."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def test_an_update_that_a_stop_cuts_saves_nothing_and_names_the_checkpoint_befor
     newest = list_checkpoints(tmp_path / "checkpoints")[-1]
     assert "stopped while waiting for update of train rank 0" in output
     assert re.search(
-        r"not saved: the update of step \d+ took longer than training.stop_grace_s = 2 and was cut", output
+        r"not saved: the update of step \d+ took longer than training.stop_grace_s = 2 and was stopped", output
     )
     assert f"the newest checkpoint is {newest}\n" in output
     assert "to go on: python ray_gpt.py" in output

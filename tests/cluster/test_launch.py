@@ -94,8 +94,8 @@ def test_a_reward_function_and_a_replay_need_no_device(recipe: Recipe, tmp_path:
     exported = environment(TOKENIZERS_PARALLELISM="true", VLLM_CPU_KVCACHE_SPACE="40")
     text = succeed(recipe.run(tmp_path / "live", "log.rollouts=true", *scorer, env=exported))
     assert "with 3 logical CPU" in text
-    assert "environment of the workers, as exported: TOKENIZERS_PARALLELISM=true (instead of false)" in text
-    assert "WARNING: exported, but not used: VLLM_CPU_KVCACHE_SPACE=40 (needed: " in text
+    assert "the workers use these exported variables: TOKENIZERS_PARALLELISM=true (instead of false)" in text
+    assert "WARNING: the workers do not use these exported variables: VLLM_CPU_KVCACHE_SPACE=40 (needed: " in text
     assert "node of the driver: reward rank 0" in text
     recorded = ("rollout.engine=replay", f"rollout.replay_path={tmp_path / 'live' / 'rollouts.jsonl'}")
     text = succeed(recipe.run(tmp_path / "replay", *recorded))  # the recipe has a reward model, the file has scores
@@ -128,7 +128,7 @@ def test_the_user_guides_cluster_of_two_nodes_trains_with_roles_on_both(
     ]
     assert len({place.split(": ")[0] for place in places}) == 2
     assert len(numbers(tmp_path)) == 2
-    assert text.count("accepts anybody who can reach it") == 1  # no token, and it listens on every interface
+    assert text.count("has no token: anybody who can reach it") == 1  # no token, and it listens on every interface
     assert "scripts/cluster_up.sh" in text
 
 

@@ -150,7 +150,7 @@ def test_the_printed_commands_go_on_in_a_folder_with_a_space(recipe: Recipe, tmp
     assert beside.returncode == 0, beside.stderr
     assert "an unfinished run of this recipe" in beside.stderr
     assert f"(2 of {STEPS} steps)" in beside.stderr
-    last = re.search(r"to go on with it: (.*)$", beside.stderr, re.M)
+    last = re.search(r"to continue it: (.*)$", beside.stderr, re.M)
     assert last
     assert last[1].endswith("training.resume=last")
     ended = subprocess.run(
@@ -169,6 +169,6 @@ def test_last_goes_on_in_the_folder_that_it_found_and_says_when_there_is_none(re
     assert anew.code == 128 + signal.SIGTERM
     ended = run_in_child(last, tmp_path / "second")
     assert ended.code == 0, ended.output
-    assert f"going on in {tmp_path / 'first'}" in ended.output
+    assert f"continuing the run in {tmp_path / 'first'}" in ended.output
     assert not (tmp_path / "second").exists()
     assert step_of(list_checkpoints(tmp_path / "first" / "checkpoints")[-1]) == STEPS

@@ -90,7 +90,7 @@ WRONG = [
     Wrong(
         {"training": {"seq_length": 1024}},
         "actor_rollout.seq_length",
-        "expected at most 512, the longest sequence that",
+        "expected at most 512, the longest sequence of",
     ),
     Wrong({"ref": {"seq_length": 32}}, "ref.seq_length", "expected at least actor_rollout.seq_length = 64"),
     Wrong(actor(num_gpus_for_train=2), "num_gpus_for_train + num_gpus_for_infer", "= 2 + 1: expected 2"),
@@ -143,7 +143,7 @@ WRONG = [
             **shape(num_layers=4),
         },
         "reward.virtual_pipeline_model_parallel_size",
-        "varying lengths (they hang)",
+        "interleaved stages hang",
     ),
     Wrong(
         {

@@ -112,7 +112,7 @@ def load(folder: Path, trainable: TrainableModel) -> None:
     layout = _read_json(folder / LAYOUT)
     form = _read_json(folder / FORMAT)
     if form != TORCH_DIST:
-        raise CheckpointError(f"{folder / FORMAT}: says {json.dumps(form)}; expected {json.dumps(TORCH_DIST)}")
+        raise CheckpointError(f"{folder / FORMAT}: found {json.dumps(form)}; expected {json.dumps(TORCH_DIST)}")
     state = _state(trainable, is_loading=True)
     same = layout == _layout()
     if same:

@@ -166,7 +166,7 @@ class DistCheckpoint:
     def _file_of(self, index: MetadataIndex) -> str:
         found = self._reader.storage_data.get(index)
         if found is None:
-            raise ModelError(f"{self.folder / _INDEX}: says of no file that it holds {index.fqn}")
+            raise ModelError(f"{self.folder / _INDEX}: names no file for {index.fqn}")
         file: str = found.relative_path
         return file
 
@@ -258,10 +258,10 @@ class DistWeights:
             )
         layers = self._checkpoint.shape(name)[0]
         if layer is not None and layer >= layers:
-            raise ModelError(f"{folder}: holds {layers} layers; config.json says more")
+            raise ModelError(f"{folder}: holds {layers} layers; config.json expects more")
         if entry.kind == "vocab" and layers < self._geometry.vocab_size:
             raise ModelError(
-                f"{folder}: {name} has {layers} rows; config.json says vocab_size = {self._geometry.vocab_size}"
+                f"{folder}: {name} has {layers} rows; config.json has vocab_size = {self._geometry.vocab_size}"
             )
 
 
@@ -331,7 +331,7 @@ def _read_metadata(folder: Path) -> Metadata:
         raise ModelError(f"{path}: not the index of a distributed checkpoint ({error})") from error
     for name in sorted(names):
         if Path(name).name != name:
-            raise ModelError(f"{path}: names {name}, which is outside of the checkpoint; do not use it")
+            raise ModelError(f"{path}: names {name}, which is outside the checkpoint; do not use this checkpoint")
     return metadata
 
 

@@ -104,7 +104,7 @@ def check_head(hf_config: Any, weights: ModelWeights, folder: str, *, reward: bo
     if not has_score:
         raise ModelError(
             f"{folder}: no score.weight; reward.load needs a *ForSequenceClassification with one label "
-            "(a head made up at random would score at random)"
+            "(a new, random head would give random scores)"
         )
     labels = weights.read("score.weight").shape[0]
     if labels != 1:

@@ -156,7 +156,7 @@ class MegatronModel:
         return tuple(self._new_head.shape) if name == SCORE and self._new_head is not None else self.weights.shape(name)
 
     def config_changes(self) -> dict[str, Any]:
-        """What ``config.json`` of a saved model says other than that of ``folder``."""
+        """The entries in which ``config.json`` of a saved model differs from that of ``folder``."""
         changes: dict[str, Any] = {"dtype": str(self.dtype).removeprefix("torch.")}
         if self.reward:
             changes[READ_AT] = TRAINED_AT

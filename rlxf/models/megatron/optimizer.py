@@ -193,7 +193,7 @@ class TrainableModel:
         if self.optimizer.prepare_grads():
             if scale is not None and self._least_scale is not None and scale > self._least_scale:
                 return None
-            raise TrainingError(f"gradients are beyond fp16 at a loss scale of {scale:g}")
+            raise TrainingError(f"gradients overflow fp16 at a loss scale of {scale:g}")
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise TrainingError(f"the gradient norm is {norm}")

@@ -41,10 +41,10 @@ def adapters_of_legacy(weights: LegacyWeights, shape: Shape, *, alpha: float | N
     Args:
         weights: of the checkpoint.
         shape: of the model.
-        alpha: lora_alpha; None: what the checkpoint says.
+        alpha: lora_alpha; None: that of the checkpoint.
 
     Raises:
-        ModelError: it holds none, or nothing says what their scale is.
+        ModelError: it holds none, or their scale is unknown.
     """
     found: dict[str, Tensor] = {}
     for chunk in weights.chunks:
@@ -57,7 +57,7 @@ def adapters_of_legacy(weights: LegacyWeights, shape: Shape, *, alpha: float | N
     alpha = alpha or getattr(weights.arguments, "lora_alpha", None)
     if alpha is None:
         raise ModelError(
-            f"{weights.folder}: does not say lora_alpha; add --lora-alpha (and r = {rank} is in the files)"
+            f"{weights.folder}: lora_alpha is not in the files; add --lora-alpha (and r = {rank} is in the files)"
         )
     return PeftAdapter(rank=rank, alpha=float(alpha), tensors=found)
 

@@ -14,7 +14,7 @@ Kind = Literal["hf", "mg"]
 # Flags of other converters that there is nothing to do for, and why.
 _NOTHING_TO_DO = {
     "use_mcore_models": "checkpoints are always megatron-core's",
-    "add_qkv_bias": "config.json says whether there is one",
+    "add_qkv_bias": "config.json decides whether there is one",
     "moe_grouped_gemm": "there are no experts",
     "model_type": "there is one type, GPT",
     "loader": "follows from --load-model-type",

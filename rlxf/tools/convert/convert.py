@@ -62,9 +62,9 @@ def _check_result(request: Request, result: Path) -> None:
         if folder is not None and (target == folder.resolve() or target in folder.resolve().parents):
             raise ConfigError(f"--save-dir {result}: holds {flag} {folder}; name another folder")
     if request.hf_cfg_dir is not None and target == request.hf_cfg_dir.resolve():
-        raise ConfigError(f"--save-dir {result}: is --hf-cfg-dir, too; name another folder")
+        raise ConfigError(f"--save-dir {result}: is also --hf-cfg-dir; name another folder")
     if (result.exists() or result.is_symlink()) and not request.overwrite:
-        raise ConfigError(f"--save-dir {result}: is there already; name another folder, or add --overwrite")
+        raise ConfigError(f"--save-dir {result}: exists already; name another folder, or add --overwrite")
     if result.exists() and not result.is_dir():
         raise ConfigError(f"--save-dir {result}: is a file; name a folder")
 

@@ -48,7 +48,7 @@ class LegacyWeights:
         layers = [[_num_layers(state) for state in states[0, stage]] for stage in range(self.sizes.pp)]
         found = sum(map(sum, layers))
         if found != shape.num_layers:
-            raise ModelError(f"{folder}: holds {found} layers; config.json says {shape.num_layers}")
+            raise ModelError(f"{folder}: holds {found} layers; config.json has {shape.num_layers}")
         self.chunks = list(cut(shape, layers))
         self._place: dict[str, tuple[Chunk, Entry, int]] = {}
         for chunk in self.chunks:
@@ -120,7 +120,7 @@ class LegacyWeights:
         rows = sum(shard.shape[0] for shard in self._shards(self.chunks[0], self.chunks[0].entries[0]))
         wanted = self._geometry.vocab_size
         if rows < wanted:
-            raise ModelError(f"{self.folder}: the embedding has {rows} rows; config.json says vocab_size = {wanted}")
+            raise ModelError(f"{self.folder}: the embedding has {rows} rows; config.json has vocab_size = {wanted}")
 
 
 def legacy_name(parameter: str) -> str:

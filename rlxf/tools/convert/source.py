@@ -97,7 +97,7 @@ def _assets(request: Request, checkpoint: Path | None) -> Path:
     if checkpoint is None:
         kind = "no such folder" if not request.load_dir.is_dir() else "no config.json in it"
         raise ModelError(f"--load-dir {request.load_dir}: {kind}; expected a Hugging Face model folder")
-    raise ModelError(f"{checkpoint}: nothing says what model it is; name its Hugging Face folder in --hf-cfg-dir")
+    raise ModelError(f"{checkpoint}: the kind of model is unknown; name its Hugging Face folder in --hf-cfg-dir")
 
 
 def _run_settings(checkpoint: Path) -> dict[str, Any] | None:
@@ -127,7 +127,7 @@ def _check_model_type(name: str | None, hf_config: Any) -> None:
         )
     if expected != hf_config.model_type:
         raise ConfigError(
-            f'--model-type-hf {name}: config.json says model_type = "{hf_config.model_type}"; leave it out'
+            f'--model-type-hf {name}: config.json has model_type = "{hf_config.model_type}"; leave it out'
         )
 
 
@@ -177,7 +177,7 @@ def _check_shapes(folder: Path, weights: ModelWeights, shape: Shape) -> None:
     }
     for name, size in expected.items():
         if weights.shape(name) != size:
-            raise ModelError(f"{folder}: {name} has shape {weights.shape(name)}; config.json says {size}")
+            raise ModelError(f"{folder}: {name} has shape {weights.shape(name)}; config.json expects {size}")
 
 
 def _opened_megatron(request: Request, checkpoint: Path, assets: Path, shape: Shape) -> _Opened:
@@ -255,7 +255,7 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
 
 
 def _reward_settings(hf_config: Any, assets: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """What config.json says of a reward model besides that of ``assets``: its kind, and where its score is read."""
+    """Entries of a reward model's config.json that ``assets`` lacks: its kind, and where its score is read."""
     position = stored_position(checkpoint or assets)
     return _classifier(hf_config, assets) | ({READ_AT: position} if position else {})
 

@@ -235,7 +235,7 @@ def _train(folder: Path, recipe: Recipe, name: str, output: str, overrides: Sequ
     """Run a stage's recipe on this folder's files; its policy becomes ``output``. The run's last metrics.
 
     Raises:
-        TrainingError: the run failed; with what it said.
+        TrainingError: the run failed; the message has its output.
     """
     run = folder / f".{output}.run"
     paths = {

@@ -109,7 +109,7 @@ def test_a_converted_model_that_was_put_aside_comes_back(tmp_path: Path) -> None
     result = tmp_path / "result"
     convert(source, result)
     result.rename(tmp_path / ".result.01234567.aside")
-    with pytest.raises(Exception, match="there already"):
+    with pytest.raises(Exception, match="exists already"):
         convert(source, result)
     assert (result / "iter_0000001" / ".metadata").is_file()
 

@@ -144,7 +144,7 @@ def test_a_disk_that_hangs_ends_the_wait_and_not_the_checkpoints_before(
     if background:
         made.save_checkpoint(State(step=2))
     save = made.wait if background else lambda: made.save_checkpoint(State(step=2))
-    with pytest.raises(CheckpointError, match=r"iter_0000002: not on disk within 1 s.*training\.stage_timeout_s"):
+    with pytest.raises(CheckpointError, match=r"iter_0000002: was not written within 1 s.*training\.stage_timeout_s"):
         save()
     assert newest_good(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints" / "iter_0000001"
     (publisher,) = (thread for thread in threading.enumerate() if thread.name == "publish")
@@ -229,7 +229,7 @@ def test_a_best_checkpoint_that_may_be_so_by_chance_is_told_once(
     told = [record.getMessage() for record in caplog.records if "standard errors" in record.getMessage()]
     expected = (
         "eval/reward: the best checkpoint, iter_0000002 (5.000 ± 0.30), and the next, iter_0000003 (4.500 ± 0.40), "
-        "are within their standard errors"
+        "differ by less than their standard errors"
     )
     assert told == ([expected] if said else [])
 

@@ -117,7 +117,7 @@ def test_a_recipe_of_ones_own_takes_every_key(tmp_path: Path) -> None:
     done = ray_gpt(*arguments, "dry_run=true", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
-        "WARNING: accepted, but nothing reads: training.distributed_backend, actor_rollout.clip_ratio"
+        "WARNING: accepted without effect: training.distributed_backend, actor_rollout.clip_ratio"
     ]
 
 

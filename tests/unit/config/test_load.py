@@ -115,7 +115,7 @@ def test_the_default_of_a_composed_recipe_does_not_contradict_an_older_name() ->
     raw = recipe(training={"log_interval": 3}, log={"interval": 1})
     assert load_config(raw).log.interval == 3
     raw = recipe(training={"log_interval": 3}, log={"interval": 2})
-    with pytest.raises(ConfigError, match=r"training\.log_interval = 3: log\.interval = 2 says something else"):
+    with pytest.raises(ConfigError, match=r"training\.log_interval = 3: log\.interval = 2 has another value"):
         load_config(raw)
 
 

@@ -103,7 +103,7 @@ def test_an_unknown_target_module_is_refused_with_the_nearest(name: str, near: s
 def test_keys_without_a_rank_are_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         load_config(recipe(training={"lora_alpha": 16}, actor_rollout={"lora_dropout": 0.1}))
-    assert "no effect with actor_rollout.lora_r = 0, which trains all parameters" in caplog.text
+    assert "these keys have no effect with actor_rollout.lora_r = 0, which trains all parameters" in caplog.text
     assert "actor_rollout.lora_alpha, actor_rollout.lora_dropout" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
@@ -117,7 +117,7 @@ def test_which_reference_a_lora_run_has_is_said(caplog: pytest.LogCaptureFixture
     assert not caplog.text
     with caplog.at_level(logging.WARNING):
         load_config(recipe(actor_rollout={"lora_r": 8}, resource_pool={"ref": 2}))
-    assert "no effect with LoRA: resource_pool.ref; the reference is the actor with its adapters off" in caplog.text
+    assert "resource_pool.ref has no effect with LoRA: the reference is the actor with its adapters off" in caplog.text
     with caplog.at_level(logging.WARNING):
         load_config(recipe(actor_rollout={"lora_r": 8}, ref={"load": "another"}))
     assert "the reference is a second model, on its own devices" in caplog.text

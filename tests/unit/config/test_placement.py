@@ -142,7 +142,7 @@ def test_a_replay_with_scores_needs_no_reward_model(
     plan = make_plan(config)
     assert ("reward" in taken(plan)) == config.scores == needs_scorer(config) == (score is None)
     assert plan.num_devices == (2 if score else 3)
-    assert ("no effect: reward.load" in caplog.text) == (score is not None)
+    assert ("reward.load and reward.function have no effect" in caplog.text) == (score is not None)
     missing = [named.key for named in missing_paths(config)]
     assert ("reward.load" in missing) == (score is None)
 

@@ -82,7 +82,7 @@ def test_a_folder_that_says_nothing_is_named_with_the_position_and_the_key(
 ) -> None:
     (said,) = warnings_of(models, caplog)
     assert str(models / "rm") in said
-    assert "it is read at the last token of the text" in said
+    assert "the score is read at the last token of the text" in said
     assert "reward.read_at=last_token" in said
     assert "reward.read_at=end_of_turn" in said
 

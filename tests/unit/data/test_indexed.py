@@ -124,8 +124,8 @@ def test_files_of_different_lengths_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("suffix", "damage", "reason"),
     [
-        (".bin", lambda content: content[:-4], r"\.bin: 24 bytes, but its index speaks of 28"),
-        (".idx", lambda content: content[:-1], r"\.idx: \d+ bytes, but its header speaks of"),
+        (".bin", lambda content: content[:-4], r"\.bin: 24 bytes, but its index promises 28"),
+        (".idx", lambda content: content[:-1], r"\.idx: \d+ bytes, but its header promises"),
         (".idx", lambda content: content[:20], "not an index file of Megatron"),
         (".idx", lambda content: b"X" + content[1:], "not an index file of Megatron"),
         (".idx", lambda content: content[:9] + b"\x07" + content[10:], "version 7 with number type 4; known is"),

@@ -193,7 +193,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "no comma": ("a.json", b'[{"n": 1}\n{"n": 2}]', "a.json:2: not a JSON list: expected ',', got '{'"),
     "no end": ("a.json", b'[{"n": 1},\n{"n": 2}', "a.json:2: not a JSON list: expected ',', got the end of the file"),
     "comma at the end": ("a.json", b'[{"n": 1},\n]', "a.json:2: not JSON in this row"),
-    "two lists": ("a.json", b'[{"n": 1}]\n[]', "a.json:2: '[' behind the end of the list"),
+    "two lists": ("a.json", b'[{"n": 1}]\n[]', "a.json:2: '[' after the end of the list"),
     "a list of strings": ("a.json", b'["x"]', "a.json:1: expected a JSON object, got a string ('x')"),
     "bytes in a list": ("a.json", b'[{"n": 1},\n {"n": "caf\xe9"}]', "a.json:2: not UTF-8: byte 0xe9"),
     "endless nesting": ("a.json", b"[" * 99_999, "a.json:1: not JSON in this row"),

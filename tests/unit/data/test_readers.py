@@ -81,7 +81,7 @@ def test_a_report_shows_ten_problems_and_counts_the_rest(tmp_path: Path) -> None
 def test_a_file_that_changes_under_the_run_is_noticed(tmp_path: Path) -> None:
     file = open_rows(write_rows(tmp_path / "a.jsonl", [{"a": 1}, {"a": 2}]), anything)
     file.path.write_text("{}\n")
-    with pytest.raises(DataError, match="changed while it was in use"):
+    with pytest.raises(DataError, match="changed while the run was reading it"):
         file[1]
 
 

@@ -113,9 +113,9 @@ def test_evaluation_reads_its_own_file_or_the_validation_part_or_else_training_r
     aside = {"actor": {"split": [80, 20]}}
     assert evaluated(eval={"data_path": str(two[1])}, **aside) == tuple(f"b{i}" for i in range(6))
     assert evaluated(**aside) == ("a8", "a9")
-    assert "uses training rows" not in caplog.text
+    assert "evaluations use training rows" not in caplog.text
     assert evaluated(eval={"num_prompts": 3}) == ("a0", "a1", "a2")
-    assert "uses training rows" in caplog.text
+    assert "evaluations use training rows" in caplog.text
 
 
 def test_a_dataset_dict_brings_its_own_parts(tmp_path: Path) -> None:

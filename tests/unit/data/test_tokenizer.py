@@ -37,7 +37,7 @@ def test_tokens_of_a_recipe_end_completions_too(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer()
     letter = tokenizer.convert_tokens_to_ids("a")
     assert eos_token_ids(tmp_path, tokenizer, ("a",)) == (EOS, letter)
-    with pytest.raises(ModelError, match=r"has no token '<\|eot_id\|>', which is to end completions"):
+    with pytest.raises(ModelError, match=r"has no token '<\|eot_id\|>', which should end completions"):
         eos_token_ids(tmp_path, tokenizer, ("<|eot_id|>",))
 
 
@@ -69,7 +69,7 @@ def test_a_recipe_may_do_without_the_tokens_of_the_template(tmp_path: Path) -> N
 
 def test_a_template_that_does_not_fit_the_tokenizer_is_told_before_the_run(tmp_path: Path) -> None:
     config, _ = with_epochs(with_template(tmp_path, prompt_type="chatml"))
-    with pytest.raises(ModelError, match=r"has no token '<\|im_end\|>', which is to end completions"):
+    with pytest.raises(ModelError, match=r"has no token '<\|im_end\|>', which should end completions"):
         load_data(config)
 
 

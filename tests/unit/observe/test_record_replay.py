@@ -147,7 +147,7 @@ def test_a_resumed_run_in_a_new_folder_begins_a_file(tmp_path: Path) -> None:
 def test_a_file_of_other_rows_is_not_cut(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rollouts.jsonl", [ROW])
     before = path.read_bytes()
-    with pytest.raises(DataError, match=r"rollouts\.jsonl:1: begins with no step"):
+    with pytest.raises(DataError, match=r"rollouts\.jsonl:1: the line has no step"):
         RolloutRecorder(path, after=1)
     assert path.read_bytes() == before
 

@@ -170,5 +170,5 @@ def test_a_file_of_an_earlier_version_is_named_and_not_read(tmp_path: Path, capl
     written.rename(old)
     inner = Counting()
     CachedReference(inner, cache_folder(tmp_path, model, "fp32", "cpu")).logps(random_pairs(2))
-    assert f"{old} is of an earlier version and is not read" in caplog.text
+    assert f"{old} was written by an earlier version and is not used" in caplog.text
     assert inner.num_pairs == 2

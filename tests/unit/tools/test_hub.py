@@ -139,7 +139,7 @@ def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(
     assert listed.keys() >= {"model.safetensors", "config.json", "README.md", "tokenizer.json"}
     assert listed["model.safetensors"] == (finished / "policy" / "model.safetensors").stat().st_size
     assert lines[-2].split()[0].replace(",", "") == str(sum(listed.values()))
-    assert "nothing was sent; team/policy would be made private" in lines[-1]
+    assert "nothing was sent; team/policy would be created as private" in lines[-1]
     assert hub.tokens == []
 
 
@@ -269,7 +269,7 @@ def test_a_hub_that_refuses_says_what_to_do(
     monkeypatch.setenv("HF_TOKEN", "wrong")
     assert main(finished, "team/policy", "--endpoint", hub.address) == 2
     told = capsys.readouterr().err
-    assert "team/policy: the hub did not take it" in told
+    assert "team/policy: the hub refused the upload" in told
     assert "log in with `hf auth login` or set HF_TOKEN" in told
     assert hub.files == {}
 
@@ -279,4 +279,4 @@ def test_a_hub_that_is_not_there_is_told(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "right")
     assert main(finished, "team/policy", "--endpoint", "http://127.0.0.1:9") == 2
-    assert "the hub did not take it" in capsys.readouterr().err
+    assert "the hub refused the upload" in capsys.readouterr().err

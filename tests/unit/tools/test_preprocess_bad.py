@@ -63,7 +63,11 @@ FLAGS: list[tuple[list[str], dict[str, str | None], list[str]]] = [
     (["--pack"], {"handler": SFT}, ["--pack fills rows of --seq-length tokens"]),
     (["--pack"], {"handler": PAIR, "seq_length": "8"}, ["--pack joins examples", "pairs, which are never joined"]),
     (["--pack"], {"seq_length": "8"}, ["--pack joins examples", "whole texts, which are never joined"]),
-    (["--neat-pack"], {"handler": SFT}, ["--neat-pack says how to pack; give --pack, too"]),
+    (
+        ["--neat-pack"],
+        {"handler": SFT},
+        ["--neat-pack needs --pack; add --pack"],
+    ),
     ([], {"workers": "0"}, ["--workers: expected a whole number, at least 1, got '0'"]),
     ([], {"workers": "two"}, ["--workers: expected a whole number, at least 1, got 'two'"]),
     ([], {"seq_length": "1"}, ["--seq-length: expected a whole number, at least 2, got '1'"]),

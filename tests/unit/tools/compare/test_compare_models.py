@@ -224,7 +224,7 @@ def test_the_reward_model_is_read_where_the_command_says(
     assert (reward.read_at, reward.seq_length) == (position, 512)  # all that the model has positions for
     few = options(world, reward_function=None, reward_model=judge, num_prompts=2, max_new_tokens=4, read_at=position)
     assert main(policy, policy, *few) == 0
-    assert caplog.text.count("does not say where its score was trained") == (position == "auto")
+    assert caplog.text.count("its config.json has no rlxf_read_at") == (position == "auto")
 
 
 def test_prompts_without_a_score_are_told_and_do_not_count(

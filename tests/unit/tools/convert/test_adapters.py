@@ -117,7 +117,7 @@ def test_adapters_in_the_older_layout_are_merged_and_taken_out(tmp_path: Path) -
         for m, size in (("A", (4, 128)), ("B", (128, 4)))
     }
     _with_adapters(tmp_path / "lora", tensors)
-    with pytest.raises(ModelError, match="does not say lora_alpha; add --lora-alpha"):
+    with pytest.raises(ModelError, match="lora_alpha is not in the files; add --lora-alpha"):
         back(tmp_path / "lora", tmp_path / "merged")
     back(tmp_path / "lora", tmp_path / "merged", "--lora-alpha", "8")
     back(tmp_path / "plain", tmp_path / "same", "--lora-load", str(tmp_path / "lora"), "--lora-alpha", "8")

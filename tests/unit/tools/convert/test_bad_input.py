@@ -117,7 +117,7 @@ CASES: list[Case] = [
     ("moe", HF_MG, "hf", "--target-expert-parallel-size 2", NOTHING, r"models with experts \(MoE\) are not supported"),
     ("missing-tensor", HF_MG, "hf", "", lambda w: without(w, "model.norm.weight"), r"no model.norm.weight \(1 tensors"),
     ("other-tensor", HF_MG, "hf", "", lambda w: with_tensor(w, "model.extra"), "holds model.extra, which a llama"),
-    ("other-width", HF_MG, "hf", "", lambda w: settings(w.hf, intermediate_size=64), "config.json says"),
+    ("other-width", HF_MG, "hf", "", lambda w: settings(w.hf, intermediate_size=64), "config.json expects"),
     ("reward-without-orm", HF_MG, "rm", "", NOTHING, r"holds a reward model \(score.weight\); add --orm"),
     ("orm-without-head", HF_MG, "hf", "--orm", NOTHING, r"no reward head \(score.weight\) in it; leave out --orm"),
     ("tp", HF_MG, "hf", "--target-tensor-parallel-size 3", NOTHING, "4 attention heads, which it must divide"),
@@ -132,7 +132,7 @@ CASES: list[Case] = [
         "must divide the 2 layers of each of 2 pipeline ranks",
     ),
     ("vpp-alone", HF_MG, "hf", "--num-layers-per-virtual-pipeline-stage 2", NOTHING, "need --target-pipeline-parallel"),
-    ("model-type", HF_MG, "hf", "--model-type-hf qwen25", NOTHING, 'config.json says model_type = "llama"'),
+    ("model-type", HF_MG, "hf", "--model-type-hf qwen25", NOTHING, 'config.json has model_type = "llama"'),
     ("model-type-unknown", HF_MG, "hf", "--model-type-hf deepseek3", NOTHING, "--model-type-hf deepseek3: not supp"),
     ("dtype", HF_MG, "hf", "--params-dtype int8", NOTHING, "invalid choice: 'int8'"),
     ("unknown-flag", HF_MG, "hf", "--target-tensor-size 2", NOTHING, "unrecognized arguments: --target-tensor-size"),
@@ -237,7 +237,7 @@ def test_a_folder_that_is_there_is_replaced_only_when_asked(world: World, tmp_pa
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep")
-    with pytest.raises(ConfigError, match="is there already; name another folder, or add --overwrite"):
+    with pytest.raises(ConfigError, match="exists already; name another folder, or add --overwrite"):
         run(world.dist, out, kinds=MG_HF)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
     run(world.dist, out, "--overwrite", kinds=MG_HF)
