@@ -177,7 +177,7 @@ drop_half_installed() {
 # Stamp of the lane $1: the inputs of its installation.
 stamp_of() {
   {
-    cat -- "$root/scripts/install.sh" "$root/locks/cpu.txt" "$root/locks/$1.txt"
+    cat -- "$root/scripts/install.sh" "$root/pyproject.toml" "$root/locks/cpu.txt" "$root/locks/$1.txt"
     printf '%s\n' "$root"
     "$python" -c 'import sys; print(sys.version)'
   } | sha256sum | cut -d ' ' -f 1

@@ -48,9 +48,9 @@ ALIASES: dict[tuple[str, str], tuple[str, str]] = {
     ("actor_rollout", "ref_model"): ("ref", "load"),
 }
 
-# Key -> where a file of the library that recipes name was, and where it is now.
+# Key -> where a file of the library that recipes name was, and the module that it is now.
 MOVED_FILES: dict[tuple[str, str], tuple[str, str]] = {
-    ("eval", "metrics"): ("rlxf/tiny/truth.py", "rlxf/tools/tiny/truth.py"),
+    ("eval", "metrics"): ("rlxf/tiny/truth.py", "rlxf.tools.tiny.truth"),
 }
 
 

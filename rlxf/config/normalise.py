@@ -129,14 +129,11 @@ def _warn_of_legacy(raw: Mapping[str, Any]) -> None:
 
 def _follow_moved_files(recipe: Section) -> None:
     """A recipe of an earlier version may name a file of the library that has moved since."""
-    for (section, key), (old, new) in MOVED_FILES.items():
+    for (section, key), (old, module) in MOVED_FILES.items():
         value = recipe.get(section, {}).get(key)
-        if not isinstance(value, str) or not value.endswith(old) or Path(value).exists():
-            continue
-        moved = value.removesuffix(old) + new
-        if Path(moved).exists():
-            logger.warning("%s.%s = %s has moved: %s is read", section, key, value, moved)
-            recipe[section][key] = moved
+        if isinstance(value, str) and value.endswith(old) and not Path(value).exists():
+            logger.warning("%s.%s = %s has moved; the module %s is used", section, key, value, module)
+            recipe[section][key] = module
 
 
 def _resolve_aliases(recipe: Section, problems: list[Problem]) -> None:

@@ -100,13 +100,11 @@ def test_a_file_of_the_library_is_found_where_it_is_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rlxf/tools/tiny").mkdir(parents=True)
-    (tmp_path / "rlxf/tools/tiny/truth.py").touch()
     raw = recipe(eval={"metrics": "./rlxf/tiny/truth.py"})
-    assert str(load_config(raw).eval.metrics).endswith("/rlxf/tools/tiny/truth.py")
-    assert "eval.metrics = ./rlxf/tiny/truth.py has moved: ./rlxf/tools/tiny/truth.py is read" in caplog.text
+    assert load_config(raw).eval.metrics == truth.__file__
+    assert "eval.metrics = ./rlxf/tiny/truth.py has moved; the module rlxf.tools.tiny.truth is used" in caplog.text
     own = tmp_path / "rlxf/tiny/truth.py"
-    own.parent.mkdir()
+    own.parent.mkdir(parents=True)
     own.touch()  # a file that is there is the one that was meant
     assert str(load_config(raw).eval.metrics).endswith("/rlxf/tiny/truth.py")
 
