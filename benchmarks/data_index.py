@@ -142,13 +142,14 @@ def in_a_fresh_process(small: Path, large: Path) -> dict[str, float]:
 
 def one(small: str, large: str) -> dict[str, float]:
     """What opening ``large`` costs a process that has opened ``small``."""
+    from rlxf.assembly.data import open_prompts
     from rlxf.data.prompts import PromptSource
     from tests.data_world import chat_tokenizer, recipe
 
     tokenizer = chat_tokenizer()
 
     def opened(path: str) -> PromptSource:
-        return PromptSource(recipe(actor_rollout={"model": "tiny", "data_path": path}), tokenizer)
+        return open_prompts(recipe(actor_rollout={"model": "tiny", "data_path": path}), tokenizer)
 
     opened(small)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlxf.assembly.roles import build_actor
 from rlxf.core.types import Batch, Metrics, Sequences
 from rlxf.platform import Process, get_platform
 from rlxf.update.actor import Actor
@@ -16,7 +17,7 @@ from tests.settings import run_config
 
 def actor(folder: Path, stage: str, **settings: Any) -> Actor:
     """``settings`` are keys of actor_rollout."""
-    return Actor(run_config(folder, stage=stage, **settings), get_platform("cpu"), Process())
+    return build_actor(run_config(folder, stage=stage, **settings), get_platform("cpu"), Process())
 
 
 def weights(of: Actor) -> dict[str, Tensor]:

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlxf.assembly.roles import build_actor, build_reference, load_role
 from rlxf.config.schema import RunConfig
 from rlxf.core.types import Batch, ReferencedPairs
 from rlxf.loop.run import Reference
-from rlxf.models.backend import load_model, sequence_scores
+from rlxf.models.backend import sequence_scores
 from rlxf.models.batching import Limits
 from rlxf.platform import Process, get_platform
 from rlxf.reference.adapter_off import AdapterOffReference
-from rlxf.reference.frozen import FrozenReference
 from rlxf.reference.none import NoReference
 from rlxf.update.actor import Actor
 from tests.ranks import on_ranks
@@ -41,7 +41,7 @@ def train(folder: Path, reward: Path | None, process: Process, settings: dict[st
     settings = {key: value for key, value in settings.items() if key not in ("steps", "start", "checkpoint")}
     config = run_config(folder, reward=reward, **settings)
     platform = get_platform("cpu")
-    actor = Actor(config, platform, process)
+    actor = build_actor(config, platform, process)
     make = _batches(config, actor, process)
     metrics = []
     if start:
@@ -58,7 +58,7 @@ def train(folder: Path, reward: Path | None, process: Process, settings: dict[st
     else:
         logps = actor.token_logps(rows)
     if reward is not None:
-        scores = sequence_scores(load_model(config, "reward", platform, process), rows, Limits.of(config.reward))
+        scores = sequence_scores(load_role(config, "reward", platform, process), rows, Limits.of(config.reward))
     return {
         "metrics": metrics,
         "evaluation": actor.evaluate(make(NUM_STEPS)),
@@ -80,7 +80,7 @@ def _batches(config: RunConfig, actor: Actor, process: Process) -> Callable[[int
     if config.reference_is_base:
         reference = AdapterOffReference(actor)
     elif config.needs_reference:
-        reference = FrozenReference(config, get_platform("cpu"), process)
+        reference = build_reference(config, get_platform("cpu"), process)
 
     def referenced_pairs(step: int) -> ReferencedPairs:
         pairs = random_pairs(NUM_PAIRS, seed=step)

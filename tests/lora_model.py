@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlxf.assembly.roles import load_role
 from rlxf.core.types import Sequences
-from rlxf.models.backend import load_model, token_logps
+from rlxf.models.backend import token_logps
 from rlxf.models.batching import Limits
 from rlxf.models.megatron.adapters import export_adapters
 from rlxf.models.megatron.lora import adapters
@@ -25,7 +26,7 @@ def loaded(folder: Path, *, seed: int = 1, **actor: Any) -> Any:
     """The actor's model; ``actor`` are keys of actor_rollout."""
     config = run_config(folder, **actor)
     training = config.training.model_copy(update={"seed": seed})
-    return load_model(
+    return load_role(
         config.model_copy(update={"training": training}),
         "actor_rollout",
         get_platform("cpu", cpu_linear="mkl"),

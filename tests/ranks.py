@@ -18,6 +18,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from rlxf.assembly.roles import build_actor
 from rlxf.config.schema import RunConfig, SyncConfig
 from rlxf.core.types import Sequences
 from rlxf.models.megatron.parallel import free_port
@@ -107,10 +108,9 @@ class Rank:
     """One process' side."""
 
     def __init__(self, folder: Path, place: Process, settings: dict[str, Any]) -> None:
-        from rlxf.update.actor import Actor
 
         self._platform = get_platform("cpu")
-        self._actor = Actor(recipe(folder, **settings), self._platform, place)
+        self._actor = build_actor(recipe(folder, **settings), self._platform, place)
         self._rank = place.rank
 
     def open_sender(self, transport: Transport) -> Address:

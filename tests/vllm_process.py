@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
+from rlxf.assembly.roles import engine_settings
 from rlxf.config.schema import RunConfig
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.platform import get_platform
@@ -93,7 +94,7 @@ def _serve(connection: Connection, configs: list[dict[str, Any]]) -> None:
 
     try:
         recipes = [RunConfig.model_validate(config, strict=False) for config in configs]
-        engines = [VllmEngine(recipe, get_platform("cpu")) for recipe in recipes]
+        engines = [VllmEngine(engine_settings(recipe), get_platform("cpu")) for recipe in recipes]
         connection.send("ready")
     except Exception as error:  # noqa: BLE001  handed to the test
         connection.send(error)

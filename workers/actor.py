@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rlxf.assembly import roles as assemble
-from rlxf.config.schema import RunConfig
+from rlxf.assembly.roles import build_actor
 from rlxf.core.types import Batch, Metrics, PairLogps, Pairs, Sequences
 from rlxf.sync.plan import Bucket
 from rlxf.sync.transports.transport import Address, Message, Sender, Transport
@@ -17,16 +16,21 @@ from .group import WorkerGroup
 from .remote import Pending
 from .worker import Worker
 
+if TYPE_CHECKING:
+    from rlxf.update.actor import Actor
+
+if TYPE_CHECKING:
+    pass
+
 ANSWER_S = 10.0  # how long an actor that has nothing to do may take to answer
 
 
 class ActorWorker(Worker):
     """One rank of the actor."""
 
+    make = staticmethod(build_actor)
+    room: Actor
     sender: Sender | None = None  # of buckets, once it is connected with the engines
-
-    def build(self, config: RunConfig, master: tuple[str, int]) -> None:
-        self.room = assemble.build_actor(config, *self.place(config, master))
 
     def update(self, batch: Batch, step: int) -> Metrics | None:
         return self.answer(self.room.update(batch, step))

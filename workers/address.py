@@ -7,10 +7,7 @@ import socket
 import sys
 from pathlib import Path
 
-from rlxf.config.devices import device_facts
-from rlxf.config.schema import RunConfig
 from rlxf.core.errors import PlacementError
-from rlxf.placement.plan import crowded, make_plan
 
 _CONNECT_S = 2.0  # longest wait for a cluster's address to answer
 
@@ -65,16 +62,3 @@ def _answers(address: str) -> bool:
             return True
     except (OSError, ValueError):
         return False
-
-
-def require_cores(config: RunConfig) -> None:
-    """Refuse a recipe with far more processes than cores, where a run would start a Ray of its own on CPUs.
-
-    Raises:
-        PlacementError: too many processes; or ``RAY_ADDRESS`` names a cluster that does not answer.
-    """
-    if running_cluster() is not None or device_facts(config.training.device).ray_resource != "CPU":
-        return
-    problem = crowded(config, make_plan(config), os.cpu_count() or 1)
-    if problem is not None:
-        raise PlacementError(problem)

@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 
-from rlxf.config.schema import RunConfig
 from rlxf.core.errors import PlacementError
 from rlxf.placement.plan import Plan
 from rlxf.platform import Platform
@@ -37,7 +36,7 @@ class Cluster:
         ray.shutdown()
 
 
-def connect(config: RunConfig, plan: Plan, platform: Platform) -> Cluster:
+def connect(plan: Plan, platform: Platform) -> Cluster:
     """Attach to ``RAY_ADDRESS`` or to the cluster that ``ray start`` began on this machine; else start a local one.
 
     Raises:
@@ -46,7 +45,7 @@ def connect(config: RunConfig, plan: Plan, platform: Platform) -> Cluster:
     address = running_cluster()
     if address is None:
         _prepare_environment()
-        own = _own_resources(config, plan, platform)
+        own = _own_resources(plan, platform)
         context = ray.init(address="local", include_dashboard=False, **own, **QUIET)
     else:
         context = join(address)
@@ -81,7 +80,7 @@ def _prepare_environment() -> None:
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls that a failed wait no longer asks for
 
 
-def _own_resources(config: RunConfig, plan: Plan, platform: Platform) -> dict[str, Any]:
+def _own_resources(plan: Plan, platform: Platform) -> dict[str, Any]:
     """On a CPU machine: as many logical devices as the pools ask for. Elsewhere Ray counts the devices itself."""
     if platform.ray_resource != "CPU":
         return {}

@@ -1,4 +1,7 @@
-"""``dry_run=true``: print the placement plan, and hold it against the cluster that is running, if there is one."""
+"""A placement plan before anything runs: ``dry_run=true`` prints it, a plan that this machine cannot hold is refused.
+
+Neither torch nor Ray is imported, unless a dry run finds a cluster.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ def dry_run(config: RunConfig) -> None:
     address = running_cluster()
     if address is None:
         _say("\ncluster: none is running here\n")
-        _say(_crowded_here(config, plan))
+        problem = _crowded_here(config, plan)  # the plan may be meant for other machines, so it is no error
+        _say(f"on this machine alone it would not start: {problem}\n" if problem else "")
         return
     nodes = _nodes_of(address)
     _say(f"\ncluster: {address}\n{describe_nodes(plan, nodes)}")
@@ -37,12 +41,22 @@ def dry_run(config: RunConfig) -> None:
     _say("it has room for this recipe\n")
 
 
-def _crowded_here(config: RunConfig, plan: Plan) -> str:
-    """A line when a run started here would be refused; the plan may be meant for other machines, so no error."""
+def require_cores(config: RunConfig) -> None:
+    """Refuse a recipe with far more processes than cores, where a run would start a Ray of its own on CPUs.
+
+    Raises:
+        PlacementError: too many processes; or ``RAY_ADDRESS`` names a cluster that does not answer.
+    """
+    problem = _crowded_here(config, make_plan(config)) if running_cluster() is None else None
+    if problem is not None:
+        raise PlacementError(problem)
+
+
+def _crowded_here(config: RunConfig, plan: Plan) -> str | None:
+    """Why a run with a Ray of its own would not start on this machine; None if it would."""
     if device_facts(config.training.device).ray_resource != "CPU":
-        return ""
-    problem = crowded(config, plan, os.cpu_count() or 1)
-    return f"on this machine alone it would not start: {problem}\n" if problem else ""
+        return None
+    return crowded(config.resource_pool, plan, os.cpu_count() or 1)
 
 
 def _say(text: str) -> None:

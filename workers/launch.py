@@ -62,7 +62,7 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
         config = found.config
         platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
         plan = make_plan(config)
-        with connected(config, plan, platform, stop) as cluster:
+        with connected(plan, platform, stop) as cluster:
             clock = Clock()
             waiter = Waiter(clock, stop, config.training.stage_timeout_s, cluster.logs)
             with stop.abandonable():
@@ -73,10 +73,10 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
 
 
 @contextmanager
-def connected(config: RunConfig, plan: Plan, platform: Platform, stop: Stop) -> Iterator[Cluster]:
+def connected(plan: Plan, platform: Platform, stop: Stop) -> Iterator[Cluster]:
     """A connection to Ray that leaves no process behind, however the run ends."""
     try:
-        cluster = connect(config, plan, platform)
+        cluster = connect(plan, platform)
         stop.clean_up = cluster.disconnect
         stop.install()  # again: Ray has installed handlers of its own
         stop.check()

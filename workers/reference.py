@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rlxf.assembly import roles as assemble
-from rlxf.config.schema import RunConfig
+from rlxf.assembly.roles import build_reference
 from rlxf.core.types import PairLogps, Pairs, Sequences
 from rlxf.sync.plan import Bucket
 
 from .group import WorkerGroup
 from .worker import Worker
 
+if TYPE_CHECKING:
+    from rlxf.reference.frozen import FrozenReference
+
+if TYPE_CHECKING:
+    pass
+
 
 class ReferenceWorker(Worker):
     """One rank of the reference."""
 
-    def build(self, config: RunConfig, master: tuple[str, int]) -> None:
-        self.room = assemble.build_reference(config, *self.place(config, master))
+    make = staticmethod(build_reference)
+    room: FrozenReference
 
     def logps(self, pairs: Pairs) -> PairLogps | None:
         return self.answer(self.room.logps(pairs))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlxf.assembly import roles as assemble
-from rlxf.config.schema import RunConfig
+from rlxf.assembly.roles import build_scorer
 from rlxf.core.types import Rollouts
+from rlxf.score.scorer import Scorer
 
 from .group import WorkerGroup
 from .worker import Worker
@@ -15,8 +15,8 @@ from .worker import Worker
 class RewardWorker(Worker):
     """One rank of the reward model, or the reward function."""
 
-    def build(self, config: RunConfig, master: tuple[str, int]) -> None:
-        self.room = assemble.build_scorer(config, *self.place(config, master))
+    make = staticmethod(build_scorer)
+    room: Scorer
 
     def score(self, rollouts: Rollouts) -> Tensor | None:
         return self.answer(self.room.score(rollouts))

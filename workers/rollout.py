@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from rlxf.assembly import roles as assemble
-from rlxf.config.schema import RunConfig
+from rlxf.assembly.roles import build_engine
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
-from rlxf.rollout.engine import ProbeResult, Sampling
+from rlxf.rollout.engine import ProbeResult, RolloutEngine, Sampling
 from rlxf.rollout.shares import join, split_evenly
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer
@@ -22,11 +21,13 @@ from .worker import Worker
 class RolloutWorker(Worker):
     """One rollout engine; alone in its process."""
 
+    make = staticmethod(build_engine)
+    room: RolloutEngine
     receiver: Receiver | None = None  # of buckets, once it is connected with the actor
 
-    def build(self, config: RunConfig, master: tuple[str, int]) -> None:
-        platform, _ = self.place(config, master)
-        self.engine = assemble.build_engine(config, platform)
+    @property
+    def engine(self) -> RolloutEngine:
+        return self.room
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         return self.engine.generate(prompts, sampling)

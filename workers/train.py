@@ -15,7 +15,7 @@ from rlxf.core.errors import ConfigError, RlxfError
 from rlxf.core.places import RECIPES
 
 from . import cli
-from .address import require_cores
+from .dry_run import dry_run, require_cores
 
 
 def main(program: Sequence[str], arguments: Sequence[str]) -> int:
@@ -55,8 +55,6 @@ def start(composed: DictConfig, command: cli.Command, typed: Typed) -> None:
     """Check the composed recipe, then run it, or print its plan."""
     config = load_config(cli.plain(composed, command.problems), earlier=command.problems, typed=command.keys)
     if config.dry_run:
-        from .dry_run import dry_run
-
         dry_run(config)
     elif config.runtime == "ray":
         require_cores(config)  # before torch and Ray are imported

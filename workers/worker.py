@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import warnings
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import ray
 
@@ -15,8 +15,17 @@ from rlxf.sync.transports.shared_memory import this_machine
 T = TypeVar("T")
 
 
+class Build(Protocol):
+    """Puts a role's room together from the whole recipe, as the functions of ``rlxf/assembly/roles.py`` do."""
+
+    def __call__(self, config: RunConfig, platform: Platform, process: Process) -> Any: ...
+
+
 class Worker:
     """One process of a role. Nothing is loaded before ``build``: a failure there is an answer, not a dead actor."""
+
+    make: Build  # of each role, as a static method
+    room: Any  # what it gave
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
@@ -35,6 +44,10 @@ class Worker:
     def machine(self) -> str:
         """The same for all processes that can share memory with this one."""
         return this_machine()
+
+    def build(self, config: RunConfig, master: tuple[str, int]) -> None:
+        """Load the room's model, or whatever it has. ``master``: the address of the group's rendezvous."""
+        self.room = self.make(config, *self.place(config, master))
 
     def place(self, config: RunConfig, master: tuple[str, int]) -> tuple[Platform, Process]:
         """The device, and this rank's place in its group. Ray shows a process its own devices only: it has number 0."""

@@ -13,27 +13,27 @@ from rlxf.assembly.data import Data
 from rlxf.assembly.roles import build_scorer, policy_folder
 from rlxf.checkpointing.resume import Resume, initial_policy
 from rlxf.checkpointing.run_folder import RunFolder
-from rlxf.config.read_position import READ_AT, TRAINED_AT
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
 from rlxf.core.errors import CheckpointError
 from rlxf.core.model_folder import megatron_checkpoint
+from rlxf.core.read_position import READ_AT, TRAINED_AT
 from rlxf.core.stop import Stop
-from rlxf.core.types import Pairs, PromptBatch
+from rlxf.core.types import Pairs, PromptBatch, Tokens
 from rlxf.data.examples import ExampleFile
 from rlxf.data.preferences import PreferenceFile
 from rlxf.data.prompts import PromptSource
-from rlxf.evaluate import Evaluation, OfflineEvaluation, Rooms, no_evaluation
+from rlxf.evaluate import Evaluation, EvaluationSettings, OfflineEvaluation, Rooms, no_evaluation
 from rlxf.loop.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.observe.record import Recorders, RolloutRecorder, SampleRecorder
-from rlxf.observe.report import RunReport
+from rlxf.observe.report import ReportSettings, RunReport
 from rlxf.platform.base import Platform, Process
 from rlxf.reference.cached import CachedReference, cache_folder
 from rlxf.rollout.replay import ReplayEngine
 from rlxf.score.failures import FailureLimit
 from rlxf.score.scorer import Scorer
-from rlxf.sync.probe import make_probe
+from rlxf.sync.probe import Probe, make_probe
 from rlxf.sync.push import SyncReport, WeightSink, WeightSource, WeightSync
 from rlxf.sync.refresh import Movable, Refresh, Weights, no_refresh
 
@@ -224,19 +224,43 @@ def _sync(config: RunConfig, data: Data, roles: Roles, platform: Platform) -> Sy
     if roles.sink is None:
         return NoSync()
     assert isinstance(data.training, PromptSource)  # a run that has engines samples from prompts
-    probe = make_probe(config, platform, data.training.next_batch(0).prompts)
+    probe = build_probe(config, platform, data.training.next_batch(0).prompts)
     filled = megatron_checkpoint(Path(policy_folder(config))) is None
     return WeightSync(roles.actor, roles.sink, config.sync, probe, filled=filled)
+
+
+def build_probe(config: RunConfig, platform: Platform, prompts: Tokens) -> Probe:
+    """What the engines are asked after an update, made of the first ``prompts``."""
+    actor = config.actor_rollout
+    positions = config.model[actor.model].max_position_embeddings
+    return make_probe(prompts, block=platform.kv_block_size, positions=positions, precision=actor.precision)
 
 
 def _evaluation(config: RunConfig, data: Data, roles: Roles, reference: Reference, state: State) -> Evaluate | None:
     if config.offline and data.evaluation:
         assert not isinstance(data.evaluation, PromptBatch)
-        return OfflineEvaluation(config, data.evaluation, roles.actor, reference)
+        return OfflineEvaluation(config.training, data.evaluation, roles.actor, reference)
     if not isinstance(data.evaluation, PromptBatch) or roles.rollout is None or roles.scorer is None:
         return None
     limit, place = config.reward.max_failures, lambda: f"the evaluation after {state.step} steps"
     scorer = FailureLimit(roles.scorer, state, limit, place)
     rooms = Rooms(rollout=roles.rollout, scorer=scorer, actor=roles.actor, reference=roles.reference)
     eos_ids = _eos_ids(config, data)
-    return Evaluation(config, data.evaluation, rooms, tokenizer=data.tokenizer, eos_ids=eos_ids)
+    return Evaluation(evaluation_settings(config, eos_ids), data.evaluation, rooms, tokenizer=data.tokenizer)
+
+
+def report_settings(config: RunConfig) -> ReportSettings:
+    """What a run's report must know of it."""
+    has_penalty = config.actor_rollout.missing_eos_penalty > 0
+    return ReportSettings(training=config.training, log=config.log, has_penalty=has_penalty, recipe=config.dump())
+
+
+def evaluation_settings(config: RunConfig, eos_ids: tuple[int, ...]) -> EvaluationSettings:
+    """When and how an online run evaluates; ``eos_ids``: what ends a completion."""
+    return EvaluationSettings(
+        config=config.eval,
+        training=config.training,
+        max_new_tokens=config.max_new_tokens,
+        missing_eos_penalty=config.actor_rollout.missing_eos_penalty,
+        eos_ids=eos_ids,
+    )

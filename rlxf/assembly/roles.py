@@ -6,10 +6,12 @@ A room's imports are inside its function, so that a process imports only what it
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlxf.config.roles import RoleConfig
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError
 from rlxf.platform.base import Platform, Process
@@ -17,42 +19,154 @@ from rlxf.platform.base import Platform, Process
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlxf.models.backend import RoleName
+    from rlxf.models.batching import Limits
+    from rlxf.models.megatron.model import MegatronModel
     from rlxf.reference.frozen import FrozenReference
-    from rlxf.rollout.engine import RolloutEngine
-    from rlxf.score.scorer import Scorer
+    from rlxf.rollout.engine import EngineSettings, RolloutEngine
+    from rlxf.score.scorer import SampledBy, Scorer
     from rlxf.update.actor import Actor
+    from rlxf.update.objective import ObjectiveSettings
 
 
 def build_actor(config: RunConfig, platform: Platform, process: Process) -> Actor:
-    """One rank of the actor."""
-    from rlxf.update.actor import Actor
+    """One rank of the actor.
 
-    actor = config.actor_rollout
+    Raises:
+        ModelError: ``actor_rollout.load`` does not hold a model of the recipe's stage.
+    """
+    from rlxf.update import OBJECTIVES
+    from rlxf.update.actor import Actor, ActorSettings
+    from rlxf.update.objective import Place
+
+    actor, training = config.actor_rollout, config.training
+    model = load_role(config, "actor_rollout", platform, process)
+    limits = limits_of(actor)
+    if config.rows == "examples":  # an example is one sequence where a pair is two
+        limits = replace(limits, num_sequences=actor.micro_batch_size)
+    place = Place(model=model, limits=limits)
+    objective = OBJECTIVES[config.objective](objective_settings(config), place)
+    settings = ActorSettings(
+        optimizer=actor,
+        lora=actor,
+        limits=limits,
+        num_steps=training.train_iters,
+        seed=training.seed,
+        bucket_bytes=config.sync.bucket_mb * 2**20,
+    )
     own = actor.tokenizer_name_or_path or actor.prompt_type or actor.eos_tokens
-    return Actor(config, platform, process, save_tokenizer=partial(save_policy_tokenizer, config) if own else None)
+    return Actor(model, objective, settings, save_tokenizer=partial(save_policy_tokenizer, config) if own else None)
+
+
+def objective_settings(config: RunConfig) -> ObjectiveSettings:
+    """What an objective must know of its run."""
+    from rlxf.update.objective import ObjectiveSettings
+
+    return ObjectiveSettings(config=config.actor_rollout, offline=config.offline, has_reference=config.needs_reference)
 
 
 def build_reference(config: RunConfig, platform: Platform, process: Process) -> FrozenReference:
-    """One rank of the reference."""
+    """One rank of the reference.
+
+    Raises:
+        ModelError: ``ref.load`` does not hold a causal language model.
+    """
     from rlxf.reference.frozen import FrozenReference
 
-    return FrozenReference(config, platform, process)
+    model = load_role(config, "ref", platform, process)
+    return FrozenReference(model, limits_of(config.ref), moves=config.ref.ref_update_interval > 0)
 
 
 def build_scorer(config: RunConfig, platform: Platform, process: Process) -> Scorer:
-    """One rank of the reward model, the reward function, or the scores of a replay."""
-    from rlxf.score import SCORERS, ScorerParts, scorer_of
+    """One rank of the reward model, the reward function, or the scores of a replay.
 
-    tokenizer = partial(policy_tokenizer, config)
-    parts = ScorerParts(config=config, platform=platform, process=process, tokenizer=tokenizer)
-    return SCORERS[scorer_of(config)](parts)
+    Raises:
+        ModelError: ``reward.load`` does not hold a reward model.
+    """
+    from rlxf.models.tokenizer import load_tokenizer
+    from rlxf.score import SCORERS, ScorerParts
+
+    reward, trust = config.reward, config.training.trust_remote_code
+    parts = ScorerParts(
+        config=reward,
+        limits=limits_of(reward),
+        recording=config.rollout.replay_path,
+        policy=partial(sampled_by, config),
+        load_model=partial(load_role, config, "reward", platform, process),
+        load_tokenizer=lambda: load_tokenizer(_tokenizer_folder(reward, "reward"), trust_remote_code=trust),
+    )
+    return SCORERS[config.scorer](parts)
 
 
-def build_engine(config: RunConfig, platform: Platform) -> RolloutEngine:
-    """One rollout engine."""
+def sampled_by(config: RunConfig) -> SampledBy:
+    """The policy, as far as a scorer knows it."""
+    from rlxf.models.tokenizer import declared_eos_ids
+    from rlxf.score.scorer import SampledBy
+
+    actor, tokenizer = config.actor_rollout, policy_tokenizer(config)
+    return SampledBy(tokenizer, declared_eos_ids(actor.load, tokenizer, actor.eos_tokens))
+
+
+def build_engine(config: RunConfig, platform: Platform, process: Process | None = None) -> RolloutEngine:
+    """One rollout engine. ``process`` plays no part: engines do not know of each other."""
     from rlxf.rollout import ENGINES
 
-    return ENGINES[config.engine](config, platform)
+    return ENGINES[config.engine](engine_settings(config), platform)
+
+
+def engine_settings(config: RunConfig) -> EngineSettings:
+    """What a recipe's rollout engine is started with."""
+    from rlxf.rollout.engine import EngineSettings
+
+    actor, folder = config.actor_rollout, policy_folder(config)
+    return EngineSettings(
+        model=folder,
+        tokenizer=actor.tokenizer_name_or_path or folder,
+        dtype=actor.dtype,
+        max_length=actor.seq_length,
+        eos_tokens=actor.eos_tokens,
+        prompts_per_call=actor.num_samples_per_step,
+        num_devices=actor.inference_tensor_model_parallel_size,
+        colocated="infer" in config.resource_pool.colocate,
+        rollout=config.rollout,
+        trust_remote_code=config.training.trust_remote_code,
+    )
+
+
+def load_role(config: RunConfig, role: RoleName, platform: Platform, process: Process) -> MegatronModel:
+    """This rank's share of a role's model."""
+    from rlxf.models.backend import LoadSettings, load_model
+
+    actor, training = config.actor_rollout, config.training
+    sections: dict[RoleName, RoleConfig] = {"actor_rollout": actor, "ref": config.ref, "reward": config.reward}
+    section, is_actor = sections[role], role == "actor_rollout"
+    trained_as_reward = is_actor and config.objective == "reward"
+    settings = LoadSettings(
+        role=role,
+        shape=config.model.get(section.model),
+        seed=training.seed,
+        timeout_s=training.stage_timeout_s,
+        trust_remote_code=training.trust_remote_code,
+        reward=role == "reward" or trained_as_reward,
+        new_head=trained_as_reward,
+        recompute=actor.recompute_granularity if is_actor else "none",
+        lora=actor if is_actor else None,
+    )
+    return load_model(section, settings, platform, process)
+
+
+def limits_of(role: RoleConfig) -> Limits:
+    """How much one forward pass of a role takes; pieces of a virtual pipeline pass on tensors of one size."""
+    from rlxf.models.batching import Limits
+
+    return Limits.of(role, fixed_length=role.virtual_pipeline_model_parallel_size > 1)
+
+
+def _tokenizer_folder(role: RoleConfig, name: str) -> str:
+    folder = role.tokenizer_name_or_path or role.load
+    if folder is None:
+        raise ConfigError(f"{name}.tokenizer_name_or_path: expected a tokenizer folder, got none")
+    return folder
 
 
 def policy_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:

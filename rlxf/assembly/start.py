@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rlxf.assembly.build_run import Roles, build_run
+from rlxf.assembly.build_run import Roles, build_run, report_settings
 from rlxf.assembly.data import Data, load_data, with_epochs
 from rlxf.checkpointing.lock import owned_checkpoints
 from rlxf.checkpointing.resume import Resume, find_resume, is_complete, policy_source
@@ -57,12 +57,13 @@ def prepared(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None) 
         with stop.abandonable(here=True):
             config, data = with_epochs(config)
             run_dir = _run_dir(config, run_dir.absolute(), typed)
-        with owned_checkpoints(config, run_dir):
+        root = checkpoints_folder(config.actor_rollout.save, run_dir)
+        with owned_checkpoints(root, run_dir):
             found = _prepare(config, run_dir, stop, typed, data)
             try:
                 yield found
             except Exception as error:
-                if typed is not None and list_checkpoints(checkpoints_folder(config, run_dir)):
+                if typed is not None and list_checkpoints(root):
                     error.add_note(f"to go on: {typed.going_on(run_dir)}")
                 raise
 
@@ -70,7 +71,7 @@ def prepared(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None) 
 def run_prepared(found: Prepared, roles: Roles, *, platform: Platform, clock: Clock, stop: Stop) -> None:
     """Train, or evaluate only, with roles whose models are loaded."""
     earlier = found.resume.reported if found.resume else None
-    report = make_report(found.config, found.run_dir, Console(), earlier)
+    report = make_report(report_settings(found.config), found.run_dir, Console(), earlier)
     try:
         run = build_run(
             found.config, found.run_dir, found.data, roles,

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlxf.config.folders import data_files
-from rlxf.config.schema import RunConfig
-from rlxf.core.files import (
-    file_digest,
-)
+from rlxf.core.data_files import data_files
+from rlxf.core.files import file_digest
 
 
-def training_files(config: RunConfig) -> list[Path]:
-    """What the run trains on."""
-    if config.engine == "replay":
-        return [Path(config.rollout.replay_path)] if config.rollout.replay_path else []
-    return data_files(config.actor_rollout.data_path or ())
-
-
-def fingerprint(*paths: Path) -> dict[str, Any] | None:
-    """What tells whether data files are still the same; None without a file."""
+def fingerprint(data_paths: Iterable[str]) -> dict[str, Any] | None:
+    """What tells whether the files that data paths stand for are still the same; None without a path."""
+    paths = data_files(data_paths)
     if not paths:
         return None
     statuses = [path.stat() for path in paths]

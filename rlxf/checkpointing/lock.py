@@ -10,11 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlxf.checkpointing.store import (
-    PUBLISHED,
-    checkpoints_folder,
-)
-from rlxf.config.schema import RunConfig
+from rlxf.checkpointing.store import PUBLISHED
 from rlxf.core.errors import CheckpointError
 from rlxf.core.files import (
     make_folder,
@@ -27,13 +23,12 @@ LOCK = ".lock"  # in a folder of checkpoints; whose run holds it
 
 
 @contextmanager
-def owned_checkpoints(config: RunConfig, run_dir: Path) -> Iterator[None]:
-    """The run's checkpoint folder, for this run alone; what a killed one left half written there is deleted.
+def owned_checkpoints(root: Path, run_dir: Path) -> Iterator[None]:
+    """The folder ``root`` of a run's checkpoints, for this run alone; what a killed one left half written is deleted.
 
     Raises:
         CheckpointError: another run writes there now.
     """
-    root = checkpoints_folder(config, run_dir)
     made = not root.exists()
     make_folder(root)
     lock = root / LOCK

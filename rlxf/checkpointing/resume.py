@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rlxf.checkpointing.fingerprint import fingerprint, training_files
+from rlxf.checkpointing.fingerprint import fingerprint
 from rlxf.checkpointing.manifest import DRIVER
 from rlxf.checkpointing.run_folder import FORMAT
 from rlxf.checkpointing.store import Damaged, checkpoints_folder, list_checkpoints, newest_good, require_good, step_of
@@ -57,7 +57,7 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         CheckpointError: none of the checkpoints is whole, or the one that was found belongs to other data or another
             model.
     """
-    root = checkpoints_folder(config, run_dir)
+    root = checkpoints_folder(config.actor_rollout.save, run_dir)
     folder, damaged = _choose(config, root)
     for item in damaged:
         log.warning("damaged checkpoint: %s", item)
@@ -172,7 +172,7 @@ def _check(config: RunConfig, folder: Path, driver: dict[str, Any]) -> list[str]
     other = "name that one, or start a new run with another folder in actor_rollout.save (or hydra.run.dir)"
     if changes.shape:
         raise CheckpointError(f"{folder}: holds a model of another shape: {'; '.join(changes.shape)}; {other}")
-    now, then = fingerprint(*training_files(config)), driver.get("data")
+    now, then = fingerprint(config.training_paths), driver.get("data")
     if (then or {}).get("sha256") != (now or {}).get("sha256"):
         raise CheckpointError(f"{folder}: was trained on {_data(then)}, but this run reads {_data(now)}; {other}")
     if changes.curve:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from rlxf.checkpointing.fingerprint import fingerprint, training_files
+from rlxf.checkpointing.fingerprint import fingerprint
 from rlxf.checkpointing.manifest import DRIVER, write_manifest
 from rlxf.checkpointing.rolling import drop_rolling, mark_rolling, rolling_steps
 from rlxf.checkpointing.store import (
@@ -33,7 +33,7 @@ from rlxf.checkpointing.store import (
     step_of,
 )
 from rlxf.config.curve import CURVE
-from rlxf.config.evaluation import best_metric
+from rlxf.config.roles import LoraConfig
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import CheckpointError
 from rlxf.core.files import (
@@ -91,13 +91,13 @@ class RunFolder:
     ) -> None:
         self._config = config
         self._run_dir = run_dir
-        self._checkpoints = checkpoints_folder(config, run_dir)
+        self._checkpoints = checkpoints_folder(config.actor_rollout.save, run_dir)
         self._actor = actor
         self._describe = describe
         self._saved = saved
         self._also = also
         # Now and not in the first save, which a stop signal may be waiting for.
-        self._data = fingerprint(*training_files(config))
+        self._data = fingerprint(config.training_paths)
         self._newest = resumed
         self._now = now
         self._saved_at = now()
@@ -228,7 +228,7 @@ class RunFolder:
     def prune(self, step: int) -> None:
         """Delete the checkpoints up to ``step`` that are not kept; at the start those that a killed run did not."""
         training, root = self._config.training, self._checkpoints
-        metric, largest = best_metric(self._config)
+        metric, largest = training.best_metric
         rolling = rolling_steps(root)
         try:
             if training.keep_latest:
@@ -310,7 +310,7 @@ class RunFolder:
         """Before the first step, and before each save: a full disk is found out while the last checkpoint is whole."""
         root = next(path for path in (self._checkpoints, *self._checkpoints.parents) if path.exists())
         earlier, actor = list_checkpoints(self._checkpoints), self._config.actor_rollout
-        needed = int(1.1 * num_bytes(earlier[-1])) if earlier else _least_bytes(self._config)
+        needed = int(1.1 * num_bytes(earlier[-1])) if earlier else _least_bytes(actor.load, actor)
         free = shutil.disk_usage(root).free
         if free < needed:
             raise CheckpointError(
@@ -330,12 +330,11 @@ class RunFolder:
         return folder
 
 
-def _least_bytes(config: RunConfig) -> int:
+def _least_bytes(load: str | None, lora: LoraConfig) -> int:
     """A lower bound of a checkpoint's size before there is one: fp32 weights, their master copy and two moments."""
-    actor = config.actor_rollout
-    if actor.load is None or actor.lora_r:  # the adapters are small, and the base is not in it
+    if load is None or lora.lora_r:  # the adapters are small, and the base is not in it
         return 0
-    return 4 * sum(path.stat().st_size for path in Path(actor.load).glob("*.safetensors"))
+    return 4 * sum(path.stat().st_size for path in Path(load).glob("*.safetensors"))
 
 
 def save_config(config: RunConfig, run_dir: Path) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlxf.checkpointing.manifest import DRIVER, MANIFEST, find_problems
-from rlxf.config.schema import RunConfig
 from rlxf.core.errors import CheckpointError
 from rlxf.core.files import remove
 
@@ -164,6 +163,6 @@ def prune(
     return deleted
 
 
-def checkpoints_folder(config: RunConfig, run_dir: Path) -> Path:
-    """Where the run's checkpoints go: ``actor_rollout.save``, or ``checkpoints`` in the run folder."""
-    return Path(config.actor_rollout.save or run_dir / "checkpoints").absolute()
+def checkpoints_folder(save: str | None, run_dir: Path) -> Path:
+    """Where the run's checkpoints go: ``save`` (``actor_rollout.save``), or ``checkpoints`` in the run folder."""
+    return Path(save or run_dir / "checkpoints").absolute()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlxf.checkpointing.fingerprint import fingerprint, training_files
+from rlxf.checkpointing.fingerprint import fingerprint
 from rlxf.checkpointing.lock import is_owned
 from rlxf.checkpointing.resume import read_driver, summarised_steps
 from rlxf.checkpointing.store import checkpoints_folder, list_checkpoints
@@ -56,7 +56,7 @@ def newest_unfinished(config: RunConfig, run_dir: Path, typed: Typed | None) -> 
             or _has_changed(driver, config)
         ):
             continue
-        data = data or fingerprint(*training_files(config))
+        data = data or fingerprint(config.training_paths)
         if (driver.get("data") or {}).get("sha256") == (data or {}).get("sha256"):
             found.append((path.stat().st_mtime, Unfinished(folder, int(driver["step"]), steps)))
     return max(found, key=lambda item: item[0])[1] if found else None
@@ -76,7 +76,7 @@ def _candidates(config: RunConfig, run_dir: Path) -> Iterator[Path]:
 
 def _newest_checkpoint(config: RunConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint of a run folder whose ``driver.json`` can be read; whether it is whole is seen later."""
-    for path in reversed(list_checkpoints(checkpoints_folder(config, folder))):
+    for path in reversed(list_checkpoints(checkpoints_folder(config.actor_rollout.save, folder))):
         with suppress(CheckpointError):
             return path, read_driver(path)
     return None

@@ -20,21 +20,13 @@ def evaluation_problems(config: RunConfig) -> Iterator[Problem]:
         yield from _best(config)
 
 
-def best_metric(config: RunConfig) -> tuple[str, bool]:
-    """What decides which checkpoint is the best, and whether more of it is better."""
-    training = config.training
-    name = training.keep_best_metric or ("eval/loss" if config.offline else "eval/reward")
-    mode = training.keep_best_mode or ("min" if name.endswith("loss") else "max")
-    return name, mode == "max"
-
-
 def _best(config: RunConfig) -> Iterator[Problem]:
     training, key = config.training, "training.keep_best"
     if not training.keep_latest:
         expected = "expected 0 with training.keep_latest = 0, which keeps every checkpoint; set training.keep_latest"
         yield wrong(key, training.keep_best, expected, "training.keep_latest")
         return
-    name, _ = best_metric(config)
+    name, _ = training.best_metric
     evaluated = name.startswith("eval/")
     if evaluated and not (config.evaluates and training.eval_interval):
         expected = "nothing is evaluated in this run; set training.eval_interval, or judge by a metric of every step"

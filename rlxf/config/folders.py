@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from rlxf.config.config_json import read_settings
 from rlxf.config.kinds import RESUME_WORDS
 from rlxf.config.problems import Problem, show
 from rlxf.config.schema import RunConfig
+from rlxf.core.data_files import indexed_files
 from rlxf.core.errors import ConfigError
 from rlxf.core.model_folder import assets_folder, megatron_checkpoint
 
@@ -48,20 +48,6 @@ def shown(path: Path) -> str:
     """A path as its user would type it."""
     here = Path.cwd()
     return f"./{path.relative_to(here)}" if path.is_relative_to(here) else str(path)
-
-
-def data_files(paths: Iterable[str]) -> list[Path]:
-    """Every file that data paths stand for, in order; those of a folder sorted, with what lies deeper in it."""
-    files = []
-    for path in map(Path, paths):
-        inside = (found for found in sorted(path.rglob("*")) if found.is_file() and not found.name.startswith("."))
-        files += list(inside) if path.is_dir() else indexed_files(path) or [path]
-    return files
-
-
-def indexed_files(prefix: Path) -> list[Path]:
-    """The indexed files that a data path stands for when it is their prefix."""
-    return sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}_packed_*_document.*"))
 
 
 def named_paths(config: RunConfig) -> list[NamedPath]:

@@ -29,6 +29,7 @@ from rlxf.config.kinds import (
     PythonFile,
     Rate,
     Role,
+    ScorerName,
     Stage,
     Strict,
     Tracker,
@@ -96,6 +97,18 @@ class TrainingConfig(Strict):
     """Longest time that a worker may take to load its model, in seconds."""
     trust_remote_code: bool = False
     """Let model folders run the Python code that they contain. Set it only for folders that you trust."""
+
+    @property
+    def offline(self) -> bool:
+        """Whether what is trained on comes from a file."""
+        return not STAGES[self.stage].online
+
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """What decides which checkpoint is the best, and whether more of it is better."""
+        name = self.keep_best_metric or ("eval/loss" if self.offline else "eval/reward")
+        mode = self.keep_best_mode or ("min" if name.endswith("loss") else "max")
+        return name, mode == "max"
 
 
 class ModelConfig(Strict):
@@ -259,7 +272,14 @@ class RunConfig(Strict):
     @property
     def offline(self) -> bool:
         """Whether what is trained on comes from a file."""
-        return not STAGES[self.training.stage].online
+        return self.training.offline
+
+    @property
+    def training_paths(self) -> tuple[str, ...]:
+        """What is trained on: data paths, or the recording of a replay."""
+        if self.engine == "replay":
+            return (self.rollout.replay_path,) if self.rollout.replay_path else ()
+        return self.actor_rollout.data_path or ()
 
     @property
     def needs_reference(self) -> bool:
@@ -282,6 +302,11 @@ class RunConfig(Strict):
         """Whether completions and scores are those of a recorded run, so that nothing scores."""
         path = self.rollout.replay_path
         return not self.offline and self.engine == "replay" and path is not None and bool(holds_scores(path))
+
+    @property
+    def scorer(self) -> ScorerName:
+        """What scores completions: what the ``reward`` section holds, unless a replay holds scores."""
+        return "recorded" if self.replays_scores else self.reward.kind
 
     @property
     def scores(self) -> bool:

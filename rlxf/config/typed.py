@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from rlxf.config.folders import indexed_files
 from rlxf.config.normalise import Section
+from rlxf.core.data_files import indexed_files
 
 
 def make_room(recipe: Section, typed: Collection[str]) -> list[str]:

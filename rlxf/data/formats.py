@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from rlxf.config.kinds import DataFormat
-from rlxf.config.roles import ActorConfig
+from rlxf.config.roles import DataConfig
 from rlxf.core.jsonl import Row, describe
 from rlxf.core.types import Messages, Text
 from rlxf.data.fields import (
@@ -46,7 +46,7 @@ class Layout(Protocol):
     def example(self, row: Row) -> tuple[Content, Content]: ...
 
 
-def find_layout(row: Row, config: ActorConfig, task: Task) -> Layout:
+def find_layout(row: Row, config: DataConfig, task: Task) -> Layout:
     """The format of a row: ``actor_rollout.data_format``, or what the names of its columns say."""
     if is_tokenized(row):
         return tokenized_layout(row)
@@ -54,7 +54,7 @@ def find_layout(row: Row, config: ActorConfig, task: Task) -> Layout:
     return _LAYOUTS[name](row, config)
 
 
-def _format_name(row: Row, config: ActorConfig, task: Task) -> DataFormat:
+def _format_name(row: Row, config: DataConfig, task: Task) -> DataFormat:
     has = {name for name, value in row.items() if value is not None}
     if config.map_keys is not None:
         conversation = row.get(config.map_keys.get("prompt", "conversations"))
@@ -149,20 +149,20 @@ class ChatMessages:
         return messages
 
 
-def _standard(row: Row, config: ActorConfig) -> Layout:
+def _standard(row: Row, config: DataConfig) -> Layout:
     implicit = row.get(config.prompt_key) is None
     return Standard(config.prompt_key, config.chosen_key, config.rejected_key, implicit=implicit)
 
 
-def _alpaca(row: Row, config: ActorConfig) -> Layout:
+def _alpaca(row: Row, config: DataConfig) -> Layout:
     return Alpaca({**ALPACA, **(config.map_keys or {})})
 
 
-def _sharegpt(row: Row, config: ActorConfig) -> Layout:
+def _sharegpt(row: Row, config: DataConfig) -> Layout:
     return ShareGpt({**ALPACA, "prompt": "conversations", **(config.map_keys or {})})
 
 
-_LAYOUTS: Mapping[str, Callable[[Row, ActorConfig], Layout]] = {
+_LAYOUTS: Mapping[str, Callable[[Row, DataConfig], Layout]] = {
     "standard": _standard,
     "messages": lambda row, config: ChatMessages(),
     "alpaca": _alpaca,

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from rlxf.config.roles import ActorConfig
-from rlxf.config.schema import RunConfig
+from rlxf.config.roles import DataConfig
 from rlxf.core.jsonl import Row, describe
 from rlxf.core.types import Pairs, RewardPairs, Sequences
 from rlxf.data.batches import Drop
@@ -18,6 +17,7 @@ from rlxf.data.fields import BadRow, common_start
 from rlxf.data.formats import Layout
 from rlxf.data.readers import Part
 from rlxf.data.source import DataSource
+from rlxf.data.table import DataSettings
 from rlxf.data.text import shorten_left
 from rlxf.data.tokenized import Content, TokenIds
 from rlxf.models.encoding import encode_chat, encode_string, with_eos
@@ -51,17 +51,29 @@ class PairIds(NamedTuple):
 
 
 class PreferenceFile(DataSource[PairRecord, PairIds, Pairs]):
-    """Preference pairs: ``global_batch_size`` per step; `RewardPairs` when the stage trains a reward model."""
+    """Preference pairs: ``global_batch_size`` per step; `RewardPairs` for a reward model.
+
+    Args:
+        settings: which rows.
+        tokenizer: the policy's.
+        part: of the rows.
+        endings: of the answers that a reward model learns to score, which is done at the last token of each side.
+    """
 
     task = "pair"
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> None:
-        self._with_margin = config.objective == "reward"
+    def __init__(
+        self,
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        part: Part = "train",
+        *,
+        endings: Endings | None = None,
+    ) -> None:
+        self._with_margin = endings is not None
         self._warned = False
-        actor = config.actor_rollout
-        # A reward model's score is trained at the last token that it is given.
-        self._endings = Endings.of(tokenizer, actor.load, tokens=actor.eos_tokens) if self._with_margin else None
-        super().__init__(config, tokenizer, part)
+        self._endings = endings
+        super().__init__(settings, tokenizer, part)
 
     def _take(self, layout: Layout, row: Row) -> PairRecord:
         return PairRecord(*layout.pair(row), _margin(row, self._config.margin_key if self._with_margin else None))
@@ -145,7 +157,7 @@ def _margin(row: Row, column: str | None) -> float:
     return margin
 
 
-def _limit(room: int, config: ActorConfig) -> str:
+def _limit(room: int, config: DataConfig) -> str:
     if room == config.max_prompt_length:
         return f"actor_rollout.max_prompt_length={config.max_prompt_length}"
     return f"what its completions leave of actor_rollout.seq_length={config.seq_length}"

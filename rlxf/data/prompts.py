@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from rlxf.config.roles import ActorConfig
-from rlxf.config.schema import RunConfig
+from rlxf.config.roles import DataConfig
 from rlxf.core.jsonl import Row
 from rlxf.core.types import PromptBatch, Tokens
 from rlxf.data.batches import Drop
@@ -17,9 +16,6 @@ from rlxf.data.formats import Layout
 from rlxf.data.source import DataSource
 from rlxf.data.text import encode_prompt, shorten_left
 from rlxf.data.tokenized import Content, TokenIds
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class PromptRecord(NamedTuple):
@@ -90,10 +86,5 @@ class PromptSource(DataSource[PromptRecord, Prompt, PromptBatch]):
         return self._tokenizer.decode(value.ids) if isinstance(value, TokenIds) else value
 
 
-def eval_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptBatch:
-    """The first ``eval.num_prompts`` prompts that fit, in file order, as one batch (fewer where there are fewer)."""
-    return PromptSource(config, tokenizer, part="valid").first(config.eval.num_prompts)
-
-
-def _limit(config: ActorConfig) -> str:
+def _limit(config: DataConfig) -> str:
     return f"actor_rollout.max_prompt_length={config.max_prompt_length}"

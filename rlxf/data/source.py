@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from rlxf.config.schema import RunConfig
 from rlxf.core.errors import DataError, ModelError
 from rlxf.core.jsonl import Row
 from rlxf.data.batches import MALFORMED, Batches, Drop
 from rlxf.data.formats import Layout, Task
 from rlxf.data.readers import Part
-from rlxf.data.table import open_table, order_of
+from rlxf.data.table import DataSettings, open_table, order_of
 from rlxf.data.text import is_chat, require_chat_template
 from rlxf.data.tokenized import Content, TokenIds
 
@@ -37,15 +36,15 @@ class DataSource(ABC, Generic[Record, Item, Batch]):
     task: ClassVar[Task]
     ends_with_eos: ClassVar[bool] = True  # strings are completed to whole texts, which end with EOS
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> None:
-        self._config = config.actor_rollout
+    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> None:
+        self._config = settings.config
         self._tokenizer = tokenizer
-        self._batch_size = config.training.global_batch_size
+        self._batch_size = settings.batch_size
         self._has_chat = self._has_strings = False
         self._refused: dict[int, str] = {}  # rows that cannot be tokenized, and why
-        self._table = open_table(config, part, self.task, self._read)
+        self._table = open_table(settings, part, self.task, self._read)
         self._require_able_tokenizer()
-        order = order_of(self._table, config, part)
+        order = order_of(self._table, settings, part)
         self._num_rows = order.num_rows
         self._try_one()
         strict = part == "train" and self._config.prompt_overflow == "error"

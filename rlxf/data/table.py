@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Generic, TypeVar
 
-from rlxf.config.roles import ActorConfig
-from rlxf.config.schema import RunConfig
+from rlxf.config.roles import DataConfig
 from rlxf.core.errors import ConfigError, DataError
 from rlxf.core.jsonl import Problems, Row
 from rlxf.data.fields import BadRow
@@ -21,6 +20,16 @@ from rlxf.data.readers import Concatenated, Part, RowFile, has_own_parts, open_r
 log = logging.getLogger(__name__)
 R = TypeVar("R")
 Read = Callable[[Layout, Row], R]  # what a stage takes from a row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSettings:
+    """Which rows a run reads, and how many a step takes of them."""
+
+    config: DataConfig  # of the rows that are trained on
+    eval_path: tuple[str, ...] | None = None  # ``eval.data_path``
+    batch_size: int  # items per step
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,7 @@ class Table(Generic[R]):
         return self._sources[bisect_right(self._starts, row) - 1]
 
 
-def open_table(config: RunConfig, part: Part, task: Task, read: Read[R]) -> Table[R]:
+def open_table(settings: DataSettings, part: Part, task: Task, read: Read[R]) -> Table[R]:
     """The rows of one part of a run's data, each read once to see that it can be.
 
     ``valid`` and ``test``: the rows of ``eval.data_path``, else the part that ``actor_rollout.split`` or the dataset
@@ -75,20 +84,20 @@ def open_table(config: RunConfig, part: Part, task: Task, read: Read[R]) -> Tabl
     Raises:
         DataError: a file cannot be read, or has more malformed rows than ``actor_rollout.max_bad_rows``.
     """
-    actor = config.actor_rollout
-    aside = part != "train" and config.eval.data_path is not None
-    paths = (config.eval.data_path if aside else actor.data_path) or ()
+    config = settings.config
+    aside = part != "train" and settings.eval_path is not None
+    paths = (settings.eval_path if aside else config.data_path) or ()
     if not paths:
         key = "actor_rollout.data_path" if part == "train" else "neither eval.data_path nor actor_rollout.data_path"
         raise ConfigError(f"{key} is {'not ' if part == 'train' else ''}set; expected a data file, such as a .jsonl")
-    problems = Problems(actor.max_bad_rows, "actor_rollout.max_bad_rows")
-    shares = (0.0, 100.0, 0.0) if aside else actor.split
+    problems = Problems(config.max_bad_rows, "actor_rollout.max_bad_rows")
+    shares = (0.0, 100.0, 0.0) if aside else config.split
     if not aside and part != "train" and not _sets_aside(paths, shares, part):
         log.warning(
             "no row is set aside for evaluation (actor_rollout.split, eval.data_path): evaluations use training rows"
         )
         part, shares = "train", (100.0, 0.0, 0.0)
-    sources = [_open_source(path, actor, part, shares, task, read, problems) for path in paths]
+    sources = [_open_source(path, config, part, shares, task, read, problems) for path in paths]
     if problems.total:
         text = "\n".join(problems.report())
         log.warning("malformed rows are left out (actor_rollout.max_bad_rows=%d):\n%s", problems.allowed, text)
@@ -99,13 +108,9 @@ def open_table(config: RunConfig, part: Part, task: Task, read: Read[R]) -> Tabl
     return Table(sources, read)
 
 
-def order_of(table: Table[R], config: RunConfig, part: Part) -> Order:
+def order_of(table: Table[R], settings: DataSettings, part: Part) -> Order:
     """Training rows shuffled together, or mixed by ``actor_rollout.data_weights``; those of other parts as they lie."""
-    weights, seed, shuffle = (
-        config.actor_rollout.data_weights,
-        config.training.seed,
-        not config.actor_rollout.no_shuffle,
-    )
+    weights, seed, shuffle = settings.config.data_weights, settings.seed, not settings.config.no_shuffle
     if part != "train" or not weights:
         return RowOrder(table.ranges, (seed,) if part == "train" and shuffle else None)
     return MixedOrder(table.ranges, weights, seed=seed, shuffle=shuffle)
@@ -118,13 +123,13 @@ def _sets_aside(paths: Sequence[str], shares: Sequence[float], part: Part) -> bo
 class _Check(Generic[R]):
     """Reads rows to see that they can be. The format is that of the first one that can; all others must have it."""
 
-    def __init__(self, actor: ActorConfig, task: Task, read: Read[R]) -> None:
+    def __init__(self, config: DataConfig, task: Task, read: Read[R]) -> None:
         self.layout: Layout | None = None
-        self._actor, self._task, self._read = actor, task, read
+        self._config, self._task, self._read = config, task, read
 
     def __call__(self, row: Row) -> str | None:
         try:
-            layout = self.layout or find_layout(row, self._actor, self._task)
+            layout = self.layout or find_layout(row, self._config, self._task)
             self._read(layout, row)
         except BadRow as error:
             return str(error)
@@ -133,20 +138,20 @@ class _Check(Generic[R]):
 
 
 def _open_source(
-    path: str, actor: ActorConfig, part: Part, shares: Sequence[float], task: Task, read: Read[R], problems: Problems
+    path: str, config: DataConfig, part: Part, shares: Sequence[float], task: Task, read: Read[R], problems: Problems
 ) -> Source:
-    check = _Check(actor, task, read)
+    check = _Check(config, task, read)
     file = open_rows(path, check, problems, part)
     if check.layout is None:
         raise DataError(f"{path}: all {len(file)} rows are malformed; the first: {file.bad[0]}")
-    _require_mapped(file, actor)
+    _require_mapped(file, config)
     rows = range(len(file)) if has_own_parts(path) else part_range(len(file), shares, part)
     columns = tuple(name for name in file.columns if name not in check.layout.prompt_columns)
     return Source(file, check.layout, rows, columns)
 
 
-def _require_mapped(file: RowFile, actor: ActorConfig) -> None:
-    for name, column in (actor.map_keys or {}).items():
+def _require_mapped(file: RowFile, config: DataConfig) -> None:
+    for name, column in (config.map_keys or {}).items():
         if column and name in ("query", "history", "system") and column not in file.columns:
             has = ", ".join(file.columns)
             raise DataError(f"{file.path}: actor_rollout.map_keys.{name} = {column!r}: no such column; it has: {has}")

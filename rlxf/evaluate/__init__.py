@@ -2,8 +2,16 @@
 
 from rlxf.evaluate.due import no_evaluation
 from rlxf.evaluate.offline import OfflineEvaluation
-from rlxf.evaluate.online import Evaluation, Rooms
+from rlxf.evaluate.online import Evaluation, EvaluationSettings, Rooms
 from rlxf.evaluate.only import evaluate_only
 from rlxf.evaluate.user import load_metrics
 
-__all__ = ["Evaluation", "OfflineEvaluation", "Rooms", "evaluate_only", "load_metrics", "no_evaluation"]
+__all__ = [
+    "Evaluation",
+    "EvaluationSettings",
+    "OfflineEvaluation",
+    "Rooms",
+    "evaluate_only",
+    "load_metrics",
+    "no_evaluation",
+]

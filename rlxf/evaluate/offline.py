@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rlxf.algorithms import ALGORITHMS
-from rlxf.config.schema import RunConfig
+from rlxf.config.schema import TrainingConfig
 from rlxf.core.types import Examples, Metrics, Pairs, ReferencedPairs, RewardPairs
 from rlxf.evaluate.due import is_due
 from rlxf.loop.run import Reference
@@ -33,18 +33,20 @@ class OfflineEvaluation:
     """``eval/*`` every ``training.eval_interval`` steps, before the first and after the last one.
 
     Args:
-        config: the whole recipe.
+        config: when it evaluates.
         batches: what is held out, the same in every evaluation.
         actor: the model that is trained.
         reference: gives DPO's pairs their reference log-probs; the other stages do not ask it.
     """
 
-    def __init__(self, config: RunConfig, batches: Sequence[Batch], actor: Evaluates, reference: Reference) -> None:
-        self._training = config.training
+    def __init__(
+        self, config: TrainingConfig, batches: Sequence[Batch], actor: Evaluates, reference: Reference
+    ) -> None:
+        self._training = config
         self._batches = batches
         self._actor = actor
         self._reference = reference
-        self._algorithm = ALGORITHMS[config.training.stage]
+        self._algorithm = ALGORITHMS[config.stage]
 
     def __call__(self, step: int) -> Metrics:
         """The actor's own metrics over all batches, with ``eval/`` before their names; empty if none are due.

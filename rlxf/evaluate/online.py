@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlxf.config.schema import RunConfig
+from rlxf.config.schema import EvalConfig, TrainingConfig
 from rlxf.core.types import Metrics, PromptBatch, ScoredRollouts, Sequences
 from rlxf.evaluate.answers import Scores, mean, measured, standard_error, wins
 from rlxf.evaluate.due import is_due
@@ -38,6 +38,17 @@ class Rooms:
     reference: Reference
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSettings:
+    """When and how an evaluation samples."""
+
+    config: EvalConfig
+    training: TrainingConfig  # when it is due, and the run's seed
+    max_new_tokens: int
+    missing_eos_penalty: float  # subtracted from the score of a completion without EOS
+    eos_ids: tuple[int, ...]  # what ends a completion
+
+
 @dataclass(frozen=True, slots=True)
 class Samples:
     """One completion per evaluation prompt, as the rooms have it."""
@@ -59,19 +70,18 @@ class Evaluation:
 
     def __init__(
         self,
-        config: RunConfig,
+        settings: EvaluationSettings,
         prompts: PromptBatch,
         rooms: Rooms,
         *,
         tokenizer: PreTrainedTokenizerBase,
-        eos_ids: tuple[int, ...],
     ) -> None:
-        self._config = config
+        self._settings = settings
+        self._config, self._training = settings.config, settings.training
         self._prompts = prompts
         self._rooms = rooms
         self._tokenizer = tokenizer
-        self._eos_ids = eos_ids
-        self._user_metrics = load_metrics(config.eval.metrics) if config.eval.metrics else None
+        self._user_metrics = load_metrics(settings.config.metrics) if settings.config.metrics else None
         self._baseline: Scores | None = None  # the initial policy's
         self._initial_texts: list[str] = []  # and what it said
         self._previous: Scores | None = None  # the last evaluation's; at first the initial policy's
@@ -92,7 +102,7 @@ class Evaluation:
             self._start(self._greedy(0))
             return
         self._baseline, self._initial_texts = Scores.read(found), found["texts"]
-        if self._config.eval.greedy and self._baseline.greedy is None:
+        if self._config.greedy and self._baseline.greedy is None:
             log.warning("the checkpoint has no greedy answers: the initial policy answers again")
             push_initial()
             self._baseline = Scores(self._baseline.sampled, _scores(self._greedy(0)))
@@ -115,9 +125,9 @@ class Evaluation:
 
         ``training.eval_only`` leaves out the win rates of the policy against itself.
         """
-        if not is_due(self._config.training, step):
+        if not is_due(self._training, step):
             return {}
-        alone = self._config.training.eval_only
+        alone = self._training.eval_only
         greedy = self._greedy(step)
         others = {"win_rate": self._baseline}  # None: this is the initial policy
         if self._baseline is None and (not alone or self._user_metrics is not None):
@@ -144,22 +154,22 @@ class Evaluation:
         self._initial_texts = samples.texts
 
     def _greedy(self, step: int) -> Samples | None:
-        return self._sample("greedy", step) if self._config.eval.greedy else None
+        return self._sample("greedy", step) if self._config.greedy else None
 
     def _sample(self, purpose: Purpose, step: int) -> Samples:
-        config = self._config
+        settings = self._settings
         sampling = Sampling(
             num_samples=1,
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=settings.max_new_tokens,
             temperature=0.0 if purpose == "greedy" else 1.0,
-            seed=config.training.seed,
+            seed=self._training.seed,
             purpose=purpose,
             step=step,
         )
         rollouts = self._rooms.rollout.generate(self._prompts, sampling)
-        penalty = config.actor_rollout.missing_eos_penalty
+        penalty = settings.missing_eos_penalty
         raw_scores = self._rooms.scorer.score(rollouts)
-        scored = with_scores(rollouts, raw_scores, eos_ids=self._eos_ids, missing_eos_penalty=penalty)
+        scored = with_scores(rollouts, raw_scores, eos_ids=settings.eos_ids, missing_eos_penalty=penalty)
         texts = self._tokenizer.batch_decode(rollouts.sequences.completion_rows(), skip_special_tokens=True)
         return Samples(scored, texts)
 
@@ -173,7 +183,7 @@ class Evaluation:
     def _from_user(self, texts: list[str], initial_texts: list[str]) -> Metrics:
         if self._user_metrics is None:
             return {}
-        path = str(self._config.eval.metrics)
+        path = str(self._config.metrics)
         return call_metrics(self._user_metrics, path, list(self._prompts.texts), texts, initial_texts)
 
 

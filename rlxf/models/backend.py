@@ -6,12 +6,14 @@ Rooms come through here, so that megatron-core is imported only in processes tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from rlxf.config.schema import RunConfig
+from rlxf.config.roles import LoraConfig, RoleConfig
+from rlxf.config.schema import ModelConfig
 from rlxf.core.errors import ConfigError
 from rlxf.core.types import PairLogps, Pairs, Sequences
 from rlxf.models.batching import Limits, my_batches, pair_units, prompt_units
@@ -25,41 +27,49 @@ if TYPE_CHECKING:
 RoleName = Literal["actor_rollout", "ref", "reward"]
 
 
-def load_model(config: RunConfig, role: RoleName, platform: Platform, process: Process) -> MegatronModel:
-    """This rank's share of the model that ``role`` loads.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadSettings:
+    """What is to be known of a model besides its role's section."""
+
+    role: RoleName  # the name of that section, for messages
+    shape: ModelConfig | None  # what the recipe says of the folder; None: the recipe has no such model
+    seed: int
+    timeout_s: int  # longest time that one collective call may take
+    trust_remote_code: bool = False
+    reward: bool = False  # it has a score head
+    new_head: bool = False  # a folder without one gets a random one
+    recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in backward
+    lora: LoraConfig | None = None  # None: no adapters
+
+
+def load_model(config: RoleConfig, settings: LoadSettings, platform: Platform, process: Process) -> MegatronModel:
+    """This rank's share of the model that a role loads.
 
     Raises:
         ModelError: the folder does not hold such a model. ConfigError: it differs from the recipe's model section.
     """
-    section = getattr(config, role)
-    if section.load is None or not section.model:
+    role, seed = settings.role, settings.seed
+    if config.load is None or settings.shape is None:
         raise ConfigError(f"{role}.load and {role}.model: expected a model folder and the name of its shape, got none")
-    layout = init_parallel(
-        platform,
-        process,
-        sizes=ParallelSizes.of(section),
-        seed=config.training.seed,
-        timeout_s=config.training.stage_timeout_s,
-    )
+    layout = init_parallel(platform, process, sizes=ParallelSizes.of(config), seed=seed, timeout_s=settings.timeout_s)
     from rlxf.models.megatron.hf_config import check_shape
     from rlxf.models.megatron.model import MegatronModel
 
-    trained_as_reward = role == "actor_rollout" and config.objective == "reward"
     model = MegatronModel(
-        section.load,
+        config.load,
         platform=platform,
         layout=layout,
-        dtype=getattr(torch, section.dtype),
-        reward=role == "reward" or trained_as_reward,
-        new_head=config.training.seed if trained_as_reward else None,
-        recompute=config.actor_rollout.recompute_granularity if role == "actor_rollout" else "none",
-        trust_remote_code=config.training.trust_remote_code,
+        dtype=getattr(torch, config.dtype),
+        reward=settings.reward,
+        new_head=seed if settings.new_head else None,
+        recompute=settings.recompute,
+        trust_remote_code=settings.trust_remote_code,
     )
-    check_shape(config.model[section.model], model.hf_config, role=role, name=section.model)
-    if role == "actor_rollout" and config.actor_rollout.lora_r:
+    check_shape(settings.shape, model.hf_config, role=role, name=config.model)
+    if settings.lora is not None and settings.lora.lora_r:
         from rlxf.models.megatron.adapters import add_adapters
 
-        add_adapters(model, config.actor_rollout, seed=config.training.seed)
+        add_adapters(model, settings.lora, seed=seed)
     return model
 
 

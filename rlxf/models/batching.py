@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlxf.config.roles import RoleConfig
+from rlxf.config.roles import MicroBatchConfig
 from rlxf.core.types import Sequences
 
 
@@ -25,12 +25,13 @@ class Limits:
     fixed_length: bool = False  # fill every pass up to the token budget with padding
 
     @classmethod
-    def of(cls, role: RoleConfig) -> Limits:
+    def of(cls, config: MicroBatchConfig, *, fixed_length: bool = False) -> Limits:
+        """What a role's section says; ``fixed_length``: its pipeline passes need tensors of one size."""
         return cls(
-            num_sequences=2 * role.micro_batch_size,
-            num_tokens=role.max_tokens_per_micro_batch,
-            share_prompts=role.share_prompts,
-            fixed_length=role.virtual_pipeline_model_parallel_size > 1,
+            num_sequences=2 * config.micro_batch_size,
+            num_tokens=config.max_tokens_per_micro_batch,
+            share_prompts=config.share_prompts,
+            fixed_length=fixed_length,
         )
 
     @property

@@ -11,14 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
-from rlxf.config.schema import RunConfig
+from rlxf.config.schema import LogConfig, TrainingConfig
 from rlxf.config.stages import STAGES
 from rlxf.core.files import file_sizes, write_json
 from rlxf.core.jsonl import finite_or_null
 from rlxf.core.types import Metrics
 from rlxf.observe.console import Progressbar, duration, final_table
 from rlxf.observe.sinks import JsonlSink, Sink, TensorBoardSink
-from rlxf.observe.trackers import TrackerSink
+from rlxf.observe.trackers import Recipe, TrackerSink
 
 # Rows of the final table. Read together, because each of them alone can look good in a run that has gone wrong.
 EVAL_ROWS = (
@@ -71,30 +71,47 @@ class Reported:
 NOTHING_REPORTED = Reported(step=0, final_step=0)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportSettings:
+    """What a report must know of its run."""
+
+    training: TrainingConfig
+    log: LogConfig
+    has_penalty: bool  # completions without EOS lose some of their score
+    recipe: Recipe  # for trackers
+
+
 class RunReport:
     """Everything that a run prints and writes about itself."""
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, sinks: Sequence[Sink], console: Console, earlier: Reported | None = None
+        self,
+        settings: ReportSettings,
+        run_dir: Path,
+        sinks: Sequence[Sink],
+        console: Console,
+        earlier: Reported | None = None,
     ) -> None:
+        training = settings.training
         after = earlier.final_step if earlier else None
         earlier = earlier or NOTHING_REPORTED
         self._run_dir = run_dir
         self._sinks = sinks
-        if config.training.eval_only:
+        if training.eval_only:
             after = sys.maxsize  # another evaluation of a run that may be longer: nothing is cut
-        evaluates = config.training.eval_interval > 0 or config.training.eval_only
+        evaluates = training.eval_interval > 0 or training.eval_only
         self._evaluations = JsonlSink(run_dir / "eval.jsonl", after=after) if evaluates else None
         self._console = console
-        self._only = config.training.eval_only
-        self._title = STAGES[config.training.stage].title
-        self._product = "reward model" if config.objective == "reward" else "policy"
-        self._online = not config.offline
-        self._unshown = {*_UNSHOWN, *(() if config.actor_rollout.missing_eos_penalty else _BEFORE_PENALTY)}
-        self._num_steps = config.training.train_iters
-        self._bar = Progressbar(console, earlier.step, self._num_steps, config.log.interval)
+        stage = STAGES[training.stage]
+        self._only = training.eval_only
+        self._title = stage.title
+        self._product = "reward model" if stage.objective == "reward" else "policy"
+        self._online = stage.online
+        self._unshown = {*_UNSHOWN, *(() if settings.has_penalty else _BEFORE_PENALTY)}
+        self._num_steps = training.train_iters
+        self._bar = Progressbar(console, earlier.step, self._num_steps, settings.log.interval)
         self._started = time.monotonic()
-        self._seconds_before = 0.0 if config.training.eval_only else earlier.seconds
+        self._seconds_before = 0.0 if training.eval_only else earlier.seconds
         self._step = earlier.step
         self._start: Metrics = dict(earlier.start)  # the first evaluation and the first step
         self._end: Metrics = dict(earlier.end)  # the newest ones
@@ -186,19 +203,21 @@ class RunReport:
             self._evaluations.write(step, evaluation)
 
 
-def make_report(config: RunConfig, run_dir: Path, console: Console, earlier: Reported | None = None) -> RunReport:
+def make_report(
+    settings: ReportSettings, run_dir: Path, console: Console, earlier: Reported | None = None
+) -> RunReport:
     """The report that a recipe asks for; a resumed run goes on after the step of its checkpoint, in files and trackers.
 
     Raises:
         ConfigError: a tracker could not be started.
     """
     after = earlier.final_step if earlier else None
-    logs, trains = config.log, not config.training.eval_only
+    logs, trains = settings.log, not settings.training.eval_only
     sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", after=after)] if trains else []
     if logs.tensorboard or "tensorboard" in logs.report_to:
         sinks.append(TensorBoardSink(run_dir / "tensorboard", after=after if trains else None))
     ids = earlier.trackers if earlier and trains else {}  # an evaluation alone is a run of its own
     for name in dict.fromkeys(logs.report_to):
         if name != "tensorboard":
-            sinks.append(TrackerSink(name, config, run_dir, ids.get(name)))
-    return RunReport(config, run_dir, sinks, console, earlier)
+            sinks.append(TrackerSink(name, logs, settings.recipe, run_dir, ids.get(name)))
+    return RunReport(settings, run_dir, sinks, console, earlier)

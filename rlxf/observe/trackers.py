@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlxf.config.kinds import Tracker
-from rlxf.config.schema import RunConfig
+from rlxf.config.schema import LogConfig
 from rlxf.core.errors import ConfigError, RlxfError
 from rlxf.core.types import Metrics
 
 log = logging.getLogger(__name__)
 
 FINISH_TIMEOUT_S = 600  # longest wait for an upload when a run ends
+Recipe = dict[str, Any]  # as plain data: what ``config.yaml`` of a run folder holds
 _MLFLOW_BATCH = 100  # parameters that MLflow takes in one request
 
 
@@ -45,14 +46,16 @@ class TrackerSink:
         ConfigError: the tracker could not be started.
     """
 
-    def __init__(self, name: Tracker, config: RunConfig, run_dir: Path, run_id: str | None = None) -> None:
-        """``run_id``: of the tracker's run that a resumed run goes on in."""
+    def __init__(
+        self, name: Tracker, log_config: LogConfig, recipe: Recipe, run_dir: Path, run_id: str | None = None
+    ) -> None:
+        """``recipe``: as the tracker shows it. ``run_id``: of the tracker's run that a resumed run goes on in."""
         self.name = name
         self._failures = 0
         self._closed = False
         try:
             with _signals_kept():
-                self._run = _START[name](config, run_dir, run_id)
+                self._run = _START[name](log_config, recipe, run_dir, run_id)
         except RlxfError:
             raise  # a stop that the user asked for
         except Exception as error:
@@ -106,14 +109,14 @@ def _signals_kept() -> Iterator[None]:
 class WandbRun:
     """``wandb``; with ``WANDB_MODE=offline`` nothing is sent, and ``wandb sync`` sends it later."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, run_id: str | None) -> None:
+    def __init__(self, config: LogConfig, recipe: Recipe, run_dir: Path, run_id: str | None) -> None:
         import wandb
 
         self._run = wandb.init(
-            project=config.log.project,
-            name=config.log.run_name or run_dir.name,
+            project=config.project,
+            name=config.run_name or run_dir.name,
             dir=str(run_dir),
-            config=config.dump(),
+            config=recipe,
             id=run_id,
             resume="allow" if run_id else None,
             settings=wandb.Settings(console="off", quiet=True, finish_timeout=FINISH_TIMEOUT_S),
@@ -130,24 +133,24 @@ class WandbRun:
 class MlflowRun:
     """MLflow at ``MLFLOW_TRACKING_URI``; unset: files in ``mlruns`` of the run folder."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, run_id: str | None) -> None:
+    def __init__(self, config: LogConfig, recipe: Recipe, run_dir: Path, run_id: str | None) -> None:
         # MLflow 3 refuses its file store unless this is set; the light package has no other store of its own.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or (run_dir / "mlruns").absolute().as_uri()
         self._client = MlflowClient(tracking_uri=uri)
-        self.id = self._go_on(run_id) if run_id else self._start(config, run_dir)
+        self.id = self._go_on(run_id) if run_id else self._start(config, recipe, run_dir)
 
-    def _start(self, config: RunConfig, run_dir: Path) -> str:
+    def _start(self, config: LogConfig, recipe: Recipe, run_dir: Path) -> str:
         from mlflow.entities import Param
 
-        project = config.log.project
+        project = config.project
         found = self._client.get_experiment_by_name(project)
         experiment = found.experiment_id if found else self._client.create_experiment(project)
-        run = self._client.create_run(experiment, run_name=config.log.run_name or run_dir.name)
+        run = self._client.create_run(experiment, run_name=config.run_name or run_dir.name)
         run_id = str(run.info.run_id)
-        parameters = [Param(key, str(value)) for key, value in _flat(config.dump())]
+        parameters = [Param(key, str(value)) for key, value in _flat(recipe)]
         for start in range(0, len(parameters), _MLFLOW_BATCH):
             self._client.log_batch(run_id, params=parameters[start : start + _MLFLOW_BATCH])
         return run_id
@@ -169,14 +172,14 @@ class MlflowRun:
 class SwanlabRun:
     """``swanlab``; with ``SWANLAB_MODE=offline`` nothing is sent, and ``swanlab sync`` sends it later."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, run_id: str | None) -> None:
+    def __init__(self, config: LogConfig, recipe: Recipe, run_dir: Path, run_id: str | None) -> None:
         import swanlab
 
         self._run = swanlab.init(
-            project=config.log.project,
-            name=config.log.run_name or run_dir.name,
+            project=config.project,
+            name=config.run_name or run_dir.name,
             log_dir=str(run_dir / "swanlab"),
-            config=config.dump(),
+            config=recipe,
             mode=os.environ.get("SWANLAB_MODE"),
             id=run_id,
             resume="allow" if run_id else None,
@@ -191,7 +194,7 @@ class SwanlabRun:
         self._run.finish(state="success" if complete else "aborted")
 
 
-_START: dict[str, Callable[[RunConfig, Path, str | None], TrackerRun]] = {
+_START: dict[str, Callable[[LogConfig, Recipe, Path, str | None], TrackerRun]] = {
     "wandb": WandbRun,
     "mlflow": MlflowRun,
     "swanlab": SwanlabRun,

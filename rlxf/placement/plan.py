@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rlxf.config.placement import GroupPlan, Plan, RolePlan, make_plan, resource_name
-from rlxf.config.schema import RunConfig
+from rlxf.config.schema import ResourcePoolConfig
 
 __all__ = ["GroupPlan", "NodeResources", "Plan", "RolePlan", "assign", "crowded", "fit", "make_plan", "resource_name"]
 
@@ -87,7 +87,7 @@ def _advice(plan: Plan, total: int, free: int) -> str:
     return "  enough in all, but an entry of a pool must fit on one node; split it, such as [4, 4] for [8]"
 
 
-def crowded(config: RunConfig, plan: Plan, cores: int) -> str | None:
+def crowded(pools: ResourcePoolConfig, plan: Plan, cores: int) -> str | None:
     """Why this machine's CPUs should not run all of a plan's processes; None when they are few enough.
 
     For a Ray that the run starts by itself on CPUs, where devices are only numbers and any count could be made up. A
@@ -103,7 +103,7 @@ def crowded(config: RunConfig, plan: Plan, cores: int) -> str | None:
     largest = max(counts, key=lambda name: counts[name])
     asked = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     return (
-        f"resource_pool.{largest} = {list(getattr(config.resource_pool, largest))}: the recipe asks for {total} worker "
+        f"resource_pool.{largest} = {list(getattr(pools, largest))}: the recipe asks for {total} worker "
         f"processes ({asked}); this machine has {cores} cores and no accelerator: expected at most {most} processes, "
         f"{PROCESSES_PER_CORE} a core. Make the pool smaller, for example "
         f"resource_pool.{largest}={2 if largest == 'actor_rollout' else 1}, or start a Ray cluster of more machines "

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
-from rlxf.config.schema import RunConfig
 from rlxf.core.types import PairLogps, Pairs, Sequences
-from rlxf.models.backend import load_model, pair_logps, token_logps
+from rlxf.models.backend import pair_logps, token_logps
 from rlxf.models.batching import Limits
 from rlxf.models.hf_folder import HfWeights, save_hf_folder
-from rlxf.platform.base import Platform, Process
 from rlxf.sync.plan import Bucket
 
 if TYPE_CHECKING:
+    from rlxf.models.megatron.model import MegatronModel
     from rlxf.models.megatron.moving import MovingWeights
 
 log = logging.getLogger(__name__)
@@ -27,15 +26,17 @@ log = logging.getLogger(__name__)
 class FrozenReference:
     """One rank of the reference. Every rank of the role is called with the same arguments.
 
-    Raises:
-        ModelError: ``ref.load`` does not hold a causal language model.
+    Args:
+        model: this rank's share of it.
+        limits: of one forward pass.
+        moves: whether the run moves it.
     """
 
-    def __init__(self, config: RunConfig, platform: Platform, process: Process) -> None:
-        self.model = load_model(config, "ref", platform, process)
+    def __init__(self, model: MegatronModel, limits: Limits, *, moves: bool = False) -> None:
+        self.model = model
         self.model.requires_grad_(False)
-        self._limits = Limits.of(config.ref)
-        if config.ref.ref_update_interval:
+        self._limits = limits
+        if moves:
             _ = self._moving  # its memory is taken now, not after hours
 
     @cached_property

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rlxf.config.schema import RunConfig
 from rlxf.platform.base import Platform
-from rlxf.rollout.engine import RolloutEngine
+from rlxf.rollout.engine import EngineSettings, RolloutEngine
 from rlxf.rollout.hf import HfEngine
 from rlxf.rollout.vllm import VllmEngine
 
 __all__ = ["ENGINES", "HfEngine", "VllmEngine"]
 
-ENGINES: dict[str, Callable[[RunConfig, Platform], RolloutEngine]] = {"vllm": VllmEngine, "hf": HfEngine}
+ENGINES: dict[str, Callable[[EngineSettings, Platform], RolloutEngine]] = {"vllm": VllmEngine, "hf": HfEngine}

@@ -5,15 +5,33 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from rlxf.config.schema import RolloutConfig
 from rlxf.core.errors import SyncError
 from rlxf.core.types import PromptBatch, Rollouts, Sequences, Tokens
 from rlxf.sync.plan import Bucket
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """What an engine is started with."""
+
+    model: str  # folder; of a megatron checkpoint it has config and tokenizer only, and the first push brings weights
+    tokenizer: str  # folder
+    dtype: Literal["float32", "bfloat16", "float16"]
+    max_length: int  # prompt + completion, tokens
+    eos_tokens: tuple[str, ...] | None = None  # that end a completion besides the model's own
+    prompts_per_call: int | None = None  # None: all at once
+    num_devices: int = 1  # that share the model
+    colocated: bool = False  # other roles use the same devices
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    trust_remote_code: bool = False
+
 
 Purpose = Literal["train", "eval", "greedy", "initial"]
 """What completions are for: training, an evaluation's samples and greedy answers, the initial policy's baseline."""

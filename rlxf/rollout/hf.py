@@ -9,15 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlxf.config.schema import RunConfig
-from rlxf.core.errors import ConfigError, SyncError
+from rlxf.core.errors import SyncError
 from rlxf.core.model_folder import megatron_checkpoint
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.megatron.families import family_of
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform.base import Platform
-from rlxf.rollout.engine import Completion, ProbeResult, Sampling, WeightState, pack_rollouts, sample_requests
+from rlxf.rollout.engine import (
+    Completion,
+    EngineSettings,
+    ProbeResult,
+    Sampling,
+    WeightState,
+    pack_rollouts,
+    sample_requests,
+)
 from rlxf.rollout.hf_decoder import Decoder
 from rlxf.sync.plan import Bucket
 
@@ -25,25 +32,21 @@ from rlxf.sync.plan import Bucket
 class HfEngine:
     """One model in this process. A row's randomness is its own, so its completion does not depend on the batch."""
 
-    def __init__(self, config: RunConfig, platform: Platform) -> None:
-        actor = config.actor_rollout
-        if actor.load is None:
-            raise ConfigError("actor_rollout.load is not set; rollout.engine=hf needs a Hugging Face model folder")
-        trust = config.training.trust_remote_code
+    def __init__(self, settings: EngineSettings, platform: Platform) -> None:
+        folder, trust = settings.model, settings.trust_remote_code
         # A clear error for a wrong folder, before transformers' own, and for a model that the decoder does not compute.
-        family_of(load_hf_config(actor.load, trust_remote_code=trust), actor.load)
+        family_of(load_hf_config(folder, trust_remote_code=trust), folder)
         self._device = platform.set_device(0)
-        dtype = actor.dtype
-        model = _load_model(actor.load, dtype, trust).to(self._device)
+        model = _load_model(folder, settings.dtype, trust).to(self._device)
         self._decoder = Decoder(model, platform.linear)
         self._platform = platform
-        tokenizer = load_tokenizer(actor.tokenizer_name_or_path or actor.load, trust_remote_code=trust)
-        self._eos_ids = eos_token_ids(actor.load, tokenizer, actor.eos_tokens)
-        self._prompts_per_call = actor.num_samples_per_step
+        tokenizer = load_tokenizer(settings.tokenizer, trust_remote_code=trust)
+        self._eos_ids = eos_token_ids(folder, tokenizer, settings.eos_tokens)
+        self._prompts_per_call = settings.prompts_per_call
         self._parameters = dict(model.named_parameters())  # a tied head is in it once, as the embedding
         self._missing: set[str] = set()
         self._state = WeightState()
-        if megatron_checkpoint(Path(actor.load)) is not None:
+        if megatron_checkpoint(Path(folder)) is not None:
             self._state.begin()  # the first push brings the weights
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, SyncError
 from rlxf.core.types import PromptBatch, Rollouts, Sequences, Tokens
-from rlxf.models.tokenizer import load_tokenizer
 from rlxf.observe.record import RecordedRollouts
 from rlxf.rollout.engine import ProbeResult, Sampling
 from rlxf.sync.plan import Bucket
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplaySettings:
+    """What a recording must hold."""
+
+    path: Path
+    batch_size: int  # prompts per step
+    num_steps: int  # of the run
+    seq_length: int  # longest row, tokens
+    vocab_size: int | None = None  # the model's; None: not known
 
 
 class ReplayEngine:
@@ -28,20 +38,16 @@ class ReplayEngine:
     weights: an update is accepted and changes nothing, and a probe is refused.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        path, training = config.rollout.replay_path, config.training
-        if path is None:
-            raise ConfigError("rollout.replay_path is not set; rollout.engine=replay trains on a rollouts.jsonl")
-        actor = config.actor_rollout
-        vocab_size = config.model[actor.model].vocab_size if actor.model in config.model else None
-        self._rows = RecordedRollouts(path, vocab_size=vocab_size, seq_length=actor.seq_length)
-        self._config = config
-        self._batch_size = training.global_batch_size
+    def __init__(self, settings: ReplaySettings, tokenizer: PreTrainedTokenizerBase) -> None:
+        path, steps = settings.path, settings.num_steps
+        self._rows = RecordedRollouts(path, vocab_size=settings.vocab_size, seq_length=settings.seq_length)
+        self._tokenizer = tokenizer
+        self._batch_size = settings.batch_size
         possible = len(self._rows) // self._batch_size
-        if possible < training.train_iters:
+        if possible < steps:
             raise ConfigError(
                 f"rollout.replay_path={path}: holds {len(self._rows)} prompts, enough for {possible} steps of "
-                f"training.global_batch_size={self._batch_size}, but training.train_iters={training.train_iters}; "
+                f"training.global_batch_size={self._batch_size}, but training.train_iters={steps}; "
                 f"set training.train_iters={possible} or record more"
             )
 
@@ -113,13 +119,3 @@ class ReplayEngine:
 
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
         raise SyncError("rollout.engine=replay has no weights to probe; set sync.verify_first=0")
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        actor = self._config.actor_rollout
-        folder = actor.tokenizer_name_or_path or actor.load
-        if folder is None:
-            raise ConfigError(
-                "actor_rollout.load is not set; it names the tokenizer that writes recorded prompts as text"
-            )
-        return load_tokenizer(folder, trust_remote_code=self._config.training.trust_remote_code)

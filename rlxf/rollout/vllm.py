@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, RlxfError, SyncError
 from rlxf.core.model_folder import assets_folder, megatron_checkpoint
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
@@ -18,7 +17,15 @@ from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform.base import Platform
 from rlxf.platform.environment import is_needed
-from rlxf.rollout.engine import Completion, ProbeResult, Sampling, WeightState, pack_rollouts, sample_requests
+from rlxf.rollout.engine import (
+    Completion,
+    EngineSettings,
+    ProbeResult,
+    Sampling,
+    WeightState,
+    pack_rollouts,
+    sample_requests,
+)
 from rlxf.sync.plan import Bucket
 
 _WORKER_EXTENSION = "rlxf.rollout.vllm_worker.WeightLoader"
@@ -31,22 +38,19 @@ class VllmEngine:
     On a CPU nothing else may compute in the process: vLLM rebinds its threads and memory.
     """
 
-    def __init__(self, config: RunConfig, platform: Platform) -> None:
-        actor = config.actor_rollout
-        if actor.load is None:
-            raise ConfigError("actor_rollout.load is not set; rollout.engine=vllm needs a Hugging Face model folder")
+    def __init__(self, settings: EngineSettings, platform: Platform) -> None:
+        folder, trust = settings.model, settings.trust_remote_code
         threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
-        prepare_environment(platform.rollout_environment(threads, config.rollout.cpu_kv_cache_gib))
-        trust = config.training.trust_remote_code
-        positions = load_hf_config(actor.load, trust_remote_code=trust).get_text_config().max_position_embeddings
-        tokenizer = load_tokenizer(actor.tokenizer_name_or_path or actor.load, trust_remote_code=trust)
-        self._eos_ids = eos_token_ids(actor.load, tokenizer, actor.eos_tokens)
-        self._prompts_per_call = actor.num_samples_per_step
+        prepare_environment(platform.rollout_environment(threads, settings.rollout.cpu_kv_cache_gib))
+        positions = load_hf_config(folder, trust_remote_code=trust).get_text_config().max_position_embeddings
+        tokenizer = load_tokenizer(settings.tokenizer, trust_remote_code=trust)
+        self._eos_ids = eos_token_ids(folder, tokenizer, settings.eos_tokens)
+        self._prompts_per_call = settings.prompts_per_call
         self._state = WeightState()
-        if megatron_checkpoint(Path(actor.load)) is not None:
+        if megatron_checkpoint(Path(folder)) is not None:
             self._state.begin()  # the first push brings the weights
         probe_length = _BLOCKS_FOR_PROBE * platform.kv_block_size
-        self._llm = _start(config, platform, max_model_len=min(positions, max(actor.seq_length, probe_length)))
+        self._llm = _start(settings, platform, max_model_len=min(positions, max(settings.max_length, probe_length)))
         _check_block_size(self._llm, platform.kv_block_size)
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
@@ -124,7 +128,7 @@ def prepare_environment(expected: Mapping[str, str]) -> None:
             raise ConfigError(f"environment variable {name}={found}: this recipe needs {value}; unset it")
 
 
-def _start(config: RunConfig, platform: Platform, *, max_model_len: int) -> Any:
+def _start(settings: EngineSettings, platform: Platform, *, max_model_len: int) -> Any:
     try:
         from vllm import LLM
     except ImportError as error:
@@ -132,27 +136,24 @@ def _start(config: RunConfig, platform: Platform, *, max_model_len: int) -> Any:
             f"rollout.engine=vllm: vLLM cannot be imported ({error}); install the {platform.name} extra, "
             "or set rollout.engine=hf"
         ) from error
-    actor = config.actor_rollout
-    ranks = actor.inference_tensor_model_parallel_size
+    folder, ranks = Path(settings.model), settings.num_devices
     return LLM(
-        str(assets_folder(Path(str(actor.load)))),
+        str(assets_folder(folder)),
         skip_tokenizer_init=True,
-        load_format="auto"
-        if megatron_checkpoint(Path(str(actor.load))) is None
-        else "dummy",  # the first push fills it
-        trust_remote_code=config.training.trust_remote_code,
-        dtype=actor.dtype,
+        load_format="auto" if megatron_checkpoint(folder) is None else "dummy",  # the first push fills it
+        trust_remote_code=settings.trust_remote_code,
+        dtype=settings.dtype,
         tensor_parallel_size=ranks,
         distributed_executor_backend="mp" if ranks > 1 else "uni",
         max_model_len=max_model_len,
-        max_num_seqs=config.rollout.max_num_seqs,
-        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        max_num_seqs=settings.rollout.max_num_seqs,
+        gpu_memory_utilization=settings.rollout.gpu_memory_utilization,
         enable_prefix_caching=True,
         logprobs_mode="raw_logprobs",
         generation_config="vllm",  # the folder's sampling defaults must not mix in
         worker_extension_cls=_WORKER_EXTENSION,
         use_tqdm_on_load=False,
-        **platform.vllm_arguments(colocated="infer" in config.resource_pool.colocate),
+        **platform.vllm_arguments(colocated=settings.colocated),
     )
 
 

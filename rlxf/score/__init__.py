@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from rlxf.config.kinds import ScorerName
 from rlxf.score.scorer import Scorer, ScorerParts
 
-if TYPE_CHECKING:
-    from rlxf.config.schema import RunConfig
-
-__all__ = ["SCORERS", "Scorer", "ScorerParts", "scorer_of"]
+__all__ = ["SCORERS", "Scorer", "ScorerParts"]
 
 # A scorer's imports are inside its function: a process imports only what it holds.
 
@@ -19,19 +16,19 @@ __all__ = ["SCORERS", "Scorer", "ScorerParts", "scorer_of"]
 def _model(parts: ScorerParts) -> Scorer:
     from rlxf.score.reward_model import RewardModelScorer
 
-    return RewardModelScorer(parts.config, parts.platform, parts.process)
+    return RewardModelScorer(parts.load_model(), parts.config, parts.limits, parts.load_tokenizer(), parts.policy())
 
 
 def _function(parts: ScorerParts) -> Scorer:
     from rlxf.score.functions import FunctionScorer
 
-    return FunctionScorer(parts.config, parts.tokenizer())
+    return FunctionScorer(Path(str(parts.config.function)), parts.policy().tokenizer)
 
 
 def _recorded(parts: ScorerParts) -> Scorer:
     from rlxf.score.recorded import RecordedScorer
 
-    return RecordedScorer(str(parts.config.rollout.replay_path))
+    return RecordedScorer(str(parts.recording))
 
 
 SCORERS: dict[ScorerName, Callable[[ScorerParts], Scorer]] = {
@@ -39,8 +36,3 @@ SCORERS: dict[ScorerName, Callable[[ScorerParts], Scorer]] = {
     "function": _function,
     "recorded": _recorded,
 }
-
-
-def scorer_of(config: RunConfig) -> ScorerName:
-    """What a recipe's completions are scored by: what its ``reward`` section holds, unless a replay holds scores."""
-    return "recorded" if config.replays_scores else config.reward.kind

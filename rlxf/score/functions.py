@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, RlxfError, ScoreError
 from rlxf.core.types import Rollouts, Text
 from rlxf.core.user_file import describe, load_function
@@ -31,14 +30,16 @@ class FunctionScorer:
     sampled token ids, without padding; each further column of the data file comes as a keyword, with one value per
     completion. The function returns a number per completion, or None where it has no score.
 
+    Args:
+        path: ``reward.function``.
+        tokenizer: the policy's.
+
     Raises:
         ConfigError: the file or the function is missing or wrong, or does not take what the data has.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        if config.reward.function is None:
-            raise ConfigError("reward.function is not set; expected the path of a Python file that defines `reward`")
-        self._path = Path(config.reward.function)
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._path = path
         self._function = load_function(self._path, "reward", key="reward.function", signature=_SIGNATURE)
         self._require_accepts(dict.fromkeys(_GIVEN), complete=False)  # the data's columns are not known yet
         self._tokenizer = tokenizer

@@ -6,21 +6,25 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rlxf.config.read_position import read_position
-from rlxf.config.schema import RunConfig
-from rlxf.core.errors import ConfigError, DataError, ModelError
+from rlxf.config.roles import RewardConfig
+from rlxf.core.errors import DataError, ModelError
+from rlxf.core.read_position import read_position
 from rlxf.core.types import Messages, Rollouts, Sequences, Text
-from rlxf.models.backend import load_model, sequence_scores
+from rlxf.models.backend import sequence_scores
 from rlxf.models.batching import Limits
 from rlxf.models.encoding import encode_chat, encode_string, with_eos
 from rlxf.models.endings import Endings
-from rlxf.models.tokenizer import declared_eos_ids, load_tokenizer
-from rlxf.platform.base import Platform, Process
+from rlxf.score.scorer import SampledBy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlxf.models.megatron.model import MegatronModel
 
 log = logging.getLogger(__name__)
 
@@ -35,25 +39,36 @@ class RewardModelScorer:
     A score is read where the model was trained (``reward.read_at``): at the token that ends the answer, or behind all
     that the reward model's chat template writes after it; that of a cut completion at its last token.
 
+    Args:
+        model: this rank's share of it.
+        config: of the reward.
+        limits: of one forward pass.
+        tokenizer: the reward model's.
+        policy: who sampled the completions.
+
     Raises:
-        ModelError: ``reward.load`` does not hold such a model.
-        ConfigError: its config.json names a position that is not known.
+        ConfigError: the model's config.json names a position that is not known.
     """
 
-    def __init__(self, config: RunConfig, platform: Platform, process: Process) -> None:
-        self.model = load_model(config, "reward", platform, process)
+    def __init__(
+        self,
+        model: MegatronModel,
+        config: RewardConfig,
+        limits: Limits,
+        tokenizer: PreTrainedTokenizerBase,
+        policy: SampledBy,
+    ) -> None:
+        self.model = model
         self.model.requires_grad_(False)
-        self._limits = Limits.of(config.reward)
-        self._max_tokens = min(config.reward.seq_length, int(self.model.hf_config.max_position_embeddings))
+        self._limits = limits
+        self._max_tokens = min(config.seq_length, int(model.hf_config.max_position_embeddings))
         self._said_too_long = False
-        trust, actor = config.training.trust_remote_code, config.actor_rollout
-        self._own = load_tokenizer(_tokenizer_path(config, "reward"), trust_remote_code=trust)
-        self._policy = load_tokenizer(_tokenizer_path(config, "actor_rollout"), trust_remote_code=trust)
-        self._same = _same_ids(self._own, self._policy)
-        self._eos_ids = declared_eos_ids(actor.load, self._policy, actor.eos_tokens)  # what ends a completion
+        self._own, self._policy = tokenizer, policy.tokenizer
+        self._same = bool(tokenizer.get_vocab() == policy.tokenizer.get_vocab())
+        self._eos_ids = policy.eos_ids
         ids = self._eos_ids if self._same else ()
-        self._endings = Endings.of(self._own, config.reward.load, ids=ids)
-        self._reads_tail = read_position(config.reward) == "last_token"
+        self._endings = Endings.of(self._own, config.load, ids=ids)
+        self._reads_tail = read_position(config.read_at, config.load) == "last_token"
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """[B] float32 scores; NaN for a text that is longer than the reward model takes."""
@@ -125,15 +140,3 @@ class RewardModelScorer:
                 int(sequences.lengths.max()),
                 self._max_tokens,
             )
-
-
-def _tokenizer_path(config: RunConfig, role: str) -> str:
-    section = getattr(config, role)
-    path: str | None = section.tokenizer_name_or_path or section.load
-    if path is None:
-        raise ConfigError(f"{role}.tokenizer_name_or_path: expected a tokenizer folder, got none")
-    return path
-
-
-def _same_ids(first: Any, second: Any) -> bool:
-    return bool(first.get_vocab() == second.get_vocab())

@@ -13,8 +13,9 @@ from rlxf.core.types import Rollouts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlxf.config.schema import RunConfig
-    from rlxf.platform.base import Platform, Process
+    from rlxf.config.roles import RewardConfig
+    from rlxf.models.batching import Limits
+    from rlxf.models.megatron.model import MegatronModel
 
 
 class Scorer(Protocol):
@@ -34,11 +35,21 @@ class Scorer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class SampledBy:
+    """The policy, as far as its completions can be read without it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: set[int]  # what ends a completion
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScorerParts:
-    """What a scorer may be built from; each takes what it needs."""
+    """What a scorer may be built from; each takes what it needs, and nothing is loaded before it is asked for."""
 
-    config: RunConfig
-    platform: Platform
-    process: Process
-    tokenizer: Callable[[], PreTrainedTokenizerBase]  # loads the policy's
+    config: RewardConfig
+    limits: Limits  # of one forward pass
+    recording: str | None  # the `rollouts.jsonl` of a replay
+    policy: Callable[[], SampledBy]
+    load_model: Callable[[], MegatronModel]  # this rank's share of the reward model
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase]  # the reward model's

@@ -11,15 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from rlxf.config.schema import RunConfig
 from rlxf.core.errors import SyncError
 from rlxf.core.types import Sequences, Tokens
-from rlxf.platform.base import Platform
 
 _NUM_TOKENS = 16  # sampled after the prompt
 # On the mean over these tokens. Equal weights of a 135M model differ by 1e-5 (fp32) and 1e-2 (bf16) on average; single
@@ -49,21 +47,21 @@ class Probe:
     tolerance: float  # of the mean absolute difference of log-probs
 
 
-def make_probe(config: RunConfig, platform: Platform, prompts: Tokens) -> Probe:
+def make_probe(prompts: Tokens, *, block: int, positions: int, precision: Literal["fp32", "bf16", "fp16"]) -> Probe:
     """Training prompts one after the other, to more than one block of the engine's cache where the model has positions.
 
     Args:
         prompts: at least one token in all; repeated from the start if they are too few. Real text, because after random
             tokens equal weights in bf16 differ five times as much.
+        block: tokens of one block of the engine's cache.
+        positions: longest sequence that the model knows, tokens.
+        precision: of engine and actor.
     """
-    actor = config.actor_rollout
-    positions = config.model[actor.model].max_position_embeddings
-    block = platform.kv_block_size
     length = max(1, min(block + block // 4, positions - _NUM_TOKENS))
     return Probe(
         prompt=Tokens.from_rows([list(islice(cycle(prompts.tokens.tolist()), length))]),
         num_tokens=min(_NUM_TOKENS, positions - length),
-        tolerance=_TOLERANCE_FP32 if actor.precision == "fp32" else _TOLERANCE_BF16,
+        tolerance=_TOLERANCE_FP32 if precision == "fp32" else _TOLERANCE_BF16,
     )
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from rlxf.config.read_position import READ_AT, TRAINED_AT
 from rlxf.core.errors import ConfigError, ModelError
+from rlxf.core.read_position import READ_AT, TRAINED_AT
 
 CARD = "README.md"
 _ABSOLUTE = re.compile(r"(?:/|~[/\\]|file:|[A-Za-z]:[/\\]|\\\\)")

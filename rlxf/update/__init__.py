@@ -6,32 +6,31 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlxf.config.schema import RunConfig
     from rlxf.config.stages import ObjectiveName
-    from rlxf.update.objective import Objective, Place
+    from rlxf.update.objective import Objective, ObjectiveSettings, Place
 
 # An objective's imports are inside its function: only the actor's processes need them.
 
 
-def _preference(config: RunConfig, place: Place) -> Objective[Any]:
+def _preference(settings: ObjectiveSettings, place: Place) -> Objective[Any]:
     from rlxf.update.preference import PreferenceObjective
 
-    return PreferenceObjective(config, place)
+    return PreferenceObjective(settings.config, place, offline=settings.offline, has_reference=settings.has_reference)
 
 
-def _reward(config: RunConfig, place: Place) -> Objective[Any]:
+def _reward(settings: ObjectiveSettings, place: Place) -> Objective[Any]:
     from rlxf.update.reward import RewardObjective
 
-    return RewardObjective(config.actor_rollout.center_rewards_coefficient, place)
+    return RewardObjective(settings.config.center_rewards_coefficient, place)
 
 
-def _supervised(config: RunConfig, place: Place) -> Objective[Any]:
+def _supervised(settings: ObjectiveSettings, place: Place) -> Objective[Any]:
     from rlxf.update.supervised import SupervisedObjective
 
     return SupervisedObjective(place)
 
 
-OBJECTIVES: dict[ObjectiveName, Callable[[RunConfig, Place], Objective[Any]]] = {
+OBJECTIVES: dict[ObjectiveName, Callable[[ObjectiveSettings, Place], Objective[Any]]] = {
     "preference": _preference,
     "reward": _reward,
     "supervised": _supervised,

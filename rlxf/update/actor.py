@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,36 +13,44 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from rlxf.config.schema import RunConfig
+from rlxf.config.roles import LoraConfig, OptimizerConfig
 from rlxf.core.errors import TrainingError
 from rlxf.core.types import Batch, Metrics, PairLogps, Pairs, Sequences
-from rlxf.models.backend import load_model, pair_logps, token_logps
+from rlxf.models.backend import pair_logps, token_logps
 from rlxf.models.batching import Limits, my_batches
 from rlxf.models.hf_folder import save_hf_folder
 from rlxf.models.megatron.parallel import reduce_over_data_parallel
 from rlxf.models.peft_folder import save_adapter
-from rlxf.platform.base import Platform, Process
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
-from rlxf.update import OBJECTIVES
 from rlxf.update.batches import mini_batches
-from rlxf.update.objective import MicroBatch, MiniBatch, Place
+from rlxf.update.objective import MicroBatch, MiniBatch, Objective
 from rlxf.update.schedule import make_schedule
 
 if TYPE_CHECKING:
     from rlxf.models.megatron.checkpoint import Write
+    from rlxf.models.megatron.model import MegatronModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActorSettings:
+    """How a model is trained."""
+
+    optimizer: OptimizerConfig
+    lora: LoraConfig
+    limits: Limits  # of one forward pass
+    num_steps: int  # of the run: its learning-rate schedule ends there
+    seed: int
+    bucket_bytes: int  # largest message of a weight sync
 
 
 class Actor:
     """One rank of the trained model. Every rank of the role is called with the same arguments.
 
     Args:
-        config: the whole recipe; its stage decides what is minimised.
-        platform: the device.
-        process: this rank's place.
+        model: this rank's share of it, with its adapters if it has any.
+        objective: what an optimizer step minimises.
+        settings: how.
         save_tokenizer: writes the policy's tokenizer into a model folder; None: it is that of ``actor_rollout.load``.
-
-    Raises:
-        ModelError: ``actor_rollout.load`` does not hold a model of that stage.
     """
 
     _write: Write | None = None  # the newest checkpoint
@@ -50,28 +58,25 @@ class Actor:
 
     def __init__(
         self,
-        config: RunConfig,
-        platform: Platform,
-        process: Process,
+        model: MegatronModel,
+        objective: Objective[Any],
+        settings: ActorSettings,
         *,
         save_tokenizer: Callable[[Path], None] | None = None,
     ) -> None:
-        self.config = config.actor_rollout
+        self.model = model
+        self.objective = objective
+        self.layout = model.layout
+        self.schedule = make_schedule(settings.optimizer, settings.num_steps)
+        self._optimizer, self._lora = settings.optimizer, settings.lora
+        self._seed, self._limits = settings.seed, settings.limits
         self._save_tokenizer = save_tokenizer
-        self.model = load_model(config, "actor_rollout", platform, process)
-        self.layout = self.model.layout
-        self.schedule = make_schedule(self.config, config.training.train_iters)
-        self._seed = config.training.seed
-        self._limits = Limits.of(self.config)
-        if config.rows == "examples":  # each is one sequence where a pair is two
-            self._limits = replace(self._limits, num_sequences=self.config.micro_batch_size)
-        self.objective = OBJECTIVES[config.objective](config, Place(model=self.model, limits=self._limits))
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        specs = [TensorSpec(name, shape, dtype) for name, shape in self.model.exported_shapes()]
-        self._sync_plan = plan_buckets(specs, config.sync.bucket_mb * 2**20)
+        dtype = str(model.dtype).removeprefix("torch.")
+        specs = [TensorSpec(name, shape, dtype) for name, shape in model.exported_shapes()]
+        self._sync_plan = plan_buckets(specs, settings.bucket_bytes)
         from rlxf.models.megatron.optimizer import TrainableModel
 
-        self.trainable = TrainableModel(self.model, self.config)
+        self.trainable = TrainableModel(model, settings.optimizer)
 
     def update(self, batch: Batch, step: int) -> Metrics:
         """Train on the step's batch: ``ppo_epochs`` passes, one optimizer step per mini-batch.
@@ -89,7 +94,7 @@ class Actor:
                 the mini-batches before it were (``is_untouched``).
         """
         self._num_made = 0
-        if self.config.lora_dropout:
+        if self._lora.lora_dropout:
             from rlxf.models.megatron.lora import seed_dropout
 
             seed_dropout(self._seed, step)
@@ -98,9 +103,9 @@ class Actor:
         sums = torch.zeros(len(objective.sums), dtype=torch.float64)
         maxima = torch.full((len(objective.maxima),), -torch.inf, dtype=torch.float64)
         norms: list[float | None] = []
-        for epoch in range(self.config.ppo_epochs):
-            key = (self._seed, step, epoch) if self.config.shuffle_minibatch else None
-            size = self.config.ppo_mini_batch_size * self.layout.dp_size
+        for epoch in range(self._optimizer.ppo_epochs):
+            key = (self._seed, step, epoch) if self._optimizer.shuffle_minibatch else None
+            size = self._optimizer.ppo_mini_batch_size * self.layout.dp_size
             for rows in mini_batches(len(batch), size, shuffle_key=key):
                 # Before the first optimizer step the weights are those that the batch was sampled from.
                 found, largest = self._accumulate(objective.mini_batch(batch, rows, fresh=not norms), rows, step)
@@ -221,12 +226,12 @@ class Actor:
         else:
             for _ in tensors:
                 continue
-            if self.config.lora_r:
+            if self._lora.lora_r:
                 self._save_adapter(folder)
         dist.barrier()
 
     def _save_extra(self, folder: Path) -> None:
-        if self.config.lora_r:
+        if self._lora.lora_r:
             self._save_adapter(folder)
         if self._save_tokenizer is not None:
             self._save_tokenizer(folder)
@@ -236,13 +241,13 @@ class Actor:
 
         tensors = dict(export_adapters(self.model))
         if dist.get_rank() == 0:
-            config = self.config
+            lora = self._lora
             save_adapter(
                 folder / "adapter",
                 tensors.items(),
-                rank=config.lora_r,
-                alpha=config.lora_alpha,
-                dropout=config.lora_dropout,
+                rank=lora.lora_r,
+                alpha=lora.lora_alpha,
+                dropout=lora.lora_dropout,
                 base=str(self.model.folder),
             )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from rlxf.config.roles import LossConfig
 from rlxf.core.types import Metrics, Sequences
 from rlxf.models.batching import Limits
 
@@ -62,6 +63,15 @@ class Objective(Protocol[B_contra]):
     def evaluate(self, batch: B_contra) -> Metrics:
         """The same numbers without training, and ``moments``. Every rank must make the call, and has the result."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveSettings:
+    """What an objective must know of its run; each takes what it needs."""
+
+    config: LossConfig
+    offline: bool  # what is trained on comes from a file
+    has_reference: bool  # preference pairs come with a reference's log-probabilities
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlxf.config.roles import ActorConfig
-from rlxf.config.schema import RunConfig
+from rlxf.config.roles import LossConfig
 from rlxf.core.types import Metrics, OnlinePairs, PairLogps, ReferencedPairs, Sequences
 from rlxf.models.backend import pair_logps, sum_rows
 from rlxf.models.batching import pair_units
@@ -32,23 +31,22 @@ _MEANS = (
 )
 
 
-def make_loss(config: RunConfig) -> WeightedLoss:
-    """The loss that a recipe describes."""
-    actor = config.actor_rollout
+def make_loss(config: LossConfig, *, offline: bool) -> WeightedLoss:
+    """The loss that a recipe describes; ``offline``: the pairs come from a file."""
     return WeightedLoss(
-        names=actor.dpo_loss_type,
-        weights=actor.loss_weights,
+        names=config.dpo_loss_type,
+        weights=config.loss_weights,
         settings=LossSettings(
-            beta=actor.dpo_beta,
-            label_smoothing=actor.dpo_label_smoothing,
-            divergence=actor.f_divergence_type,
-            alpha=actor.f_alpha_divergence_coef,
-            discopop_tau=actor.discopop_tau,
-            simpo_gamma=actor.simpo_gamma,
+            beta=config.dpo_beta,
+            label_smoothing=config.dpo_label_smoothing,
+            divergence=config.f_divergence_type,
+            alpha=config.f_alpha_divergence_coef,
+            discopop_tau=config.discopop_tau,
+            simpo_gamma=config.simpo_gamma,
         ),
-        reduction=actor.dpo_logp_reduction,
-        offline=config.offline,
-        pref_ftx=actor.pref_ftx,
+        reduction=config.dpo_logp_reduction,
+        offline=offline,
+        pref_ftx=config.pref_ftx,
     )
 
 
@@ -58,10 +56,10 @@ class PreferenceObjective:
     sums: tuple[str, ...] = ("count", *_MEANS, "drift/sum", "drift/count")
     maxima: tuple[str, ...] = ("drift/max",)
 
-    def __init__(self, config: RunConfig, place: Place) -> None:
-        self._config: ActorConfig = config.actor_rollout
-        self._has_reference = config.needs_reference
-        self._loss = make_loss(config)
+    def __init__(self, config: LossConfig, place: Place, *, offline: bool, has_reference: bool) -> None:
+        self._beta = config.dpo_beta
+        self._has_reference = has_reference
+        self._loss = make_loss(config, offline=offline)
         self._place = place
 
     def mini_batch(self, batch: ReferencedPairs, rows: Tensor, *, fresh: bool) -> MiniBatch:
@@ -123,7 +121,7 @@ class PreferenceObjective:
         if not self._has_reference:  # the implicit reward of reference-free losses is per token
             chosen = actor.chosen / part.pairs.chosen.completion_lengths.to(actor.chosen)
             rejected = actor.rejected / part.pairs.rejected.completion_lengths.to(actor.chosen)
-        beta = self._config.dpo_beta
+        beta = self._beta
         return [
             torch.ones_like(losses),
             losses,
@@ -146,7 +144,7 @@ class PreferenceObjective:
         if found["drift/count"]:
             drift["rollout/logp_diff_mean"] = found["drift/sum"] / found["drift/count"]
             drift["rollout/logp_diff_max"] = float(maxima[0])
-        return {**means, **drift, "beta": self._config.dpo_beta}
+        return {**means, **drift, "beta": self._beta}
 
     def evaluate(self, batch: ReferencedPairs) -> Metrics:
         actor = pair_logps(self._place.model, batch.pairs, self._place.limits)

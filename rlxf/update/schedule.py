@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rlxf.config.roles import ActorConfig
+from rlxf.config.roles import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class Schedule:
         return self.min_lr + (self.lr - self.min_lr) * share
 
 
-def make_schedule(config: ActorConfig, num_steps: int) -> Schedule:
+def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:
     """The schedule that a recipe describes; ``lr_warmup_fraction`` counts as that share of all steps."""
     fraction = config.lr_warmup_fraction
     warmup = round(fraction * num_steps) if fraction is not None else config.lr_warmup_iters

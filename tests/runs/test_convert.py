@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rlxf.config.read_position import stored_position
 from rlxf.core.errors import ModelError
+from rlxf.core.read_position import stored_position
 from tests.data_world import write_rows
 from tests.layouts import train, train_on
 from tests.runs.small import Finished, Recipe, World, make_world, run

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from rlxf.assembly.roles import build_actor
 from rlxf.checkpointing.fingerprint import fingerprint
 from rlxf.checkpointing.manifest import find_problems
 from rlxf.checkpointing.resume import find_resume
 from rlxf.config.load import load_config
 from rlxf.observe.formulas import read_jsonl
 from rlxf.platform import Process, get_platform
-from rlxf.update.actor import Actor
 from tests.runs.small import Finished, Recipe, replay_of
 from tests.runs.small import run as run_in_new_folder
 from tests.stored import STORED, StoredRun, digests, unpack
@@ -45,7 +45,7 @@ def test_its_state_is_the_one_that_was_saved(stored: StoredRun) -> None:
     assert found is not None
     assert (found.state.step, found.state.policy_version, found.state.num_tokens) == (3, 3, 383)
     assert found.state.owed == ()
-    actor = Actor(config, get_platform("cpu", cpu_linear="mkl"), Process())
+    actor = build_actor(config, get_platform("cpu", cpu_linear="mkl"), Process())
     actor.load_checkpoint(found.folder)
     assert digests(actor) == json.loads((STORED / "state.json").read_text())
 
@@ -85,7 +85,7 @@ def test_on_the_recorded_completions_it_trains_as_that_revision_did(stored: Stor
     recipe["training"] |= {"eval_interval": 0, "resume": str(stored.checkpoint)}
     recipe["sync"] = {"verify_first": 0}
     recipe["actor_rollout"]["save"] = str(stored.folder / "elsewhere")
-    stored.rewrite_driver(data=fingerprint(recording), prompt_ids=[8, 9, 10, 11])
+    stored.rewrite_driver(data=fingerprint([str(recording)]), prompt_ids=[8, 9, 10, 11])
     found = run_in_new_folder(recipe, stored.folder / "replayed")
     assert [row["step"] for row in found.rows] == [4, 5, 6]
     assert found.losses == pytest.approx(UNDISTURBED.losses[3:], rel=1e-4)

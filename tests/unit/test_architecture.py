@@ -56,6 +56,29 @@ HOMES: dict[str, tuple[str, ...]] = {
     "workers": ("workers/", "ray_gpt.py", "scripts/", "benchmarks/"),
 }
 
+# Who makes recipes and takes them apart. Every other file receives the sections that it needs.
+RECIPE_HOMES = ("rlxf/config/", "rlxf/assembly/", "rlxf/driver.py", "workers/launch.py", "scripts/", "benchmarks/")
+# Files that may know the whole recipe besides, at most eight: what they do concerns all of it.
+RECIPE_READERS = (
+    "rlxf/placement/text.py",  # prints the plan of a recipe
+    "rlxf/loop/run.py",  # the bundle that the driver works with
+    "rlxf/checkpointing/run_folder.py",  # writes the recipe into checkpoints
+    "rlxf/checkpointing/resume.py",  # compares a checkpoint's recipe with the run's
+    "rlxf/checkpointing/unfinished.py",  # the same of the runs beside it
+    "rlxf/tools/compare/models.py",  # makes a recipe of its options
+    "workers/worker.py",  # receives the recipe over the wire, for assembly
+    "workers/dry_run.py",  # hands the recipe to placement
+)
+WHOLE = {"rlxf.config.schema.RunConfig", "rlxf.config.roles.ActorConfig"}
+WHOLE_MODULES = {"rlxf.config", "rlxf.config.schema", "rlxf.config.roles"}  # by which everything in them is reached
+
+# What runs without a check of the recipe: the modules of rlxf.config that each part may import.
+VALUES = {"schema", "roles", "kinds", "devices", "stages"}  # the sections, and the words for their values
+CONFIG_MODULES: dict[str, set[str]] = {
+    **dict.fromkeys(ROOMS | {"models", "platform", "observe", "loop", "algorithms", "evaluate"}, VALUES),
+    "checkpointing": VALUES | {"changes", "curve"},  # what a change of the recipe does to a run that goes on
+}
+
 DEVICE_HOME = "rlxf/platform/"
 DEVICE_WORDS = {"cuda", "npu", "hccl", "nccl"}
 # Files that name devices to people, or say what must be known before torch is imported.
@@ -112,6 +135,30 @@ def arrows(path: str, tree: ast.Module) -> list[str]:
         if target[1] not in MAY_IMPORT[part] and not excepted:
             problems.append(f"line {line}: rlxf.{part} may not import {name}")
     return problems
+
+
+def whole_recipe(path: str, tree: ast.Module) -> list[str]:
+    """A room receives its own sections of the recipe, neither the whole of it nor all keys of the actor."""
+    if _is_in(path, RECIPE_HOMES) or path in RECIPE_READERS:
+        return []
+    return [
+        f"line {line}: {name}; take the sections that are used, and let rlxf/assembly hand them over"
+        for line, name in _imports(path, tree)
+        if name in WHOLE | WHOLE_MODULES
+    ]
+
+
+def config_checks(path: str, tree: ast.Module) -> list[str]:
+    """Rooms import the sections of a recipe, and none of its checks."""
+    parts = path.removesuffix(".py").split("/")
+    allowed = CONFIG_MODULES.get(parts[1]) if parts[0] == "rlxf" else None
+    if allowed is None:
+        return []
+    return [
+        f"line {line}: rlxf.{parts[1]} may not import {name}; of rlxf.config: {', '.join(sorted(allowed))}"
+        for line, name in _imports(path, tree)
+        if name.startswith("rlxf.config") and (name.split(".")[2:3] or [""])[0] not in allowed
+    ]
 
 
 def homes(path: str, tree: ast.Module) -> list[str]:
@@ -203,7 +250,7 @@ def lengths(path: str, tree: ast.Module) -> list[str]:
     return problems
 
 
-RULES: tuple[Rule, ...] = (arrows, homes, siblings, devices, deadlines, unsafe, lengths)
+RULES: tuple[Rule, ...] = (arrows, whole_recipe, config_checks, homes, siblings, devices, deadlines, unsafe, lengths)
 
 
 def _python_files(*tops: str) -> list[Path]:
@@ -226,6 +273,13 @@ def test_the_code_keeps_to_the_map(rule: Rule) -> None:
 )
 def test_the_places_that_the_rules_speak_of_exist(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+def test_few_files_know_the_whole_recipe() -> None:
+    assert len(RECIPE_READERS) <= 8
+    for path in RECIPE_READERS:
+        names = {name for _, name in _imports(path, ast.parse((ROOT / path).read_text()))}
+        assert names & WHOLE, f"{path} needs no place in RECIPE_READERS any more"
 
 
 def test_the_driver_is_the_only_module_at_the_root() -> None:
@@ -267,6 +321,15 @@ BAD: list[tuple[Rule, str, str]] = [
     (arrows, "rlxf/newcomer.py", "import torch"),
     (arrows, "rlxf/newcomer/file.py", "import torch"),
     (arrows, "rlxf/observe/report.py", "from rlxf.checkpointing.resume import Resume"),
+    (whole_recipe, "rlxf/update/actor.py", "from rlxf.config.schema import RunConfig"),
+    (whole_recipe, "rlxf/update/actor.py", "from rlxf.config.roles import ActorConfig, LossConfig"),
+    (whole_recipe, "rlxf/update/actor.py", "from rlxf.config import schema"),
+    (whole_recipe, "rlxf/update/actor.py", "def f():\n    import rlxf.config.schema"),
+    (whole_recipe, "workers/actor.py", "from rlxf.config.schema import RunConfig"),
+    (config_checks, "rlxf/score/reward_model.py", "from rlxf.config.read_position import warn_of_read_position"),
+    (config_checks, "rlxf/models/backend.py", "from rlxf.config import checks"),
+    (config_checks, "rlxf/platform/cpu.py", "import rlxf.config.load"),
+    (config_checks, "rlxf/checkpointing/store.py", "from rlxf.config.folders import missing_paths"),
     (homes, "rlxf/driver.py", "import ray"),
     (homes, "rlxf/assembly/local.py", "from hydra import main"),
     (homes, "rlxf/config/load.py", "from omegaconf import OmegaConf"),
@@ -310,6 +373,13 @@ GOOD: list[tuple[Rule, str, str]] = [
     (arrows, "rlxf/driver.py", "from rlxf.algorithms import ALGORITHMS\nimport rlxf.loop.run"),
     (arrows, "rlxf/algorithms/online_dpo.py", "from rlxf.pair import PAIRINGS\nimport rlxf.score.penalty"),
     (arrows, "workers/actor.py", "from rlxf.update.actor import Actor"),
+    (whole_recipe, "rlxf/assembly/roles.py", "from rlxf.config.schema import RunConfig"),
+    (whole_recipe, "workers/worker.py", "from rlxf.config.schema import RunConfig"),
+    (whole_recipe, "rlxf/update/actor.py", "from rlxf.config.roles import LossConfig, OptimizerConfig"),
+    (config_checks, "rlxf/update/actor.py", "from rlxf.config.roles import LossConfig"),
+    (config_checks, "rlxf/platform/__init__.py", "from rlxf.config.devices import find_device"),
+    (config_checks, "rlxf/checkpointing/resume.py", "from rlxf.config.changes import compare"),
+    (config_checks, "rlxf/assembly/start.py", "from rlxf.config.load import load_config"),
     (homes, "rlxf/rollout/vllm.py", "def f():\n    from vllm import LLM"),
     (homes, "rlxf/models/megatron/spec.py", "from megatron.core import parallel_state"),
     (devices, "rlxf/platform/cuda.py", "import torch\ntorch.cuda.synchronize()\nname = 'cuda'"),

@@ -11,10 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlxf.assembly.data import open_preferences, open_replay
 from rlxf.core.errors import DataError
-from rlxf.data.preferences import PreferenceFile
-from rlxf.data.prompts import PromptSource
-from rlxf.rollout.replay import ReplayEngine
 from tests.data_world import chat_tokenizer, recipe
 
 USER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "hi"}
@@ -28,15 +26,16 @@ GOOD_ROLLOUT: dict[str, Any] = {
 
 
 def open_prompts(path: Path) -> None:
-    PromptSource(recipe(actor_rollout={"model": "tiny", "data_path": str(path)}), chat_tokenizer())
+    open_prompts(recipe(actor_rollout={"model": "tiny", "data_path": str(path)}), chat_tokenizer())
 
 
 def open_pairs(path: Path) -> None:
-    PreferenceFile(recipe(actor_rollout={"model": "tiny", "data_path": str(path)}), chat_tokenizer())
+    open_preferences(recipe(actor_rollout={"model": "tiny", "data_path": str(path)}), chat_tokenizer())
 
 
 def open_rollouts(path: Path) -> None:
-    ReplayEngine(recipe(actor_rollout={"model": "tiny", "seq_length": 16}, rollout={"replay_path": str(path)}))
+    config = recipe(actor_rollout={"model": "tiny", "seq_length": 16}, rollout={"replay_path": str(path)})
+    open_replay(config, chat_tokenizer())
 
 
 def refused(opener: Callable[[Path], None], path: Path) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlxf.assembly.roles import objective_settings
 from rlxf.config.schema import RunConfig
 from rlxf.update import OBJECTIVES
 from rlxf.update.objective import Place
@@ -142,7 +143,7 @@ def recipe(stage: str) -> RunConfig:
 def test_every_number_of_an_objective_is_explained(stage: str) -> None:
     place = Place(model=None, limits=None)  # type: ignore[arg-type]  # names need no model
     config = recipe(stage)
-    objective = OBJECTIVES[config.objective](config, place)
+    objective = OBJECTIVES[config.objective](objective_settings(config), place)
     sums, maxima = torch.ones(len(objective.sums), dtype=torch.float64), torch.ones(len(objective.maxima))
     reported = set(objective.metrics(sums, maxima))
     assert reported

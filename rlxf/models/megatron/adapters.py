@@ -12,7 +12,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from rlxf.config.roles import ActorConfig
+from rlxf.config.roles import LoraConfig
 from rlxf.core.errors import ConfigError
 from rlxf.models.megatron.lora import attach, seed_dropout
 from rlxf.models.megatron.model import SCORE, MegatronModel, Piece
@@ -21,7 +21,7 @@ from rlxf.models.megatron.weights import Entry, adapter_entries, linear_name, lo
 from rlxf.models.peft_folder import PeftAdapter, read_adapter
 
 
-def add_adapters(model: MegatronModel, config: ActorConfig, *, seed: int) -> None:
+def add_adapters(model: MegatronModel, config: LoraConfig, *, seed: int) -> None:
     """Freeze a model that is loaded, put its linears into 4 bits if ``qlora`` asks for it, and give them adapters.
 
     Raises:
@@ -47,7 +47,7 @@ def add_adapters(model: MegatronModel, config: ActorConfig, *, seed: int) -> Non
     seed_dropout(seed, 0)
 
 
-def _given(model: MegatronModel, config: ActorConfig, folder: Path) -> PeftAdapter:
+def _given(model: MegatronModel, config: LoraConfig, folder: Path) -> PeftAdapter:
     adapter = read_adapter(folder, {name: model.weights.shape(name) for name in model.weights.names()})
     if set(adapter.targets) != set(config.lora_target_modules):
         raise ConfigError(

@@ -34,7 +34,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from rlxf.config.roles import ActorConfig
+from rlxf.config.roles import LoraConfig
 from rlxf.models.megatron.nf4 import Nf4Linear, base_weight
 from rlxf.models.megatron.weights import Entry, linear_name
 
@@ -107,7 +107,7 @@ def _key(*parts: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def attach(gpt: Any, table: Iterable[Entry], config: ActorConfig, *, ranks: Mapping[str, int], seed: int) -> None:
+def attach(gpt: Any, table: Iterable[Entry], config: LoraConfig, *, ranks: Mapping[str, int], seed: int) -> None:
     """Freeze a chunk of a model and give linears fresh adapters; call it before the gradient buffers are made.
 
     Args:

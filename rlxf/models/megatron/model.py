@@ -20,8 +20,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from rlxf.config.read_position import READ_AT, TRAINED_AT
 from rlxf.core.errors import ModelError
+from rlxf.core.read_position import READ_AT, TRAINED_AT
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.logps import target_logps
 from rlxf.models.megatron.dist_folder import open_weights

@@ -16,11 +16,12 @@ from megatron.core.distributed import (
     finalize_model_grads,
     param_and_grad_buffer,
 )
-from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
-from rlxf.config.roles import ActorConfig
+from rlxf.config.roles import OptimizerConfig
 from rlxf.core.errors import TrainingError
 from rlxf.models.megatron.model import MegatronModel
 from rlxf.models.megatron.parallel import from_last_stage
@@ -114,17 +115,18 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 class TrainableModel:
     """A model with gradient buffers and an optimizer: zero, accumulate over micro-batches, step."""
 
-    def __init__(self, model: MegatronModel, config: ActorConfig) -> None:
+    def __init__(self, model: MegatronModel, config: OptimizerConfig) -> None:
         _use_group_step_adamw()
         _skip_collectives_of_one()
         self.model = model
         self.clip_grad = config.clip_grad
         self.weight_decay = config.weight_decay
+        fp16 = model.dtype == torch.float16
         # Where no smaller factor would follow an overflow, it is an error and not a step to pass over.
-        self._least_scale = (config.loss_scale or config.min_loss_scale) if config.fp16 else None
+        self._least_scale = (config.loss_scale or config.min_loss_scale) if fp16 else None
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         self.chunks = [DistributedDataParallel(model.config, ddp_config, gpt) for gpt in model.chunks]
-        settings = OptimizerConfig(
+        settings = MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
             min_lr=config.min_lr,
@@ -134,8 +136,8 @@ class TrainableModel:
             adam_eps=config.adam_eps,
             clip_grad=config.clip_grad,
             use_distributed_optimizer=True,
-            bf16=config.bf16,
-            fp16=config.fp16,
+            bf16=model.dtype == torch.bfloat16,
+            fp16=fp16,
             loss_scale=config.loss_scale,
             initial_loss_scale=config.initial_loss_scale,
             min_loss_scale=config.min_loss_scale,

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlxf.config.roles import RoleConfig
+from rlxf.config.roles import LayoutConfig
 from rlxf.core.errors import ConfigError
 from rlxf.platform.base import Platform, Process
 
@@ -29,13 +29,13 @@ class ParallelSizes:
     sequence: bool = False  # norms and residuals between the matrices are cut along the tokens over tp, too
 
     @classmethod
-    def of(cls, role: RoleConfig) -> ParallelSizes:
+    def of(cls, config: LayoutConfig) -> ParallelSizes:
         return cls(
-            tp=role.tensor_model_parallel_size,
-            pp=role.pipeline_model_parallel_size,
-            vp=role.virtual_pipeline_model_parallel_size,
-            cp=role.context_parallel_size,
-            sequence=role.sequence_parallel and role.tensor_model_parallel_size > 1,
+            tp=config.tensor_model_parallel_size,
+            pp=config.pipeline_model_parallel_size,
+            vp=config.virtual_pipeline_model_parallel_size,
+            cp=config.context_parallel_size,
+            sequence=config.sequence_parallel and config.tensor_model_parallel_size > 1,
         )
 
     @property

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlxf.assembly.data import eval_prompts
 from rlxf.assembly.roles import build_engine, build_scorer, policy_tokenizer
 from rlxf.config.kinds import ReadAt
 from rlxf.config.read_position import warn_of_read_position
@@ -21,7 +22,6 @@ from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, ModelError, StageTimeout, WorkerLost
 from rlxf.core.types import PromptBatch, Rollouts, Text, Tokens
 from rlxf.core.waiting import own_children
-from rlxf.data.prompts import eval_prompts
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.platform import Platform, Process, get_platform

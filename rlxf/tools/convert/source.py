@@ -10,9 +10,9 @@ from typing import Any
 
 from rlxf.checkpointing.manifest import DRIVER, MANIFEST, find_problems
 from rlxf.checkpointing.store import LATEST
-from rlxf.config.read_position import READ_AT, stored_position
 from rlxf.core.errors import ConfigError, ModelError
 from rlxf.core.model_folder import assets_folder, megatron_checkpoint
+from rlxf.core.read_position import READ_AT, stored_position
 from rlxf.models.hf_folder import HfWeights, ModelWeights, load_hf_config
 from rlxf.models.megatron.dist_folder import DistCheckpoint, DistWeights
 from rlxf.models.peft_folder import CONFIG, HEAD, PeftAdapter, read_adapter

@@ -244,25 +244,25 @@ def test_the_pointer_moves_on_when_the_best_checkpoint_is_deleted(tmp_path: Path
 
 
 def _hold(save: str, ready: Any, leave: Any) -> None:
-    with owned_checkpoints(small_config(actor_rollout__save=save), Path("run")):
+    with owned_checkpoints(Path(save), Path("run")):
         ready.set()
         leave.wait(60)
 
 
 def test_two_runs_never_write_into_one_folder(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    ready, leave, config = context.Event(), context.Event(), small_config(actor_rollout__save=str(tmp_path))
+    ready, leave = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(str(tmp_path), ready, leave))
     other.start()
     assert ready.wait(60)
     with (
         pytest.raises(CheckpointError, match=rf"process {other.pid} on .*actor_rollout\.save"),
-        owned_checkpoints(config, Path("run")),
+        owned_checkpoints(tmp_path, Path("run")),
     ):
         pass
     os.kill(other.pid or 0, 9)  # however it ends, the folder is free
     other.join()
-    with owned_checkpoints(config, Path("run")):
+    with owned_checkpoints(tmp_path, Path("run")):
         pass
     assert list(tmp_path.iterdir()) == []  # nothing was saved, and the folder was there before
 
@@ -270,7 +270,7 @@ def test_two_runs_never_write_into_one_folder(tmp_path: Path) -> None:
 def test_a_run_that_did_not_start_removes_only_the_folder_that_it_made(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     for name, stays in (("mine", True), ("new", False)):
-        with owned_checkpoints(small_config(actor_rollout__save=str(tmp_path / name)), tmp_path / "run"):
+        with owned_checkpoints(tmp_path / name, tmp_path / "run"):
             assert (tmp_path / name).is_dir()
         assert (tmp_path / name).exists() == stays
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
@@ -285,7 +285,7 @@ def test_the_merged_recipe_is_readable_yaml(tmp_path: Path) -> None:
 def test_a_fingerprint_changes_with_one_byte(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(b"a" * 2_000_000)
-    before = fingerprint(path)
+    before = fingerprint([str(path)])
     path.write_bytes(b"a" * 1_999_999 + b"b")
-    assert fingerprint(path)["num_bytes"] == before["num_bytes"]
-    assert fingerprint(path)["sha256"] != before["sha256"]
+    assert fingerprint([str(path)])["num_bytes"] == before["num_bytes"]
+    assert fingerprint([str(path)])["sha256"] != before["sha256"]

@@ -18,7 +18,8 @@ from rlxf.core.errors import PlacementError
 from tests.runs.small import command, make_world
 from tests.unit.config.recipes import NAMES, ROOT, recipe
 from workers import cli
-from workers.address import require_cores, running_cluster
+from workers.address import running_cluster
+from workers.dry_run import require_cores
 
 TINY = ("--config-name", "online_dpo_trainer_tiny")
 

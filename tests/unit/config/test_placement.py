@@ -193,21 +193,23 @@ def test_more_than_eight_processes_a_core_are_too_many(
     pools: dict[str, Any], actor: dict[str, Any], key: str, count: int
 ) -> None:
     config = load_config(recipe(resource_pool=pools, actor_rollout=actor))
-    text = crowded(config, make_plan(config), cores=2)
+    text = crowded(config.resource_pool, make_plan(config), cores=2)
     assert text is not None
     assert text.startswith(f"resource_pool.{key} = {pools[key]}: the recipe asks for {count} worker processes")
-    assert crowded(config, make_plan(config), cores=4) is None
+    assert crowded(config.resource_pool, make_plan(config), cores=4) is None
 
 
 def test_eight_processes_a_core_are_allowed() -> None:
     config = load_config(recipe(resource_pool={"ref": [13]}))
-    assert crowded(config, make_plan(config), cores=2) is None
+    assert crowded(config.resource_pool, make_plan(config), cores=2) is None
 
 
 def test_an_engine_of_several_devices_is_one_process() -> None:
     actor = {"num_gpus_for_train": 1, "num_gpus_for_infer": 16, "inference_tensor_model_parallel_size": 4}
     config = load_config(recipe(training={"device": "npu"}, actor_rollout=actor, resource_pool={"actor_rollout": [17]}))
-    assert crowded(config, make_plan(config), cores=1) is None  # 7: 4 engines beside train, ref and reward
+    assert (
+        crowded(config.resource_pool, make_plan(config), cores=1) is None
+    )  # 7: 4 engines beside train, ref and reward
 
 
 def groups(*pools: tuple[int, ...]) -> Plan:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from rlxf.config.load import load_config
-from rlxf.config.read_position import read_position, stored_position
-from rlxf.config.roles import RewardConfig
 from rlxf.core.errors import ConfigError
+from rlxf.core.read_position import read_position, stored_position
 from tests.tiny_models import save_causal_lm, save_reward_model
 from tests.unit.config.recipes import recipe
 
@@ -36,14 +35,14 @@ def marked(folder: Path, value: Any) -> Path:
 )
 def test_the_recipe_decides_then_the_folder(stored: str | None, key: Any, expected: str, tmp_path: Path) -> None:
     folder = marked(tmp_path / "rm", stored)
-    assert read_position(RewardConfig(load=str(folder), read_at=key)) == expected
+    assert read_position(key, str(folder)) == expected
 
 
 def test_a_position_of_another_version_is_refused(tmp_path: Path) -> None:
     folder = marked(tmp_path / "rm", "first_token")
     with pytest.raises(ConfigError, match=r"config\.json: rlxf_read_at = 'first_token'; expected end_of_turn or last_"):
-        read_position(RewardConfig(load=str(folder)))
-    assert read_position(RewardConfig(load=str(folder), read_at="last_token")) == "last_token"
+        read_position("auto", str(folder))
+    assert read_position("last_token", str(folder)) == "last_token"
 
 
 def test_a_checkpoint_of_a_run_says_it_itself(tmp_path: Path) -> None:

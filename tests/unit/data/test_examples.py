@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
+from rlxf.assembly.data import open_examples
 from rlxf.core.errors import DataError, ModelError
 from rlxf.core.types import Examples
 from rlxf.data.examples import ExampleFile
@@ -73,7 +74,7 @@ def examples(rows: list[Row], folder: Path, tokenizer: Any = None, **actor: Any)
         training={"stage": "sft", "global_batch_size": len(rows)},
         actor_rollout={"model": "tiny", "max_prompt_length": 4, "data_path": str(path), "no_shuffle": True, **actor},
     )
-    return ExampleFile(config, tokenizer or chat_tokenizer())
+    return open_examples(config, tokenizer or chat_tokenizer())
 
 
 def rows_of(batch: Examples) -> list[tuple[list[int], list[bool]]]:
@@ -231,7 +232,7 @@ def test_parts_epochs_and_evaluation_work_as_for_prompts(tmp_path: Path) -> None
         training={"stage": "sft", "global_batch_size": 4},
         actor_rollout={"model": "tiny", "data_path": str(path), "split": "80,20,0"},
     )
-    training, validation = (ExampleFile(config, chat_tokenizer(), part) for part in ("train", "valid"))  # type: ignore[arg-type]
+    training, validation = (open_examples(config, chat_tokenizer(), part) for part in ("train", "valid"))  # type: ignore[arg-type]
     assert (len(training), training.num_kept(), training.epoch(1)) == (8, 8, 1.0)
     assert sorted(training.prompt_ids(0) + training.prompt_ids(1)) == list(range(8))
     (batch,) = validation.eval_batches()

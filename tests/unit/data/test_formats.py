@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from rlxf.assembly.data import open_prompts
 from rlxf.config.roles import ActorConfig
 from rlxf.core.errors import DataError
 from rlxf.data.fields import BadRow
 from rlxf.data.formats import Task, find_layout
-from rlxf.data.prompts import PromptSource
 from tests.data_world import chat_tokenizer, recipe, write_rows
 
 Row = dict[str, Any]
@@ -225,20 +225,20 @@ def test_a_mapped_column_that_no_row_has_is_named_with_those_that_exist(tmp_path
     path = write_rows(tmp_path / "a.jsonl", [{"question": "q"}])
     actor = {"model": "tiny", "data_path": str(path), "map_keys": {"prompt": "question", "system": "sys"}}
     with pytest.raises(DataError, match=r"map_keys\.system = 'sys': no such column; it has: question"):
-        PromptSource(recipe(actor_rollout=actor), chat_tokenizer())
+        open_prompts(recipe(actor_rollout=actor), chat_tokenizer())
 
 
 def test_the_columns_that_are_not_in_the_prompt_reach_reward_functions(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [ALPACA, ALPACA | {"input": "2 2", "output": "4", "level": 1}])
     actor = {"model": "tiny", "data_path": str(path), "no_shuffle": True, "max_prompt_length": 128}
     config = recipe(actor_rollout=actor, training={"stage": "ray_online_dpo", "global_batch_size": 2})
-    batch = PromptSource(config, chat_tokenizer()).next_batch(0)
+    batch = open_prompts(config, chat_tokenizer()).next_batch(0)
     assert batch.columns == {"output": ["3", "4"], "level": [None, 1]}
 
 
 def test_the_first_row_that_can_be_read_decides_the_format(tmp_path: Path) -> None:
     rows = [{}, {"prompt": "p"}, {"instruction": "i"}]
     actor = {"model": "tiny", "data_path": str(write_rows(tmp_path / "a.jsonl", rows)), "max_bad_rows": 2}
-    source = PromptSource(recipe(actor_rollout=actor), chat_tokenizer())
+    source = open_prompts(recipe(actor_rollout=actor), chat_tokenizer())
     assert source.num_dropped == 2
     assert set(source.next_batch(0).texts) == {"p"}

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
+from rlxf.assembly.data import open_preferences
 from rlxf.core.errors import DataError, ModelError
 from rlxf.core.types import Pairs, RewardPairs
 from rlxf.data.preferences import PreferenceFile
@@ -57,7 +58,7 @@ def preferences(
         training={"stage": stage, "global_batch_size": len(rows)},
         actor_rollout={"model": "tiny", "max_prompt_length": 64, "data_path": str(path), "no_shuffle": True, **actor},
     )
-    return PreferenceFile(config, tokenizer or chat_tokenizer())
+    return open_preferences(config, tokenizer or chat_tokenizer())
 
 
 def rows_of(pairs: Pairs) -> list[tuple[list[int], list[int], list[int]]]:

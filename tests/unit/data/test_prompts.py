@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
+from rlxf.assembly.data import eval_prompts, open_prompts
 from rlxf.core.errors import DataError, ModelError
-from rlxf.data.prompts import PromptSource, eval_prompts
+from rlxf.data.prompts import PromptSource
 from tests.data_world import chat_tokenizer, recipe, write_rows
 from tests.tiny_models import BOS, EOS, byte_tokenizer
 
@@ -24,7 +25,7 @@ def source(path: Path, *, batch: int = 4, seed: int = 1, **actor: Any) -> Prompt
         training={"stage": "ray_online_dpo", "global_batch_size": batch, "seed": seed},
         actor_rollout={"model": "tiny", "max_prompt_length": 64, "data_path": str(path), **actor},
     )
-    return PromptSource(config, TOKENIZER)
+    return open_prompts(config, TOKENIZER)
 
 
 def ids(prompts: PromptSource, *steps: int) -> list[int]:
@@ -132,7 +133,7 @@ def test_a_string_gets_the_bos_of_the_tokenizers_rule_once(tmp_path: Path) -> No
 def test_a_tokenizer_without_a_rule_adds_nothing(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "hi"}])
     config = recipe(actor_rollout={"model": "tiny", "data_path": str(path)})
-    row = PromptSource(config, byte_tokenizer()).next_batch(0).prompts.rows()[0]
+    row = open_prompts(config, byte_tokenizer()).next_batch(0).prompts.rows()[0]
     assert row == byte_tokenizer()("hi", add_special_tokens=False)["input_ids"]
 
 
@@ -153,7 +154,7 @@ def test_a_chat_that_ends_with_the_assistant_is_continued(tmp_path: Path) -> Non
 def test_chat_messages_need_a_chat_template(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "content": "hi"}]}])
     with pytest.raises(ModelError, match="has no chat template"):
-        PromptSource(recipe(actor_rollout={"model": "tiny", "data_path": str(path)}), byte_tokenizer())
+        open_prompts(recipe(actor_rollout={"model": "tiny", "data_path": str(path)}), byte_tokenizer())
 
 
 def test_a_chat_that_the_template_refuses_is_named(tmp_path: Path) -> None:
@@ -203,6 +204,6 @@ def test_a_tokenizer_whose_rule_appends_eos_does_not_end_the_prompt(tmp_path: Pa
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=both)
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "hi"}, {"prompt": "hi</s>"}])
     actor = {"model": "tiny", "data_path": str(path), "no_shuffle": True}
-    rows = PromptSource(recipe(training=TWO_PROMPTS, actor_rollout=actor), tokenizer).next_batch(0).prompts.rows()
+    rows = open_prompts(recipe(training=TWO_PROMPTS, actor_rollout=actor), tokenizer).next_batch(0).prompts.rows()
     plain = tokenizer("hi", add_special_tokens=False)["input_ids"]
     assert rows == [[BOS, *plain], [BOS, *plain, EOS]]

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlxf.assembly.data import eval_prompts, open_preferences, open_prompts
 from rlxf.config.load import load_config
 from rlxf.core.errors import ConfigError, DataError
-from rlxf.data.preferences import PreferenceFile
-from rlxf.data.prompts import PromptSource, eval_prompts
+from rlxf.data.prompts import PromptSource
 from rlxf.data.readers import Part
 from tests.data_world import chat_tokenizer, recipe, write_rows
 
@@ -29,7 +29,7 @@ def source(
         actor_rollout={"model": "tiny", "max_prompt_length": 64, "data_path": [str(path) for path in paths], **actor},
         eval=eval or {},
     )
-    return PromptSource(config, TOKENIZER, part)
+    return open_prompts(config, TOKENIZER, part)
 
 
 def texts(prompts: PromptSource, steps: int) -> list[Any]:
@@ -227,7 +227,7 @@ def test_pairs_come_in_parts_too(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}", "chosen": "x", "rejected": "y"} for i in range(10)]
     actor = {"model": "tiny", "data_path": str(write_rows(tmp_path / "a.jsonl", rows)), "split": "70,30,0"}
     config = recipe(training={"stage": "dpo", "global_batch_size": 2}, actor_rollout=actor)
-    batches = PreferenceFile(config, TOKENIZER, part="valid").eval_batches(limit=3)
+    batches = open_preferences(config, TOKENIZER, part="valid").eval_batches(limit=3)
     prompts = [TOKENIZER.decode(ids) for batch in batches for ids in batch.chosen.prompt_rows()]
     assert prompts == ["<s>7", "<s>8", "<s>9"]
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlxf.assembly.data import open_prompts
 from rlxf.core.errors import DataError
 from rlxf.data.batches import MALFORMED, Batches, Drop
 from rlxf.data.order import MixedOrder, Order, RowOrder
@@ -138,7 +139,7 @@ def source(path: Path, **actor: Any) -> PromptSource:
         training={"global_batch_size": 2},
         actor_rollout={"data_path": str(path), "no_shuffle": True, **actor},
     )
-    return PromptSource(config, TOKENIZER)
+    return open_prompts(config, TOKENIZER)
 
 
 def test_rows_that_the_template_refused_before_count_towards_the_limit(tmp_path: Path) -> None:

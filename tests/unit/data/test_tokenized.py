@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,12 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from rlxf.config.folders import data_files, folder_problems
+from rlxf.assembly.data import open_examples, open_preferences, open_prompts
+from rlxf.config.folders import folder_problems
 from rlxf.config.schema import RunConfig
+from rlxf.core.data_files import data_files
 from rlxf.core.errors import DataError
-from rlxf.data.examples import ExampleFile
 from rlxf.data.indexed import packed_name
-from rlxf.data.preferences import PreferenceFile
-from rlxf.data.prompts import PromptSource
 from rlxf.data.templates import chat_template
 from tests.data_world import chat_tokenizer, recipe
 from tests.preprocess_world import ORCA, World
@@ -63,8 +63,8 @@ def test_prompts_are_the_same_and_their_text_reaches_reward_functions(world: Wor
     tokenizer = template_tokenizer()
     flags = ("--dataset-additional-keys", "kind")
     assert world.run(*flags, handler=PPO, prompt_type="qwen") == 0
-    ours = PromptSource(config(world.prefix), tokenizer).next_batch(0)
-    text = PromptSource(config(world.folder / "data.jsonl", data_format="alpaca"), tokenizer).next_batch(0)
+    ours = open_prompts(config(world.prefix), tokenizer).next_batch(0)
+    text = open_prompts(config(world.folder / "data.jsonl", data_format="alpaca"), tokenizer).next_batch(0)
     assert ours.prompts.rows() == text.prompts.rows()
     assert ours.prompt_ids.tolist() == text.prompt_ids.tolist()
     assert ours.columns == {"kind": text.columns["kind"]}
@@ -75,8 +75,8 @@ def test_prompts_are_the_same_and_their_text_reaches_reward_functions(world: Wor
 def test_pairs_are_the_same(stage: str, world: World) -> None:
     tokenizer = template_tokenizer()
     assert world.run(handler=PAIR, prompt_type="qwen") == 0
-    ours = PreferenceFile(config(world.prefix.parent, stage), tokenizer).next_batch(0)
-    text = PreferenceFile(config(world.folder / "data.jsonl", stage, data_format="alpaca"), tokenizer).next_batch(0)
+    ours = open_preferences(config(world.prefix.parent, stage), tokenizer).next_batch(0)
+    text = open_preferences(config(world.folder / "data.jsonl", stage, data_format="alpaca"), tokenizer).next_batch(0)
     assert same_sequences(ours.chosen, text.chosen)
     assert same_sequences(ours.rejected, text.rejected)
 
@@ -86,8 +86,8 @@ def test_examples_are_the_same(world: World) -> None:
     turns = [["Hi", "Hello"]]
     world.write([row | {"history": turns} for row in ROWS])
     assert world.run(handler=SFT, prompt_type="qwen") == 0
-    ours = ExampleFile(config(world.prefix, "sft"), tokenizer).next_batch(0)
-    text = ExampleFile(config(world.folder / "data.jsonl", "sft", data_format="alpaca"), tokenizer).next_batch(0)
+    ours = open_examples(config(world.prefix, "sft"), tokenizer).next_batch(0)
+    text = open_examples(config(world.folder / "data.jsonl", "sft", data_format="alpaca"), tokenizer).next_batch(0)
     assert same_sequences(ours.sequences, text.sequences)
     assert torch.equal(ours.counted, text.counted)
     assert not ours.counted.all()  # the second question is in the completion
@@ -96,17 +96,17 @@ def test_examples_are_the_same(world: World) -> None:
 def test_prompts_are_found_in_pairs_and_examples(world: World) -> None:
     tokenizer = template_tokenizer()
     assert world.run(handler=PPO, prompt_type="qwen") == 0
-    prompts = PromptSource(config(world.prefix), tokenizer).next_batch(0).prompts.rows()
+    prompts = open_prompts(config(world.prefix), tokenizer).next_batch(0).prompts.rows()
     for handler in (PAIR, SFT):
         world.prefix = world.folder / handler / "data"
         assert world.run(handler=handler, prompt_type="qwen") == 0
-        assert PromptSource(config(world.prefix), tokenizer).next_batch(0).prompts.rows() == prompts
+        assert open_prompts(config(world.prefix), tokenizer).next_batch(0).prompts.rows() == prompts
 
 
 def test_padding_behind_an_example_is_left_out(world: World) -> None:
     assert world.run("--pack", handler=SFT, prompt_type="qwen", seq_length="400") == 0
     (row,) = world.made()
-    examples = ExampleFile(config(world.prefix, "sft", seq_length=512), template_tokenizer()).next_batch(0)
+    examples = open_examples(config(world.prefix, "sft", seq_length=512), template_tokenizer()).next_batch(0)
     assert examples.sequences.rows()[0] == row["input_ids"][: sum(row["attention_mask"])]
     assert len(row["input_ids"]) == 400
 
@@ -119,31 +119,31 @@ def test_a_label_that_is_another_token_is_not_counted(tmp_path: Path) -> None:
         labels=[[-100, 6, 2, -100, 9]] * 2,
         attention_mask=[[1] * 5] * 2,
     )
-    examples = ExampleFile(config(prefix, "sft"), chat_tokenizer()).next_batch(0)
+    examples = open_examples(config(prefix, "sft"), chat_tokenizer()).next_batch(0)
     assert examples.sequences.prompt_lengths.tolist() == [1, 1]
     assert examples.counted.tolist() == [True, False, False, True] * 2
 
 
-BAD: list[tuple[str, type[Any], dict[str, list[list[int]]], str]] = [
+BAD: list[tuple[str, Callable[..., Any], dict[str, list[list[int]]], str]] = [
     (
         "dpo",
-        PreferenceFile,
+        open_preferences,
         {"input_ids": [[1, 2]]},
         "no tokens under 'chosen_input_ids'; the files have input_ids: anot",
     ),
-    ("sft", ExampleFile, {"input_ids": [[1, 2]]}, "no tokens under 'labels'"),
-    ("sft", ExampleFile, {"input_ids": [[1, 2]], "labels": [[-100, -100]]}, "'labels' counts no token"),
-    ("sft", ExampleFile, {"input_ids": [[1, 2]], "labels": [[1, 2]]}, "counts the first token, which none precedes"),
-    ("sft", ExampleFile, {"input_ids": [[1, 2]], "labels": [[-100]]}, "2 tokens in 'input_ids', but 1 labels"),
+    ("sft", open_examples, {"input_ids": [[1, 2]]}, "no tokens under 'labels'"),
+    ("sft", open_examples, {"input_ids": [[1, 2]], "labels": [[-100, -100]]}, "'labels' counts no token"),
+    ("sft", open_examples, {"input_ids": [[1, 2]], "labels": [[1, 2]]}, "counts the first token, which none precedes"),
+    ("sft", open_examples, {"input_ids": [[1, 2]], "labels": [[-100]]}, "2 tokens in 'input_ids', but 1 labels"),
     (
         "sft",
-        ExampleFile,
+        open_examples,
         {"input_ids": [[1, 2, 3]], "labels": [[-100, 2, 3]], "attention_mask": [[1, 1, 2]]},
         "several examples in one row, as --neat-pack writes them",
     ),
     (
         "dpo",
-        PreferenceFile,
+        open_preferences,
         {
             "chosen_input_ids": [[1, 2, 3]],
             "chosen_labels": [[-100, -100, 3]],
@@ -157,7 +157,7 @@ BAD: list[tuple[str, type[Any], dict[str, list[list[int]]], str]] = [
 
 @pytest.mark.parametrize(("stage", "source", "keys", "reason"), BAD)
 def test_rows_that_do_not_fit_the_stage_are_named(
-    stage: str, source: type[Any], keys: dict[str, list[list[int]]], reason: str, tmp_path: Path
+    stage: str, source: Callable[..., Any], keys: dict[str, list[list[int]]], reason: str, tmp_path: Path
 ) -> None:
     prefix = write(tmp_path / "data", **keys)
     with pytest.raises(DataError, match=f"{prefix}: row 1: .*{reason}"):

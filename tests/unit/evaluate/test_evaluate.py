@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlxf.assembly.build_run import evaluation_settings
 from rlxf.core.errors import ConfigError, StopRequested
 from rlxf.core.types import PromptBatch, Tokens
 from rlxf.evaluate import Evaluation, Rooms, load_metrics
@@ -39,7 +40,7 @@ def evaluation(small: SmallRun) -> Evaluation:
         columns={},
     )
     rooms = Rooms(rollout=small.engine, scorer=TokenCounter([]), actor=small.actor, reference=small.reference)
-    return Evaluation(small.run.config, prompts, rooms, tokenizer=byte_tokenizer(), eos_ids=(EOS,))
+    return Evaluation(evaluation_settings(small.run.config, (EOS,)), prompts, rooms, tokenizer=byte_tokenizer())
 
 
 def small(**changes: object) -> SmallRun:

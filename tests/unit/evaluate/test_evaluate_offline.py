@@ -84,20 +84,20 @@ def config(**training: Any) -> Any:
 
 
 def test_it_is_due_before_the_first_step_at_the_interval_and_after_the_last_step() -> None:
-    evaluate = OfflineEvaluation(config(), [pairs(3)], Learner(random_logits()), Bigram())
+    evaluate = OfflineEvaluation(config().training, [pairs(3)], Learner(random_logits()), Bigram())
     assert [bool(evaluate(step)) for step in range(6)] == [True, False, True, False, True, True]
 
 
 def test_it_is_due_whenever_a_run_only_evaluates() -> None:
     evaluate = OfflineEvaluation(
-        config(eval_interval=0, eval_only=True), [pairs(3)], Learner(random_logits()), Bigram()
+        config(eval_interval=0, eval_only=True).training, [pairs(3)], Learner(random_logits()), Bigram()
     )
     assert evaluate(3)
 
 
 def test_a_model_that_is_its_own_reference_has_no_margin_and_the_loss_of_a_coin() -> None:
     learner = Learner(random_logits())
-    metrics = OfflineEvaluation(config(), [pairs(5)], learner, learner)(0)
+    metrics = OfflineEvaluation(config().training, [pairs(5)], learner, learner)(0)
     assert metrics["eval/loss"] == pytest.approx(math.log(2))
     assert metrics["eval/rewards/margins"] == 0.0
     assert metrics["eval/rewards/accuracies"] == 0.0
@@ -105,9 +105,9 @@ def test_a_model_that_is_its_own_reference_has_no_margin_and_the_loss_of_a_coin(
 
 def test_every_pair_weighs_the_same_whatever_the_size_of_the_batches() -> None:
     all_pairs, learner = pairs(7), Learner(random_logits())
-    whole = OfflineEvaluation(config(), [all_pairs], learner, Bigram())(0)
+    whole = OfflineEvaluation(config().training, [all_pairs], learner, Bigram())(0)
     cut = [all_pairs.select(rows) for rows in parts(7, 4, 2, 1)]
-    split = OfflineEvaluation(config(), cut, learner, Bigram())(0)
+    split = OfflineEvaluation(config().training, cut, learner, Bigram())(0)
     assert learner.sizes == [7, 4, 2, 1]
     assert split == pytest.approx(whole, rel=1e-6)
     assert whole["eval/rewards/margins"] != 0
@@ -117,9 +117,9 @@ def test_every_counted_token_weighs_the_same_in_supervised_fine_tuning() -> None
     sequences = sides(6, 4)
     counted = torch.rand(int(sequences.completion_lengths.sum()), generator=torch.Generator().manual_seed(5)) < 0.5
     examples, learner = Examples(sequences=sequences, counted=counted), Learner(random_logits())
-    whole = OfflineEvaluation(config(stage="sft"), [examples], learner, Bigram())(0)
+    whole = OfflineEvaluation(config(stage="sft").training, [examples], learner, Bigram())(0)
     cut = [examples.select(rows) for rows in parts(6, 1, 5)]
-    split = OfflineEvaluation(config(stage="sft"), cut, learner, Bigram())(0)
+    split = OfflineEvaluation(config(stage="sft").training, cut, learner, Bigram())(0)
     assert split["eval/loss"] == pytest.approx(whole["eval/loss"], rel=1e-6)
 
 
@@ -127,7 +127,7 @@ def test_every_counted_token_weighs_the_same_in_supervised_fine_tuning() -> None
 def test_standard_errors_are_those_of_pairs_whatever_the_size_of_the_batches(sizes: tuple[int, ...]) -> None:
     all_pairs, model, reference = pairs(9), Learner(random_logits()), Bigram()
     batches = [all_pairs.select(rows) for rows in parts(9, *sizes)]
-    found = OfflineEvaluation(config(), batches, model, reference)(0)
+    found = OfflineEvaluation(config().training, batches, model, reference)(0)
     losses = LOSS(model.logps(all_pairs), reference.logps(all_pairs), torch.ones(18), 1.0).double()
     assert found["eval/loss_se"] == pytest.approx(float(losses.std()) / 3, rel=1e-5)
     share = found["eval/rewards/accuracies"]
@@ -143,7 +143,7 @@ def test_the_standard_error_of_supervised_fine_tuning_is_that_of_whole_examples(
     counted = torch.rand(int(sequences.completion_lengths.sum()), generator=torch.Generator().manual_seed(5)) < 0.8
     examples, learner = Examples(sequences=sequences, counted=counted), Learner(random_logits())
     batches = [examples.select(rows) for rows in parts(40, 33, 7)]
-    found = OfflineEvaluation(config(stage="sft"), batches, learner, Bigram())(0)
+    found = OfflineEvaluation(config(stage="sft").training, batches, learner, Bigram())(0)
     draws = torch.randint(0, 40, (2000, 40), generator=torch.Generator().manual_seed(6))
     one_each = [learner.evaluate(examples.select(torch.tensor([row]))) for row in range(40)]
     counts = torch.tensor([float(part.sum()) for part in counted.split(sequences.completion_lengths.tolist())])
@@ -153,7 +153,7 @@ def test_the_standard_error_of_supervised_fine_tuning_is_that_of_whole_examples(
 
 
 def test_one_pair_has_no_standard_error() -> None:
-    found = OfflineEvaluation(config(), [pairs(1)], Learner(random_logits()), Bigram())(0)
+    found = OfflineEvaluation(config().training, [pairs(1)], Learner(random_logits()), Bigram())(0)
     assert math.isnan(found["eval/loss_se"])
     assert math.isnan(found["eval/rewards/accuracies_se"])
 
@@ -162,7 +162,7 @@ def test_smallest_and_largest_reward_are_those_of_all_batches() -> None:
     both = pairs(4)
     rewards = RewardPairs(chosen=both.chosen, rejected=both.rejected, margin=torch.tensor([-1.0, 4.0, 2.0, 0.5]))
     batches = [rewards.select(rows) for rows in parts(4, 3, 1)]
-    assert OfflineEvaluation(config(stage="rm"), batches, Learner(random_logits()), Bigram())(0) == {
+    assert OfflineEvaluation(config(stage="rm").training, batches, Learner(random_logits()), Bigram())(0) == {
         "eval/accuracy": pytest.approx(0.75),
         "eval/accuracy_se": pytest.approx(torch.tensor([0.0, 1.0, 1.0, 1.0]).std().item() / 2),
         "eval/margin": pytest.approx(1.375),
@@ -182,9 +182,9 @@ def test_the_reference_is_asked_for_its_log_probs_of_pairs_only() -> None:
     both = pairs(2)
     rewards = RewardPairs(chosen=both.chosen, rejected=both.rejected, margin=torch.ones(2))
     learner = Learner(random_logits())
-    assert OfflineEvaluation(config(stage="rm"), [rewards], learner, Refuses())(0)["eval/accuracy"] == 1.0
+    assert OfflineEvaluation(config(stage="rm").training, [rewards], learner, Refuses())(0)["eval/accuracy"] == 1.0
     with pytest.raises(AssertionError, match="no reference"):
-        OfflineEvaluation(config(), [both], learner, Refuses())(0)
+        OfflineEvaluation(config().training, [both], learner, Refuses())(0)
 
 
 def test_a_batch_without_a_counted_token_weighs_nothing() -> None:
@@ -195,7 +195,7 @@ def test_a_batch_without_a_counted_token_weighs_nothing() -> None:
     learner = Learner(random_logits())
 
     def of(*batches: Examples) -> Metrics:
-        return OfflineEvaluation(config(stage="sft"), batches, learner, Bigram())(0)
+        return OfflineEvaluation(config(stage="sft").training, batches, learner, Bigram())(0)
 
     assert of(nothing, something) == of(something)
     assert math.isnan(of(nothing)["eval/loss"])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlxf.assembly.roles import build_actor
 from rlxf.core.errors import CheckpointError
 from rlxf.core.types import Metrics
 from rlxf.models.megatron import checkpoint as checkpoint_module
@@ -32,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def actor(folder: Path, process: Process | None = None, **settings: Any) -> Actor:
     config = run_config(folder, **{"ppo_mini_batch_size": NUM_PAIRS, "weight_decay": 0.1, **settings})
-    return Actor(config, get_platform("cpu"), process or Process())
+    return build_actor(config, get_platform("cpu"), process or Process())
 
 
 def update(of: Actor, *steps: int) -> list[Metrics]:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rlxf.assembly.data import open_preferences
 from rlxf.core.types import Messages
-from rlxf.data.preferences import PreferenceFile
 from rlxf.data.templates import TEMPLATE_NAMES, chat_template
 from rlxf.models.endings import Endings
 from tests.data_world import CHAT_TEMPLATE, chat_tokenizer, recipe, write_rows
@@ -57,7 +57,7 @@ def trained_on(rows: list[dict[str, Messages]], tokenizer: Any, folder: Path, en
     actor = {"model": "tiny", "seq_length": 4096, "max_prompt_length": 2048, "eos_tokens": ends, "no_shuffle": True}
     actor["data_path"] = str(write_rows(folder / "pairs.jsonl", rows))
     config = recipe(training={"stage": "rm", "global_batch_size": len(rows)}, actor_rollout=actor)
-    batch = PreferenceFile(config, tokenizer).next_batch(0)
+    batch = open_preferences(config, tokenizer).next_batch(0)
     sides = [side.rows() for side in (batch.chosen, batch.rejected)]
     return [
         [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in row] for row in zip(*sides, strict=True)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlxf.assembly.roles import build_actor
 from rlxf.checkpointing.manifest import find_problems, write_manifest
 from rlxf.checkpointing.resume import find_resume
 from rlxf.config.load import load_config
@@ -58,7 +59,7 @@ def recipe(stored: StoredRun) -> RunConfig:
 def actor(tmp_path_factory: pytest.TempPathFactory) -> Actor:
     """Only its shape matters."""
     config = recipe(unpack(tmp_path_factory.mktemp("actor") / "stored"))
-    return Actor(config, get_platform("cpu", cpu_linear="mkl"), Process())
+    return build_actor(config, get_platform("cpu", cpu_linear="mkl"), Process())
 
 
 def resume(stored: StoredRun, actor: Actor) -> None:

@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlxf.assembly.roles import build_actor, build_reference
 from rlxf.core.types import ReferencedPairs
 from rlxf.models.megatron.parallel import ParallelSizes, init_parallel
 from rlxf.platform import Process, get_platform, linear
-from rlxf.reference.frozen import FrozenReference
-from rlxf.update.actor import Actor
 from tests.ranks import on_ranks
 from tests.settings import random_pairs, run_config
 from tests.tiny_models import save_causal_lm
@@ -116,10 +115,10 @@ def test_where_torchs_product_is_used_the_layers_are_megatrons_own() -> None:
 def test_an_actor_trains_the_same_on_either_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "MIN_WEIGHT_ELEMENTS", 1)  # a tiny model takes the path
     folder = save_causal_lm(tmp_path / "model", "qwen2", tied=True)  # with a bias
-    reference = FrozenReference(run_config(folder), get_platform("cpu", cpu_linear="mkl"), Process())
+    reference = build_reference(run_config(folder), get_platform("cpu", cpu_linear="mkl"), Process())
     found = []
     for choice in ("onednn", "mkl"):
-        actor = Actor(run_config(folder), get_platform("cpu", cpu_linear=choice), Process())
+        actor = build_actor(run_config(folder), get_platform("cpu", cpu_linear=choice), Process())
         steps = []
         for step in range(3):
             pairs = random_pairs(6, seed=step)

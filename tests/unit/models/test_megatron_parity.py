@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 
+from rlxf.assembly.roles import load_role
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, ModelError
 from rlxf.core.types import Sequences
-from rlxf.models.backend import load_model, sequence_scores, token_logps
+from rlxf.models.backend import sequence_scores, token_logps
 from rlxf.models.batching import Limits
 from rlxf.platform import Process, get_platform
 from tests.settings import random_rows, run_config
@@ -22,7 +23,7 @@ FAMILIES = [(kind, tied) for kind in ("llama", "qwen2", "qwen3") for tied in (Tr
 
 
 def load(config: RunConfig, role: Any = "actor_rollout") -> Any:
-    return load_model(config, role, get_platform("cpu", cpu_linear="mkl"), Process())
+    return load_role(config, role, get_platform("cpu", cpu_linear="mkl"), Process())
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda p: f"{p[0]}-{'tied' if p[1] else 'untied'}")

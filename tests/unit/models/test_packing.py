@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from rlxf.assembly.roles import build_actor, load_role
 from rlxf.core.errors import ShapeError
 from rlxf.core.types import Pairs, ReferencedPairs, Sequences
-from rlxf.models.backend import load_model, sequence_scores, token_logps
+from rlxf.models.backend import sequence_scores, token_logps
 from rlxf.models.batching import Limits
 from rlxf.platform import Process, get_platform
-from rlxf.update.actor import Actor
 from tests.settings import random_pairs, random_rows, referenced, run_config
 from tests.tiny_models import save_causal_lm, save_reward_model
 
@@ -27,7 +27,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def gradients(folder: Path, batch: ReferencedPairs, **settings: Any) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one optimizer step over all pairs; Adam's first moment is a tenth of the gradient."""
     config = run_config(folder, ppo_mini_batch_size=len(batch), clip_grad=0.0, **settings)
-    actor = Actor(config, get_platform("cpu"), Process())
+    actor = build_actor(config, get_platform("cpu"), Process())
     actor.trainable.step = lambda learning_rate: 0.0  # type: ignore[method-assign]  # keep the gradients as they are
     metrics = actor.update(batch, 0)
     chunk = actor.trainable.chunks[0].module
@@ -90,7 +90,7 @@ def test_log_probs_and_scores_do_not_depend_on_what_shares_a_pass(folder: Path, 
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     reward = save_reward_model(tmp_path / "rm", kind)
     config = run_config(folder, reward=reward)
-    model, scorer = (load_model(config, role, get_platform("cpu"), Process()) for role in ("ref", "reward"))
+    model, scorer = (load_role(config, role, get_platform("cpu"), Process()) for role in ("ref", "reward"))
     alone = Limits(num_sequences=1, share_prompts=False)
     for limits in (Limits(num_sequences=12), Limits(num_sequences=2), Limits(num_sequences=2, num_tokens=90)):
         values = torch.split(token_logps(model, sequences.select(order), limits), _lengths(sequences, order))

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlxf.assembly.data import open_replay
 from rlxf.config.recording import holds_scores
 from rlxf.core.errors import ConfigError, DataError, SyncError
 from rlxf.core.types import Rollouts, ScoredRollouts
@@ -57,13 +58,11 @@ def record(path: Path, *steps: ScoredRollouts, after: int | None = None) -> Path
     return path
 
 
-def replay(path: Path, folder: Path | None = None, **training: Any) -> ReplayEngine:
-    if folder is not None:
-        chat_tokenizer().save_pretrained(folder)
+def replay(path: Path, **training: Any) -> ReplayEngine:
     settings = {"stage": "ray_online_dpo", "global_batch_size": 4, "train_iters": 2, **training}
-    actor = {"model": "tiny", "seq_length": 64, "load": str(folder)}
+    actor = {"model": "tiny", "seq_length": 64}
     rollout = {"engine": "replay", "replay_path": str(path)}
-    return ReplayEngine(recipe(training=settings, actor_rollout=actor, rollout=rollout))
+    return open_replay(recipe(training=settings, actor_rollout=actor, rollout=rollout), chat_tokenizer())
 
 
 def assert_same(live: ScoredRollouts, again: ScoredRollouts) -> None:
@@ -80,7 +79,7 @@ def assert_same(live: ScoredRollouts, again: ScoredRollouts) -> None:
 def test_replay_gives_the_live_steps_bit_for_bit(tmp_path: Path) -> None:
     live = [step_of(0), step_of(1)]
     path = record(tmp_path / "rollouts.jsonl", *live)
-    engine, scorer = replay(path, tmp_path / "model"), RecordedScorer(path)
+    engine, scorer = replay(path), RecordedScorer(path)
     for step in (1, 0):  # in any order, as a resumed run may ask
         rollouts = engine.generate(engine.next_batch(step), SAMPLING)
         again = with_scores(rollouts, scorer.score(rollouts), eos_ids=(EOS,), missing_eos_penalty=0.3)
@@ -161,7 +160,7 @@ def test_a_new_run_does_not_append_to_an_old_file(tmp_path: Path) -> None:
 def test_ragged_rows_are_replayed(tmp_path: Path) -> None:
     three = {**ROW, "completions": [{"token_ids": [i], "score": i} for i in (5, 6, 7)]}
     path = write_rows(tmp_path / "rollouts.jsonl", [ROW, three])
-    engine = replay(path, tmp_path / "model", global_batch_size=2, train_iters=1)
+    engine = replay(path, global_batch_size=2, train_iters=1)
     rollouts = engine.generate(engine.next_batch(0), SAMPLING)
     assert rollouts.prompt_index.tolist() == [0, 0, 1, 1, 1]
     assert rollouts.sample_index.tolist() == [0, 1, 0, 1, 2]
@@ -173,7 +172,7 @@ def test_ragged_rows_are_replayed(tmp_path: Path) -> None:
 def test_prompts_of_a_replay_are_rows_with_text(tmp_path: Path) -> None:
     ids = chat_tokenizer()("hello")["input_ids"]
     path = write_rows(tmp_path / "rollouts.jsonl", [ROW, {**ROW, "prompt_ids": ids}])
-    batch = replay(path, tmp_path / "model", global_batch_size=1, train_iters=2).next_batch(1)
+    batch = replay(path, global_batch_size=1, train_iters=2).next_batch(1)
     assert batch.prompt_ids.tolist() == [1]
     assert batch.texts == ("hello",)
 
@@ -185,13 +184,13 @@ def test_too_few_rows_say_how_many_steps_are_possible(tmp_path: Path) -> None:
 
 
 def test_other_prompts_are_refused(tmp_path: Path) -> None:
-    engine = replay(write_rows(tmp_path / "rollouts.jsonl", [ROW] * 8), tmp_path / "model")
+    engine = replay(write_rows(tmp_path / "rollouts.jsonl", [ROW] * 8))
     with pytest.raises(ConfigError, match=r"training\.eval_interval must be 0"):
         engine.generate(prompt_batch([[1, 9]]), SAMPLING)
 
 
 def test_weights_are_accepted_and_change_nothing_but_a_probe_is_refused(tmp_path: Path) -> None:
-    engine = replay(write_rows(tmp_path / "rollouts.jsonl", [ROW] * 8), tmp_path / "model")
+    engine = replay(write_rows(tmp_path / "rollouts.jsonl", [ROW] * 8))
     engine.begin_update()
     engine.load_bucket(Bucket((), 0), torch.empty(0, dtype=torch.uint8))
     engine.end_update(7)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from rlxf.assembly.build_run import report_settings
 from rlxf.config.schema import RunConfig
 from rlxf.core.types import Metrics
 from rlxf.observe.console import Progressbar, duration, with_error
@@ -71,7 +72,7 @@ def test_durations_read_as_clocks_do(seconds: float, text: str) -> None:
 def test_the_report_of_a_run(tmp_path: Path) -> None:
     console, text = plain_console()
     config = small_config(training__eval_interval=2, training__train_iters=2, log__tensorboard=False)
-    report = make_report(config, tmp_path, console)
+    report = make_report(report_settings(config), tmp_path, console)
     report.evaluated(0, {"eval/reward": 1.0, "eval/kl": 0.0, "eval/positive": 0.25})
     report.stepped(1, {**STEP, "pair/tie_rate": 0.5})
     report.stepped(2, {**STEP, "pair/tie_rate": 0.125, "eval/reward": 3.0, "eval/kl": 7.5, "eval/positive": 0.75})
@@ -104,7 +105,7 @@ def table_of(
 ) -> list[list[str]]:
     """Head and rows of the final table after evaluations at steps 0, 1, ...; none before a first one that is empty."""
     console, text = plain_console()
-    report = make_report(config, tmp_path, console, earlier)
+    report = make_report(report_settings(config), tmp_path, console, earlier)
     report.evaluated(0, evaluations[0])
     for step, metrics in enumerate(evaluations[1:], start=1):
         report.stepped(step, {**STEP, **metrics})
@@ -172,12 +173,12 @@ def _cells(line: str) -> list[str]:
 
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_processes(tmp_path: Path) -> None:
     config = small_config(training__train_iters=2, log__tensorboard=False)
-    first = make_report(config, tmp_path, plain_console()[0])
+    first = make_report(report_settings(config), tmp_path, plain_console()[0])
     before = first.describe()["seconds"]
     assert 0 <= before < 60
     earlier = Reported(step=1, final_step=1, seconds=3675.0)
     console, text = plain_console()
-    again = make_report(config, tmp_path, console, earlier)
+    again = make_report(report_settings(config), tmp_path, console, earlier)
     again.stepped(2, STEP)
     assert again.describe()["seconds"] >= 3675
     again.finished(tmp_path / "policy")

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from rlxf.assembly.build_run import report_settings
 from rlxf.config import trackers as checks
 from rlxf.config.load import load_config
-from rlxf.config.schema import RunConfig
+from rlxf.config.schema import LogConfig, RunConfig
 from rlxf.core.errors import ConfigError, StopRequested
 from rlxf.observe import trackers
 from rlxf.observe.report import Reported, RunReport, make_report
@@ -42,7 +43,7 @@ def config(*names: str, **log: Any) -> RunConfig:
 
 
 def report(run_dir: Path, recipe: RunConfig, earlier: Reported | None = None) -> RunReport:
-    return make_report(recipe, run_dir, Console(file=io.StringIO()), earlier)
+    return make_report(report_settings(recipe), run_dir, Console(file=io.StringIO()), earlier)
 
 
 def reported_by(made: RunReport) -> Reported:
@@ -202,7 +203,7 @@ class Fails:
 
     id = "7"
 
-    def __init__(self, config: RunConfig, run_dir: Path, run_id: str | None) -> None:
+    def __init__(self, config: LogConfig, recipe: dict[str, Any], run_dir: Path, run_id: str | None) -> None:
         return None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -229,7 +230,7 @@ def test_a_stop_inside_a_tracker_stops_the_run(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Fails, "log", stop)
     monkeypatch.setitem(trackers._START, "wandb", Fails)
     with pytest.raises(StopRequested):
-        TrackerSink("wandb", config("wandb"), tmp_path).write(1, {"loss": 1.0})
+        TrackerSink("wandb", config("wandb").log, {}, tmp_path).write(1, {"loss": 1.0})
 
 
 def test_a_tracker_that_cannot_start_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,9 +239,9 @@ def test_a_tracker_that_cannot_start_says_what_to_do(tmp_path: Path, monkeypatch
 
     monkeypatch.setitem(trackers._START, "wandb", refuse)
     with pytest.raises(ConfigError, match=r"log\.report_to: wandb could not be started: PermissionError: api_key"):
-        TrackerSink("wandb", config("wandb"), tmp_path)
+        TrackerSink("wandb", config("wandb").log, {}, tmp_path)
     with pytest.raises(ConfigError, match=r"wandb login.*WANDB_MODE=offline, or leave wandb out"):
-        TrackerSink("wandb", config("wandb"), tmp_path)
+        TrackerSink("wandb", config("wandb").log, {}, tmp_path)
 
 
 @pytest.mark.parametrize("name", checks.PACKAGES)
@@ -265,7 +266,7 @@ def test_an_evaluation_alone_is_a_run_of_its_own(tmp_path: Path, monkeypatch: py
     given: list[str | None] = []
 
     class Notes(Fails):
-        def __init__(self, config: RunConfig, run_dir: Path, run_id: str | None) -> None:
+        def __init__(self, config: LogConfig, recipe: dict[str, Any], run_dir: Path, run_id: str | None) -> None:
             given.append(run_id)
 
     monkeypatch.setitem(trackers._START, "wandb", Notes)

@@ -8,10 +8,9 @@ import pytest
 import torch
 import transformers
 
+from rlxf.assembly.roles import build_actor, build_reference
 from rlxf.core.types import ReferencedPairs, Sequences
 from rlxf.platform import Process, get_platform
-from rlxf.reference.frozen import FrozenReference
-from rlxf.update.actor import Actor
 from tests.settings import random_pairs, run_config
 from tests.tiny_models import save_causal_lm
 
@@ -21,7 +20,7 @@ from tests.tiny_models import save_causal_lm
 def test_sums_equal_hugging_face_whatever_the_micro_batch(tmp_path: Path, micro_batch_size: int) -> None:
     folder = save_causal_lm(tmp_path / "m")
     pairs = random_pairs(7)
-    reference = FrozenReference(run_config(folder, micro_batch_size=micro_batch_size), get_platform("cpu"), Process())
+    reference = build_reference(run_config(folder, micro_batch_size=micro_batch_size), get_platform("cpu"), Process())
     found = reference.logps(pairs)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
 
@@ -40,7 +39,7 @@ def test_training_the_actor_never_moves_the_reference(tmp_path: Path) -> None:
     folder = save_causal_lm(tmp_path / "m")
     config = run_config(folder, ppo_mini_batch_size=4)
     platform = get_platform("cpu")
-    reference, actor = FrozenReference(config, platform, Process()), Actor(config, platform, Process())
+    reference, actor = build_reference(config, platform, Process()), build_actor(config, platform, Process())
     pairs = random_pairs(4)
     before = reference.logps(pairs)
     actor.update(ReferencedPairs(pairs=pairs, reference=before), 0)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from rlxf.assembly.roles import build_reference
 from rlxf.models.hf_folder import HfWeights
 from rlxf.models.megatron.parallel import free_port
 from rlxf.platform import Process, get_platform
@@ -39,7 +40,7 @@ def moved(folder: Path, policy: Path, out: Path, process: Process, layout: dict[
                 view.copy_(weights.read(name))
             reference.mix(bucket, payload, 1e-3)
 
-    first, second = (FrozenReference(config, get_platform("cpu"), process) for _ in range(2))
+    first, second = (build_reference(config, get_platform("cpu"), process) for _ in range(2))
     move(first)
     move(first)
     first.save(out / "two")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlxf.assembly.roles import build_actor, build_reference
 from rlxf.config.roles import ReferenceConfig
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import CheckpointError
@@ -17,7 +18,6 @@ from rlxf.platform import Process, get_platform
 from rlxf.reference.frozen import FrozenReference
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
 from rlxf.sync.refresh import Refresh, no_refresh
-from rlxf.update.actor import Actor
 from tests.settings import random_pairs, referenced, run_config
 from tests.tiny_models import save_causal_lm
 
@@ -41,7 +41,7 @@ def settings(alpha: float, interval: int = 2) -> ReferenceConfig:
 def test_the_reference_becomes_the_mixture_when_it_is_due(tmp_path: Path, kind: str) -> None:
     folder = save_causal_lm(tmp_path / "model", kind, tied=kind == "llama")
     config = run_config(folder, ppo_mini_batch_size=4, lr=0.1)
-    actor, reference = (room(config, get_platform("cpu"), Process()) for room in (Actor, FrozenReference))
+    actor, reference = (room(config, get_platform("cpu"), Process()) for room in (build_actor, build_reference))
     refresh = Refresh(actor, reference, settings(0.6))
     start = weights(reference)
     for step in range(2):
@@ -58,7 +58,7 @@ def test_the_reference_becomes_the_mixture_when_it_is_due(tmp_path: Path, kind: 
 def test_alpha_one_takes_the_policy_over_bit_for_bit_and_gives_a_margin_of_zero(tmp_path: Path) -> None:
     folder = save_causal_lm(tmp_path / "model")
     config = run_config(folder, ppo_mini_batch_size=4, lr=0.1)
-    actor, reference = (room(config, get_platform("cpu"), Process()) for room in (Actor, FrozenReference))
+    actor, reference = (room(config, get_platform("cpu"), Process()) for room in (build_actor, build_reference))
     pairs = random_pairs(4)
     actor.update(referenced(pairs), 0)
     Refresh(actor, reference, settings(1.0, interval=1))(1)
@@ -68,14 +68,14 @@ def test_alpha_one_takes_the_policy_over_bit_for_bit_and_gives_a_margin_of_zero(
 def test_a_saved_reference_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     folder = save_causal_lm(tmp_path / "model", tied=True)
     config = run_config(folder, ppo_mini_batch_size=4, lr=0.1)
-    actor, reference = (room(config, get_platform("cpu"), Process()) for room in (Actor, FrozenReference))
+    actor, reference = (room(config, get_platform("cpu"), Process()) for room in (build_actor, build_reference))
     actor.update(referenced(random_pairs(4)), 0)
     refresh = Refresh(actor, reference, settings(0.5, interval=1))
     refresh(1)
     checkpoint = tmp_path / "iter_0000001"
     checkpoint.mkdir()
     refresh.save(checkpoint)
-    other = FrozenReference(config, get_platform("cpu"), Process())
+    other = build_reference(config, get_platform("cpu"), Process())
     Refresh(actor, other, settings(0.5)).load(checkpoint)
     assert equal(other, reference)
     pairs = random_pairs(3, seed=7)
@@ -111,7 +111,7 @@ def moved(weights: dict[str, Tensor], policy: dict[str, Tensor], alpha: float, m
 
 
 def bf16_reference(folder: Path) -> FrozenReference:
-    return FrozenReference(with_moves(run_config(folder, bf16=True)), get_platform("cpu"), Process())
+    return build_reference(with_moves(run_config(folder, bf16=True)), get_platform("cpu"), Process())
 
 
 def with_moves(config: RunConfig, **ref: Any) -> RunConfig:
@@ -180,7 +180,7 @@ def test_a_run_whose_reference_moves_from_now_on_keeps_it_where_it_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = save_causal_lm(tmp_path / "model")
-    reference = FrozenReference(with_moves(run_config(folder)), get_platform("cpu"), Process())
+    reference = build_reference(with_moves(run_config(folder)), get_platform("cpu"), Process())
     start = weights(reference)
     (tmp_path / "iter_0000001").mkdir()
     Refresh(Fixed(start), reference, settings(0.5)).load(tmp_path / "iter_0000001")
@@ -200,7 +200,7 @@ class Breaks(Fixed):
 
 
 def test_a_reference_that_was_moved_half_way_is_not_whole(tmp_path: Path) -> None:
-    reference = FrozenReference(
+    reference = build_reference(
         with_moves(run_config(save_causal_lm(tmp_path / "model"))), get_platform("cpu"), Process()
     )
     policy = Breaks({name: value + 1 for name, value in weights(reference).items()})
@@ -217,7 +217,7 @@ def test_a_reference_that_was_moved_half_way_is_not_whole(tmp_path: Path) -> Non
 
 
 def test_fp32_moves_are_the_plain_mixture_bit_for_bit(tmp_path: Path) -> None:
-    reference = FrozenReference(
+    reference = build_reference(
         with_moves(run_config(save_causal_lm(tmp_path / "model"))), get_platform("cpu"), Process()
     )
     policy = {name: torch.randn_like(value) for name, value in weights(reference).items()}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlxf.assembly.roles import engine_settings
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, SyncError
 from rlxf.core.types import Tokens
@@ -33,7 +34,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def engine_of(config: RunConfig) -> HfEngine:
-    return HfEngine(config, get_platform("cpu", cpu_linear="mkl"))
+    return HfEngine(engine_settings(config), get_platform("cpu", cpu_linear="mkl"))
 
 
 @pytest.fixture
@@ -206,7 +207,7 @@ def test_the_fast_linear_path_follows_the_new_weights_too(folder: Path, monkeypa
 
     monkeypatch.setattr(linear, "MIN_WEIGHT_ELEMENTS", 1)
     monkeypatch.setattr(linear, "_times_transposed", counted)
-    engine = HfEngine(run_config(folder), get_platform("cpu", cpu_linear="onednn"))
+    engine = HfEngine(engine_settings(run_config(folder)), get_platform("cpu", cpu_linear="onednn"))
     actor = HfActor(load_model(folder))
     batch = prompt_batch(random_prompts(LENGTHS))
     for version in (1, 2):

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from rlxf.assembly.build_run import evaluation_settings
+from rlxf.assembly.data import eval_prompts, open_prompts
 from rlxf.config.schema import RunConfig
 from rlxf.core.types import Metrics
-from rlxf.data.prompts import PromptSource, eval_prompts
 from rlxf.driver import train
 from rlxf.evaluate import Evaluation, Rooms
 from rlxf.loop.run import Evaluate, State
@@ -65,10 +66,10 @@ def trained(config: RunConfig, state: State | None = None) -> SmallRun:
     def evaluate(step: int) -> Metrics:
         return evaluation(step)
 
-    small = small_run(config, prompts=PromptSource(config, byte_tokenizer()), evaluate=evaluate, state=state)
+    small = small_run(config, prompts=open_prompts(config, byte_tokenizer()), evaluate=evaluate, state=state)
     rooms = Rooms(rollout=small.engine, scorer=TokenCounter([]), actor=small.actor, reference=small.reference)
     prompts = eval_prompts(config, byte_tokenizer())
-    evaluation: Evaluate = Evaluation(config, prompts, rooms, tokenizer=byte_tokenizer(), eos_ids=(EOS,))
+    evaluation: Evaluate = Evaluation(evaluation_settings(config, (EOS,)), prompts, rooms, tokenizer=byte_tokenizer())
     train(small.run)
     return small
 
@@ -105,7 +106,7 @@ def test_a_resumed_run_draws_the_seeds_of_the_undisturbed_one(make: Any, tmp_pat
 def test_engines_that_share_a_step_draw_the_seeds_of_one(engines: int, tmp_path: Path) -> None:
     config = batch_larger_than_the_file(tmp_path)
     small = small_run(config)
-    batch = PromptSource(config, byte_tokenizer()).next_batch(1)
+    batch = open_prompts(config, byte_tokenizer()).next_batch(1)
     small.engine.generate(batch, small.run.training_sampling())
     (whole,) = small.engine.seeds
     parts = SmallEngine([])

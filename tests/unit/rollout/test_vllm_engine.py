@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from rlxf.assembly.build_run import build_probe
+from rlxf.assembly.roles import engine_settings
 from rlxf.config.schema import RunConfig, SyncConfig
 from rlxf.core.errors import SyncError
 from rlxf.core.types import Tokens
@@ -17,7 +19,6 @@ from rlxf.platform import get_platform
 from rlxf.rollout import HfEngine
 from rlxf.rollout.engine import Sampling
 from rlxf.sync.plan import Bucket, TensorSpec
-from rlxf.sync.probe import make_probe
 from rlxf.sync.push import LocalSink, WeightSync
 from tests.rollout_world import HfActor, greedy, load_model, prompt_batch, random_prompts, run_config
 from tests.tiny_models import EOS, randomize, save_causal_lm
@@ -39,7 +40,7 @@ class World:
 
     def sync(self, verify_first: int = 0, config: RunConfig | None = None) -> WeightSync:
         prompts = Tokens.from_rows(random_prompts(SHORT))
-        probe = make_probe(config or run_config(self.folder), get_platform("cpu"), prompts)
+        probe = build_probe(config or run_config(self.folder), get_platform("cpu"), prompts)
         return WeightSync(self.actor, LocalSink(self.actor, self.engine), SyncConfig(verify_first=verify_first), probe)
 
     def train(self, seed: int) -> None:
@@ -77,7 +78,7 @@ def follows(engine: Any, model: Any) -> bool:
 def test_greedy_tokens_are_those_of_the_hf_engine_and_of_the_plain_model(world: World) -> None:
     batch = prompt_batch(random_prompts(SHORT + LONG))
     ours = world.engine.generate(batch, GREEDY)
-    twin = HfEngine(run_config(world.folder), get_platform("cpu")).generate(batch, GREEDY)
+    twin = HfEngine(engine_settings(run_config(world.folder)), get_platform("cpu")).generate(batch, GREEDY)
     assert ours.sequences.completion_rows() == twin.sequences.completion_rows()
     torch.testing.assert_close(ours.engine_logps, twin.engine_logps, rtol=0, atol=1e-5)
     assert follows(world.engine, world.actor.model)

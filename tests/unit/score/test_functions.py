@@ -12,7 +12,7 @@ import torch
 from rlxf.core.errors import ConfigError, ScoreError, StopRequested
 from rlxf.core.types import Rollouts
 from rlxf.score.functions import FunctionScorer
-from tests.data_world import chat_tokenizer, make_rollouts, prompt_batch, recipe
+from tests.data_world import chat_tokenizer, make_rollouts, prompt_batch
 from tests.tiny_models import EOS
 
 TOKENIZER = chat_tokenizer()
@@ -25,7 +25,7 @@ def encode(text: str) -> list[int]:
 def scorer(folder: Path, code: str) -> FunctionScorer:
     path = folder / "my_reward.py"
     path.write_text(dedent(code))
-    return FunctionScorer(recipe(reward={"function": str(path)}), TOKENIZER)
+    return FunctionScorer(path, TOKENIZER)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_wrong_file_is_refused_at_the_start(code: str, message: str, tmp_path:
 
 def test_a_missing_file_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
-        FunctionScorer(recipe(reward={"function": str(tmp_path / "none.py")}), TOKENIZER)
+        FunctionScorer(tmp_path / "none.py", TOKENIZER)
 
 
 BAD_RESULTS = {
@@ -175,7 +175,7 @@ def test_a_stop_request_passes_through(tmp_path: Path, rollouts: Rollouts) -> No
 
 def test_the_example_prefers_short_complete_answers_that_do_not_repeat(rollouts: Rollouts) -> None:
     path = Path(__file__).parents[3] / "examples/rewards/concise.py"
-    scoring = FunctionScorer(recipe(reward={"function": str(path)}), TOKENIZER)
+    scoring = FunctionScorer(path, TOKENIZER)
     good = "The capital of Portugal is Lisbon, on the river Tagus."
     answers = [good, good + " It is a city." * 20, good[:-5], good[:-1] + ", is Lisbon, is Lisbon, is Lisbon.", "Yes."]
     prompts = prompt_batch([[5]], texts=["?"], columns={"topic": ["fact"]})

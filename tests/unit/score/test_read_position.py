@@ -12,14 +12,13 @@ import pytest
 import torch
 import transformers
 
-from rlxf.config.read_position import stored_position
+from rlxf.assembly.data import open_preferences
+from rlxf.assembly.roles import build_actor, build_scorer
 from rlxf.config.schema import RunConfig
+from rlxf.core.read_position import stored_position
 from rlxf.core.types import RewardPairs, Rollouts
-from rlxf.data.preferences import PreferenceFile
 from rlxf.models.endings import Endings
 from rlxf.platform import Process, get_platform
-from rlxf.score.reward_model import RewardModelScorer
-from rlxf.update.actor import Actor
 from tests.data_world import make_rollouts, prompt_batch, write_rows
 from tests.reward_world import (
     GOOD,
@@ -63,7 +62,7 @@ class Trained:
         return config.model_copy(update={"reward": config.reward.model_copy(update=reward)})
 
     def scores(self, policy: Path, rollouts: Rollouts, **reward: Any) -> torch.Tensor:
-        return RewardModelScorer(self.recipe(policy, **reward), get_platform("cpu"), Process()).score(rollouts)
+        return build_scorer(self.recipe(policy, **reward), get_platform("cpu"), Process()).score(rollouts)
 
 
 def train(kind: Kind, folder: Path) -> Trained:
@@ -73,8 +72,8 @@ def train(kind: Kind, folder: Path) -> Trained:
     prompt, chosen, rejected = texts_of(kind)
     file = write_rows(folder / "pairs.jsonl", [{"prompt": prompt, "chosen": chosen, "rejected": rejected}] * 2)
     config = run_config(policy, stage="rm", data_path=(str(file),), seq_length=256)
-    actor = Actor(config, get_platform("cpu"), Process())
-    source = PreferenceFile(config, tokenizer_of(kind))
+    actor = build_actor(config, get_platform("cpu"), Process())
+    source = open_preferences(config, tokenizer_of(kind))
     for step in range(2):
         batch = source.next_batch(step)
         assert isinstance(batch, RewardPairs)

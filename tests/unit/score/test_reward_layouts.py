@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from rlxf.assembly.roles import build_scorer
 from rlxf.models.megatron.parallel import free_port
 from rlxf.platform import Process, get_platform
-from rlxf.score.reward_model import RewardModelScorer
 from tests.reward_world import KINDS, sampled, save_policy, tokenizer_of
 from tests.settings import run_config
 from tests.tiny_models import save_reward_model
@@ -39,7 +39,7 @@ def scores(folder: Path, process: Process, settings: dict[str, Any]) -> list[Ten
     for position in POSITIONS:
         for recipe, reverse, limit in ((config, False, 512), (foreign, True, 512), (config, False, 40)):
             reward = recipe.reward.model_copy(update={"read_at": position, "seq_length": limit})
-            scorer = RewardModelScorer(recipe.model_copy(update={"reward": reward}), get_platform("cpu"), process)
+            scorer = build_scorer(recipe.model_copy(update={"reward": reward}), get_platform("cpu"), process)
             found.append(scorer.score(sampled(KIND, tokenizer_of(KIND, reverse=reverse))))
     return found
 

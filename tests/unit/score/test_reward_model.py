@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from rlxf.assembly.roles import build_scorer
 from rlxf.core.types import PromptBatch, Rollouts, Sequences, Text, Tokens
 from rlxf.platform import Process, get_platform
 from rlxf.score.reward_model import RewardModelScorer
@@ -39,7 +40,7 @@ def rollouts(texts: list[Text], prompts: list[list[int]], completions: list[list
 
 
 def scorer(policy: Path, reward: Path) -> RewardModelScorer:
-    return RewardModelScorer(run_config(policy, reward=reward), get_platform("cpu"), Process())
+    return build_scorer(run_config(policy, reward=reward), get_platform("cpu"), Process())
 
 
 @torch.no_grad()
@@ -103,5 +104,5 @@ def test_neighbours_never_change_a_score(tmp_path: Path, micro_batch_size: int) 
     prompts, completions = random_rows(7, 2, 9, generator), random_rows(7, 1, 60, generator)
     batch = rollouts(["?"] * 7, prompts, completions)
     config = run_config(policy, reward=reward, micro_batch_size=micro_batch_size)
-    scores = RewardModelScorer(config, get_platform("cpu"), Process()).score(batch)
+    scores = build_scorer(config, get_platform("cpu"), Process()).score(batch)
     torch.testing.assert_close(scores, scorer(policy, reward).score(batch), atol=5e-6, rtol=0)

@@ -38,7 +38,7 @@ def test_the_reward_section_chooses_the_scorer_unless_a_replay_holds_scores(
     function["reward"] = {"function": "reward.py"}
     with_scores, without = (recipe(rollout=replayed(tmp_path, score)) for score in (0.5, None))
     for raw in (recipe(), function, with_scores, without):
-        config, platform = load_config(raw), get_platform("cpu")
-        build_scorer(config, platform, PROCESS)
-        assert (chosen[-1][1].config, chosen[-1][1].platform, chosen[-1][1].process) == (config, platform, PROCESS)
+        config = load_config(raw)
+        build_scorer(config, get_platform("cpu"), PROCESS)
+        assert (chosen[-1][1].config, chosen[-1][1].recording) == (config.reward, config.rollout.replay_path)
     assert [name for name, _ in chosen] == ["model", "function", "recorded", "model"]

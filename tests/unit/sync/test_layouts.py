@@ -15,12 +15,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rlxf.assembly.build_run import build_probe
+from rlxf.assembly.roles import engine_settings
 from rlxf.config.schema import SyncConfig
 from rlxf.core.types import Tokens
 from rlxf.platform import get_platform
 from rlxf.rollout import HfEngine
 from rlxf.sync.plan import Bucket
-from rlxf.sync.probe import EngineAnswer, make_probe
+from rlxf.sync.probe import EngineAnswer
 from rlxf.sync.push import WeightSync
 from rlxf.sync.transports import TRANSPORTS, Transport
 from rlxf.sync.transports.transport import Address, Receiver
@@ -105,8 +107,8 @@ def test_the_engines_hold_what_the_ranks_hold(ranks: Ranks, tied: bool, tmp_path
     ranks.actor = int(tied)
     other = save_causal_lm(tmp_path / "other", tied=tied, seed=2, num_hidden_layers=4)  # what the engines start from
     config, platform = recipe(other), get_platform("cpu")
-    engines = [HfEngine(config, platform) for _ in range(2)]
-    probe = make_probe(config, platform, Tokens.from_rows(random_prompts([9, 8])))
+    engines = [HfEngine(engine_settings(config), platform) for _ in range(2)]
+    probe = build_probe(config, platform, Tokens.from_rows(random_prompts([9, 8])))
     sink = Replicas(ranks, engines)
     sync = WeightSync(ranks, sink, SyncConfig(verify_first=2), probe)
     assert len(ranks.sync_plan()) == 3  # more than there are slots

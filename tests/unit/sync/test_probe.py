@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlxf.assembly.build_run import build_probe
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import SyncError
 from rlxf.core.types import Sequences, Tokens
 from rlxf.platform import get_platform
-from rlxf.sync.probe import Probe, check_answers, make_probe
+from rlxf.sync.probe import Probe, check_answers
 from tests.rollout_world import run_config
 
 PROMPTS = Tokens.from_rows([[5, 6, 7], [8], [9, 10]])
@@ -42,7 +43,7 @@ def positions(config: RunConfig, count: int) -> RunConfig:
 
 def test_the_prompt_is_longer_than_a_cache_block_and_fits_into_two_with_its_answer() -> None:
     platform = get_platform("cpu")
-    probe = make_probe(run_config(Path("model")), platform, PROMPTS)
+    probe = build_probe(run_config(Path("model")), platform, PROMPTS)
     (row,) = probe.prompt.rows()
     assert row[:8] == [5, 6, 7, 8, 9, 10, 5, 6]
     assert platform.kv_block_size < len(row) < len(row) + probe.num_tokens <= 2 * platform.kv_block_size
@@ -50,7 +51,7 @@ def test_the_prompt_is_longer_than_a_cache_block_and_fits_into_two_with_its_answ
 
 @pytest.mark.parametrize("count", [2, 17, 64, 140, 256])
 def test_prompt_and_answer_fit_into_the_models_positions(count: int) -> None:
-    probe = make_probe(positions(run_config(Path("model")), count), get_platform("cpu"), PROMPTS)
+    probe = build_probe(positions(run_config(Path("model")), count), get_platform("cpu"), PROMPTS)
     assert len(probe.prompt.tokens) >= 1
     assert probe.num_tokens >= 1
     assert len(probe.prompt.tokens) + probe.num_tokens <= count
@@ -59,7 +60,7 @@ def test_prompt_and_answer_fit_into_the_models_positions(count: int) -> None:
 def test_bf16_gets_a_wider_tolerance() -> None:
     config = run_config(Path("model"))
     half = config.model_copy(update={"actor_rollout": config.actor_rollout.model_copy(update={"bf16": True})})
-    tolerances = [make_probe(c, get_platform("cpu"), PROMPTS).tolerance for c in (config, half)]
+    tolerances = [build_probe(c, get_platform("cpu"), PROMPTS).tolerance for c in (config, half)]
     assert tolerances == [1e-4, 5e-2]
 
 

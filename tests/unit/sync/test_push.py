@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlxf.assembly.build_run import build_probe
+from rlxf.assembly.roles import engine_settings
 from rlxf.config.schema import SyncConfig
 from rlxf.core.errors import SyncError
 from rlxf.core.types import Tokens
 from rlxf.platform import get_platform
 from rlxf.rollout import HfEngine
 from rlxf.sync.plan import Bucket
-from rlxf.sync.probe import Probe, make_probe
+from rlxf.sync.probe import Probe
 from rlxf.sync.push import LocalSink, WeightSync
 from tests.rollout_world import HfActor, load_model, random_prompts, run_config
 from tests.tiny_models import randomize, save_causal_lm
@@ -55,8 +57,8 @@ class World:
     def __init__(self, folder: Path, actor: HfActor, *, filled: bool = True, **sync: int) -> None:
         config, platform = run_config(folder), get_platform("cpu")
         self.actor = actor
-        self.sink = Journal(actor, HfEngine(config, platform))
-        self.probe: Probe = make_probe(config, platform, Tokens.from_rows(random_prompts([9, 8])))
+        self.sink = Journal(actor, HfEngine(engine_settings(config), platform))
+        self.probe: Probe = build_probe(config, platform, Tokens.from_rows(random_prompts([9, 8])))
         self.sync = WeightSync(actor, self.sink, SyncConfig(**sync), self.probe, filled=filled)
 
     def probed(self, version: int) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlxf.assembly.roles import engine_settings
 from rlxf.core.errors import SyncError
 from rlxf.platform import get_platform
 from rlxf.rollout import HfEngine
@@ -116,7 +117,7 @@ def test_buckets_of_any_size_are_whole_in_their_slots() -> None:
 def test_an_engine_samples_from_its_own_copy_once_an_update_has_ended(tmp_path: Path, tied: bool) -> None:
     """The vLLM engine has the same test in tests/unit/rollout/test_vllm_engine.py: its process zeroes every payload."""
     folder = save_causal_lm(tmp_path, tied=tied, seed=1)
-    actor, engine = HfActor(load_model(folder)), HfEngine(run_config(folder), get_platform("cpu"))
+    actor, engine = HfActor(load_model(folder)), HfEngine(engine_settings(run_config(folder)), get_platform("cpu"))
     randomize(actor.model, seed=2)
     plan = actor.sync_plan()
     written = SharedBuckets.allocate(plan)

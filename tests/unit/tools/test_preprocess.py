@@ -19,10 +19,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 import rlxf.tools.preprocess as preprocessing
-from rlxf.data.examples import ExampleFile
+from rlxf.assembly.data import open_examples, open_preferences, open_prompts
 from rlxf.data.indexed import IndexedRows
-from rlxf.data.preferences import PreferenceFile
-from rlxf.data.prompts import PromptSource
 from rlxf.data.templates import chat_template
 from tests.data_world import chat_tokenizer, recipe
 from tests.preprocess_world import (
@@ -335,9 +333,9 @@ def test_the_tokens_are_those_of_training_from_the_file_itself(world: World) -> 
         actor_rollout={**actor, "model": "tiny", "max_prompt_length": 512, "prompt_overflow": "error"},
     )
     assert world.run(handler="PPOAlpacaStyleInstructionHandler", prompt_type="qwen") == 0
-    assert [row["input_ids"] for row in world.made()] == PromptSource(config, tokenizer).next_batch(0).prompts.rows()
+    assert [row["input_ids"] for row in world.made()] == open_prompts(config, tokenizer).next_batch(0).prompts.rows()
 
-    pairs = PreferenceFile(config, tokenizer).next_batch(0)
+    pairs = open_preferences(config, tokenizer).next_batch(0)
     world.prefix = world.folder / "out" / "pairs"
     assert world.run(handler="AlpacaStylePairwiseHandler", prompt_type="qwen") == 0
     for side, sequences in (("chosen", pairs.chosen), ("rejected", pairs.rejected)):
@@ -345,7 +343,7 @@ def test_the_tokens_are_those_of_training_from_the_file_itself(world: World) -> 
         labels = [[i for i in row[f"{side}_labels"] if i != -100] for row in world.made()]
         assert labels == sequences.completion_rows()
 
-    examples = ExampleFile(config, tokenizer).next_batch(0)
+    examples = open_examples(config, tokenizer).next_batch(0)
     world.prefix = world.folder / "out" / "examples"
     assert world.run(handler="AlpacaStyleInstructionHandler", prompt_type="qwen") == 0
     assert [row["input_ids"] for row in world.made()] == examples.sequences.rows()

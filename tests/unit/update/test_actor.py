@@ -13,11 +13,11 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from rlxf.assembly.roles import build_actor, build_reference
 from rlxf.core.errors import TrainingError
 from rlxf.core.types import Metrics, OnlinePairs, PairLogps, Pairs, ReferencedPairs, Sequences
 from rlxf.models.hf_folder import HfWeights
 from rlxf.platform import Process, get_platform
-from rlxf.reference.frozen import FrozenReference
 from rlxf.update.actor import Actor
 from tests.settings import random_pairs, referenced, run_config
 from tests.tiny_models import save_causal_lm
@@ -29,7 +29,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def actor(folder: Path, **settings: Any) -> Actor:
-    return Actor(run_config(folder, **settings), get_platform("cpu"), Process())
+    return build_actor(run_config(folder, **settings), get_platform("cpu"), Process())
 
 
 def weights(of: Actor) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ def hf_logps(model: Any, sequences: Sequences) -> Tensor:
 
 def test_five_steps_equal_plain_hugging_face_training(folder: Path) -> None:
     trained = actor(folder, ppo_mini_batch_size=6)
-    reference = FrozenReference(run_config(folder), get_platform("cpu"), Process())
+    reference = build_reference(run_config(folder), get_platform("cpu"), Process())
     policy = transformers.AutoModelForCausalLM.from_pretrained(folder)
     frozen = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlxf.assembly.roles import build_actor
 from rlxf.core.errors import TrainingError
 from rlxf.platform import Process, get_platform
 from rlxf.update.actor import Actor
@@ -23,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def actor(folder: Path, **settings: Any) -> Actor:
-    return Actor(run_config(folder, ppo_mini_batch_size=4, **settings), get_platform("cpu"), Process())
+    return build_actor(run_config(folder, ppo_mini_batch_size=4, **settings), get_platform("cpu"), Process())
 
 
 def weights(of: Actor) -> dict[str, Tensor]:

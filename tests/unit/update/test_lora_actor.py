@@ -12,15 +12,15 @@ import torch
 import transformers
 from torch import Tensor
 
+from rlxf.assembly.build_run import build_probe
+from rlxf.assembly.roles import build_actor, build_reference, engine_settings
 from rlxf.config.schema import SyncConfig
 from rlxf.core.errors import SyncError
 from rlxf.core.types import Metrics, ReferencedPairs, Sequences, Tokens
 from rlxf.models.hf_folder import HfWeights
 from rlxf.platform import Process, get_platform
 from rlxf.reference.adapter_off import AdapterOffReference
-from rlxf.reference.frozen import FrozenReference
 from rlxf.rollout import HfEngine
-from rlxf.sync.probe import make_probe
 from rlxf.sync.push import LocalSink, WeightSync
 from rlxf.update.actor import Actor
 from tests.settings import random_pairs, random_rows, referenced, run_config
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def actor(folder: Path, **settings: Any) -> Actor:
-    return Actor(run_config(folder, **(SETTINGS | settings)), PLATFORM, Process())
+    return build_actor(run_config(folder, **(SETTINGS | settings)), PLATFORM, Process())
 
 
 def weights(of: Actor) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ def hf_logps(model: Any, sequences: Sequences) -> Tensor:
 @pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.5}, {"bf16": True}, {"recompute_granularity": "full"}])
 def test_the_reference_is_the_base_to_the_bit_before_and_after_training(folder: Path, settings: dict[str, Any]) -> None:
     trained = actor(folder, **settings)
-    frozen = FrozenReference(run_config(folder, **settings), PLATFORM, Process())
+    frozen = build_reference(run_config(folder, **settings), PLATFORM, Process())
     reference, pairs = AdapterOffReference(trained), random_pairs(5, seed=9)
     expected, tokens = frozen.logps(pairs), frozen.token_logps(pairs.chosen)
     for _ in range(2):
@@ -141,9 +141,9 @@ def test_a_saved_policy_is_merged_and_holds_the_adapter(folder: Path, tmp_path: 
 
 def sync_of(trained: Actor, folder: Path) -> tuple[WeightSync, HfEngine]:
     config = run_config(folder, **SETTINGS)
-    engine = HfEngine(config, PLATFORM)
+    engine = HfEngine(engine_settings(config), PLATFORM)
     prompts = Tokens.from_rows(random_rows(4, 5, 20, torch.Generator().manual_seed(3)))
-    probe = make_probe(config, PLATFORM, prompts)
+    probe = build_probe(config, PLATFORM, prompts)
     return WeightSync(trained, LocalSink(trained, engine), SyncConfig(verify_first=9), probe), engine
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from rlxf.assembly.roles import build_actor
 from rlxf.core.types import Metrics, ReferencedPairs
 from rlxf.platform import Process, get_platform
 from rlxf.reference.none import NoReference
@@ -123,7 +124,7 @@ def test_a_loss_of_the_whole_batch_is_one_of_the_mini_batch(folder: Path, name: 
 def free_actor(folder: Path, **settings: Any) -> Actor:
     config = run_config(folder, stage="dpo", **settings)
     assert not config.needs_reference
-    return Actor(config, get_platform("cpu"), Process())
+    return build_actor(config, get_platform("cpu"), Process())
 
 
 FREE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -172,7 +173,7 @@ def test_rewards_without_a_reference_are_per_token_and_there_is_no_kl(folder: Pa
 def test_evaluation_is_what_an_update_reports_and_trains_nothing(folder: Path, name: str) -> None:
     batch = near(folder, 6)
     config = run_config(folder, stage="dpo", dpo_loss_type=name, ppo_mini_batch_size=6, micro_batch_size=2)
-    trained = Actor(config, get_platform("cpu"), Process())
+    trained = build_actor(config, get_platform("cpu"), Process())
     before = weights(trained)
     found = without_moments(trained.evaluate(batch))
     assert all(torch.equal(value, before[name]) for name, value in weights(trained).items())

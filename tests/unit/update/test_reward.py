@@ -13,10 +13,10 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from rlxf.assembly.roles import build_actor
 from rlxf.core.errors import ConfigError, TrainingError
 from rlxf.core.types import Metrics, RewardPairs, Sequences
 from rlxf.models.backend import sequence_scores
-from rlxf.models.batching import Limits
 from rlxf.models.hf_folder import HfWeights
 from rlxf.platform import Process, get_platform
 from rlxf.update.actor import Actor
@@ -44,7 +44,7 @@ def actor(folder: Path, **settings: Any) -> Actor:
 
 
 def scores_of(of: Actor, sequences: Sequences) -> Tensor:
-    return sequence_scores(of.model, sequences, Limits.of(of.config))
+    return sequence_scores(of.model, sequences, of._limits)
 
 
 def hf_scores(model: Any, sequences: Sequences) -> Tensor:
@@ -149,7 +149,7 @@ def test_a_language_model_gets_a_head_that_the_seed_decides(language_model: Path
     def head(seed: int) -> Tensor:
         config = run_config(language_model, stage="rm")
         training = config.training.model_copy(update={"seed": seed})
-        made = Actor(config.model_copy(update={"training": training}), get_platform("cpu"), Process())
+        made = build_actor(config.model_copy(update={"training": training}), get_platform("cpu"), Process())
         return weights(made)["score.weight"]
 
     assert torch.equal(head(1), head(1))
@@ -247,7 +247,7 @@ def test_a_saved_adapter_has_the_head_for_peft_and_for_us(language_model: Path, 
     again = lora_actor(language_model, lora_load=str(adapter))
     torch.testing.assert_close(scores_of(again, rows), expected, atol=1e-6, rtol=0)
     with pytest.raises(ConfigError, match="the adapter is of a reward model"):
-        Actor(
+        build_actor(
             run_config(language_model, lora_r=4, lora_alpha=8.0, lora_load=str(adapter)),
             get_platform("cpu"),
             Process(),

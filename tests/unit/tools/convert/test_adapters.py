@@ -14,9 +14,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from rlxf.assembly.roles import build_actor
 from rlxf.core.errors import ModelError
 from rlxf.platform import Process, get_platform
-from rlxf.update.actor import Actor
 from tests.settings import random_pairs, referenced, run_config
 from tests.tiny_models import save_causal_lm
 from tests.unit.tools.convert.helpers import assert_same_tensors, back, run
@@ -38,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("lora")
     base = save_causal_lm(folder / "base", "qwen2", tied=False)
     config = run_config(base, **LORA)
-    actor = Actor(config, get_platform("cpu"), Process())
+    actor = build_actor(config, get_platform("cpu"), Process())
     for step in range(2):
         actor.update(referenced(random_pairs(4, seed=step)), step)
     checkpoint = folder / "ckpt" / "iter_0000002"

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from rlxf.assembly.roles import engine_settings
 from rlxf.config.folders import folder_problems
 from rlxf.core.errors import ModelError, SyncError
 from rlxf.models.hf_folder import HfWeights, load_hf_config
@@ -80,7 +81,7 @@ def test_a_rollout_engine_does_not_sample_before_the_first_weights_have_come(fol
     prompts = prompt_batch([[5, 6, 7]])
     for load in (folder, tmp_path / "mg"):
         config = run_config(load, num_layers=4)
-        engine = HfEngine(config, get_platform("cpu"))
+        engine = HfEngine(engine_settings(config), get_platform("cpu"))
         sampling = Sampling(num_samples=1, max_new_tokens=2)
         if load == folder:
             engine.generate(prompts, sampling)

@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 
-from rlxf.config.read_position import stored_position
+from rlxf.assembly.roles import load_role
 from rlxf.core.errors import ConfigError
-from rlxf.models.backend import load_model, token_logps
+from rlxf.core.read_position import stored_position
+from rlxf.models.backend import token_logps
 from rlxf.models.batching import Limits
 from rlxf.models.hf_folder import HfWeights, load_hf_config
 from rlxf.models.megatron.weights import Geometry, to_local
@@ -129,7 +130,7 @@ def test_the_actor_starts_from_a_distributed_checkpoint(tmp_path: Path, kind: st
     run(folder, tmp_path / "mg", *CUT)
     rows = random_pairs(5, seed=9).chosen
     models = [
-        load_model(run_config(start), "actor_rollout", get_platform("cpu"), Process())
+        load_role(run_config(start), "actor_rollout", get_platform("cpu"), Process())
         for start in (folder, tmp_path / "mg")
     ]
     weights = [dict(model.last.named_parameters()) for model in models]
@@ -145,7 +146,7 @@ def test_megatron_itself_loads_the_checkpoint(tmp_path: Path) -> None:
 
     folder = save_causal_lm(tmp_path / "model", "qwen2", tied=False)
     run(folder, tmp_path / "mg")
-    model = load_model(run_config(folder), "actor_rollout", get_platform("cpu"), Process())
+    model = load_role(run_config(folder), "actor_rollout", get_platform("cpu"), Process())
     expected = {name: value.clone() for name, value in model.last.named_parameters()}
     for parameter in model.last.parameters():
         parameter.data.zero_()
