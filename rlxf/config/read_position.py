@@ -1,4 +1,4 @@
-"""A recipe that does not say at which token a reward model's score is read."""
+"""A check of recipes that do not set the token at which a reward model's score is read."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def warn_of_read_position(config: RunConfig) -> None:
         return
     if stored_position(Path(reward.load)) is None:
         logger.warning(
-            "reward.load = %s does not say where its score was trained (%s in config.json): it is read at the last "
-            "token of the text, as models of TRL and transformers are; reward.read_at=%s says the same without this "
-            "warning, reward.read_at=%s reads at the token that ends the answer",
+            "reward.load = %s: its config.json has no %s, so the score is read at the last token of the text, as in "
+            "TRL and transformers; set reward.read_at=%s to do the same without this warning, or reward.read_at=%s to "
+            "read it at the token that ends the answer",
             shown(Path(reward.load)), READ_AT, UNKNOWN, TRAINED_AT,
         )  # fmt: skip

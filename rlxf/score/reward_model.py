@@ -47,7 +47,7 @@ class RewardModelScorer:
         policy: who sampled the completions.
 
     Raises:
-        ConfigError: the config.json of the model's folder names a position that is not known.
+        ConfigError: the model's config.json names a position that is not known.
     """
 
     def __init__(
