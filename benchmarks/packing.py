@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import measure, random_world, turns  # noqa: E402 - the root must be importable first
 from benchmarks.sides import Ours, Work  # noqa: E402
-from rlxf.core.types import PairLogps, Pairs, PromptBatch, ReferencedPairs, Rollouts, Sequences, Tokens  # noqa: E402
+from rlxf.core.types import Pairs, PairValues, PromptBatch, ReferencedPairs, Rollouts, Sequences, Tokens  # noqa: E402
 
 SIZE = "2.5M"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -81,7 +81,7 @@ def count(side: Ours, chosen: Sequences, rejected: Sequences) -> dict[str, Any]:
     config = load_config(side.recipe())
     platform = get_platform("cpu")
     pairs = Pairs(chosen=chosen, rejected=rejected)
-    none = PairLogps(chosen=torch.zeros(len(pairs)), rejected=torch.zeros(len(pairs)))
+    none = PairValues(chosen=torch.zeros(len(pairs)), rejected=torch.zeros(len(pairs)))
     vocab = side.world.shape.vocab
     with fed(vocab) as reference:
         build_reference(config, platform, Process()).logps(pairs)
@@ -139,7 +139,7 @@ def rollouts(chosen: Sequences, rejected: Sequences) -> Rollouts:
     both = Sequences.concat([chosen, rejected]).select(rows)
     prompts = PromptBatch(
         prompts=Tokens.from_rows(chosen.prompt_rows()),
-        prompt_ids=torch.arange(len(chosen)),
+        row_ids=torch.arange(len(chosen)),
         positions=torch.arange(len(chosen)),
         texts=("",) * len(chosen),
         columns={},

@@ -21,7 +21,7 @@ def train(run: Run) -> None:
         begin(run)
         while state.step < run.config.training.train_iters:
             run.clock.start(state.step)
-            with run.stop.abandonable():
+            with run.stop.interruptible():
                 data, metrics = algorithm.collect(run, state.step)  # prompts to pairs; offline, from a file
             if len(data):
                 learn(run, algorithm, data, metrics)
@@ -38,7 +38,7 @@ def train(run: Run) -> None:
 def begin(run: Run) -> None:
     """The actor's weights in every engine, what a resumed run's last step still owes, and the first evaluation."""
     state = run.state
-    with run.stop.abandonable():
+    with run.stop.interruptible():
         pushed = run.sync.push(state.policy_version)
     if "push" in state.owed:
         state.metrics |= pushed.metrics()
@@ -46,7 +46,7 @@ def begin(run: Run) -> None:
     if state.owed:
         run.clock.start(state.step - 1)
         settle(run)
-    with run.stop.abandonable():
+    with run.stop.interruptible():
         run.report.evaluated(state.step, {} if state.step else run.evaluate(0))
     state.count_failures()
 
@@ -54,7 +54,7 @@ def begin(run: Run) -> None:
 def learn(run: Run, algorithm: Algorithm, data: Pairs | Examples, metrics: Metrics) -> None:
     """One update on the step's data: all its mini-batches and passes. Then the step is complete."""
     state = run.state
-    with run.stop.abandonable():
+    with run.stop.interruptible():
         batch = algorithm.batch(data, run.timed_reference)
     metrics |= version_lag(data, state.policy_version)
     state.updating = True

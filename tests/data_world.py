@@ -53,7 +53,7 @@ def prompt_batch(
 ) -> PromptBatch:
     return PromptBatch(
         prompts=Tokens.from_rows(rows),
-        prompt_ids=torch.arange(len(rows)),
+        row_ids=torch.arange(len(rows)),
         positions=torch.arange(len(rows)),
         texts=tuple(texts if texts is not None else [f"prompt {i}" for i in range(len(rows))]),
         columns=columns or {},

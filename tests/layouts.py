@@ -19,7 +19,7 @@ from rlxf.config.schema import RunConfig
 from rlxf.core.types import Batch, ReferencedPairs
 from rlxf.loop.run import Reference
 from rlxf.models.backend import sequence_scores
-from rlxf.models.batching import Limits
+from rlxf.models.batching import MicroBatchLimits
 from rlxf.platform import Process, get_platform
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
@@ -54,11 +54,13 @@ def train(folder: Path, reward: Path | None, process: Process, settings: dict[st
     rows = random_pairs(5, seed=9).chosen
     scores, logps = torch.zeros(0), torch.zeros(0)
     if actor.model.reward:
-        scores = sequence_scores(actor.model, rows, Limits.of(config.actor_rollout))
+        scores = sequence_scores(actor.model, rows, MicroBatchLimits.of(config.actor_rollout))
     else:
         logps = actor.token_logps(rows)
     if reward is not None:
-        scores = sequence_scores(load_role(config, "reward", platform, process), rows, Limits.of(config.reward))
+        scores = sequence_scores(
+            load_role(config, "reward", platform, process), rows, MicroBatchLimits.of(config.reward)
+        )
     return {
         "metrics": metrics,
         "evaluation": actor.evaluate(make(NUM_STEPS)),

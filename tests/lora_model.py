@@ -11,7 +11,7 @@ from torch import Tensor
 from rlxf.assembly.roles import load_role
 from rlxf.core.types import Sequences
 from rlxf.models.backend import token_logps
-from rlxf.models.batching import Limits
+from rlxf.models.batching import MicroBatchLimits
 from rlxf.models.megatron.adapters import export_adapters
 from rlxf.models.megatron.lora import adapters
 from rlxf.models.megatron.packing import pack_for_logps
@@ -61,7 +61,7 @@ def merged_tensors(model: Any) -> dict[str, Tensor]:
 
 def logps(model: Any, sequences: Sequences) -> Tensor:
     """Log-probabilities of the completions' tokens."""
-    return token_logps(model, sequences, Limits(num_sequences=100))
+    return token_logps(model, sequences, MicroBatchLimits(num_sequences=100))
 
 
 def gradients(model: Any, sequences: Sequences) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ def run_config(folder: Path, **rollout: Any) -> RunConfig:
 def prompt_batch(rows: Sequence[Sequence[int]], first_id: int = 0) -> PromptBatch:
     return PromptBatch(
         prompts=Tokens.from_rows(rows),
-        prompt_ids=torch.arange(first_id, first_id + len(rows)),
+        row_ids=torch.arange(first_id, first_id + len(rows)),
         positions=torch.arange(first_id, first_id + len(rows)),
         texts=("",) * len(rows),
         columns={},

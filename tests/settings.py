@@ -9,7 +9,7 @@ import torch
 
 from rlxf.config.roles import ActorConfig, ReferenceConfig, RewardConfig, RoleConfig
 from rlxf.config.schema import ModelConfig, RunConfig, TrainingConfig
-from rlxf.core.types import Examples, Metrics, PairLogps, Pairs, ReferencedPairs, RewardPairs, Sequences
+from rlxf.core.types import Examples, Metrics, Pairs, PairValues, ReferencedPairs, RewardPairs, Sequences
 from rlxf.update.objective import MOMENTS
 from tests.tiny_models import VOCAB
 
@@ -62,7 +62,7 @@ def referenced(pairs: Pairs, seed: int = 0) -> ReferencedPairs:
     """Pairs with made-up reference log-probs, for tests that have no reference model."""
     generator = torch.Generator().manual_seed(seed)
     chosen, rejected = (-40 + 5 * torch.randn(len(pairs), generator=generator) for _ in range(2))
-    return ReferencedPairs(pairs=pairs, reference=PairLogps(chosen=chosen, rejected=rejected))
+    return ReferencedPairs(pairs=pairs, reference=PairValues(chosen=chosen, rejected=rejected))
 
 
 def random_reward_pairs(count: int, seed: int = 0) -> RewardPairs:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rlxf.assembly.roles import build_actor
-from rlxf.core.types import Batch, Metrics, PairLogps, Pairs, Sequences
+from rlxf.core.types import Batch, Metrics, Pairs, PairValues, Sequences
 from rlxf.sync.plan import Bucket
 from rlxf.sync.transports.transport import Address, Message, Sender, Transport
 
@@ -47,7 +47,7 @@ class ActorWorker(Worker):
     def base_token_logps(self, sequences: Sequences) -> Tensor | None:
         return self.answer(self.room.base_token_logps(sequences))
 
-    def base_logps(self, pairs: Pairs) -> PairLogps | None:
+    def base_logps(self, pairs: Pairs) -> PairValues | None:
         return self.answer(self.room.base_logps(pairs))
 
     def sync_plan(self) -> tuple[Bucket, ...] | None:
@@ -109,8 +109,8 @@ class RemoteActor:
         logps: Tensor = self._group.call("base_token_logps", sequences)
         return logps
 
-    def base_logps(self, pairs: Pairs) -> PairLogps:
-        logps: PairLogps = self._group.call("base_logps", pairs)
+    def base_logps(self, pairs: Pairs) -> PairValues:
+        logps: PairValues = self._group.call("base_logps", pairs)
         return logps
 
     def sync_plan(self) -> tuple[Bucket, ...]:

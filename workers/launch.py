@@ -65,7 +65,7 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
         with connected(plan, platform, stop) as cluster:
             clock = Clock()
             waiter = Waiter(clock, stop, config.training.stage_timeout_s, cluster.logs)
-            with stop.abandonable():
+            with stop.interruptible():
                 groups, loading = start_workers(config, plan, platform, waiter)
                 waiter.gather(loading, config.training.start_timeout_s)
             roles = make_roles(config, platform, groups)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlxf.assembly.roles import build_reference
-from rlxf.core.types import PairLogps, Pairs, Sequences
+from rlxf.core.types import Pairs, PairValues, Sequences
 from rlxf.sync.plan import Bucket
 
 from .group import WorkerGroup
@@ -28,7 +28,7 @@ class ReferenceWorker(Worker):
     make = staticmethod(build_reference)
     room: FrozenReference
 
-    def logps(self, pairs: Pairs) -> PairLogps | None:
+    def logps(self, pairs: Pairs) -> PairValues | None:
         return self.answer(self.room.logps(pairs))
 
     def token_logps(self, sequences: Sequences) -> Tensor | None:
@@ -51,8 +51,8 @@ class RemoteReference:
     def __init__(self, group: WorkerGroup) -> None:
         self._group = group
 
-    def logps(self, pairs: Pairs) -> PairLogps:
-        logps: PairLogps = self._group.call("logps", pairs)
+    def logps(self, pairs: Pairs) -> PairValues:
+        logps: PairValues = self._group.call("logps", pairs)
         return logps
 
     def token_logps(self, sequences: Sequences) -> Tensor:

@@ -58,7 +58,7 @@ class Waiter:
         waiting = {call.ref: call for call in calls}
         results: dict[Any, Any] = {}
         while waiting:
-            if self._stop.abandon_now():
+            if self._stop.must_give_up():
                 raise self._stop.error(f"stopped while waiting for {self._describe(waiting)}")
             left = deadline - time.monotonic()
             if left <= 0:

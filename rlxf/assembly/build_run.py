@@ -23,7 +23,7 @@ from rlxf.core.types import Pairs, PromptBatch, Tokens
 from rlxf.data.examples import ExampleFile
 from rlxf.data.preferences import PreferenceFile
 from rlxf.data.prompts import PromptSource
-from rlxf.evaluate import Evaluation, EvaluationSettings, OfflineEvaluation, Rooms, no_evaluation
+from rlxf.evaluate import EvalBackends, Evaluation, EvaluationSettings, OfflineEvaluation, no_evaluation
 from rlxf.loop.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.observe.record import Recorders, RolloutRecorder, SampleRecorder
@@ -35,7 +35,7 @@ from rlxf.score.failures import FailureLimit
 from rlxf.score.scorer import Scorer
 from rlxf.sync.probe import Probe, make_probe
 from rlxf.sync.push import SyncReport, WeightSink, WeightSource, WeightSync
-from rlxf.sync.refresh import Movable, Refresh, Weights, no_refresh
+from rlxf.sync.refresh import MovableReference, ReferenceUpdater, Weights, no_refresh
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def build_run(
 
     def describe(state: State) -> dict[str, Any]:
         return {
-            "prompt_ids": data.training.prompt_ids(state.step - 1),
+            "prompt_ids": data.training.row_ids(state.step - 1),
             "epoch": data.training.epoch(state.step - 1),
             "stream": None if isinstance(data.training, ReplayEngine) else data.training.stream(state.step),
             "report": report.describe(),
@@ -103,7 +103,7 @@ def build_run(
         resumed=resume.folder if resume else None,
     )
     if resume is not None:
-        with stop.abandonable():
+        with stop.interruptible():
             _restore(resume, data, roles, sync, evaluation)
             if refresh:
                 refresh.load(resume.folder)
@@ -125,11 +125,11 @@ def build_run(
     )
 
 
-def _refresh(config: RunConfig, roles: Roles) -> Refresh | None:
+def _refresh(config: RunConfig, roles: Roles) -> ReferenceUpdater | None:
     if not config.ref.ref_update_interval:
         return None
     # A run whose reference moves has one with weights of its own: the recipe was checked.
-    return Refresh(roles.actor, cast(Movable, roles.reference), config.ref)
+    return ReferenceUpdater(roles.actor, cast(MovableReference, roles.reference), config.ref)
 
 
 def _nothing_else(folder: Path) -> None:
@@ -144,7 +144,7 @@ def _reference(config: RunConfig, data: Data, roles: Roles, stop: Stop, platform
     root = Path(config.ref.cache) if config.ref.cache else Path.home() / ".cache" / "rlxf" / "ref_logps"
     folder = cache_folder(root, Path(str(config.ref.load)), config.ref.precision, platform.name)
     cached = CachedReference(roles.reference, folder)
-    with stop.abandonable():
+    with stop.interruptible():
         count = cached.fill(_one_pass(data.training))
     log.info("reference log-probabilities of %d pairs computed; %s holds all of them", count, folder)
     return cached
@@ -188,11 +188,11 @@ def _push_initial(resume: Resume, sync: Sync) -> None:
 
 def _same_rows(resume: Resume, training: PromptSource | ReplayEngine | PreferenceFile | ExampleFile) -> bool:
     """Whether the data's stream is the checkpoint's; then it goes on there without tokenizing what came before."""
-    step, rows, stream = resume.state.step, resume.prompt_ids, resume.stream
+    step, rows, stream = resume.state.step, resume.row_ids, resume.stream
     if rows is None:
         return True
     if stream is None or isinstance(training, ReplayEngine):  # of an older revision: every row is looked at again
-        return training.prompt_ids(step - 1) == rows
+        return training.row_ids(step - 1) == rows
     return training.go_on(step, rows, stream)
 
 
@@ -244,7 +244,7 @@ def _evaluation(config: RunConfig, data: Data, roles: Roles, reference: Referenc
         return None
     limit, place = config.reward.max_failures, lambda: f"the evaluation after {state.step} steps"
     scorer = FailureLimit(roles.scorer, state, limit, place)
-    rooms = Rooms(rollout=roles.rollout, scorer=scorer, actor=roles.actor, reference=roles.reference)
+    rooms = EvalBackends(rollout=roles.rollout, scorer=scorer, actor=roles.actor, reference=roles.reference)
     eos_ids = _eos_ids(config, data)
     return Evaluation(evaluation_settings(config, eos_ids), data.evaluation, rooms, tokenizer=data.tokenizer)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlxf.models.backend import RoleName
-    from rlxf.models.batching import Limits
+    from rlxf.models.batching import MicroBatchLimits
     from rlxf.models.megatron.model import MegatronModel
     from rlxf.reference.frozen import FrozenReference
     from rlxf.rollout.engine import EngineSettings, RolloutEngine
@@ -37,15 +37,15 @@ def build_actor(config: RunConfig, platform: Platform, process: Process) -> Acto
     """
     from rlxf.update import OBJECTIVES
     from rlxf.update.actor import Actor, ActorSettings
-    from rlxf.update.objective import Place
+    from rlxf.update.objective import ObjectiveContext
 
     actor, training = config.actor_rollout, config.training
     model = load_role(config, "actor_rollout", platform, process)
     limits = limits_of(actor)
     if config.rows == "examples":  # an example is one sequence where a pair is two
         limits = replace(limits, num_sequences=actor.micro_batch_size)
-    place = Place(model=model, limits=limits)
-    objective = OBJECTIVES[config.objective](objective_settings(config), place)
+    context = ObjectiveContext(model=model, limits=limits)
+    objective = OBJECTIVES[config.objective](objective_settings(config), context)
     settings = ActorSettings(
         optimizer=actor,
         lora=actor,
@@ -155,11 +155,11 @@ def load_role(config: RunConfig, role: RoleName, platform: Platform, process: Pr
     return load_model(section, settings, platform, process)
 
 
-def limits_of(role: RoleConfig) -> Limits:
+def limits_of(role: RoleConfig) -> MicroBatchLimits:
     """How much one forward pass of a role takes; pieces of a virtual pipeline pass on tensors of one size."""
-    from rlxf.models.batching import Limits
+    from rlxf.models.batching import MicroBatchLimits
 
-    return Limits.of(role, fixed_length=role.virtual_pipeline_model_parallel_size > 1)
+    return MicroBatchLimits.of(role, fixed_length=role.virtual_pipeline_model_parallel_size > 1)
 
 
 def _tokenizer_folder(role: RoleConfig, name: str) -> str:

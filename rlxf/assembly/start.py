@@ -54,7 +54,7 @@ def prepared(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None) 
         typed: the command, for messages.
     """
     with stop.installed():
-        with stop.abandonable(here=True):
+        with stop.interruptible(here=True):
             config, data = with_epochs(config)
             run_dir = _run_dir(config, run_dir.absolute(), typed)
         root = checkpoints_folder(config.actor_rollout.save, run_dir)
@@ -87,7 +87,7 @@ def run_prepared(found: Prepared, roles: Roles, *, platform: Platform, clock: Cl
 
 
 def _prepare(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None, data: Data | None) -> Prepared | None:
-    with stop.abandonable(here=True):
+    with stop.interruptible(here=True):
         resume = find_resume(config, run_dir)
         if resume is not None and is_complete(resume, config, run_dir):
             return None

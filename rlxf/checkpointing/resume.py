@@ -33,7 +33,7 @@ class Resume:
     folder: Path
     state: State
     run_folder: Path  # of the run that wrote it
-    prompt_ids: list[int] | None  # rows of the data that the last step was made of; None: it does not say
+    row_ids: list[int] | None  # rows of the data that the last step was made of; None: it does not say
     stream: dict[str, Any] | None = None  # where the data goes on, for ``DataSource.go_on``; None: it does not say
     reported: Reported
     baseline: dict[str, Any] | None  # what the initial policy said to the evaluation's prompts
@@ -70,7 +70,7 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         folder=folder,
         state=state,
         run_folder=Path(driver.get("run_folder", run_dir)),
-        prompt_ids=driver.get("prompt_ids"),
+        row_ids=driver.get("prompt_ids"),
         stream=driver.get("stream"),
         reported=_reported(driver.get("report", {}), state),
         baseline=driver.get("baseline"),

@@ -24,7 +24,7 @@ class Stop:
         grace_s: how long the first signal lets a stage finish that must not be cut (an update, a sync), seconds. It
             limits the stage only: the checkpoint that follows takes as long as it takes.
         interrupt: raise out of every abandonable stage at once, since all of them run in this process. Without it
-            whoever waits for remote stages asks ``abandon_now``.
+            whoever waits for remote stages asks ``must_give_up``.
         clean_up: run after the second signal, before the process leaves.
         leave: ends the process; ``os._exit`` but for tests.
     """
@@ -58,7 +58,7 @@ class Stop:
             raise self.error("stopped")
 
     @contextmanager
-    def abandonable(self, *, here: bool = False) -> Iterator[None]:
+    def interruptible(self, *, here: bool = False) -> Iterator[None]:
         """Work that can be dropped without a trace: sampling, scoring, loading; never an update, sync or checkpoint.
 
         Args:
@@ -75,7 +75,7 @@ class Stop:
             self._depth_here -= here
 
     @contextmanager
-    def patient(self) -> Iterator[None]:
+    def uninterruptible(self) -> Iterator[None]:
         """Work that the first signal waits for, however long it takes: a checkpoint. The second one still ends it."""
         self._patience += 1
         try:
@@ -83,11 +83,11 @@ class Stop:
         finally:
             self._patience -= 1
 
-    def abandon_now(self) -> bool:
+    def must_give_up(self) -> bool:
         """Whether a wait has to give up: at once for abandonable work, after a grace period for the rest."""
-        return self.requested and (self._depth > 0 or self.overdue())
+        return self.requested and (self._depth > 0 or self.grace_expired())
 
-    def overdue(self) -> bool:
+    def grace_expired(self) -> bool:
         """Whether the stage that must not be cut took longer than the grace period."""
         return self.requested and not self._patience and time.monotonic() - self._requested_at > self.grace_s
 

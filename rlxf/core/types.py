@@ -128,7 +128,7 @@ class PromptBatch:
     """``P`` prompts of one driver step, tokenized."""
 
     prompts: Tokens  # P rows
-    prompt_ids: Tensor  # [P] int64, row of the data
+    row_ids: Tensor  # [P] int64, row of the data
     # [P] int64, which item of the run each prompt is: step * global_batch_size + its place in the step, so that a row
     # that comes again, even within a step, is sampled anew. Of prompts in file order: the row.
     positions: Tensor
@@ -137,7 +137,7 @@ class PromptBatch:
 
     def __post_init__(self) -> None:
         rows = len(self.prompts)
-        _require(self.prompt_ids.shape == (rows,), f"{rows} prompts but {self.prompt_ids.numel()} prompt ids")
+        _require(self.row_ids.shape == (rows,), f"{rows} prompts but {self.row_ids.numel()} prompt ids")
         _require(self.positions.shape == (rows,), f"{rows} prompts but {self.positions.numel()} positions")
         _require(len(self.texts) == rows, f"{rows} prompts but {len(self.texts)} texts")
         for name, values in self.columns.items():
@@ -150,7 +150,7 @@ class PromptBatch:
         rows = self.prompts.rows()[start:stop]
         return PromptBatch(
             prompts=Tokens.from_rows(rows),
-            prompt_ids=self.prompt_ids[start:stop],
+            row_ids=self.row_ids[start:stop],
             positions=self.positions[start:stop],
             texts=self.texts[start:stop],
             columns={name: values[start:stop] for name, values in self.columns.items()},
@@ -219,7 +219,7 @@ class Pairs:
 class OnlinePairs(Pairs):
     """Pairs made from scored rollouts."""
 
-    prompt_ids: Tensor  # [N] int64
+    row_ids: Tensor  # [N] int64
     margin: Tensor  # [N] float32, score(chosen) - score(rejected), > 0
     policy_version: Tensor  # [N] int64, number of updates in the weights that sampled
     chosen_engine_logps: Tensor  # [sum chosen completion tokens] float32
@@ -237,7 +237,7 @@ class OnlinePairs(Pairs):
         return OnlinePairs(
             chosen=self.chosen.select(index),
             rejected=self.rejected.select(index),
-            prompt_ids=self.prompt_ids[index],
+            row_ids=self.row_ids[index],
             margin=self.margin[index],
             policy_version=self.policy_version[index],
             chosen_engine_logps=chosen,
@@ -287,7 +287,7 @@ class Examples:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PairLogps:
+class PairValues:
     """Log-probabilities of the two sides of ``N`` pairs, summed over the completion tokens."""
 
     chosen: Tensor  # [N] float32
@@ -296,11 +296,11 @@ class PairLogps:
     def __len__(self) -> int:
         return self.chosen.numel()
 
-    def select(self, index: Tensor) -> PairLogps:
-        return PairLogps(chosen=self.chosen[index], rejected=self.rejected[index])
+    def select(self, index: Tensor) -> PairValues:
+        return PairValues(chosen=self.chosen[index], rejected=self.rejected[index])
 
-    def to(self, device: torch.device) -> PairLogps:
-        return PairLogps(chosen=self.chosen.to(device), rejected=self.rejected.to(device))
+    def to(self, device: torch.device) -> PairValues:
+        return PairValues(chosen=self.chosen.to(device), rejected=self.rejected.to(device))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -308,7 +308,7 @@ class ReferencedPairs:
     """Pairs with the log-probabilities that the frozen reference gives them: what one update needs."""
 
     pairs: Pairs
-    reference: PairLogps
+    reference: PairValues
 
     def __post_init__(self) -> None:
         _require(

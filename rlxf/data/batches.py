@@ -18,7 +18,7 @@ MALFORMED = "it is malformed"
 
 
 @dataclass(frozen=True, slots=True)
-class Drop:
+class DropReason:
     """An item is not made from this row, for this reason."""
 
     reason: str
@@ -49,7 +49,7 @@ class Batches(Generic[T]):
     """
 
     def __init__(
-        self, rows: Rows, order: Order, batch_size: int, make: Callable[[int], T | Drop], *, strict: bool
+        self, rows: Rows, order: Order, batch_size: int, make: Callable[[int], T | DropReason], *, strict: bool
     ) -> None:
         """``make`` turns a row's number into an item. ``strict``: look for drops that are errors at once."""
         self._rows = rows
@@ -159,7 +159,7 @@ class Batches(Generic[T]):
     def _is_kept(self, row: int, made: dict[int, T], position: int | None = None) -> bool:
         if self._status[row] == _UNKNOWN:
             item = self._make(row)
-            if isinstance(item, Drop):
+            if isinstance(item, DropReason):
                 if item.is_error:
                     raise DataError(f"{self._rows.where(row)}: {item.reason}")
                 is_new = position is None or (position >= self._counted and self._order.is_first(position))
@@ -183,14 +183,14 @@ class Batches(Generic[T]):
 
     def _item(self, row: int) -> T:
         item = self._make(row)
-        assert not isinstance(item, Drop)  # the same row gave an item before
+        assert not isinstance(item, DropReason)  # the same row gave an item before
         return item
 
     def _refuse_errors(self) -> None:
         problems = Problems()
         for row in self._order.in_file_order():
             item = self._make(row) if row not in self._rows.bad else None
-            if isinstance(item, Drop) and item.is_error:
+            if isinstance(item, DropReason) and item.is_error:
                 problems.add(self._rows.where(row), item.reason)
         problems.raise_any(self._order.num_rows)
 

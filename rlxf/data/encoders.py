@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rlxf.core.errors import DataError, ModelError
 from rlxf.core.jsonl import Row, describe
 from rlxf.core.types import Messages
-from rlxf.data.batches import Drop
+from rlxf.data.batches import DropReason
 from rlxf.data.fields import BadRow, common_start
 from rlxf.data.handlers import Columns
 from rlxf.data.text import text_problem
@@ -30,7 +30,7 @@ class Encoder(Protocol):
         """The keys of the rows that come out."""
         ...
 
-    def __call__(self, rows: Sequence[Row]) -> list[Ids | Drop]:
+    def __call__(self, rows: Sequence[Row]) -> list[Ids | DropReason]:
         """One result for each row: its token ids, or why there are none; ``is_error`` marks a bad row."""
         ...
 
@@ -43,13 +43,13 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._append_eod = append_eod
 
-    def __call__(self, rows: Sequence[Row]) -> list[Ids | Drop]:
+    def __call__(self, rows: Sequence[Row]) -> list[Ids | DropReason]:
         problems = [self._problem(row) for row in rows]
         good = [row for row, problem in zip(rows, problems, strict=True) if problem is None]
         columns = [self._encode([row[key] for row in good]) for key in self.keys]
         made = iter(zip(*columns, strict=True))
         return [
-            dict(zip(self.keys, next(made), strict=True)) if problem is None else Drop(problem, is_error=True)
+            dict(zip(self.keys, next(made), strict=True)) if problem is None else DropReason(problem, is_error=True)
             for problem in problems
         ]
 
@@ -92,8 +92,8 @@ class ChatEncoder:
         self._ends = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(end_tokens))}
         self._additional_keys = tuple(additional_keys)
 
-    def __call__(self, rows: Sequence[Row]) -> list[Ids | Drop]:
-        results: list[Ids | Drop | None] = [None] * len(rows)
+    def __call__(self, rows: Sequence[Row]) -> list[Ids | DropReason]:
+        results: list[Ids | DropReason | None] = [None] * len(rows)
         chats: list[tuple[Messages, ...]] = []
         additional: list[list[str]] = []
         for index, row in enumerate(rows):
@@ -102,7 +102,7 @@ class ChatEncoder:
                 additional.append([self._additional(row, key) for key in self._additional_keys])
                 chats.append(chat)
             except BadRow as error:
-                results[index] = Drop(str(error), is_error=True)
+                results[index] = DropReason(str(error), is_error=True)
         made = iter(self._encode(chats, additional))
         return [next(made) if result is None else result for result in results]
 
@@ -125,21 +125,21 @@ class ChatEncoder:
             raise BadRow(problem)
         return str(row[key])
 
-    def _encode(self, chats: list[tuple[Messages, ...]], additional: list[list[str]]) -> list[Ids | Drop]:
+    def _encode(self, chats: list[tuple[Messages, ...]], additional: list[list[str]]) -> list[Ids | DropReason]:
         try:
             made = self._encode_all(chats)
         except DataError as error:
             if len(chats) == 1:
-                return [Drop(str(error), is_error=True)]
+                return [DropReason(str(error), is_error=True)]
             pairs = zip(chats, additional, strict=True)  # which of them it is
             return [result for chat, texts in pairs for result in self._encode([chat], [texts])]
         for ids, texts in zip(made, additional, strict=True):
-            if not isinstance(ids, Drop):
+            if not isinstance(ids, DropReason):
                 rows = encode_texts(self._tokenizer, texts)
                 ids.update(zip(self._additional_keys, rows, strict=True))
         return made
 
-    def _encode_all(self, chats: list[tuple[Messages, ...]]) -> list[Ids | Drop]:
+    def _encode_all(self, chats: list[tuple[Messages, ...]]) -> list[Ids | DropReason]:
         if not chats:
             return []
         if self._makes == "example":
@@ -155,19 +155,19 @@ class ChatEncoder:
         texts: list[str] = apply_template(self._tokenizer, chats, tokenize=False, **options)
         return texts
 
-    def _example(self, ids: list[int], counted: list[bool]) -> Ids | Drop:
+    def _example(self, ids: list[int], counted: list[bool]) -> Ids | DropReason:
         if not any(counted[1:]):  # nothing comes before the first token that could predict it
-            return Drop("it holds no token that the loss counts")
+            return DropReason("it holds no token that the loss counts")
         labels = [token if counts else IGNORED for token, counts in zip(ids, counted, strict=True)]
         if self._append_eod:
             ended = _with_end(ids, self._tokenizer.eos_token_id, self._ends)
             labels, ids = labels + ended[len(ids) :], ended
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
-    def _pair(self, asked: list[int], chosen: list[int], rejected: list[int]) -> Ids | Drop:
+    def _pair(self, asked: list[int], chosen: list[int], rejected: list[int]) -> Ids | DropReason:
         """The prompt ends where it stops being the same alone and with its answers, as for training from text."""
         if chosen == rejected:
-            return Drop("chosen and rejected are the same tokens")
+            return DropReason("chosen and rejected are the same tokens")
         shared = min(common_start(asked, chosen), common_start(asked, rejected))
         if self._append_eod:
             eos = self._tokenizer.eos_token_id

@@ -9,7 +9,7 @@ import torch
 
 from rlxf.core.jsonl import Row
 from rlxf.core.types import Examples, Messages, Sequences
-from rlxf.data.batches import Drop
+from rlxf.data.batches import DropReason
 from rlxf.data.fields import common_start
 from rlxf.data.formats import Layout
 from rlxf.data.source import DataSource
@@ -48,20 +48,20 @@ class ExampleFile(DataSource[ExampleRecord, ExampleIds, Examples]):
     def _text(self, record: ExampleRecord) -> Content:
         return record.prompt
 
-    def _make(self, row: int, record: ExampleRecord) -> ExampleIds | Drop:
+    def _make(self, row: int, record: ExampleRecord) -> ExampleIds | DropReason:
         config = self._config
         ids, counted = self._encode(record)
         limit = f"actor_rollout.seq_length={config.seq_length}"
         if len(ids) > config.seq_length:
             if config.prompt_overflow == "error":
-                return Drop(f"the example has {len(ids)} tokens, more than {limit}", is_error=True)
+                return DropReason(f"the example has {len(ids)} tokens, more than {limit}", is_error=True)
             if config.prompt_overflow == "drop":
-                return Drop(f"the example is longer than {limit}")
+                return DropReason(f"the example is longer than {limit}")
             bos = 0 if ids[0] == self._tokenizer.bos_token_id else None
             kept = shorten_left(list(range(len(ids))), config.seq_length, bos)
             ids, counted = [ids[i] for i in kept], [counted[i] for i in kept]
         if not any(counted[1:]):  # nothing comes before the first token that could predict it
-            return Drop("it holds no token that the loss counts")
+            return DropReason("it holds no token that the loss counts")
         return ExampleIds(ids, [False, *counted[1:]])
 
     def _collate(self, items: Sequence[ExampleIds]) -> Examples:

@@ -12,7 +12,7 @@ import torch
 from rlxf.config.roles import DataConfig
 from rlxf.core.jsonl import Row, describe
 from rlxf.core.types import Pairs, RewardPairs, Sequences
-from rlxf.data.batches import Drop
+from rlxf.data.batches import DropReason
 from rlxf.data.fields import BadRow, common_start
 from rlxf.data.formats import Layout
 from rlxf.data.readers import Part
@@ -81,21 +81,23 @@ class PreferenceFile(DataSource[PairRecord, PairIds, Pairs]):
     def _text(self, record: PairRecord) -> Content:
         return record.prompt
 
-    def _make(self, row: int, record: PairRecord) -> PairIds | Drop:
+    def _make(self, row: int, record: PairRecord) -> PairIds | DropReason:
         config = self._config
         prompt, chosen, rejected = self._encode(record.prompt, record.chosen, record.rejected)
         if self._endings is not None:
             chosen, rejected = self._endings.cut(chosen), self._endings.cut(rejected)
         if chosen == rejected:
-            return Drop("chosen and rejected are the same tokens")
+            return DropReason("chosen and rejected are the same tokens")
         if not prompt:
-            return Drop("no token of the prompt is left once it is tokenized together with its completions")
+            return DropReason("no token of the prompt is left once it is tokenized together with its completions")
         room = min(config.max_prompt_length, config.seq_length - max(len(chosen), len(rejected)))
         if len(prompt) > room:
             if config.prompt_overflow == "error":
-                return Drop(f"the prompt has {len(prompt)} tokens, more than {_limit(room, config)}", is_error=True)
+                return DropReason(
+                    f"the prompt has {len(prompt)} tokens, more than {_limit(room, config)}", is_error=True
+                )
             if config.prompt_overflow == "drop" or room < 1:
-                return Drop(f"the prompt is longer than {_limit(room, config)}")
+                return DropReason(f"the prompt is longer than {_limit(room, config)}")
             prompt = shorten_left(prompt, room, self._tokenizer.bos_token_id)
         return PairIds(prompt, chosen, rejected, record.margin)
 

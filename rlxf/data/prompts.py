@@ -11,7 +11,7 @@ import torch
 from rlxf.config.roles import DataConfig
 from rlxf.core.jsonl import Row
 from rlxf.core.types import PromptBatch, Tokens
-from rlxf.data.batches import Drop
+from rlxf.data.batches import DropReason
 from rlxf.data.formats import Layout
 from rlxf.data.source import DataSource
 from rlxf.data.text import encode_prompt, shorten_left
@@ -54,17 +54,17 @@ class PromptSource(DataSource[PromptRecord, Prompt, PromptBatch]):
     def _text(self, record: PromptRecord) -> Content:
         return record.text
 
-    def _make(self, row: int, record: PromptRecord) -> Prompt | Drop:
+    def _make(self, row: int, record: PromptRecord) -> Prompt | DropReason:
         config = self._config
         text = record.text
         ids = text.ids if isinstance(text, TokenIds) else encode_prompt(self._tokenizer, text)
         if not ids:
-            return Drop("the prompt gives no tokens")
+            return DropReason("the prompt gives no tokens")
         if len(ids) > config.max_prompt_length:
             if config.prompt_overflow == "error":
-                return Drop(f"the prompt has {len(ids)} tokens, more than {_limit(config)}", is_error=True)
+                return DropReason(f"the prompt has {len(ids)} tokens, more than {_limit(config)}", is_error=True)
             if config.prompt_overflow == "drop":
-                return Drop(f"the prompt is longer than {_limit(config)}")
+                return DropReason(f"the prompt is longer than {_limit(config)}")
             ids = shorten_left(ids, config.max_prompt_length, self._tokenizer.bos_token_id)
         return Prompt(row, record, ids)
 
@@ -73,7 +73,7 @@ class PromptSource(DataSource[PromptRecord, Prompt, PromptBatch]):
         rows = torch.tensor([item.row for item in items], dtype=torch.int64)
         return PromptBatch(
             prompts=Tokens.from_rows([item.ids for item in items]),
-            prompt_ids=rows,
+            row_ids=rows,
             positions=rows,
             texts=tuple(self._readable(item.record.text) for item in items),
             columns={

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from rlxf.core.errors import DataError, ModelError
 from rlxf.core.jsonl import Row
-from rlxf.data.batches import MALFORMED, Batches, Drop
+from rlxf.data.batches import MALFORMED, Batches, DropReason
 from rlxf.data.formats import Layout, Task
 from rlxf.data.readers import Part
 from rlxf.data.table import DataSettings, open_table, order_of
@@ -58,7 +58,7 @@ class DataSource(ABC, Generic[Record, Item, Batch]):
         """The items of a step; the same for the same step, whatever was asked for before."""
         return self._collate(self._batches.batch(step))
 
-    def prompt_ids(self, step: int) -> list[int]:
+    def row_ids(self, step: int) -> list[int]:
         """The numbers of the rows that a step is made of."""
         return self._batches.rows(step)
 
@@ -117,7 +117,7 @@ class DataSource(ABC, Generic[Record, Item, Batch]):
         """One of the record's texts; all are of one kind."""
 
     @abstractmethod
-    def _make(self, row: int, record: Record) -> Item | Drop:
+    def _make(self, row: int, record: Record) -> Item | DropReason:
         """The token ids of a row, or why there are none."""
 
     @abstractmethod
@@ -132,14 +132,14 @@ class DataSource(ABC, Generic[Record, Item, Batch]):
         self._has_strings |= not chat
         return record
 
-    def _make_named(self, row: int) -> Item | Drop:
+    def _make_named(self, row: int) -> Item | DropReason:
         try:
             return self._make(row, self._table[row])
         except DataError as error:  # the template refuses the row
             self._refused[row] = text = f"{self._table.where(row)}: {error}"
             if len(self._table.bad) + len(self._refused) <= self._config.max_bad_rows:
                 log.warning("%s", text)
-                return Drop(MALFORMED)
+                return DropReason(MALFORMED)
             raise DataError(*self._refused.values()) from error
 
     def _try_one(self) -> None:

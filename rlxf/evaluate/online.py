@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rooms:
+class EvalBackends:
     """Who takes part in an evaluation."""
 
     rollout: Rollout
@@ -72,7 +72,7 @@ class Evaluation:
         self,
         settings: EvaluationSettings,
         prompts: PromptBatch,
-        rooms: Rooms,
+        rooms: EvalBackends,
         *,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:

@@ -14,7 +14,7 @@ def evaluate_only(run: Run, evaluated: Path) -> None:
         run: built as for training, at the step of its checkpoint if there is one.
         evaluated: where the policy comes from.
     """
-    with run.stop.abandonable():
+    with run.stop.interruptible():
         run.sync.push(run.state.policy_version)  # rollout has the actor's weights
         metrics = run.evaluate(run.state.step)
     run.report.evaluated(run.state.step, metrics)

@@ -19,8 +19,8 @@ def save_last_step(run: Run, error: Exception) -> None:
     state = run.state
     if not state.step:  # nothing is complete that could be lost
         return
-    was_cut = isinstance(error, StopRequested) and run.stop.overdue()
-    with run.stop.patient():  # the stage was limited, the save takes as long as it takes
+    was_cut = isinstance(error, StopRequested) and run.stop.grace_expired()
+    with run.stop.uninterruptible():  # the stage was limited, the save takes as long as it takes
         _report_row(run)
         answers, reason = _standing(run, error, was_cut)
         run.folder.finish(ask_actor=answers)

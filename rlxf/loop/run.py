@@ -16,8 +16,8 @@ from rlxf.core.types import (
     Examples,
     Metrics,
     PairingResult,
-    PairLogps,
     Pairs,
+    PairValues,
     PromptBatch,
     Rollouts,
     ScoredRollouts,
@@ -65,7 +65,7 @@ class Rollout(Protocol):
 class Reference(Protocol):
     """The frozen model."""
 
-    def logps(self, pairs: Pairs) -> PairLogps: ...
+    def logps(self, pairs: Pairs) -> PairValues: ...
 
     def token_logps(self, sequences: Sequences) -> Tensor: ...
 
@@ -108,7 +108,7 @@ class Sync(Protocol):
         ...
 
 
-class MovesReference(Protocol):
+class UpdatesReference(Protocol):
     """Moves the reference after the update that made ``version``, if a move is due."""
 
     @property
@@ -244,7 +244,7 @@ class _Timed:
     reference: Reference
     clock: Clock
 
-    def logps(self, pairs: Pairs) -> PairLogps:
+    def logps(self, pairs: Pairs) -> PairValues:
         with self.clock("ref"):
             return self.reference.logps(pairs)
 
@@ -262,7 +262,7 @@ class Run:
     reference: Reference
     actor: Actor
     sync: Sync
-    refresh: MovesReference
+    refresh: UpdatesReference
     evaluate: Evaluate
     report: Report
     folder: Folder

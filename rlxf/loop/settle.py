@@ -17,7 +17,7 @@ def settle(run: Run) -> None:
             run.refresh(state.policy_version)
         state.settled("move")
     if "evaluation" in state.owed:
-        with run.stop.abandonable(), run.clock("eval"):
+        with run.stop.interruptible(), run.clock("eval"):
             state.metrics |= run.evaluate(state.step)
         state.count_failures()
         state.settled("evaluation")
@@ -33,14 +33,14 @@ def settle(run: Run) -> None:
     if training.save_interval and state.step % training.save_interval == 0:
         save(run)
     else:
-        with run.clock("save"), run.stop.patient():
+        with run.clock("save"), run.stop.uninterruptible():
             run.folder.save_in_time(state)
     run.folder.poll()
 
 
 def save(run: Run, *, wait: bool = False) -> None:
     """A checkpoint of the steps that are complete, unless there is one."""
-    with run.clock("save"), run.stop.patient():
+    with run.clock("save"), run.stop.uninterruptible():
         run.folder.save_checkpoint(run.state)
         if wait:
             run.folder.wait()

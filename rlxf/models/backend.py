@@ -15,8 +15,8 @@ from torch import Tensor
 from rlxf.config.roles import LoraConfig, RoleConfig
 from rlxf.config.schema import ModelConfig
 from rlxf.core.errors import ConfigError
-from rlxf.core.types import PairLogps, Pairs, Sequences
-from rlxf.models.batching import Limits, my_batches, pair_units, prompt_units
+from rlxf.core.types import Pairs, PairValues, Sequences
+from rlxf.models.batching import MicroBatchLimits, my_batches, pair_groups, shared_prompt_groups
 from rlxf.models.megatron.parallel import ParallelSizes, init_parallel, reduce_over_data_parallel
 from rlxf.platform.base import Platform, Process
 
@@ -73,7 +73,7 @@ def load_model(config: RoleConfig, settings: LoadSettings, platform: Platform, p
     return model
 
 
-def token_logps(model: MegatronModel, sequences: Sequences, limits: Limits) -> Tensor:
+def token_logps(model: MegatronModel, sequences: Sequences, limits: MicroBatchLimits) -> Tensor:
     """[sum completion tokens] float32 log-probabilities of every completion token, on the CPU and on every rank.
 
     Without gradient; the data-parallel ranks share the work.
@@ -81,12 +81,12 @@ def token_logps(model: MegatronModel, sequences: Sequences, limits: Limits) -> T
     from rlxf.models.megatron.packing import pack_for_logps
 
     lengths = sequences.completion_lengths
-    units = prompt_units(sequences, limits)
-    values = _over_rows(model, sequences, units, limits, pack_for_logps, model.logps, lengths)
+    groups = shared_prompt_groups(sequences, limits)
+    values = _over_rows(model, sequences, groups, limits, pack_for_logps, model.logps, lengths)
     return torch.cat(values) if values else torch.zeros(0)
 
 
-def pair_logps(model: MegatronModel, pairs: Pairs, limits: Limits) -> PairLogps:
+def pair_logps(model: MegatronModel, pairs: Pairs, limits: MicroBatchLimits) -> PairValues:
     """Log-probabilities of both sides, summed over the completion tokens; on the CPU and on every rank.
 
     The same pairs in the same order and with the same limits give the same numbers as a training pass, to the bit.
@@ -99,36 +99,36 @@ def pair_logps(model: MegatronModel, pairs: Pairs, limits: Limits) -> PairLogps:
         return sum_rows(model.logps(hidden, packed), packed.lengths)
 
     ones = torch.ones(len(both), dtype=torch.int64)
-    values = _over_rows(model, both, pair_units(len(pairs)), limits, pack_for_logps, sums, ones)
+    values = _over_rows(model, both, pair_groups(len(pairs)), limits, pack_for_logps, sums, ones)
     chosen, rejected = torch.cat(values).chunk(2)
-    return PairLogps(chosen=chosen, rejected=rejected)
+    return PairValues(chosen=chosen, rejected=rejected)
 
 
-def pair_scores(model: MegatronModel, pairs: Pairs, limits: Limits) -> PairLogps:
+def pair_scores(model: MegatronModel, pairs: Pairs, limits: MicroBatchLimits) -> PairValues:
     """[N] reward-model scores of both sides, on the CPU and on every rank; named as the log-probabilities are."""
     from rlxf.models.megatron.packing import pack_for_scores
 
     both = Sequences.concat([pairs.chosen, pairs.rejected])
     ones = torch.ones(len(both), dtype=torch.int64)
-    values = _over_rows(model, both, pair_units(len(pairs)), limits, pack_for_scores, model.scores, ones)
+    values = _over_rows(model, both, pair_groups(len(pairs)), limits, pack_for_scores, model.scores, ones)
     chosen, rejected = torch.cat(values).chunk(2)
-    return PairLogps(chosen=chosen, rejected=rejected)
+    return PairValues(chosen=chosen, rejected=rejected)
 
 
-def sequence_scores(model: MegatronModel, sequences: Sequences, limits: Limits) -> Tensor:
+def sequence_scores(model: MegatronModel, sequences: Sequences, limits: MicroBatchLimits) -> Tensor:
     """[B] float32 reward-model scores, on the CPU and on every rank; the data-parallel ranks share the work."""
     from rlxf.models.megatron.packing import pack_for_scores
 
     ones = torch.ones(len(sequences), dtype=torch.int64)
-    units = prompt_units(sequences, limits)
-    return torch.cat(_over_rows(model, sequences, units, limits, pack_for_scores, model.scores, ones))
+    groups = shared_prompt_groups(sequences, limits)
+    return torch.cat(_over_rows(model, sequences, groups, limits, pack_for_scores, model.scores, ones))
 
 
 def _over_rows(
     model: MegatronModel,
     sequences: Sequences,
-    units: Sequence[Tensor],
-    limits: Limits,
+    groups: Sequence[Tensor],
+    limits: MicroBatchLimits,
     pack: Callable[..., Packed],
     compute: Callable[[Tensor, Packed], Tensor],
     sizes: Tensor,
@@ -137,8 +137,8 @@ def _over_rows(
     from rlxf.models.megatron.passes import forward_all
 
     layout = model.layout
-    batches = my_batches(sequences, units, limits, dp_rank=layout.dp_rank, dp_size=layout.dp_size)
-    chosen = [rows_of(units, batch) for batch in batches]
+    batches = my_batches(sequences, groups, limits, dp_rank=layout.dp_rank, dp_size=layout.dp_size)
+    chosen = [rows_of(groups, batch) for batch in batches]
     result = torch.zeros(int(sizes.sum()))
     places = torch.split(result, sizes.tolist())
     if chosen:
@@ -154,10 +154,10 @@ def _over_rows(
     return list(torch.split(reduce_over_data_parallel(result, layout), sizes.tolist()))
 
 
-def rows_of(units: Sequence[Tensor], batch: Sequence[int]) -> Tensor:
+def rows_of(groups: Sequence[Tensor], batch: Sequence[int]) -> Tensor:
     """The rows of some units: all first members, then all second ones, so that a pass sees chosen before rejected."""
-    longest = max(len(units[i]) for i in batch)
-    return torch.tensor([int(units[i][k]) for k in range(longest) for i in batch if k < len(units[i])])
+    longest = max(len(groups[i]) for i in batch)
+    return torch.tensor([int(groups[i][k]) for k in range(longest) for i in batch if k < len(groups[i])])
 
 
 def sum_rows(values: Tensor, lengths: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from rlxf.core.types import Sequences
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
+class MicroBatchLimits:
     """How much one forward pass takes."""
 
     num_sequences: int  # at most, as long as there is no token budget
@@ -25,7 +25,7 @@ class Limits:
     fixed_length: bool = False  # fill every pass up to the token budget with padding
 
     @classmethod
-    def of(cls, config: MicroBatchConfig, *, fixed_length: bool = False) -> Limits:
+    def of(cls, config: MicroBatchConfig, *, fixed_length: bool = False) -> MicroBatchLimits:
         """What a role's section says; ``fixed_length``: its pipeline passes need tensors of one size."""
         return cls(
             num_sequences=2 * config.micro_batch_size,
@@ -50,40 +50,40 @@ def prompt_groups(sequences: Sequences) -> list[list[int]]:
     return list(found.values())
 
 
-def prompt_units(sequences: Sequences, limits: Limits) -> list[Tensor]:
+def shared_prompt_groups(sequences: Sequences, limits: MicroBatchLimits) -> list[Tensor]:
     """Units of rows with the same prompt, none of more sequences than a pass takes."""
     rows = [torch.tensor(group) for group in prompt_groups(sequences)]
     return [piece for group in rows for piece in torch.split(group, limits.num_sequences)]
 
 
-def pair_units(num_pairs: int) -> list[Tensor]:
+def pair_groups(num_pairs: int) -> list[Tensor]:
     """Units of ``Sequences.concat([chosen, rejected])``: row ``i`` and row ``num_pairs + i``."""
     return [torch.tensor([row, row + num_pairs]) for row in range(num_pairs)]
 
 
 def my_batches(
-    sequences: Sequences, units: Sequence[Tensor], limits: Limits, *, dp_rank: int, dp_size: int
+    sequences: Sequences, groups: Sequence[Tensor], limits: MicroBatchLimits, *, dp_rank: int, dp_size: int
 ) -> list[list[int]]:
     """The forward passes of one data-parallel rank: for each, which ``units`` it takes. Empty if others take them all.
 
     Every unit is taken by exactly one rank. The ranks' numbers of tokens are as equal as a greedy choice makes them.
     """
-    costs = _costs(sequences, units, limits)
+    costs = _costs(sequences, groups, limits)
     mine = _balanced(costs, dp_size)[dp_rank]
     if limits.num_tokens is not None:
         return _first_fit(mine, costs, limits.num_tokens)
-    return _in_order(mine, [len(unit) for unit in units], limits.num_sequences)
+    return _in_order(mine, [len(group) for group in groups], limits.num_sequences)
 
 
-def _costs(sequences: Sequences, units: Sequence[Tensor], limits: Limits) -> list[int]:
+def _costs(sequences: Sequences, groups: Sequence[Tensor], limits: MicroBatchLimits) -> list[int]:
     """Tokens that a pass computes for each unit. A completion's last token predicts nothing and is not fed."""
     lengths, prompts = sequences.lengths.tolist(), sequences.prompt_lengths.tolist()
     if not limits.share_prompts:
-        return [sum(lengths[row] for row in unit.tolist()) for unit in units]
+        return [sum(lengths[row] for row in group.tolist()) for group in groups]
     group_of = {row: number for number, group in enumerate(prompt_groups(sequences)) for row in group}
     costs = []
-    for unit in units:
-        rows = unit.tolist()
+    for group in groups:
+        rows = group.tolist()
         distinct = {group_of[row]: prompts[row] for row in rows}
         costs.append(sum(distinct.values()) + sum(lengths[row] - prompts[row] for row in rows))
     return costs

@@ -80,7 +80,7 @@ def _pairs(rollouts: Rollouts, chosen_rows: Tensor, rejected_rows: Tensor, margi
     return OnlinePairs(
         chosen=chosen,
         rejected=rejected,
-        prompt_ids=rollouts.prompts.prompt_ids[rollouts.prompt_index[chosen_rows]],
+        row_ids=rollouts.prompts.row_ids[rollouts.prompt_index[chosen_rows]],
         margin=margin,
         policy_version=torch.minimum(rollouts.policy_version[chosen_rows], rollouts.policy_version[rejected_rows]),
         chosen_engine_logps=engine_logps(chosen_rows),

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rlxf.core.types import PairLogps, Pairs, Sequences
+from rlxf.core.types import Pairs, PairValues, Sequences
 
 
 class AdaptedActor(Protocol):
@@ -14,7 +14,7 @@ class AdaptedActor(Protocol):
 
     def base_token_logps(self, sequences: Sequences) -> Tensor: ...
 
-    def base_logps(self, pairs: Pairs) -> PairLogps: ...
+    def base_logps(self, pairs: Pairs) -> PairValues: ...
 
 
 class AdapterOffReference:
@@ -27,6 +27,6 @@ class AdapterOffReference:
         """[sum completion tokens] float32 log-probabilities of every completion token."""
         return self._actor.base_token_logps(sequences)
 
-    def logps(self, pairs: Pairs) -> PairLogps:
+    def logps(self, pairs: Pairs) -> PairValues:
         """Log-probabilities of both sides, summed over the completion tokens."""
         return self._actor.base_logps(pairs)

@@ -24,7 +24,7 @@ from torch import Tensor
 import rlxf
 from rlxf.core.files import file_digest
 from rlxf.core.model_folder import assets_folder, megatron_checkpoint
-from rlxf.core.types import PairLogps, Pairs, Sequences
+from rlxf.core.types import Pairs, PairValues, Sequences
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ Part = tuple[NDArray[np.bytes_], NDArray[np.float32]]  # [n] digests, [n, 2] cho
 class PairReference(Protocol):
     """What is asked for the pairs that the file does not hold."""
 
-    def logps(self, pairs: Pairs) -> PairLogps: ...
+    def logps(self, pairs: Pairs) -> PairValues: ...
 
     def token_logps(self, sequences: Sequences) -> Tensor: ...
 
@@ -64,7 +64,7 @@ class CachedReference:
     def token_logps(self, sequences: Sequences) -> Tensor:
         return self._inner.token_logps(sequences)
 
-    def logps(self, pairs: Pairs) -> PairLogps:
+    def logps(self, pairs: Pairs) -> PairValues:
         """Log-probabilities of both sides, summed over the completion tokens."""
         keys = _as_array(_keys(pairs))
         values, known = self._known.find(keys)
@@ -74,7 +74,7 @@ class CachedReference:
             values[missing] = torch.stack([found.chosen, found.rejected], dim=1).numpy()
             self._add(keys[missing], values[missing])
         logps = torch.from_numpy(values)
-        return PairLogps(chosen=logps[:, 0].contiguous(), rejected=logps[:, 1].contiguous())
+        return PairValues(chosen=logps[:, 0].contiguous(), rejected=logps[:, 1].contiguous())
 
     def fill(self, batches: Iterable[Pairs]) -> int:
         """Compute what is missing of all pairs of a data set; the number of pairs that were not known."""

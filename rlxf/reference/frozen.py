@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
-from rlxf.core.types import PairLogps, Pairs, Sequences
+from rlxf.core.types import Pairs, PairValues, Sequences
 from rlxf.models.backend import pair_logps, token_logps
-from rlxf.models.batching import Limits
+from rlxf.models.batching import MicroBatchLimits
 from rlxf.models.hf_folder import HfWeights, save_hf_folder
 from rlxf.sync.plan import Bucket
 
@@ -32,7 +32,7 @@ class FrozenReference:
         moves: whether the run moves it.
     """
 
-    def __init__(self, model: MegatronModel, limits: Limits, *, moves: bool = False) -> None:
+    def __init__(self, model: MegatronModel, limits: MicroBatchLimits, *, moves: bool = False) -> None:
         self.model = model
         self.model.requires_grad_(False)
         self._limits = limits
@@ -49,7 +49,7 @@ class FrozenReference:
         """[sum completion tokens] float32 log-probabilities of every completion token."""
         return token_logps(self.model, sequences, self._limits)
 
-    def logps(self, pairs: Pairs) -> PairLogps:
+    def logps(self, pairs: Pairs) -> PairValues:
         """Log-probabilities of both sides, summed over the completion tokens.
 
         An untrained actor that forms the same micro-batches has a margin of exactly 0.

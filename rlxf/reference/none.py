@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlxf.core.types import PairLogps, Pairs, Sequences
+from rlxf.core.types import Pairs, PairValues, Sequences
 
 
 class NoReference:
@@ -15,5 +15,5 @@ class NoReference:
         """[sum completion tokens] float32 zeros."""
         return torch.zeros(int(sequences.completion_lengths.sum()))
 
-    def logps(self, pairs: Pairs) -> PairLogps:
-        return PairLogps(chosen=torch.zeros(len(pairs)), rejected=torch.zeros(len(pairs)))
+    def logps(self, pairs: Pairs) -> PairValues:
+        return PairValues(chosen=torch.zeros(len(pairs)), rejected=torch.zeros(len(pairs)))

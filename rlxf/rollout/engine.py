@@ -161,7 +161,7 @@ def sample_requests(
     requests = [
         (row, sample_seed(sampling, position=position, prompt_id=prompt_id, sample_index=k))
         for row, position, prompt_id in zip(
-            prompts.prompts.rows(), prompts.positions.tolist(), prompts.prompt_ids.tolist(), strict=True
+            prompts.prompts.rows(), prompts.positions.tolist(), prompts.row_ids.tolist(), strict=True
         )
         for k in range(sampling.num_samples)
     ]

@@ -55,7 +55,7 @@ class ReplayEngine:
         """Prompts in the file."""
         return len(self._rows)
 
-    def prompt_ids(self, step: int) -> list[int]:
+    def row_ids(self, step: int) -> list[int]:
         """The rows of the file that a step is made of."""
         return list(range(step * self._batch_size, (step + 1) * self._batch_size))
 
@@ -70,13 +70,13 @@ class ReplayEngine:
 
     def next_batch(self, step: int) -> PromptBatch:
         """The prompts of a step. A recording holds no texts: they are the decoded tokens, and there are no columns."""
-        numbers = self.prompt_ids(step)
+        numbers = self.row_ids(step)
         if numbers[-1] >= len(self._rows):
             raise ConfigError(f"step {step} needs prompts up to {numbers[-1] + 1}, but only {len(self)} are recorded")
         prompts = [self._rows[number].prompt for number in numbers]
         return PromptBatch(
             prompts=Tokens.from_rows(prompts),
-            prompt_ids=torch.tensor(numbers, dtype=torch.int64),
+            row_ids=torch.tensor(numbers, dtype=torch.int64),
             positions=torch.tensor(numbers, dtype=torch.int64),
             texts=tuple(self._tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts),
             columns={},
@@ -85,7 +85,7 @@ class ReplayEngine:
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         """The recorded completions of prompts that `next_batch` gave, row after row; their engine log-probs are NaN."""
         rows, completions, prompt_index, sample_index, versions = [], list[list[int]](), [], [], []
-        for index, (number, prompt) in enumerate(zip(prompts.prompt_ids.tolist(), prompts.prompts.rows(), strict=True)):
+        for index, (number, prompt) in enumerate(zip(prompts.row_ids.tolist(), prompts.prompts.rows(), strict=True)):
             recorded = self._rows[number] if 0 <= number < len(self._rows) else None
             if recorded is None or recorded.prompt != prompt:
                 raise ConfigError(

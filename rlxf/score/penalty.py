@@ -31,7 +31,7 @@ def with_scores(
     infinite = raw_scores.isinf().nonzero().flatten().tolist()
     if infinite:
         row = infinite[0]
-        prompt_id = int(rollouts.prompts.prompt_ids[rollouts.prompt_index[row]])
+        prompt_id = int(rollouts.prompts.row_ids[rollouts.prompt_index[row]])
         raise TrainingError(
             f"{len(infinite)} of {len(rollouts)} scores are infinite, the first one that of prompt {prompt_id}, sample "
             f"{int(rollouts.sample_index[row])}; a scorer must give finite scores, or NaN where it has none"

@@ -20,7 +20,7 @@ class RecordedScorer:
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """[B] float32 raw scores; NaN where the record has none."""
-        numbers = rollouts.prompts.prompt_ids.tolist()
+        numbers = rollouts.prompts.row_ids.tolist()
         recorded = [self._rows[number].scores for number in numbers]
         scores = []
         pairs = zip(rollouts.prompt_index.tolist(), rollouts.sample_index.tolist(), strict=True)

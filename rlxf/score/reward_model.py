@@ -16,7 +16,7 @@ from rlxf.core.errors import DataError, ModelError
 from rlxf.core.read_position import read_position
 from rlxf.core.types import Messages, Rollouts, Sequences, Text
 from rlxf.models.backend import sequence_scores
-from rlxf.models.batching import Limits
+from rlxf.models.batching import MicroBatchLimits
 from rlxf.models.encoding import encode_chat, encode_string, with_eos
 from rlxf.models.endings import Endings
 from rlxf.score.scorer import SampledBy
@@ -54,7 +54,7 @@ class RewardModelScorer:
         self,
         model: MegatronModel,
         config: RewardConfig,
-        limits: Limits,
+        limits: MicroBatchLimits,
         tokenizer: PreTrainedTokenizerBase,
         policy: SampledBy,
     ) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlxf.config.roles import RewardConfig
-    from rlxf.models.batching import Limits
+    from rlxf.models.batching import MicroBatchLimits
     from rlxf.models.megatron.model import MegatronModel
 
 
@@ -48,7 +48,7 @@ class ScorerParts:
     """What a scorer may be built from; each takes what it needs, and nothing is loaded before it is asked for."""
 
     config: RewardConfig
-    limits: Limits  # of one forward pass
+    limits: MicroBatchLimits  # of one forward pass
     recording: str | None  # the `rollouts.jsonl` of a replay
     policy: Callable[[], SampledBy]
     load_model: Callable[[], MegatronModel]  # this rank's share of the reward model

@@ -29,7 +29,7 @@ class Weights(Protocol):
         ...
 
 
-class Movable(Protocol):
+class MovableReference(Protocol):
     """A reference with weights of its own, which can be moved."""
 
     def mix(self, bucket: Bucket, payload: Any, alpha: float) -> None:
@@ -41,10 +41,10 @@ class Movable(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-class Refresh:
+class ReferenceUpdater:
     """Every ``ref_update_interval`` updates: reference = alpha * policy + (1 - alpha) * reference (eq. 3 and 4)."""
 
-    def __init__(self, actor: Weights, reference: Movable, config: ReferenceConfig) -> None:
+    def __init__(self, actor: Weights, reference: MovableReference, config: ReferenceConfig) -> None:
         self._actor = actor
         self._reference = reference
         self._config = config

@@ -18,7 +18,7 @@ from rlxf.core.errors import ConfigError, DataError, StageTimeout, WorkerLost
 from rlxf.core.jsonl import Problems
 from rlxf.core.waiting import own_children
 from rlxf.core.words import nearest
-from rlxf.data.batches import Drop
+from rlxf.data.batches import DropReason
 from rlxf.data.encoders import ChatEncoder, Encoder, Ids, TextEncoder
 from rlxf.data.handlers import Columns, Handler, find_handler
 from rlxf.data.hub import open_input
@@ -139,7 +139,7 @@ class _Work:
                 done += 1
                 if done % self._options.log_interval == 0:
                     self._say(f"{done} rows, {done / (time.perf_counter() - begin):.0f} rows/s")
-                if isinstance(result, Drop):
+                if isinstance(result, DropReason):
                     self._drop(row, result)
                 elif self._fits(result):
                     yield result
@@ -151,7 +151,7 @@ class _Work:
             reasons = [*self._problems.report(), *(f"{count} rows: {reason}" for reason, count in dropped.items())]
             raise DataError(f"{self._file.path}: no row is left of {self.summary.num_rows}", *reasons)
 
-    def _drop(self, row: int, drop: Drop) -> None:
+    def _drop(self, row: int, drop: DropReason) -> None:
         if not drop.is_error:
             self.summary.dropped[drop.reason] += 1
             return
@@ -166,7 +166,7 @@ class _Work:
         self.summary.dropped[f"it is longer than --seq-length {limit}"] += 1
         return False
 
-    def _chunks(self) -> Iterator[tuple[list[int], list[Ids | Drop]]]:
+    def _chunks(self) -> Iterator[tuple[list[int], list[Ids | DropReason]]]:
         """Row numbers and what became of them."""
         good = [row for row in range(self.summary.num_rows) if row not in self._file.bad]
         chunks = [good[start : start + CHUNK_ROWS] for start in range(0, len(good), CHUNK_ROWS)]
@@ -177,7 +177,9 @@ class _Work:
         for chunk in chunks:
             yield chunk, _encode(self._encoder, self._file, chunk)
 
-    def _in_processes(self, chunks: Sequence[list[int]], workers: int) -> Iterator[tuple[list[int], list[Ids | Drop]]]:
+    def _in_processes(
+        self, chunks: Sequence[list[int]], workers: int
+    ) -> Iterator[tuple[list[int], list[Ids | DropReason]]]:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker; threads do not survive a fork
         pool = ProcessPoolExecutor(
             workers,
@@ -185,7 +187,7 @@ class _Work:
             initializer=_set_up,
             initargs=(self._encoder, self._file),
         )
-        waiting: deque[tuple[list[int], Future[list[Ids | Drop]]]] = deque()
+        waiting: deque[tuple[list[int], Future[list[Ids | DropReason]]]] = deque()
         done = False
         with own_children() as kill:
             try:
@@ -221,11 +223,11 @@ def _set_up(encoder: Encoder, file: RowFile) -> None:
     _HERE.update(encoder=encoder, file=file)
 
 
-def _encode_here(chunk: list[int]) -> list[Ids | Drop]:
+def _encode_here(chunk: list[int]) -> list[Ids | DropReason]:
     return _encode(_HERE["encoder"], _HERE["file"], chunk)
 
 
-def _encode(encoder: Encoder, file: RowFile, chunk: list[int]) -> list[Ids | Drop]:
+def _encode(encoder: Encoder, file: RowFile, chunk: list[int]) -> list[Ids | DropReason]:
     return encoder([file[row] for row in chunk])
 
 

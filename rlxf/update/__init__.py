@@ -7,30 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlxf.config.stages import ObjectiveName
-    from rlxf.update.objective import Objective, ObjectiveSettings, Place
+    from rlxf.update.objective import Objective, ObjectiveContext, ObjectiveSettings
 
 # An objective's imports are inside its function: only the actor's processes need them.
 
 
-def _preference(settings: ObjectiveSettings, place: Place) -> Objective[Any]:
+def _preference(settings: ObjectiveSettings, context: ObjectiveContext) -> Objective[Any]:
     from rlxf.update.preference import PreferenceObjective
 
-    return PreferenceObjective(settings.config, place, offline=settings.offline, has_reference=settings.has_reference)
+    return PreferenceObjective(settings.config, context, offline=settings.offline, has_reference=settings.has_reference)
 
 
-def _reward(settings: ObjectiveSettings, place: Place) -> Objective[Any]:
+def _reward(settings: ObjectiveSettings, context: ObjectiveContext) -> Objective[Any]:
     from rlxf.update.reward import RewardObjective
 
-    return RewardObjective(settings.config.center_rewards_coefficient, place)
+    return RewardObjective(settings.config.center_rewards_coefficient, context)
 
 
-def _supervised(settings: ObjectiveSettings, place: Place) -> Objective[Any]:
+def _supervised(settings: ObjectiveSettings, context: ObjectiveContext) -> Objective[Any]:
     from rlxf.update.supervised import SupervisedObjective
 
-    return SupervisedObjective(place)
+    return SupervisedObjective(context)
 
 
-OBJECTIVES: dict[ObjectiveName, Callable[[ObjectiveSettings, Place], Objective[Any]]] = {
+OBJECTIVES: dict[ObjectiveName, Callable[[ObjectiveSettings, ObjectiveContext], Objective[Any]]] = {
     "preference": _preference,
     "reward": _reward,
     "supervised": _supervised,

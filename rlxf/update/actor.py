@@ -15,9 +15,9 @@ from torch.distributed import ReduceOp
 
 from rlxf.config.roles import LoraConfig, OptimizerConfig
 from rlxf.core.errors import TrainingError
-from rlxf.core.types import Batch, Metrics, PairLogps, Pairs, Sequences
+from rlxf.core.types import Batch, Metrics, Pairs, PairValues, Sequences
 from rlxf.models.backend import pair_logps, token_logps
-from rlxf.models.batching import Limits, my_batches
+from rlxf.models.batching import MicroBatchLimits, my_batches
 from rlxf.models.hf_folder import save_hf_folder
 from rlxf.models.megatron.parallel import reduce_over_data_parallel
 from rlxf.models.peft_folder import save_adapter
@@ -37,7 +37,7 @@ class ActorSettings:
 
     optimizer: OptimizerConfig
     lora: LoraConfig
-    limits: Limits  # of one forward pass
+    limits: MicroBatchLimits  # of one forward pass
     num_steps: int  # of the run: its learning-rate schedule ends there
     seed: int
     bucket_bytes: int  # largest message of a weight sync
@@ -108,7 +108,7 @@ class Actor:
             size = self._optimizer.ppo_mini_batch_size * self.layout.dp_size
             for rows in mini_batches(len(batch), size, shuffle_key=key):
                 # Before the first optimizer step the weights are those that the batch was sampled from.
-                found, largest = self._accumulate(objective.mini_batch(batch, rows, fresh=not norms), rows, step)
+                found, largest = self._accumulate(objective.mini_batch(batch, rows, first_pass=not norms), rows, step)
                 sums += found
                 maxima = torch.maximum(maxima, largest)
                 norms.append(self._step(learning_rate, step))
@@ -165,7 +165,7 @@ class Actor:
 
         layout, limits = self.layout, self._limits
         mine = my_batches(
-            mini_batch.sequences, mini_batch.units, limits, dp_rank=layout.dp_rank, dp_size=layout.dp_size
+            mini_batch.sequences, mini_batch.groups, limits, dp_rank=layout.dp_rank, dp_size=layout.dp_size
         )
         found = [mini_batch.micro_batch(torch.tensor(part), True) for part in mine]
         filler = mini_batch.micro_batch(torch.tensor([0]), False)
@@ -182,7 +182,7 @@ class Actor:
         with adapters_off(self.model.chunks):
             return token_logps(self.model, sequences, self._limits)
 
-    def base_logps(self, pairs: Pairs) -> PairLogps:
+    def base_logps(self, pairs: Pairs) -> PairValues:
         """Log-probabilities of both sides with LoRA adapters off, summed over the completion tokens.
 
         The micro-batches are those of ``update``, so that fresh adapters have a margin of exactly 0.

@@ -1,8 +1,9 @@
 """Preference losses: pure functions of log-probabilities. The offline and the online stage call the same ones.
 
-Each takes ``Terms`` of ``N`` pairs and gives ``[N]`` float32 losses, not reduced: only the caller knows how many pairs
-all ranks hold. Gradients flow through ``actor`` only. Notation, as in docs/losses.md: ``beta`` is b, the log-ratios of
-chosen and rejected are ``r_c`` and ``r_r``, their margin is ``d = r_c - r_r``, and ``s`` is the logistic function.
+Each takes ``LossInputs`` of ``N`` pairs and returns ``[N]`` float32 losses, not reduced: only the caller knows how many
+pairs all ranks hold. Gradients flow through ``actor`` only. Notation, as in docs/losses.md: ``beta`` is b, the
+log-ratios of chosen and rejected are ``r_c`` and ``r_r``, their margin is ``d = r_c - r_r``, and ``s`` is the logistic
+function.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlxf.core.types import PairLogps
+from rlxf.core.types import PairValues
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 _MAX_EXPONENT = 80.0  # e**80 is a float32; a ratio beyond it has a flat score instead of an infinite one
@@ -35,11 +36,11 @@ class LossSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Terms:
+class LossInputs:
     """What every loss reads of ``N`` pairs."""
 
-    actor: PairLogps  # summed over the completion, with gradient
-    reference: PairLogps  # the same under the reference; zeros if the loss needs none
+    actor: PairValues  # summed over the completion, with gradient
+    reference: PairValues  # the same under the reference; zeros if the loss needs none
     chosen_lengths: Tensor  # [N] float32 completion tokens
     rejected_lengths: Tensor  # [N] float32
     mean_chosen_length: float  # completion tokens of a chosen side, mean over the whole mini-batch
@@ -84,117 +85,117 @@ def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
     return -(1 - smoothing) * F.logsigmoid(logits) - smoothing * F.logsigmoid(-logits)
 
 
-def sigmoid_loss(terms: Terms) -> Tensor:
+def sigmoid_loss(inputs: LossInputs) -> Tensor:
     """``-log s(b d)`` (DPO, Rafailov et al. 2023, eq. 7), with label smoothing as in cDPO (Mitchell 2023)."""
-    return _smoothed(terms.settings.beta * terms.margin, terms.settings.label_smoothing)
+    return _smoothed(inputs.settings.beta * inputs.margin, inputs.settings.label_smoothing)
 
 
-def sigmoid_norm_loss(terms: Terms) -> Tensor:
+def sigmoid_norm_loss(inputs: LossInputs) -> Tensor:
     """The sigmoid loss of scores per token (length-normalised DPO, Lambert et al. 2024, Tulu 3)."""
-    return -F.logsigmoid(terms.settings.beta * replace(terms, average=True).margin)
+    return -F.logsigmoid(inputs.settings.beta * replace(inputs, average=True).margin)
 
 
-def hinge_loss(terms: Terms) -> Tensor:
+def hinge_loss(inputs: LossInputs) -> Tensor:
     """``max(0, 1 - b d)`` (SLiC, Zhao et al. 2023, as in RSO, Liu et al. 2024, eq. 10)."""
-    return F.relu(1 - terms.settings.beta * terms.margin)
+    return F.relu(1 - inputs.settings.beta * inputs.margin)
 
 
-def ipo_loss(terms: Terms) -> Tensor:
+def ipo_loss(inputs: LossInputs) -> Tensor:
     """``(d - 1 / (2 b))**2`` (IPO, Azar et al. 2024, eq. 17); b is the paper's tau."""
-    return (terms.margin - 1 / (2 * terms.settings.beta)).square()
+    return (inputs.margin - 1 / (2 * inputs.settings.beta)).square()
 
 
-def robust_loss(terms: Terms) -> Tensor:
+def robust_loss(inputs: LossInputs) -> Tensor:
     """The sigmoid loss without the bias of swapped labels (robust DPO, Chowdhury et al. 2024, eq. 3)."""
-    logits, rate = terms.settings.beta * terms.margin, terms.settings.label_smoothing
+    logits, rate = inputs.settings.beta * inputs.margin, inputs.settings.label_smoothing
     return (-(1 - rate) * F.logsigmoid(logits) + rate * F.logsigmoid(-logits)) / (1 - 2 * rate)
 
 
-def exo_pair_loss(terms: Terms) -> Tensor:
+def exo_pair_loss(inputs: LossInputs) -> Tensor:
     """KL from the policy's preference to the smoothed label (EXO, Ji et al. 2024, eq. 16); needs smoothing > 0."""
-    logits, rate = terms.settings.beta * terms.margin, terms.settings.label_smoothing
+    logits, rate = inputs.settings.beta * inputs.margin, inputs.settings.label_smoothing
     right = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-rate))
     return right + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(rate))
 
 
-def nca_pair_loss(terms: Terms) -> Tensor:
+def nca_pair_loss(inputs: LossInputs) -> Tensor:
     """``-log s(b r_c) - log s(-b r_c) / 2 - log s(-b r_r) / 2`` (NCA, Chen et al. 2024)."""
-    chosen, rejected = (terms.settings.beta * ratio for ratio in terms.ratios)
+    chosen, rejected = (inputs.settings.beta * ratio for ratio in inputs.ratios)
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
-def bco_pair_loss(terms: Terms) -> Tensor:
+def bco_pair_loss(inputs: LossInputs) -> Tensor:
     """``-log s(b r_c) - log s(-b r_r)``: a binary classifier's loss (BCO, Jung et al. 2024), without reward shift."""
-    chosen, rejected = (terms.settings.beta * ratio for ratio in terms.ratios)
+    chosen, rejected = (inputs.settings.beta * ratio for ratio in inputs.ratios)
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
-def sppo_hard_loss(terms: Terms) -> Tensor:
+def sppo_hard_loss(inputs: LossInputs) -> Tensor:
     """``(r_c - 1 / (2 b))**2 + (r_r + 1 / (2 b))**2`` (SPPO, Wu et al. 2024, eq. 4.7 with hard preferences)."""
-    chosen, rejected = terms.ratios
-    target = 0.5 / terms.settings.beta
+    chosen, rejected = inputs.ratios
+    target = 0.5 / inputs.settings.beta
     return (chosen - target).square() + (rejected + target).square()
 
 
-def apo_zero_loss(terms: Terms) -> Tensor:
+def apo_zero_loss(inputs: LossInputs) -> Tensor:
     """``1 - s(b r_c) + s(b r_r)``: chosen up, rejected down (APO-zero, D'Oosterlinck et al. 2024, eq. 7)."""
-    chosen, rejected = terms.ratios
-    return torch.sigmoid(-terms.settings.beta * chosen) + torch.sigmoid(terms.settings.beta * rejected)
+    chosen, rejected = inputs.ratios
+    return torch.sigmoid(-inputs.settings.beta * chosen) + torch.sigmoid(inputs.settings.beta * rejected)
 
 
-def apo_down_loss(terms: Terms) -> Tensor:
+def apo_down_loss(inputs: LossInputs) -> Tensor:
     """``s(b r_c) + 1 - s(b (r_c - r_r))``: both down, rejected more (APO-down, D'Oosterlinck et al. 2024, eq. 8)."""
-    chosen, rejected = terms.ratios
-    return torch.sigmoid(terms.settings.beta * chosen) + torch.sigmoid(-terms.settings.beta * (chosen - rejected))
+    chosen, rejected = inputs.ratios
+    return torch.sigmoid(inputs.settings.beta * chosen) + torch.sigmoid(-inputs.settings.beta * (chosen - rejected))
 
 
-def discopop_loss(terms: Terms) -> Tensor:
+def discopop_loss(inputs: LossInputs) -> Tensor:
     """A blend of logistic and exponential loss by the margin itself (DiscoPOP, Lu et al. 2024, eq. 5)."""
-    logits = terms.settings.beta * terms.margin
-    share = torch.sigmoid(logits / terms.settings.discopop_tau)
+    logits = inputs.settings.beta * inputs.margin
+    share = torch.sigmoid(logits / inputs.settings.discopop_tau)
     return -F.logsigmoid(logits) * (1 - share) + torch.exp(-logits) * share
 
 
-def aot_loss(terms: Terms) -> Tensor:
+def aot_loss(inputs: LossInputs) -> Tensor:
     """The sigmoid loss between the sorted margins of actor and reference (AOT paired, Melnyk et al. 2024)."""
-    margins = (terms.actor.chosen - terms.actor.rejected).sort().values
+    margins = (inputs.actor.chosen - inputs.actor.rejected).sort().values
     return _smoothed(
-        terms.settings.beta * (margins - (terms.reference.chosen - terms.reference.rejected).sort().values),
-        terms.settings.label_smoothing,
+        inputs.settings.beta * (margins - (inputs.reference.chosen - inputs.reference.rejected).sort().values),
+        inputs.settings.label_smoothing,
     )
 
 
-def aot_unpaired_loss(terms: Terms) -> Tensor:
+def aot_unpaired_loss(inputs: LossInputs) -> Tensor:
     """The sigmoid loss between the sorted log-ratios of all chosen and all rejected (AOT unpaired)."""
-    chosen, rejected = terms.ratios
+    chosen, rejected = inputs.ratios
     margins = chosen.sort().values - rejected.sort().values
-    return _smoothed(terms.settings.beta * margins, terms.settings.label_smoothing)
+    return _smoothed(inputs.settings.beta * margins, inputs.settings.label_smoothing)
 
 
-def kto_pair_loss(terms: Terms) -> Tensor:
+def kto_pair_loss(inputs: LossInputs) -> Tensor:
     """Each side against the other side's mean log-ratio (KTO, Ethayarajh et al. 2024, eq. 8, both weights 1).
 
     The mean stands for the paper's ``z_0``: at least 0, and without gradient. The loss is the mean of both sides.
     """
-    beta = terms.settings.beta
-    chosen, rejected = terms.ratios
+    beta = inputs.settings.beta
+    chosen, rejected = inputs.ratios
     chosen_kl, rejected_kl = (ratio.detach().mean().clamp(min=0) for ratio in (chosen, rejected))
     desirable = torch.sigmoid(-beta * (chosen - rejected_kl))
     undesirable = torch.sigmoid(-beta * (chosen_kl - rejected))
     return (desirable + undesirable) / 2
 
 
-def simpo_loss(terms: Terms) -> Tensor:
+def simpo_loss(inputs: LossInputs) -> Tensor:
     """``-log s(b (a_c - a_r) - gamma)`` of log-probabilities per token (SimPO, Meng et al. 2024, eq. 6)."""
-    chosen, rejected = terms.averages
-    settings = terms.settings
+    chosen, rejected = inputs.averages
+    settings = inputs.settings
     return _smoothed(settings.beta * (chosen - rejected) - settings.simpo_gamma, settings.label_smoothing)
 
 
-def orpo_loss(terms: Terms) -> Tensor:
+def orpo_loss(inputs: LossInputs) -> Tensor:
     """``-a_c - b log s(log odds_c - log odds_r)`` per token (ORPO, Hong et al. 2024, eq. 6 and 7); b is lambda."""
-    chosen, rejected = terms.averages
-    return -chosen - terms.settings.beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+    chosen, rejected = inputs.averages
+    return -chosen - inputs.settings.beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 def _log_odds(average: Tensor) -> Tensor:
@@ -202,12 +203,12 @@ def _log_odds(average: Tensor) -> Tensor:
     return average - torch.log(-torch.expm1(average.clamp(max=-1e-6)))
 
 
-def sft_loss(terms: Terms) -> Tensor:
+def sft_loss(inputs: LossInputs) -> Tensor:
     """Negative log-likelihood of the chosen side; its mean over the mini-batch is the mean over chosen tokens."""
-    return -terms.actor.chosen / terms.mean_chosen_length
+    return -inputs.actor.chosen / inputs.mean_chosen_length
 
 
-PairLoss = Callable[[Terms], Tensor]
+PairLoss = Callable[[LossInputs], Tensor]
 
 LOSSES: dict[str, PairLoss] = {
     "sigmoid": sigmoid_loss,
@@ -250,7 +251,7 @@ class WeightedLoss:
     def needs_whole_batch(self) -> bool:
         return not OF_WHOLE_BATCH.isdisjoint(self.names)
 
-    def __call__(self, actor: PairLogps, reference: PairLogps, lengths: Tensor, mean_chosen_length: float) -> Tensor:
+    def __call__(self, actor: PairValues, reference: PairValues, lengths: Tensor, mean_chosen_length: float) -> Tensor:
         """[N] float32 losses; ``lengths`` [2N]: completion tokens, chosen then rejected.
 
         Args:
@@ -260,7 +261,7 @@ class WeightedLoss:
             mean_chosen_length: mean over the chosen sides of the whole mini-batch.
         """
         chosen, rejected = lengths.to(actor.chosen).chunk(2)
-        terms = Terms(
+        inputs = LossInputs(
             actor=actor,
             reference=reference,
             chosen_lengths=chosen,
@@ -270,9 +271,9 @@ class WeightedLoss:
         )
         total = torch.zeros_like(actor.chosen)
         for name, weight in zip(self.names, self.weights, strict=True):
-            total = total + weight * LOSSES[name](replace(terms, average=self._averages(name)))
+            total = total + weight * LOSSES[name](replace(inputs, average=self._averages(name)))
         if self.pref_ftx:
-            total = total - self.pref_ftx * terms.averages[0]
+            total = total - self.pref_ftx * inputs.averages[0]
         return total
 
     def _averages(self, name: str) -> bool:
@@ -281,17 +282,17 @@ class WeightedLoss:
         return name == "ipo" and self.offline
 
 
-def gradients(loss: Callable[[PairLogps], Tensor], actor: PairLogps) -> tuple[Tensor, PairLogps]:
+def gradients(loss: Callable[[PairValues], Tensor], actor: PairValues) -> tuple[Tensor, PairValues]:
     """[N] losses, and the gradient of their sum with respect to each log-probability.
 
     What a loss over a whole mini-batch needs of it: ``sum(gradient * logps)`` of any part has that part's gradient.
     """
     with torch.enable_grad():
-        leaf = PairLogps(
+        leaf = PairValues(
             chosen=actor.chosen.detach().requires_grad_(), rejected=actor.rejected.detach().requires_grad_()
         )
         losses = loss(leaf)
-        slopes: Sequence[Tensor] = torch.autograd.grad(
+        grads: Sequence[Tensor] = torch.autograd.grad(
             losses.sum(), [leaf.chosen, leaf.rejected], materialize_grads=True
         )
-    return losses.detach(), PairLogps(chosen=slopes[0], rejected=slopes[1])
+    return losses.detach(), PairValues(chosen=grads[0], rejected=grads[1])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlxf.config.roles import LossConfig
 from rlxf.core.types import Metrics, Sequences
-from rlxf.models.batching import Limits
+from rlxf.models.batching import MicroBatchLimits
 
 if TYPE_CHECKING:
     from rlxf.models.megatron.model import MegatronModel
@@ -34,7 +34,7 @@ class MiniBatch:
     """The rows of one optimizer step, the same on every rank."""
 
     sequences: Sequences
-    units: Sequence[Tensor]  # rows of ``sequences`` that share a forward pass: the two sides of a pair, or one example
+    groups: Sequence[Tensor]  # rows of ``sequences`` that share a forward pass: the two sides of a pair, or one example
     # Units of one forward pass, and whether they count: False on a rank that has none of its own, and computes one only
     # to take part in the collective calls.
     micro_batch: Callable[[Tensor, bool], MicroBatch]
@@ -49,7 +49,7 @@ class Objective(Protocol[B_contra]):
     sums: tuple[str, ...]  # of a report; the first is the number of items
     maxima: tuple[str, ...]  # behind them
 
-    def mini_batch(self, batch: B_contra, rows: Tensor, *, fresh: bool) -> MiniBatch:
+    def mini_batch(self, batch: B_contra, rows: Tensor, *, first_pass: bool) -> MiniBatch:
         """``rows`` ([n] int64) of a batch. ``fresh``: the weights are those that the batch was sampled from.
 
         Every rank must make the call.
@@ -75,11 +75,11 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class ObjectiveContext:
     """The model that an objective computes with, and how much of it at a time."""
 
     model: MegatronModel
-    limits: Limits
+    limits: MicroBatchLimits
 
     def count(self, number: int, counted: bool) -> Tensor:
         """What the schedule divides by: every context-parallel rank has all losses, and one of them counts them."""

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from rlxf.config.roles import LossConfig
-from rlxf.core.types import Metrics, OnlinePairs, PairLogps, ReferencedPairs, Sequences
+from rlxf.core.types import Metrics, OnlinePairs, PairValues, ReferencedPairs, Sequences
 from rlxf.models.backend import pair_logps, sum_rows
-from rlxf.models.batching import pair_units
+from rlxf.models.batching import pair_groups
 from rlxf.update.losses import LossSettings, WeightedLoss, gradients
-from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, moments, report
+from rlxf.update.objective import Loss, MicroBatch, MiniBatch, ObjectiveContext, moments, report
 
 if TYPE_CHECKING:
     from rlxf.models.megatron.packing import Packed
@@ -56,64 +56,67 @@ class PreferenceObjective:
     sums: tuple[str, ...] = ("count", *_MEANS, "drift/sum", "drift/count")
     maxima: tuple[str, ...] = ("drift/max",)
 
-    def __init__(self, config: LossConfig, place: Place, *, offline: bool, has_reference: bool) -> None:
+    def __init__(self, config: LossConfig, context: ObjectiveContext, *, offline: bool, has_reference: bool) -> None:
         self._beta = config.dpo_beta
         self._has_reference = has_reference
         self._loss = make_loss(config, offline=offline)
-        self._place = place
+        self._context = context
 
-    def mini_batch(self, batch: ReferencedPairs, rows: Tensor, *, fresh: bool) -> MiniBatch:
+    def mini_batch(self, batch: ReferencedPairs, rows: Tensor, *, first_pass: bool) -> MiniBatch:
         picked = batch.select(rows)
         sequences = Sequences.concat([picked.pairs.chosen, picked.pairs.rejected])
         mean_length = float(picked.pairs.chosen.completion_lengths.double().mean())
         known = self._whole(picked, mean_length) if self._loss.needs_whole_batch else None
 
-        def micro_batch(units: Tensor, counted: bool) -> MicroBatch:
-            part = picked.select(units)
+        def micro_batch(groups: Tensor, counted: bool) -> MicroBatch:
+            part = picked.select(groups)
             pairs = part.pairs
-            engine = pairs.all_engine_logps() if fresh and isinstance(pairs, OnlinePairs) and counted else None
+            engine = pairs.all_engine_logps() if first_pass and isinstance(pairs, OnlinePairs) and counted else None
             losses = partial(self._losses, part, mean_length)
             if known is not None:
-                losses = partial(_with_gradients, known[0][units], known[1].select(units))
+                losses = partial(_with_gradients, known[0][groups], known[1].select(groups))
             return self._micro_batch(part, losses, engine, counted)
 
-        return MiniBatch(sequences=sequences, units=pair_units(len(rows)), micro_batch=micro_batch)
+        return MiniBatch(sequences=sequences, groups=pair_groups(len(rows)), micro_batch=micro_batch)
 
     def _micro_batch(
         self, part: ReferencedPairs, losses: partial[Tensor], engine: Tensor | None, counted: bool
     ) -> MicroBatch:
         from rlxf.models.megatron.packing import pack_for_logps
 
-        place = self._place
+        context = self._context
         sequences = Sequences.concat([part.pairs.chosen, part.pairs.rejected])
         packed: Packed = pack_for_logps(
-            sequences, place.model.layout, share_prompts=place.limits.share_prompts, num_tokens=place.limits.length
+            sequences,
+            context.model.layout,
+            share_prompts=context.limits.share_prompts,
+            num_tokens=context.limits.length,
         )
 
         def loss(hidden: Tensor) -> Loss:
-            token_logps = place.model.logps(hidden, packed)
+            token_logps = context.model.logps(hidden, packed)
             sides = sum_rows(token_logps, sequences.completion_lengths).chunk(2)
-            actor = PairLogps(chosen=sides[0], rejected=sides[1])
+            actor = PairValues(chosen=sides[0], rejected=sides[1])
             values = losses(actor)  # [n]
             difference = _difference(token_logps.detach(), engine)
             columns = self._columns(part, values, actor)
             found = report([*columns, difference, _ones(difference)], [_largest(difference)], counted)
             share = 1.0 if counted else 0.0
-            return values.sum() * share, place.count(len(part), counted), found
+            return values.sum() * share, context.count(len(part), counted), found
 
         return MicroBatch(packed=packed, loss=loss)
 
-    def _losses(self, part: ReferencedPairs, mean_length: float, actor: PairLogps) -> Tensor:
+    def _losses(self, part: ReferencedPairs, mean_length: float, actor: PairValues) -> Tensor:
         lengths = torch.cat([part.pairs.chosen.completion_lengths, part.pairs.rejected.completion_lengths])
         reference = part.reference.to(actor.chosen.device)
         return self._loss(actor, reference, lengths, mean_length)
 
-    def _whole(self, picked: ReferencedPairs, mean_length: float) -> tuple[Tensor, PairLogps]:
+    def _whole(self, picked: ReferencedPairs, mean_length: float) -> tuple[Tensor, PairValues]:
         """Losses and gradients that need all pairs of the mini-batch: a pass without gradient comes first."""
-        actor = pair_logps(self._place.model, picked.pairs, self._place.limits)
+        actor = pair_logps(self._context.model, picked.pairs, self._context.limits)
         return gradients(partial(self._losses, picked, mean_length), actor)
 
-    def _columns(self, part: ReferencedPairs, losses: Tensor, actor: PairLogps) -> list[Tensor]:
+    def _columns(self, part: ReferencedPairs, losses: Tensor, actor: PairValues) -> list[Tensor]:
         """[n] each: 1, and what ``_MEANS`` names; log-probs are summed over the completion, whatever the loss reads."""
         reference = part.reference.to(actor.chosen.device)
         chosen, rejected = actor.chosen - reference.chosen, actor.rejected - reference.rejected
@@ -147,7 +150,7 @@ class PreferenceObjective:
         return {**means, **drift, "beta": self._beta}
 
     def evaluate(self, batch: ReferencedPairs) -> Metrics:
-        actor = pair_logps(self._place.model, batch.pairs, self._place.limits)
+        actor = pair_logps(self._context.model, batch.pairs, self._context.limits)
         mean_length = float(batch.pairs.chosen.completion_lengths.double().mean())
         losses = self._losses(batch, mean_length, actor)
         nothing = torch.zeros(0)
@@ -157,10 +160,10 @@ class PreferenceObjective:
         return metrics | moments(losses, torch.ones_like(losses))
 
 
-def _with_gradients(losses: Tensor, slopes: PairLogps, actor: PairLogps) -> Tensor:
+def _with_gradients(losses: Tensor, grads: PairValues, actor: PairValues) -> Tensor:
     """[n] the known losses, with the known gradients."""
-    slopes = slopes.to(actor.chosen.device)
-    linear = slopes.chosen * actor.chosen + slopes.rejected * actor.rejected
+    grads = grads.to(actor.chosen.device)
+    linear = grads.chosen * actor.chosen + grads.rejected * actor.rejected
     return losses.to(linear) + linear - linear.detach()
 
 

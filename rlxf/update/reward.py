@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rlxf.core.types import Metrics, RewardPairs, Sequences
 from rlxf.models.backend import pair_scores
-from rlxf.models.batching import pair_units
-from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, moments, report
+from rlxf.models.batching import pair_groups
+from rlxf.update.objective import Loss, MicroBatch, MiniBatch, ObjectiveContext, moments, report
 
 _MEANS = ("loss", "accuracy", "margin", "mean_reward")
 
@@ -37,34 +37,34 @@ class RewardObjective:
     sums: tuple[str, ...] = ("count", *_MEANS)
     maxima: tuple[str, ...] = ("max_reward", "-min_reward")
 
-    def __init__(self, centering: float, place: Place) -> None:
+    def __init__(self, centering: float, context: ObjectiveContext) -> None:
         self._centering = centering
-        self._place = place
+        self._context = context
 
-    def mini_batch(self, batch: RewardPairs, rows: Tensor, *, fresh: bool) -> MiniBatch:
+    def mini_batch(self, batch: RewardPairs, rows: Tensor, *, first_pass: bool) -> MiniBatch:
         picked = batch.select(rows)
 
-        def micro_batch(units: Tensor, counted: bool) -> MicroBatch:
-            return self._micro_batch(picked.select(units), counted)
+        def micro_batch(groups: Tensor, counted: bool) -> MicroBatch:
+            return self._micro_batch(picked.select(groups), counted)
 
         sequences = Sequences.concat([picked.chosen, picked.rejected])
-        return MiniBatch(sequences=sequences, units=pair_units(len(rows)), micro_batch=micro_batch)
+        return MiniBatch(sequences=sequences, groups=pair_groups(len(rows)), micro_batch=micro_batch)
 
     def _micro_batch(self, part: RewardPairs, counted: bool) -> MicroBatch:
         from rlxf.models.megatron.packing import pack_for_scores
 
-        place = self._place
+        context = self._context
         packed = pack_for_scores(
             Sequences.concat([part.chosen, part.rejected]),
-            place.model.layout,
-            share_prompts=place.limits.share_prompts,
-            num_tokens=place.limits.length,
+            context.model.layout,
+            share_prompts=context.limits.share_prompts,
+            num_tokens=context.limits.length,
         )
 
         def loss(hidden: Tensor) -> Loss:
-            chosen, rejected = place.model.scores(hidden, packed).chunk(2)
+            chosen, rejected = context.model.scores(hidden, packed).chunk(2)
             losses, found = self._report(part, chosen, rejected, counted)
-            return losses.sum() * (1.0 if counted else 0.0), place.count(len(part), counted), found
+            return losses.sum() * (1.0 if counted else 0.0), context.count(len(part), counted), found
 
         return MicroBatch(packed=packed, loss=loss)
 
@@ -80,7 +80,7 @@ class RewardObjective:
         return {**means, "max_reward": float(maxima[0]), "min_reward": -float(maxima[1])}
 
     def evaluate(self, batch: RewardPairs) -> Metrics:
-        scores = pair_scores(self._place.model, batch, self._place.limits)
+        scores = pair_scores(self._context.model, batch, self._context.limits)
         losses, found = self._report(batch, scores.chosen, scores.rejected, counted=True)
         metrics = self.metrics(found[: len(self.sums)], found[len(self.sums) :])
         return metrics | moments(losses, torch.ones_like(losses))

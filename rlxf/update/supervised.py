@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlxf.core.types import Examples, Metrics
 from rlxf.models.backend import sum_rows, token_logps
-from rlxf.update.objective import Loss, MicroBatch, MiniBatch, Place, moments, report
+from rlxf.update.objective import Loss, MicroBatch, MiniBatch, ObjectiveContext, moments, report
 
 
 class SupervisedObjective:
@@ -16,32 +16,35 @@ class SupervisedObjective:
     sums: tuple[str, ...] = ("count", "loss")
     maxima: tuple[str, ...] = ()
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
+    def __init__(self, context: ObjectiveContext) -> None:
+        self._context = context
 
-    def mini_batch(self, batch: Examples, rows: Tensor, *, fresh: bool) -> MiniBatch:
+    def mini_batch(self, batch: Examples, rows: Tensor, *, first_pass: bool) -> MiniBatch:
         picked = batch.select(rows)
 
-        def micro_batch(units: Tensor, counted: bool) -> MicroBatch:
-            return self._micro_batch(picked.select(units), counted)
+        def micro_batch(groups: Tensor, counted: bool) -> MicroBatch:
+            return self._micro_batch(picked.select(groups), counted)
 
-        units = [torch.tensor([row]) for row in range(len(picked))]
-        return MiniBatch(sequences=picked.sequences, units=units, micro_batch=micro_batch)
+        groups = [torch.tensor([row]) for row in range(len(picked))]
+        return MiniBatch(sequences=picked.sequences, groups=groups, micro_batch=micro_batch)
 
     def _micro_batch(self, part: Examples, counted: bool) -> MicroBatch:
         from rlxf.models.megatron.packing import pack_for_logps
 
-        place = self._place
+        context = self._context
         packed = pack_for_logps(
-            part.sequences, place.model.layout, share_prompts=place.limits.share_prompts, num_tokens=place.limits.length
+            part.sequences,
+            context.model.layout,
+            share_prompts=context.limits.share_prompts,
+            num_tokens=context.limits.length,
         )
 
         def loss(hidden: Tensor) -> Loss:
-            logps = place.model.logps(hidden, packed)  # [completion tokens]
+            logps = context.model.logps(hidden, packed)  # [completion tokens]
             losses = -logps[part.counted.to(logps.device)]
             total = losses.sum() * (1.0 if counted else 0.0)
             found = report([torch.ones_like(losses), losses], [], counted)
-            return total, place.count(int(part.counted.sum()), counted), found
+            return total, context.count(int(part.counted.sum()), counted), found
 
         return MicroBatch(packed=packed, loss=loss)
 
@@ -50,6 +53,6 @@ class SupervisedObjective:
         return {"loss": loss / count}
 
     def evaluate(self, batch: Examples) -> Metrics:
-        logps = token_logps(self._place.model, batch.sequences, self._place.limits).double()
+        logps = token_logps(self._context.model, batch.sequences, self._context.limits).double()
         losses = sum_rows(-logps * batch.counted, batch.sequences.completion_lengths)  # [N] of whole examples
         return {"loss": -float(logps[batch.counted].mean()), **moments(losses, batch.num_counted)}

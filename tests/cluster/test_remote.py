@@ -107,7 +107,7 @@ def test_a_signal_ends_the_wait_for_work_that_may_be_dropped() -> None:
     pending = ranks.send("sleep", 30.0)
     threading.Timer(0.5, os.kill, args=[os.getpid(), signal.SIGTERM]).start()
     begin = time.monotonic()
-    with stop.installed(), stop.abandonable(), pytest.raises(StopRequested, match="sleep of ref rank 0"):
+    with stop.installed(), stop.interruptible(), pytest.raises(StopRequested, match="sleep of ref rank 0"):
         ranks.waiter.gather(pending)
     assert time.monotonic() - begin < 3
 

@@ -85,7 +85,7 @@ def test_on_the_recorded_completions_it_trains_as_that_revision_did(stored: Stor
     recipe["training"] |= {"eval_interval": 0, "resume": str(stored.checkpoint)}
     recipe["sync"] = {"verify_first": 0}
     recipe["actor_rollout"]["save"] = str(stored.folder / "elsewhere")
-    stored.rewrite_driver(data=fingerprint([str(recording)]), prompt_ids=[8, 9, 10, 11])
+    stored.rewrite_driver(data=fingerprint([str(recording)]), row_ids=[8, 9, 10, 11])
     found = run_in_new_folder(recipe, stored.folder / "replayed")
     assert [row["step"] for row in found.rows] == [4, 5, 6]
     assert found.losses == pytest.approx(UNDISTURBED.losses[3:], rel=1e-4)

@@ -17,8 +17,8 @@ from rlxf.core.stop import Stop
 from rlxf.core.types import (
     Metrics,
     PairingResult,
-    PairLogps,
     Pairs,
+    PairValues,
     PromptBatch,
     ReferencedPairs,
     Rollouts,
@@ -77,12 +77,12 @@ class Bigram:
         ]
         return torch.cat(parts)
 
-    def logps(self, pairs: Pairs) -> PairLogps:
+    def logps(self, pairs: Pairs) -> PairValues:
         sides = []
         for side in (pairs.chosen, pairs.rejected):
             sums = [part.sum() for part in self.with_gradient(side).split(side.completion_lengths.tolist())]
             sides.append(torch.stack(sums))
-        return PairLogps(chosen=sides[0], rejected=sides[1])
+        return PairValues(chosen=sides[0], rejected=sides[1])
 
 
 @dataclass
@@ -93,7 +93,7 @@ class SmallReference(Bigram):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def logps(self, pairs: Pairs) -> PairLogps:
+    def logps(self, pairs: Pairs) -> PairValues:
         self.trace.append("reference")
         self.num_pairs += len(pairs)
         return super().logps(pairs)
@@ -206,7 +206,7 @@ class SmallPrompts:
         ids = torch.arange(step * self._size, (step + 1) * self._size)
         rows = [[2 + i % 2, 2 + i % 4] for i in ids.tolist()]
         return PromptBatch(
-            prompts=Tokens.from_rows(rows), prompt_ids=ids, positions=ids, texts=("?",) * self._size, columns={}
+            prompts=Tokens.from_rows(rows), row_ids=ids, positions=ids, texts=("?",) * self._size, columns={}
         )
 
     def epoch(self, step: int) -> float:

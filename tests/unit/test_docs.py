@@ -13,7 +13,7 @@ import torch
 from rlxf.assembly.roles import objective_settings
 from rlxf.config.schema import RunConfig
 from rlxf.update import OBJECTIVES
-from rlxf.update.objective import Place
+from rlxf.update.objective import ObjectiveContext
 from tests.runs.test_artefacts import EVAL_NAMES, STEP_NAMES  # what a whole online run is held to
 from workers import cli
 
@@ -141,9 +141,9 @@ def recipe(stage: str) -> RunConfig:
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ray_online_dpo"])
 def test_every_number_of_an_objective_is_explained(stage: str) -> None:
-    place = Place(model=None, limits=None)  # type: ignore[arg-type]  # names need no model
+    context = ObjectiveContext(model=None, limits=None)  # type: ignore[arg-type]  # names need no model
     config = recipe(stage)
-    objective = OBJECTIVES[config.objective](objective_settings(config), place)
+    objective = OBJECTIVES[config.objective](objective_settings(config), context)
     sums, maxima = torch.ones(len(objective.sums), dtype=torch.float64), torch.ones(len(objective.maxima))
     reported = set(objective.metrics(sums, maxima))
     assert reported

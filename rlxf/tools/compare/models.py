@@ -53,7 +53,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Generations:
     """One model's answers, one per prompt."""
 
     texts: list[str]
@@ -71,9 +71,9 @@ class Comparison:
     """The answers of both models to the same prompts."""
 
     prompts: tuple[Text, ...]
-    prompt_ids: list[int]  # rows of the data
-    first: Said
-    second: Said
+    row_ids: list[int]  # rows of the data
+    first: Generations
+    second: Generations
 
 
 def compare(first: Path, second: Path, settings: Settings) -> Comparison:
@@ -92,14 +92,14 @@ def compare(first: Path, second: Path, settings: Settings) -> Comparison:
     warn_of_read_position(configs[0])
     platform = get_platform(settings.device)
     prompts = [eval_prompts(config, policy_tokenizer(config)) for config in configs]
-    common = set.intersection(*(set(batch.prompt_ids.tolist()) for batch in prompts))
+    common = set.intersection(*(set(batch.row_ids.tolist()) for batch in prompts))
     if not common:
         raise ConfigError(f"{settings.data_path}: no prompt is short enough for both models; raise --max-prompt-length")
     said = [
         answer(config, _only(batch, common), settings, platform) for config, batch in zip(configs, prompts, strict=True)
     ]
     asked = _only(prompts[0], common)
-    return Comparison(asked.texts, asked.prompt_ids.tolist(), said[0], said[1])
+    return Comparison(asked.texts, asked.row_ids.tolist(), said[0], said[1])
 
 
 def model_folder(folder: Path) -> Path:
@@ -181,18 +181,18 @@ def _shape(folder: Path, settings: Settings) -> dict[str, Any]:
 
 def _only(prompts: PromptBatch, wanted: set[int]) -> PromptBatch:
     """The prompts of these rows of the data."""
-    rows = [row for row, number in enumerate(prompts.prompt_ids.tolist()) if number in wanted]
+    rows = [row for row, number in enumerate(prompts.row_ids.tolist()) if number in wanted]
     tokens = prompts.prompts.rows()
     return PromptBatch(
         prompts=Tokens.from_rows([tokens[row] for row in rows]),
-        prompt_ids=prompts.prompt_ids[rows],
+        row_ids=prompts.row_ids[rows],
         positions=prompts.positions[rows],
         texts=tuple(prompts.texts[row] for row in rows),
         columns={name: [values[row] for row in rows] for name, values in prompts.columns.items()},
     )
 
 
-def answer(config: RunConfig, prompts: PromptBatch, settings: Settings, platform: Platform) -> Said:
+def answer(config: RunConfig, prompts: PromptBatch, settings: Settings, platform: Platform) -> Generations:
     """One model's completions of all prompts, scored; the model is let go of before the scorer is loaded."""
     sampling = Sampling(
         num_samples=1,
@@ -211,7 +211,7 @@ def answer(config: RunConfig, prompts: PromptBatch, settings: Settings, platform
     penalty = settings.missing_eos_penalty
     scored = [with_scores(part, scorer.score(part), eos_ids=eos_ids, missing_eos_penalty=penalty) for part in rollouts]
     rows = [row for part in rollouts for row in part.sequences.completion_rows()]
-    return Said(
+    return Generations(
         texts=tokenizer.batch_decode(rows, skip_special_tokens=True),
         scores=torch.cat([part.scores for part in scored]),
         contains_eos=torch.cat([part.contains_eos for part in scored]),

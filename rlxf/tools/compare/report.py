@@ -16,7 +16,7 @@ from rich.table import Table
 from rlxf.core.errors import ConfigError
 from rlxf.core.files import write_json, write_text
 from rlxf.core.jsonl import finite_or_null
-from rlxf.tools.compare.models import Comparison, Said
+from rlxf.tools.compare.models import Comparison, Generations
 from rlxf.tools.compare.statistics import Floats, Interval, WinRate, win_rate
 
 
@@ -40,7 +40,7 @@ def judge(found: Comparison, *, confidence: float, resamples: int, seed: int) ->
         raise ConfigError(f"the models cannot be compared: {error}") from error
 
 
-def _scores(said: Said) -> Floats:
+def _scores(said: Generations) -> Floats:
     return said.scores.double().numpy()
 
 
@@ -55,7 +55,7 @@ def summary(found: Comparison, rate: WinRate, *, confidence: float) -> dict[str,
     }
 
 
-def _averages(said: Said) -> dict[str, float]:
+def _averages(said: Generations) -> dict[str, float]:
     known = said.scores[said.scores.isfinite()].double()
     return {
         "score": float(known.mean()) if known.numel() else math.nan,
@@ -117,7 +117,7 @@ def write(folder: Path, found: Comparison, numbers: dict[str, Any]) -> None:
 def pairs(found: Comparison) -> Iterator[dict[str, Any]]:
     """A row per prompt: both answers, their scores, and who won."""
     sides = found.first, found.second
-    for row, (number, prompt) in enumerate(zip(found.prompt_ids, found.prompts, strict=True)):
+    for row, (number, prompt) in enumerate(zip(found.row_ids, found.prompts, strict=True)):
         scores = [float(said.scores[row]) for said in sides]
         yield {
             "row": number,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlxf.algorithms import ALGORITHMS
 from rlxf.algorithms.online_dpo import OnlineDpo
-from rlxf.core.types import Batch, Examples, Metrics, OnlinePairs, PairLogps, Pairs, RewardPairs, Sequences
+from rlxf.core.types import Batch, Examples, Metrics, OnlinePairs, Pairs, PairValues, RewardPairs, Sequences
 from rlxf.driver import train
 from rlxf.loop.run import Reference, Run
 from rlxf.pair import PAIRINGS
@@ -24,9 +24,9 @@ class Counts:
 
     asked: int = 0
 
-    def logps(self, pairs: Pairs) -> PairLogps:
+    def logps(self, pairs: Pairs) -> PairValues:
         self.asked += len(pairs)
-        return PairLogps(chosen=torch.full((len(pairs),), -1.0), rejected=torch.full((len(pairs),), -2.0))
+        return PairValues(chosen=torch.full((len(pairs),), -1.0), rejected=torch.full((len(pairs),), -2.0))
 
     def token_logps(self, sequences: Sequences) -> Tensor:
         raise AssertionError("nobody asks for tokens")
@@ -79,7 +79,7 @@ def test_the_step_that_is_collected_is_the_one_that_is_asked_for() -> None:
     small = small_run(small_config())
     data, metrics = OnlineDpo().collect(small.run, 2)
     assert isinstance(data, OnlinePairs)
-    assert set(data.prompt_ids.tolist()) <= set(range(16, 24))  # eight prompts a step
+    assert set(data.row_ids.tolist()) <= set(range(16, 24))  # eight prompts a step
     assert len(data) == metrics["pair/kept"] > 0
     assert metrics["epoch"] == 1.5
     assert small.recorder.steps == [3]

@@ -75,7 +75,7 @@ def test_the_newest_checkpoint_is_taken_with_the_drivers_state(tmp_path: Path) -
     assert resume.folder == newest
     assert (resume.state.step, resume.state.policy_version) == (3, 2)
     assert resume.state.metrics["loss"] != resume.state.metrics["loss"]  # NaN, through JSON's null
-    assert resume.prompt_ids == [3]
+    assert resume.row_ids == [3]
     assert resume.reported.start == {"loss": 0.7}
     assert resume.reported.end["eval/reward"] != resume.reported.end["eval/reward"]
     assert resume.run_folder == tmp_path

@@ -21,10 +21,10 @@ def send(number: int = signal.SIGTERM) -> None:
 
 def test_without_a_signal_nothing_stops() -> None:
     stop = Stop(interrupt=True)
-    with stop.installed(), stop.abandonable():
+    with stop.installed(), stop.interruptible():
         stop.check()
     assert not stop.requested
-    assert not stop.abandon_now()
+    assert not stop.must_give_up()
 
 
 def test_a_checkpoint_may_take_longer_than_the_grace_period() -> None:
@@ -32,11 +32,11 @@ def test_a_checkpoint_may_take_longer_than_the_grace_period() -> None:
     with stop.installed():
         send()
         time.sleep(0.01)
-        assert stop.abandon_now()
-        with stop.patient():
-            assert not stop.abandon_now()
-            assert not stop.overdue()
-        assert stop.abandon_now()
+        assert stop.must_give_up()
+        with stop.uninterruptible():
+            assert not stop.must_give_up()
+            assert not stop.grace_expired()
+        assert stop.must_give_up()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -45,7 +45,7 @@ def test_the_first_signal_cuts_abandonable_work_in_this_process(number: int, cod
     reached: list[str] = []
 
     def work() -> None:
-        with stop.abandonable():
+        with stop.interruptible():
             send(number)
             reached.append("the line after the signal")
 
@@ -61,28 +61,28 @@ def test_work_that_must_not_be_cut_ends_before_the_run_stops() -> None:
     with stop.installed():
         send()
         finished = True
-        with pytest.raises(StopRequested), stop.abandonable():
+        with pytest.raises(StopRequested), stop.interruptible():
             pytest.fail("began new work after the signal")
     assert finished
 
 
 def test_who_waits_for_remote_work_is_told_instead_of_interrupted() -> None:
     stop = Stop()
-    with stop.installed(), stop.abandonable():
+    with stop.installed(), stop.interruptible():
         send()
-        assert stop.abandon_now()
+        assert stop.must_give_up()
 
 
 def test_remote_work_that_must_not_be_cut_has_a_grace_period() -> None:
     stop = Stop(grace_s=60.0)
     with stop.installed():
         send()
-        assert not stop.abandon_now()
-        assert not stop.overdue()
+        assert not stop.must_give_up()
+        assert not stop.grace_expired()
         stop.grace_s = 0.05
         time.sleep(0.1)
-        assert stop.abandon_now()
-        assert stop.overdue()
+        assert stop.must_give_up()
+        assert stop.grace_expired()
 
 
 def test_a_run_on_ray_is_interrupted_in_what_it_does_itself() -> None:
@@ -91,7 +91,7 @@ def test_a_run_on_ray_is_interrupted_in_what_it_does_itself() -> None:
     reached: list[str] = []
 
     def load() -> None:
-        with stop.abandonable(here=True):
+        with stop.interruptible(here=True):
             send()
             reached.append("the line after the signal")
 
@@ -112,7 +112,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         stop = Stop(interrupt=True)
-        with stop.installed(), stop.abandonable():
+        with stop.installed(), stop.interruptible():
             stop.install()  # as after Ray has installed handlers of its own
             send(signal.SIGINT)
             assert not stop.requested

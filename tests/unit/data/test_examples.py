@@ -234,7 +234,7 @@ def test_parts_epochs_and_evaluation_work_as_for_prompts(tmp_path: Path) -> None
     )
     training, validation = (open_examples(config, chat_tokenizer(), part) for part in ("train", "valid"))  # type: ignore[arg-type]
     assert (len(training), training.num_kept(), training.epoch(1)) == (8, 8, 1.0)
-    assert sorted(training.prompt_ids(0) + training.prompt_ids(1)) == list(range(8))
+    assert sorted(training.row_ids(0) + training.row_ids(1)) == list(range(8))
     (batch,) = validation.eval_batches()
     assert [chat_tokenizer().decode(ids) for ids, _ in rows_of(batch)] == ["<s>8x</s>", "<s>9x</s>"]
 

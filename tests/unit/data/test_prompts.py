@@ -29,7 +29,7 @@ def source(path: Path, *, batch: int = 4, seed: int = 1, **actor: Any) -> Prompt
 
 
 def ids(prompts: PromptSource, *steps: int) -> list[int]:
-    return [i for step in steps for i in prompts.next_batch(step).prompt_ids.tolist()]
+    return [i for step in steps for i in prompts.next_batch(step).row_ids.tolist()]
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_row_that_comes_again_has_another_place_in_the_run(ten: Path) -> None:
     prompts = source(ten, batch=23)
     batches = [prompts.next_batch(step) for step in (1, 0)]
     assert [batch.positions.tolist() for batch in batches] == [list(range(23, 46)), list(range(23))]
-    assert all(len(set(batch.prompt_ids.tolist())) == 10 for batch in batches)
+    assert all(len(set(batch.row_ids.tolist())) == 10 for batch in batches)
     assert batches[0].slice(3, 5).positions.tolist() == [26, 27]
 
 
@@ -74,7 +74,7 @@ def test_positions_do_not_depend_on_rows_that_are_left_out(tmp_path: Path) -> No
     assert prompts.next_batch(2).positions.tolist() == [8, 9, 10, 11]
     assert prompts.num_dropped > 0
     first = eval_prompts(recipe(eval={"data_path": str(mixed), "num_prompts": 4}), TOKENIZER)
-    assert first.positions.tolist() == first.prompt_ids.tolist() == [1, 2, 4, 5]
+    assert first.positions.tolist() == first.row_ids.tolist() == [1, 2, 4, 5]
 
 
 @settings(max_examples=30, deadline=None)
@@ -181,7 +181,7 @@ def test_the_prompt_column_can_have_another_name(tmp_path: Path) -> None:
 def test_evaluation_takes_the_first_prompts_that_fit_in_file_order(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "x" * (200 if i == 1 else 3)} for i in range(6)])
     actor = {"model": "tiny", "max_prompt_length": 64, "data_path": str(path)}
-    assert eval_prompts(recipe(actor_rollout=actor, eval={"num_prompts": 3}), TOKENIZER).prompt_ids.tolist() == [
+    assert eval_prompts(recipe(actor_rollout=actor, eval={"num_prompts": 3}), TOKENIZER).row_ids.tolist() == [
         0,
         2,
         3,

@@ -63,7 +63,7 @@ def test_several_paths_make_one_epoch_of_all_their_rows(two: list[Path]) -> None
 def test_ids_tell_rows_of_several_paths_apart(two: list[Path]) -> None:
     batch = source(two, batch=16).next_batch(0)
     expected = {f"a{i}": i for i in range(10)} | {f"b{i}": 10 + i for i in range(6)}
-    assert batch.prompt_ids.tolist() == [expected[text] for text in batch.texts]
+    assert batch.row_ids.tolist() == [expected[text] for text in batch.texts]
 
 
 def test_weights_decide_the_shares_and_every_source_has_its_own_epochs(two: list[Path]) -> None:
@@ -99,7 +99,7 @@ def test_a_split_gives_disjoint_parts_of_every_source(two: list[Path]) -> None:
         ["a8", "a9", "b5"],
     ]
     assert [len(part) for part in parts] == [8, 5, 3]
-    assert parts[1].next_batch(3).prompt_ids.tolist() == [13]
+    assert parts[1].next_batch(3).row_ids.tolist() == [13]
     assert sorted(texts(parts[0], 8)) == sorted(kept[0])
 
 
@@ -143,8 +143,8 @@ def test_a_share_that_comes_to_no_row_is_an_error(two: list[Path]) -> None:
 def test_evaluation_batches_hold_each_row_once_and_the_last_may_be_short(tmp_path: Path) -> None:
     rows = [{"prompt": "x" * (99 if i in (2, 5) else i + 1)} for i in range(9)]
     prompts = source([write_rows(tmp_path / "a.jsonl", rows)], part="valid", batch=3)
-    assert [batch.prompt_ids.tolist() for batch in prompts.eval_batches()] == [[0, 1, 3], [4, 6, 7], [8]]
-    assert [batch.prompt_ids.tolist() for batch in prompts.eval_batches(4)] == [[0, 1, 3], [4]]
+    assert [batch.row_ids.tolist() for batch in prompts.eval_batches()] == [[0, 1, 3], [4, 6, 7], [8]]
+    assert [batch.row_ids.tolist() for batch in prompts.eval_batches(4)] == [[0, 1, 3], [4]]
 
 
 def test_rows_that_give_an_item_are_counted_before_any_step(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_malformed_rows_are_left_out_up_to_a_limit(tmp_path: Path, caplog: pytes
     caplog.set_level(logging.WARNING)
     prompts = source([path], max_bad_rows=3, batch=3)
     assert f"{path}:2: not JSON" in caplog.text
-    assert prompts.next_batch(4).prompt_ids.tolist() in (
+    assert prompts.next_batch(4).row_ids.tolist() in (
         [0, 3, 5],
         [0, 5, 3],
         [3, 0, 5],
@@ -209,7 +209,7 @@ def test_rows_that_the_template_refuses_count_as_malformed(tmp_path: Path) -> No
     rows = [{"prompt": [{"role": role, "content": "hi"}]} for role in ("user", "refused", "user", "refused")]
     path = write_rows(tmp_path / "a.jsonl", rows)
     prompts = source([path], max_bad_rows=2, no_shuffle=True)
-    assert prompts.next_batch(0).prompt_ids.tolist() == [0, 2, 0, 2]
+    assert prompts.next_batch(0).row_ids.tolist() == [0, 2, 0, 2]
     assert prompts.dropped == {"it is malformed": 2}
     with pytest.raises(DataError, match=r"a\.jsonl:2: the chat template refuses the messages"):
         source([path], max_bad_rows=1, no_shuffle=True).next_batch(0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rlxf.assembly.data import open_prompts
 from rlxf.core.errors import DataError
-from rlxf.data.batches import MALFORMED, Batches, Drop
+from rlxf.data.batches import MALFORMED, Batches, DropReason
 from rlxf.data.order import MixedOrder, Order, RowOrder
 from rlxf.data.prompts import PromptSource
 from tests.data_world import chat_tokenizer, recipe, write_rows
@@ -44,11 +44,11 @@ class Looks:
         self._rows, self._reasons = rows, reasons
         self.count = 0
 
-    def __call__(self, row: int) -> int | Drop:
+    def __call__(self, row: int) -> int | DropReason:
         self.count += 1
         if row in self._rows.bad:
-            return Drop(MALFORMED)
-        return Drop(self._reasons[row]) if row in self._reasons else row
+            return DropReason(MALFORMED)
+        return DropReason(self._reasons[row]) if row in self._reasons else row
 
 
 Worlds = tuple[Callable[[], tuple[Batches[int], Looks]], int]
@@ -149,7 +149,7 @@ def test_rows_that_the_template_refused_before_count_towards_the_limit(tmp_path:
     roles = ["user", "refused", "user", "user", "refused", "user", "user", "user"]
     path = write_rows(tmp_path / "a.jsonl", [chat(role) for role in roles])
     saved = source(path, max_bad_rows=1)
-    assert saved.prompt_ids(0) == [0, 2]
+    assert saved.row_ids(0) == [0, 2]
     stream = json.loads(json.dumps(saved.stream(1)))
     resumed = source(path, max_bad_rows=1)
     assert resumed.go_on(1, [0, 2], stream)
@@ -166,11 +166,11 @@ def test_rows_that_the_template_refused_before_count_towards_the_limit(tmp_path:
 def test_a_resume_tokenizes_no_row_before_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": f"say {i}"} for i in range(100)])
     saved = source(path)
-    expected = [saved.prompt_ids(step) for step in range(31)]
+    expected = [saved.row_ids(step) for step in range(31)]
     stream = saved.stream(30)
     resumed = source(path)
     made: list[int] = []
     make = PromptSource._make
     monkeypatch.setattr(PromptSource, "_make", lambda self, row, record: made.append(row) or make(self, row, record))
     assert resumed.go_on(30, expected[29], stream)
-    assert resumed.next_batch(30).prompt_ids.tolist() == expected[30] == made
+    assert resumed.next_batch(30).row_ids.tolist() == expected[30] == made

@@ -66,7 +66,7 @@ def test_prompts_are_the_same_and_their_text_reaches_reward_functions(world: Wor
     ours = open_prompts(config(world.prefix), tokenizer).next_batch(0)
     text = open_prompts(config(world.folder / "data.jsonl", data_format="alpaca"), tokenizer).next_batch(0)
     assert ours.prompts.rows() == text.prompts.rows()
-    assert ours.prompt_ids.tolist() == text.prompt_ids.tolist()
+    assert ours.row_ids.tolist() == text.row_ids.tolist()
     assert ours.columns == {"kind": text.columns["kind"]}
     assert ours.texts == tuple(tokenizer.decode(row) for row in text.prompts.rows())
 

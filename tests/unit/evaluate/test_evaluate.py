@@ -12,7 +12,7 @@ import torch
 from rlxf.assembly.build_run import evaluation_settings
 from rlxf.core.errors import ConfigError, StopRequested
 from rlxf.core.types import PromptBatch, Tokens
-from rlxf.evaluate import Evaluation, Rooms, load_metrics
+from rlxf.evaluate import EvalBackends, Evaluation, load_metrics
 from rlxf.evaluate.answers import Scores, win_rate
 from rlxf.evaluate.user import BUILT_IN
 from tests.tiny_models import byte_tokenizer
@@ -34,12 +34,12 @@ GREEDY = {
 def evaluation(small: SmallRun) -> Evaluation:
     prompts = PromptBatch(
         prompts=Tokens.from_rows([[2, 2 + i % 4] for i in range(NUM_PROMPTS)]),
-        prompt_ids=torch.arange(NUM_PROMPTS),
+        row_ids=torch.arange(NUM_PROMPTS),
         positions=torch.arange(NUM_PROMPTS),
         texts=tuple(f"prompt {i}" for i in range(NUM_PROMPTS)),
         columns={},
     )
-    rooms = Rooms(rollout=small.engine, scorer=TokenCounter([]), actor=small.actor, reference=small.reference)
+    rooms = EvalBackends(rollout=small.engine, scorer=TokenCounter([]), actor=small.actor, reference=small.reference)
     return Evaluation(evaluation_settings(small.run.config, (EOS,)), prompts, rooms, tokenizer=byte_tokenizer())
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlxf.core.types import Examples, Metrics, PairLogps, Pairs, ReferencedPairs, RewardPairs, Sequences
+from rlxf.core.types import Examples, Metrics, Pairs, PairValues, ReferencedPairs, RewardPairs, Sequences
 from rlxf.evaluate import OfflineEvaluation
 from rlxf.update.losses import LossSettings, WeightedLoss
 from rlxf.update.objective import moments
@@ -173,7 +173,7 @@ def test_smallest_and_largest_reward_are_those_of_all_batches() -> None:
 
 def test_the_reference_is_asked_for_its_log_probs_of_pairs_only() -> None:
     class Refuses:
-        def logps(self, pairs: Pairs) -> PairLogps:
+        def logps(self, pairs: Pairs) -> PairValues:
             raise AssertionError("a reward model has no reference")
 
         def token_logps(self, sequences: Sequences) -> Tensor:

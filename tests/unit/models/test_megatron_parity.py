@@ -14,7 +14,7 @@ from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, ModelError
 from rlxf.core.types import Sequences
 from rlxf.models.backend import sequence_scores, token_logps
-from rlxf.models.batching import Limits
+from rlxf.models.batching import MicroBatchLimits
 from rlxf.platform import Process, get_platform
 from tests.settings import random_rows, run_config
 from tests.tiny_models import save_causal_lm, save_reward_model
@@ -53,7 +53,9 @@ def test_packed_log_probs_equal_one_sequence_at_a_time_in_hugging_face(folder: P
     for prompt, completion in zip(prompts, completions, strict=True):
         logits = hf(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         expected.append(logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0])
-    values = token_logps(load(run_config(folder)), Sequences.from_rows(prompts, completions), Limits(num_sequences=4))
+    values = token_logps(
+        load(run_config(folder)), Sequences.from_rows(prompts, completions), MicroBatchLimits(num_sequences=4)
+    )
     # Rows of a packed matrix product may be summed in another order: 1 unit in the last place of a logit near 10.
     torch.testing.assert_close(values, torch.cat(expected), atol=5e-6, rtol=0)
 
@@ -80,15 +82,15 @@ def test_reward_scores_equal_hugging_face(tmp_path: Path, kind: str) -> None:
     expected = torch.cat([hf(torch.tensor([row])).logits[:, 0] for row in rows])
     sequences = Sequences.from_rows([row[:1] for row in rows], [row[1:] for row in rows])
     model = load(run_config(policy, reward=folder), "reward")
-    values = sequence_scores(model, sequences, Limits(num_sequences=3))
+    values = sequence_scores(model, sequences, MicroBatchLimits(num_sequences=3))
     torch.testing.assert_close(values, expected, atol=5e-6, rtol=0)
 
 
 def test_bf16_logits_stay_near_fp32(tmp_path: Path) -> None:
     folder = save_causal_lm(tmp_path / "m")
     sequences = Sequences.from_rows([[5, 6, 7]], [random_rows(1, 50, 51, torch.Generator().manual_seed(3))[0]])
-    full = token_logps(load(run_config(folder)), sequences, Limits(num_sequences=1))
-    half = token_logps(load(run_config(folder, bf16=True)), sequences, Limits(num_sequences=1))
+    full = token_logps(load(run_config(folder)), sequences, MicroBatchLimits(num_sequences=1))
+    half = token_logps(load(run_config(folder, bf16=True)), sequences, MicroBatchLimits(num_sequences=1))
     assert 0 < float((full - half).abs().max()) < 0.1
 
 

@@ -13,7 +13,7 @@ from rlxf.assembly.roles import build_actor, load_role
 from rlxf.core.errors import ShapeError
 from rlxf.core.types import Pairs, ReferencedPairs, Sequences
 from rlxf.models.backend import sequence_scores, token_logps
-from rlxf.models.batching import Limits
+from rlxf.models.batching import MicroBatchLimits
 from rlxf.platform import Process, get_platform
 from tests.settings import random_pairs, random_rows, referenced, run_config
 from tests.tiny_models import save_causal_lm, save_reward_model
@@ -91,8 +91,12 @@ def test_log_probs_and_scores_do_not_depend_on_what_shares_a_pass(folder: Path, 
     reward = save_reward_model(tmp_path / "rm", kind)
     config = run_config(folder, reward=reward)
     model, scorer = (load_role(config, role, get_platform("cpu"), Process()) for role in ("ref", "reward"))
-    alone = Limits(num_sequences=1, share_prompts=False)
-    for limits in (Limits(num_sequences=12), Limits(num_sequences=2), Limits(num_sequences=2, num_tokens=90)):
+    alone = MicroBatchLimits(num_sequences=1, share_prompts=False)
+    for limits in (
+        MicroBatchLimits(num_sequences=12),
+        MicroBatchLimits(num_sequences=2),
+        MicroBatchLimits(num_sequences=2, num_tokens=90),
+    ):
         values = torch.split(token_logps(model, sequences.select(order), limits), _lengths(sequences, order))
         expected = torch.split(token_logps(model, sequences, alone), sequences.completion_lengths.tolist())
         for place, row in enumerate(order.tolist()):

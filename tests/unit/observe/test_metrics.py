@@ -27,7 +27,7 @@ def scored(scores: list[float], completions: list[list[int]], versions: list[int
     rollouts = Rollouts(
         prompts=PromptBatch(
             prompts=Tokens.from_rows(prompts),
-            prompt_ids=torch.arange(count),
+            row_ids=torch.arange(count),
             positions=torch.arange(count),
             texts=("",) * count,
             columns={},

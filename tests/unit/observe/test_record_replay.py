@@ -173,7 +173,7 @@ def test_prompts_of_a_replay_are_rows_with_text(tmp_path: Path) -> None:
     ids = chat_tokenizer()("hello")["input_ids"]
     path = write_rows(tmp_path / "rollouts.jsonl", [ROW, {**ROW, "prompt_ids": ids}])
     batch = replay(path, global_batch_size=1, train_iters=2).next_batch(1)
-    assert batch.prompt_ids.tolist() == [1]
+    assert batch.row_ids.tolist() == [1]
     assert batch.texts == ("hello",)
 
 

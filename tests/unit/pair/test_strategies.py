@@ -36,7 +36,7 @@ def with_flat(rollouts: Rollouts, flat: torch.Tensor) -> ScoredRollouts:
 def picked(result: PairingResult) -> list[tuple[int, int, int]]:
     """Prompt id, chosen sample, rejected sample of each pair, read from the tokens."""
     sides = zip(
-        result.pairs.prompt_ids.tolist(),
+        result.pairs.row_ids.tolist(),
         result.pairs.chosen.completion_rows(),
         result.pairs.rejected.completion_rows(),
         strict=True,
@@ -128,7 +128,7 @@ def test_the_order_of_rows_changes_nothing(scores: list[list[float]], margin: fl
     straight = best_worst(scored(scores), min_score_margin=margin)
     shuffled = best_worst(scored(scores, list(order)), min_score_margin=margin)
     assert counts(straight) == counts(shuffled)
-    for name in ("prompt_ids", "margin", "policy_version", "chosen_engine_logps", "rejected_engine_logps"):
+    for name in ("row_ids", "margin", "policy_version", "chosen_engine_logps", "rejected_engine_logps"):
         assert torch.equal(getattr(straight.pairs, name), getattr(shuffled.pairs, name))
     for name in ("chosen", "rejected"):
         assert getattr(straight.pairs, name).rows() == getattr(shuffled.pairs, name).rows()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlxf.core.files import file_digest
-from rlxf.core.types import PairLogps, Pairs, Sequences
+from rlxf.core.types import Pairs, PairValues, Sequences
 from rlxf.reference import cached as cached_module
 from rlxf.reference.cached import CachedReference, cache_folder
 from tests.settings import random_pairs
@@ -27,16 +27,16 @@ class Counting:
     def token_logps(self, sequences: Sequences) -> Tensor:
         return torch.zeros(int(sequences.completion_lengths.sum()))
 
-    def logps(self, pairs: Pairs) -> PairLogps:
+    def logps(self, pairs: Pairs) -> PairValues:
         self.num_pairs += len(pairs)
         chosen, rejected = (
             torch.tensor([-sum(row) / 7 for row in side.rows()], dtype=torch.float32)
             for side in (pairs.chosen, pairs.rejected)
         )
-        return PairLogps(chosen=chosen, rejected=rejected)
+        return PairValues(chosen=chosen, rejected=rejected)
 
 
-def equal(found: PairLogps, expected: PairLogps) -> bool:
+def equal(found: PairValues, expected: PairValues) -> bool:
     return torch.equal(found.chosen, expected.chosen) and torch.equal(found.rejected, expected.rejected)
 
 

@@ -17,7 +17,7 @@ from rlxf.models.hf_folder import save_hf_folder
 from rlxf.platform import Process, get_platform
 from rlxf.reference.frozen import FrozenReference
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
-from rlxf.sync.refresh import Refresh, no_refresh
+from rlxf.sync.refresh import ReferenceUpdater, no_refresh
 from tests.settings import random_pairs, referenced, run_config
 from tests.tiny_models import save_causal_lm
 
@@ -42,7 +42,7 @@ def test_the_reference_becomes_the_mixture_when_it_is_due(tmp_path: Path, kind: 
     folder = save_causal_lm(tmp_path / "model", kind, tied=kind == "llama")
     config = run_config(folder, ppo_mini_batch_size=4, lr=0.1)
     actor, reference = (room(config, get_platform("cpu"), Process()) for room in (build_actor, build_reference))
-    refresh = Refresh(actor, reference, settings(0.6))
+    refresh = ReferenceUpdater(actor, reference, settings(0.6))
     start = weights(reference)
     for step in range(2):
         actor.update(referenced(random_pairs(4, seed=step)), step)
@@ -61,7 +61,7 @@ def test_alpha_one_takes_the_policy_over_bit_for_bit_and_gives_a_margin_of_zero(
     actor, reference = (room(config, get_platform("cpu"), Process()) for room in (build_actor, build_reference))
     pairs = random_pairs(4)
     actor.update(referenced(pairs), 0)
-    Refresh(actor, reference, settings(1.0, interval=1))(1)
+    ReferenceUpdater(actor, reference, settings(1.0, interval=1))(1)
     assert equal(reference, actor)
 
 
@@ -70,13 +70,13 @@ def test_a_saved_reference_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     config = run_config(folder, ppo_mini_batch_size=4, lr=0.1)
     actor, reference = (room(config, get_platform("cpu"), Process()) for room in (build_actor, build_reference))
     actor.update(referenced(random_pairs(4)), 0)
-    refresh = Refresh(actor, reference, settings(0.5, interval=1))
+    refresh = ReferenceUpdater(actor, reference, settings(0.5, interval=1))
     refresh(1)
     checkpoint = tmp_path / "iter_0000001"
     checkpoint.mkdir()
     refresh.save(checkpoint)
     other = build_reference(config, get_platform("cpu"), Process())
-    Refresh(actor, other, settings(0.5)).load(checkpoint)
+    ReferenceUpdater(actor, other, settings(0.5)).load(checkpoint)
     assert equal(other, reference)
     pairs = random_pairs(3, seed=7)
     assert torch.equal(other.logps(pairs).chosen, reference.logps(pairs).chosen)
@@ -125,7 +125,7 @@ def test_small_moves_add_up_in_bf16(tmp_path: Path, tied: bool) -> None:
     folder = save_causal_lm(tmp_path / "model", tied=tied)
     reference, other = bf16_reference(folder), bf16_reference(save_causal_lm(tmp_path / "other", tied=tied, seed=9))
     start, policy = weights(reference), weights(other)
-    refresh = Refresh(Fixed(policy), reference, settings(alpha, interval=1))
+    refresh = ReferenceUpdater(Fixed(policy), reference, settings(alpha, interval=1))
     for version in range(1, moves + 1):
         refresh(version)
     found = weights(reference)
@@ -139,14 +139,14 @@ def test_a_checkpoint_goes_on_where_small_moves_stopped(tmp_path: Path) -> None:
     policy = weights(bf16_reference(save_causal_lm(tmp_path / "other", tied=True, seed=9)))
     whole, first = bf16_reference(folder), bf16_reference(folder)
     for version in range(1, 41):
-        Refresh(Fixed(policy), whole, settings(1e-3, interval=1))(version)
-    half = Refresh(Fixed(policy), first, settings(1e-3, interval=1))
+        ReferenceUpdater(Fixed(policy), whole, settings(1e-3, interval=1))(version)
+    half = ReferenceUpdater(Fixed(policy), first, settings(1e-3, interval=1))
     for version in range(1, 21):
         half(version)
     (tmp_path / "iter_0000020").mkdir()
     half.save(tmp_path / "iter_0000020")
     second = bf16_reference(folder)
-    rest = Refresh(Fixed(policy), second, settings(1e-3, interval=1))
+    rest = ReferenceUpdater(Fixed(policy), second, settings(1e-3, interval=1))
     rest.load(tmp_path / "iter_0000020")
     assert equal(second, first)
     for version in range(21, 41):
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_bf16_weights_only_is_where_the_moves_go_on_from(
         checkpoint / "reference", weights(stored).items(), like=folder, changes=stored.model.config_changes()
     )
     reference = bf16_reference(folder)
-    refresh = Refresh(Fixed(policy), reference, settings(1e-3, interval=1))
+    refresh = ReferenceUpdater(Fixed(policy), reference, settings(1e-3, interval=1))
     refresh.load(checkpoint)
     assert "reference: holds bfloat16 weights" in caplog.text
     assert equal(reference, stored)
@@ -183,7 +183,7 @@ def test_a_run_whose_reference_moves_from_now_on_keeps_it_where_it_is(
     reference = build_reference(with_moves(run_config(folder)), get_platform("cpu"), Process())
     start = weights(reference)
     (tmp_path / "iter_0000001").mkdir()
-    Refresh(Fixed(start), reference, settings(0.5)).load(tmp_path / "iter_0000001")
+    ReferenceUpdater(Fixed(start), reference, settings(0.5)).load(tmp_path / "iter_0000001")
     assert "iter_0000001: its run did not move the reference" in caplog.text
     assert all(torch.equal(value, start[name]) for name, value in weights(reference).items())
 
@@ -204,7 +204,7 @@ def test_a_reference_that_was_moved_half_way_is_not_whole(tmp_path: Path) -> Non
         with_moves(run_config(save_causal_lm(tmp_path / "model"))), get_platform("cpu"), Process()
     )
     policy = Breaks({name: value + 1 for name, value in weights(reference).items()})
-    refresh = Refresh(policy, reference, settings(0.5, interval=2))
+    refresh = ReferenceUpdater(policy, reference, settings(0.5, interval=2))
     assert refresh.whole
     refresh(1)
     assert refresh.whole
@@ -222,7 +222,7 @@ def test_fp32_moves_are_the_plain_mixture_bit_for_bit(tmp_path: Path) -> None:
     )
     policy = {name: torch.randn_like(value) for name, value in weights(reference).items()}
     expected = weights(reference)
-    refresh = Refresh(Fixed(policy), reference, settings(0.3, interval=1))
+    refresh = ReferenceUpdater(Fixed(policy), reference, settings(0.3, interval=1))
     for version in (1, 2, 3):
         refresh(version)
         expected = {name: torch.lerp(value, policy[name], 0.3) for name, value in expected.items()}

@@ -87,7 +87,7 @@ def test_samples_seeds_and_evaluations_differ(engine: HfEngine) -> None:
 
 def test_a_prompt_that_occurs_twice_in_a_step_is_sampled_twice(engine: HfEngine) -> None:
     once = prompt_batch(random_prompts([20]) * 2)
-    batch = replace(once, prompt_ids=torch.zeros(2, dtype=torch.int64))  # one row of the data
+    batch = replace(once, row_ids=torch.zeros(2, dtype=torch.int64))  # one row of the data
     rows = engine.generate(batch, RANDOM).sequences.completion_rows()
     assert len({tuple(row) for row in rows}) == 6
 

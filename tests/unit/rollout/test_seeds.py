@@ -12,7 +12,7 @@ from rlxf.assembly.data import eval_prompts, open_prompts
 from rlxf.config.schema import RunConfig
 from rlxf.core.types import Metrics
 from rlxf.driver import train
-from rlxf.evaluate import Evaluation, Rooms
+from rlxf.evaluate import EvalBackends, Evaluation
 from rlxf.loop.run import Evaluate, State
 from rlxf.rollout.engine import Sampling, sample_requests
 from rlxf.rollout.shares import split_evenly
@@ -67,7 +67,7 @@ def trained(config: RunConfig, state: State | None = None) -> SmallRun:
         return evaluation(step)
 
     small = small_run(config, prompts=open_prompts(config, byte_tokenizer()), evaluate=evaluate, state=state)
-    rooms = Rooms(rollout=small.engine, scorer=TokenCounter([]), actor=small.actor, reference=small.reference)
+    rooms = EvalBackends(rollout=small.engine, scorer=TokenCounter([]), actor=small.actor, reference=small.reference)
     prompts = eval_prompts(config, byte_tokenizer())
     evaluation: Evaluate = Evaluation(evaluation_settings(config, (EOS,)), prompts, rooms, tokenizer=byte_tokenizer())
     train(small.run)
@@ -84,7 +84,7 @@ def drawn(small: SmallRun) -> list[list[int]]:
 def test_no_two_completions_of_a_run_share_a_seed(make: Any, tmp_path: Path) -> None:
     config = make(tmp_path)
     small = trained(config)
-    ids = [step.rollouts.prompts.prompt_ids.tolist() for step in small.recorder.scored]
+    ids = [step.rollouts.prompts.row_ids.tolist() for step in small.recorder.scored]
     assert any(len(set(step)) < len(step) for step in ids) or make is epoch_edge  # rows occur twice within a step
     evaluations = 1 + (1 + STEPS // 2) * 2  # the initial policy's samples; sampled and greedy ones of each
     calls = [len(call) for call in small.engine.seeds]

@@ -16,7 +16,7 @@ SAMPLING = Sampling(num_samples=3, max_new_tokens=6, seed=5)
 def prompts(count: int) -> PromptBatch:
     return PromptBatch(
         prompts=Tokens.from_rows([[2] * (1 + i % 3) for i in range(count)]),
-        prompt_ids=torch.arange(100, 100 + count),
+        row_ids=torch.arange(100, 100 + count),
         positions=torch.arange(100, 100 + count),
         texts=tuple(str(i) for i in range(count)),
         columns={"answer": list(range(count))},

@@ -114,7 +114,7 @@ def test_the_same_batch_gives_the_same_samples_twice_and_in_other_chunks(world: 
 
 def test_samples_of_a_prompt_differ_and_so_do_its_next_occurrence_and_evaluations(world: World) -> None:
     row = random_prompts([20])
-    batch = replace(prompt_batch(row * 2), prompt_ids=torch.zeros(2, dtype=torch.int64))
+    batch = replace(prompt_batch(row * 2), row_ids=torch.zeros(2, dtype=torch.int64))
     rows = world.engine.generate(batch, RANDOM).sequences.completion_rows()
     other = world.engine.generate(prompt_batch(row), replace(RANDOM, purpose="eval", step=3))
     assert len({tuple(row) for row in rows + other.sequences.completion_rows()}) == 9

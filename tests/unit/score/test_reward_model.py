@@ -26,7 +26,7 @@ def rollouts(texts: list[Text], prompts: list[list[int]], completions: list[list
     return Rollouts(
         prompts=PromptBatch(
             prompts=Tokens.from_rows(prompts),
-            prompt_ids=torch.arange(rows),
+            row_ids=torch.arange(rows),
             positions=torch.arange(rows),
             texts=tuple(texts),
             columns={},

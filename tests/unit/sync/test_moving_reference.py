@@ -11,7 +11,7 @@ import ray
 
 from rlxf.config.roles import ReferenceConfig
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
-from rlxf.sync.refresh import Refresh
+from rlxf.sync.refresh import ReferenceUpdater
 from workers.actor import RemoteActor
 from workers.group import Member, WorkerGroup
 from workers.reference import RemoteReference
@@ -69,7 +69,7 @@ def group(driver: Driver, size: int) -> WorkerGroup:
 def test_the_driver_hands_on_references_and_fetches_no_payload() -> None:
     driver = Driver()
     actors, references = group(driver, 2), group(driver, 1)
-    refresh = Refresh(
+    refresh = ReferenceUpdater(
         RemoteActor(actors), RemoteReference(references),
         ReferenceConfig(model="tiny", ref_update_interval=1, ref_mixup_alpha=0.25),
     )  # fmt: skip

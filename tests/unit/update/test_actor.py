@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlxf.assembly.roles import build_actor, build_reference
 from rlxf.core.errors import TrainingError
-from rlxf.core.types import Metrics, OnlinePairs, PairLogps, Pairs, ReferencedPairs, Sequences
+from rlxf.core.types import Metrics, OnlinePairs, Pairs, PairValues, ReferencedPairs, Sequences
 from rlxf.models.hf_folder import HfWeights
 from rlxf.platform import Process, get_platform
 from rlxf.update.actor import Actor
@@ -113,7 +113,7 @@ def test_swapping_the_sides_turns_the_margin_around(folder: Path) -> None:
     batch = referenced(random_pairs(5))
     swapped = ReferencedPairs(
         pairs=Pairs(chosen=batch.pairs.rejected, rejected=batch.pairs.chosen),
-        reference=PairLogps(chosen=batch.reference.rejected, rejected=batch.reference.chosen),
+        reference=PairValues(chosen=batch.reference.rejected, rejected=batch.reference.chosen),
     )
     one, _ = update(folder, batch)
     other, _ = update(folder, swapped)
@@ -158,7 +158,7 @@ def test_engine_drift_is_measured_before_the_update(folder: Path) -> None:
     online = OnlinePairs(
         chosen=pairs.chosen,
         rejected=pairs.rejected,
-        prompt_ids=torch.arange(4),
+        row_ids=torch.arange(4),
         margin=torch.ones(4),
         policy_version=torch.zeros(4, dtype=torch.int64),
         **engine,
@@ -170,7 +170,7 @@ def test_engine_drift_is_measured_before_the_update(folder: Path) -> None:
 
 def test_a_non_finite_loss_stops_before_the_weights_change(folder: Path) -> None:
     batch = referenced(random_pairs(4))
-    broken = PairLogps(chosen=batch.reference.chosen.clone(), rejected=batch.reference.rejected)
+    broken = PairValues(chosen=batch.reference.chosen.clone(), rejected=batch.reference.rejected)
     broken.chosen[2] = math.nan
     trained = actor(folder, ppo_mini_batch_size=4)
     before = weights(trained)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlxf.core.types import PairLogps
-from rlxf.update.losses import LOSSES, OF_WHOLE_BATCH, LossSettings, Terms, WeightedLoss, gradients
+from rlxf.core.types import PairValues
+from rlxf.update.losses import LOSSES, OF_WHOLE_BATCH, LossInputs, LossSettings, WeightedLoss, gradients
 
 CHOSEN, REJECTED = [-12.0, -20.0, -7.5, -30.0], [-14.0, -16.0, -9.0, -33.0]
 REF_CHOSEN, REF_REJECTED = [-13.0, -18.5, -9.0, -29.0], [-13.5, -17.0, -8.0, -30.5]
@@ -22,8 +22,8 @@ BETA, SMOOTHING, TAU, GAMMA = 0.3, 0.1, 0.05, 0.4
 N = len(CHOSEN)
 
 
-def logps(chosen: list[float], rejected: list[float]) -> PairLogps:
-    return PairLogps(chosen=torch.tensor(chosen), rejected=torch.tensor(rejected))
+def logps(chosen: list[float], rejected: list[float]) -> PairValues:
+    return PairValues(chosen=torch.tensor(chosen), rejected=torch.tensor(rejected))
 
 
 ACTOR, REFERENCE = logps(CHOSEN, REJECTED), logps(REF_CHOSEN, REF_REJECTED)
@@ -31,7 +31,7 @@ LENGTHS = torch.tensor(CHOSEN_LENGTHS + REJECTED_LENGTHS)
 MEAN_LENGTH = sum(CHOSEN_LENGTHS) / N
 
 
-def loss(name: str, *, actor: PairLogps = ACTOR, rows: list[int] | None = None, **settings: Any) -> list[float]:
+def loss(name: str, *, actor: PairValues = ACTOR, rows: list[int] | None = None, **settings: Any) -> list[float]:
     """What the weighted loss of one name gives, for all pairs or some ``rows`` of them."""
     index = torch.tensor(rows if rows is not None else range(N))
     reduction = settings.pop("reduction", "auto")
@@ -189,9 +189,9 @@ def test_equal_models_cost_log_two_and_a_certain_margin_costs_nothing() -> None:
 def test_the_gradient_of_a_pair_prefers_chosen(name: str) -> None:
     """Of equal log-ratios: chosen rises against rejected, and the reference gets no gradient."""
     chosen, rejected = (torch.tensor([-3.0], requires_grad=True) for _ in range(2))
-    actor = PairLogps(chosen=chosen, rejected=rejected)
-    reference = PairLogps(chosen=torch.tensor([-3.0]), rejected=torch.tensor([-3.0]))
-    terms = Terms(
+    actor = PairValues(chosen=chosen, rejected=rejected)
+    reference = PairValues(chosen=torch.tensor([-3.0]), rejected=torch.tensor([-3.0]))
+    inputs = LossInputs(
         actor=actor,
         reference=reference,
         chosen_lengths=torch.tensor([4.0]),
@@ -199,8 +199,8 @@ def test_the_gradient_of_a_pair_prefers_chosen(name: str) -> None:
         mean_chosen_length=4.0,
         settings=LossSettings(beta=0.1, label_smoothing=1e-3),
     )
-    slopes = torch.autograd.grad(LOSSES[name](terms).sum(), [chosen, rejected])
-    assert slopes[0].item() < slopes[1].item()
+    grads = torch.autograd.grad(LOSSES[name](inputs).sum(), [chosen, rejected])
+    assert grads[0].item() < grads[1].item()
 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - OF_WHOLE_BATCH))
@@ -245,10 +245,10 @@ def test_the_sft_term_is_the_mean_over_tokens() -> None:
 def test_gradients_are_those_of_autograd(name: str) -> None:
     weighted = WeightedLoss(names=(name,), weights=(1.0,), settings=LossSettings(beta=BETA, label_smoothing=SMOOTHING))
 
-    def losses(actor: PairLogps) -> Tensor:
+    def losses(actor: PairValues) -> Tensor:
         return weighted(actor, REFERENCE, LENGTHS, MEAN_LENGTH)
 
-    values, slopes = gradients(losses, ACTOR)
+    values, grads = gradients(losses, ACTOR)
     step = 1e-2
     for side in ("chosen", "rejected"):
         for i in range(N):
@@ -260,10 +260,10 @@ def test_gradients_are_those_of_autograd(name: str) -> None:
                 ends.append(losses(replace(_double(ACTOR), **{side: other})).sum())
             slope = float(ends[0] - ends[1]) / (2 * step)
             if name != "kto_pair":  # its means carry no gradient, by definition
-                assert getattr(slopes, side)[i].item() == pytest.approx(slope, rel=2e-2, abs=1e-4)
+                assert getattr(grads, side)[i].item() == pytest.approx(slope, rel=2e-2, abs=1e-4)
     assert values.tolist() == losses(ACTOR).tolist()
     assert not values.requires_grad
 
 
-def _double(logps: PairLogps) -> PairLogps:
-    return PairLogps(chosen=logps.chosen.double(), rejected=logps.rejected.double())
+def _double(logps: PairValues) -> PairValues:
+    return PairValues(chosen=logps.chosen.double(), rejected=logps.rejected.double())

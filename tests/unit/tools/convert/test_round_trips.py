@@ -13,7 +13,7 @@ from rlxf.assembly.roles import load_role
 from rlxf.core.errors import ConfigError
 from rlxf.core.read_position import stored_position
 from rlxf.models.backend import token_logps
-from rlxf.models.batching import Limits
+from rlxf.models.batching import MicroBatchLimits
 from rlxf.models.hf_folder import HfWeights, load_hf_config
 from rlxf.models.megatron.weights import Geometry, to_local
 from rlxf.platform import Process, get_platform
@@ -135,7 +135,7 @@ def test_the_actor_starts_from_a_distributed_checkpoint(tmp_path: Path, kind: st
     ]
     weights = [dict(model.last.named_parameters()) for model in models]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    first, second = (token_logps(model, rows, Limits(num_sequences=2)) for model in models)
+    first, second = (token_logps(model, rows, MicroBatchLimits(num_sequences=2)) for model in models)
     assert torch.equal(first, second)
     assert dict(models[0].exported_shapes()) == dict(models[1].exported_shapes())
 
