@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import measure  # noqa: E402 - the repository's root must be importable first
 from benchmarks.step_time import over_runs  # noqa: E402
 from rlxf.core.types import Sequences  # noqa: E402
-from rlxf.models.megatron.parallel import init_parallel  # noqa: E402
+from rlxf.models.megatron.parallel import ParallelSizes, init_parallel  # noqa: E402
 from rlxf.platform import Process, get_platform, linear  # noqa: E402
 from rlxf.platform.linear import Linear, OneDnnLinear  # noqa: E402
 
@@ -135,7 +135,7 @@ def model_pass(folder: Path, repeats: int) -> dict[str, Any]:
 
 def one_pass(folder: Path, choice: Any, dtype: torch.dtype) -> Callable[[], None]:
     platform = get_platform("cpu", cpu_linear=choice)
-    layout = init_parallel(platform, Process(), tp_size=1, seed=1, timeout_s=60)
+    layout = init_parallel(platform, Process(), sizes=ParallelSizes(), seed=1, timeout_s=60)
     from rlxf.models.megatron.model import MegatronModel
     from rlxf.models.megatron.packing import pack_for_logps
 

@@ -19,8 +19,6 @@ from .worker import Worker
 if TYPE_CHECKING:
     from rlxf.update.actor import Actor
 
-if TYPE_CHECKING:
-    pass
 
 ANSWER_S = 10.0  # how long an actor that has nothing to do may take to answer
 
@@ -55,8 +53,9 @@ class ActorWorker(Worker):
 
     def open_sender(self, transport: Transport) -> Address:
         """This rank's end of the transport through which all buckets travel from now on; where it can be found."""
-        if self.sender is not None:
-            self.sender.close()
+        earlier, self.sender = self.sender, None  # closed once, also if the new one cannot be made
+        if earlier is not None:
+            earlier.close()
         self.sender = transport.sender(self.room.sync_plan(), self.rank)
         return self.sender.address
 

@@ -18,9 +18,6 @@ from .worker import Worker
 if TYPE_CHECKING:
     from rlxf.reference.frozen import FrozenReference
 
-if TYPE_CHECKING:
-    pass
-
 
 class ReferenceWorker(Worker):
     """One rank of the reference."""

@@ -13,6 +13,7 @@ from rlxf.assembly.data import Data
 from rlxf.assembly.roles import build_scorer, policy_folder
 from rlxf.checkpointing.resume import Resume, initial_policy
 from rlxf.checkpointing.run_folder import RunFolder
+from rlxf.config.changes import SHAPE_FROM
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
 from rlxf.core.errors import CheckpointError
@@ -89,6 +90,7 @@ def build_run(
             "report": report.describe(),
             "baseline": evaluation.describe_baseline() if isinstance(evaluation, Evaluation) else None,
             "initial_policy": initial_policy(config),
+            SHAPE_FROM[0]: SHAPE_FROM[1],
             **({READ_AT: TRAINED_AT} if config.objective == "reward" else {}),
         }
 

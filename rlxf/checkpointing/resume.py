@@ -12,7 +12,7 @@ from rlxf.checkpointing.fingerprint import fingerprint
 from rlxf.checkpointing.manifest import DRIVER
 from rlxf.checkpointing.run_folder import FORMAT
 from rlxf.checkpointing.store import Damaged, checkpoints_folder, list_checkpoints, newest_good, require_good, step_of
-from rlxf.config.changes import compare
+from rlxf.config.changes import SHAPE_FROM, compare
 from rlxf.config.curve import changed_since
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import CheckpointError
@@ -168,7 +168,7 @@ def _named(path: Path) -> tuple[Path, list[Damaged]]:
 
 def _check(config: RunConfig, folder: Path, driver: dict[str, Any]) -> list[str]:
     """Refuses what does not fit and warns of what has changed; the changes of the curve."""
-    changes = compare(driver["config"], config)
+    changes = compare(driver["config"], config, from_folder=driver.get(SHAPE_FROM[0]) == SHAPE_FROM[1])
     other = "name that one, or start a new run with another folder in actor_rollout.save (or hydra.run.dir)"
     if changes.shape:
         raise CheckpointError(f"{folder}: holds a model of another shape: {'; '.join(changes.shape)}; {other}")

@@ -13,7 +13,7 @@ from rlxf.checkpointing.fingerprint import fingerprint
 from rlxf.checkpointing.lock import is_owned
 from rlxf.checkpointing.resume import read_driver, summarised_steps
 from rlxf.checkpointing.store import checkpoints_folder, list_checkpoints
-from rlxf.config.changes import compare
+from rlxf.config.changes import SHAPE_FROM, compare
 from rlxf.config.schema import RunConfig
 from rlxf.core.command import TYPED, Typed
 from rlxf.core.errors import CheckpointError
@@ -95,7 +95,7 @@ def _is_of_recipe(folder: Path, typed: Typed | None) -> bool:
 
 def _has_changed(driver: dict[str, Any], config: RunConfig) -> bool:
     try:
-        changes = compare(driver["config"], config)
+        changes = compare(driver["config"], config, from_folder=driver.get(SHAPE_FROM[0]) == SHAPE_FROM[1])
     except (KeyError, TypeError, AttributeError):  # not a recipe as this version or an older one wrote it
         return True
     return bool(changes.shape or changes.curve)

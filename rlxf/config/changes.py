@@ -52,6 +52,9 @@ _NO_TENSOR = {"max_position_embeddings"}
 _NOT_HELD = {"vocab_size", "untie_embeddings_and_output_weights"}
 
 
+SHAPE_FROM = ("shape_from", "folder")  # key and value in driver.json
+
+
 @dataclass(frozen=True, slots=True)
 class Changes:
     """Each as ``key old -> new``."""
@@ -61,8 +64,15 @@ class Changes:
     layout: list[str] = field(default_factory=list)  # the run goes on to float tolerance
 
 
-def compare(before: Mapping[str, Any], config: RunConfig) -> Changes:
-    """The changes from a dumped recipe to ``config``; a key that one of the two does not have is left out."""
+def compare(before: Mapping[str, Any], config: RunConfig, *, from_folder: bool = True) -> Changes:
+    """The changes from a dumped recipe to ``config``; a key that one of the two does not have is left out.
+
+    Args:
+        before: the recipe that a run wrote into its folder or checkpoint.
+        config: the recipe now.
+        from_folder: the shapes in ``before`` are those of the model folders (``SHAPE_FROM``). Earlier versions wrote
+            what the recipe said, and compared only a part of it with the folders.
+    """
     changes, now = Changes(), config.dump()
     old, new = dict(_flat(before)), dict(_flat(now))
     for key in old.keys() & new.keys():
@@ -74,7 +84,7 @@ def compare(before: Mapping[str, Any], config: RunConfig) -> Changes:
         kind = changes.shape if key in _SHAPE else changes.layout if layout else changes.curve
         kind.append(_said(key, old[key], new[key]))
     for role in ROLES:
-        found = _shape_changes(before, now, role)
+        found = _shape_changes(before, now, role, from_folder=from_folder)
         (changes.shape if role == "actor_rollout" else changes.curve).extend(found)
     changes.curve.extend(_derived(before, now))
     for said in (changes.shape, changes.curve, changes.layout):
@@ -105,17 +115,12 @@ def _same_tokenizer(role: str, *recipes: Mapping[str, Any]) -> bool:
     return tokenizer_files(Path(first)) == tokenizer_files(Path(second)) != {}
 
 
-def _shape_changes(before: Mapping[str, Any], now: Mapping[str, Any], role: str) -> Iterator[str]:
+def _shape_changes(before: Mapping[str, Any], now: Mapping[str, Any], role: str, *, from_folder: bool) -> Iterator[str]:
     old, new = (_explicit(recipe["model"].get(recipe[role]["model"], {})) for recipe in (before, now))
-    skip = _NO_TENSOR | (_NOT_HELD if _as_written(before, role) else set())
+    skip = _NO_TENSOR | (set() if from_folder else _NOT_HELD)
     for key in old.keys() & new.keys() - skip:
         if old[key] != new[key]:
             yield _said(f"model.{now[role]['model']}.{key}", old[key], new[key])
-
-
-def _as_written(recipe: Mapping[str, Any], role: str) -> bool:
-    """Whether a dump holds the shape as a recipe had it: a folder's shape has no key unset."""
-    return None in recipe["model"].get(recipe[role]["model"], {}).values()
 
 
 def _explicit(shape: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Stop:
     Args:
         grace_s: how long the first signal lets a stage finish that must not be cut (an update, a sync), seconds. It
             limits the stage only: the checkpoint that follows takes as long as it takes.
-        interrupt: raise out of every abandonable stage at once, since all of them run in this process. Without it
+        interrupt: raise out of every interruptible stage at once, since all of them run in this process. Without it
             whoever waits for remote stages asks ``must_give_up``.
         clean_up: run after the second signal, before the process leaves.
         leave: ends the process; ``os._exit`` but for tests.
@@ -44,7 +44,7 @@ class Stop:
         self._signals: tuple[signal.Signals, ...] = SIGNALS
         self._signal: int | None = None
         self._requested_at = 0.0
-        self._depth = 0  # of abandonable stages
+        self._depth = 0  # of interruptible stages
         self._depth_here = 0  # of those that run in this process
         self._patience = 0
 
@@ -84,7 +84,7 @@ class Stop:
             self._patience -= 1
 
     def must_give_up(self) -> bool:
-        """Whether a wait has to give up: at once for abandonable work, after a grace period for the rest."""
+        """Whether a wait has to give up: at once for interruptible work, after a grace period for the rest."""
         return self.requested and (self._depth > 0 or self.grace_expired())
 
     def grace_expired(self) -> bool:

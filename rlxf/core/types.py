@@ -137,7 +137,7 @@ class PromptBatch:
 
     def __post_init__(self) -> None:
         rows = len(self.prompts)
-        _require(self.row_ids.shape == (rows,), f"{rows} prompts but {self.row_ids.numel()} prompt ids")
+        _require(self.row_ids.shape == (rows,), f"{rows} prompts but {self.row_ids.numel()} row ids")
         _require(self.positions.shape == (rows,), f"{rows} prompts but {self.positions.numel()} positions")
         _require(len(self.texts) == rows, f"{rows} prompts but {len(self.texts)} texts")
         for name, values in self.columns.items():

@@ -17,13 +17,23 @@ _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def file_of_module(name: str) -> Path | None:
-    """The file of an importable module with a dotted name, such as ``rlxf.tools.tiny.truth``; None if it is none."""
+    """The file of an importable module with a dotted name, such as ``rlxf.tools.tiny.truth``; None if it is none.
+
+    Raises:
+        ConfigError: a package around it cannot be imported.
+    """
     if not _MODULE.fullmatch(name) or name.endswith(".py"):
         return None
     try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # no such package, or one that cannot be imported
+        spec = importlib.util.find_spec(name)  # runs the packages around the module
+    except (ImportError, ValueError):  # no such package
         return None
+    except RlxfError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{name}: the package around it cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 

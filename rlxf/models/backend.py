@@ -155,7 +155,7 @@ def _over_rows(
 
 
 def rows_of(groups: Sequence[Tensor], batch: Sequence[int]) -> Tensor:
-    """The rows of some units: all first members, then all second ones, so that a pass sees chosen before rejected."""
+    """The rows of some groups: all first members, then all second ones, so that a pass sees chosen before rejected."""
     longest = max(len(groups[i]) for i in batch)
     return torch.tensor([int(groups[i][k]) for k in range(longest) for i in batch if k < len(groups[i])])
 

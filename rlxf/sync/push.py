@@ -72,8 +72,9 @@ class LocalSink:
         transport.connect(self, self)  # actor and engines are both here
 
     def open_sender(self, transport: Transport) -> Address:
-        if self._sender is not None:
-            self._sender.close()
+        earlier, self._sender = self._sender, None  # closed once, also if the new one cannot be made
+        if earlier is not None:
+            earlier.close()
         self._sender = transport.sender(self._actor.sync_plan(), rank=0)
         return self._sender.address
 

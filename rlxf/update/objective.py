@@ -50,7 +50,7 @@ class Objective(Protocol[B_contra]):
     maxima: tuple[str, ...]  # behind them
 
     def mini_batch(self, batch: B_contra, rows: Tensor, *, first_pass: bool) -> MiniBatch:
-        """``rows`` ([n] int64) of a batch. ``fresh``: the weights are those that the batch was sampled from.
+        """``rows`` ([n] int64) of a batch. ``first_pass``: the weights are those that the batch was sampled from.
 
         Every rank must make the call.
         """

@@ -208,7 +208,7 @@ def test_a_signal_while_models_load_leaves_no_process(recipe: Recipe, tmp_path: 
     assert leftovers(family) == []
 
 
-@pytest.mark.slow  # without Ray: tests/unit/test_stop.py
+@pytest.mark.slow  # without Ray: tests/unit/core/test_stop.py
 def test_a_second_signal_leaves_at_once_without_saving(recipe: Recipe, tmp_path: Path) -> None:
     process = started(recipe, tmp_path)
     family = children(process.pid)

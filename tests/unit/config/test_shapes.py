@@ -378,10 +378,12 @@ def test_a_dump_of_an_earlier_version_has_the_shape_of_its_folder(files: Path) -
     for role in ("actor_rollout", "ref", "reward"):
         before[role]["model"] = "old"
     before["model"]["old"]["untie_embeddings_and_output_weights"] = True
-    changes = compare(before, now)
-    assert (changes.shape, changes.curve, changes.layout) == ([], [], [])
+    for head_size in (None, before["model"]["old"]["hidden_size"] // before["model"]["old"]["num_attention_heads"]):
+        before["model"]["old"]["kv_channels"] = head_size
+        changes = compare(before, now, from_folder=False)
+        assert (changes.shape, changes.curve, changes.layout) == ([], [], [])
     before["model"]["old"]["num_query_groups"] = None
-    assert compare(before, now).shape == ["model.tiny.num_query_groups 4 -> 2"]
+    assert compare(before, now, from_folder=False).shape == ["model.tiny.num_query_groups 4 -> 2"]
 
 
 def test_another_vocabulary_is_another_shape(files: Path) -> None:

@@ -25,8 +25,8 @@ from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.megatron.dist_folder import open_weights
 from rlxf.platform import Process, get_platform
 from rlxf.update.actor import Actor
-from tests.group.tools.convert.helpers import back
 from tests.stored import StoredRun, unpack
+from tests.unit.tools.convert.helpers import back
 
 FILES = [".metadata", "common.pt", "__0_0.distcp", "__0_1.distcp", "metadata.json", "layout.json", "driver.json"]
 

@@ -118,7 +118,7 @@ def test_order_of_the_pairs_never_changes_report_or_weights(folder: Path) -> Non
 
 def test_a_pass_takes_as_many_pairs_as_the_recipe_says(folder: Path) -> None:
     trained, batch = actor(folder, micro_batch_size=2), random_reward_pairs(7)
-    parts = trained._micro_batches(trained.objective.mini_batch(batch, torch.arange(7), fresh=True))
+    parts = trained._micro_batches(trained.objective.mini_batch(batch, torch.arange(7), first_pass=True))
     assert [len(part.packed.lengths) for part in parts] == [4, 4, 4, 2]  # sequences: two a pair
 
 

@@ -137,7 +137,7 @@ def test_a_neighbour_of_any_length_never_changes_a_rows_loss(folder: Path) -> No
 
 def test_a_pass_takes_as_many_sequences_as_the_recipe_says(folder: Path) -> None:
     trained, batch = actor(folder, micro_batch_size=3), random_examples(7)
-    parts = trained._micro_batches(trained.objective.mini_batch(batch, torch.arange(7), fresh=True))
+    parts = trained._micro_batches(trained.objective.mini_batch(batch, torch.arange(7), first_pass=True))
     assert [len(part.packed.lengths) for part in parts] == [3, 3, 1]
 
 
