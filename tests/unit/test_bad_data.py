@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlxf.assembly.data import open_preferences, open_replay
+from rlxf.assembly.data import open_preferences, open_prompts, open_replay
 from rlxf.core.errors import DataError
 from tests.data_world import chat_tokenizer, recipe
 
@@ -25,7 +25,7 @@ GOOD_ROLLOUT: dict[str, Any] = {
 }
 
 
-def open_prompts(path: Path) -> None:
+def open_prompt_file(path: Path) -> None:
     open_prompts(recipe(actor_rollout={"model": "tiny", "data_path": str(path)}), chat_tokenizer())
 
 
@@ -89,7 +89,7 @@ def test_a_bad_prompt_is_named_by_line(line: bytes, reason: str, tmp_path: Path)
     good = json.dumps(GOOD_PROMPT).encode()
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b"\n".join([good, b"", line, good]))
-    (problem,) = refused(open_prompts, path)
+    (problem,) = refused(open_prompt_file, path)
     assert problem.startswith(f"{path}:3: ")
     assert reason in problem
 
@@ -193,7 +193,7 @@ BAD_WHOLE_FILES = {
 @pytest.mark.parametrize(("make", "reason"), BAD_WHOLE_FILES.values(), ids=BAD_WHOLE_FILES.keys())
 def test_a_file_of_the_wrong_kind_is_refused(make: Callable[[Path], Path], reason: str, tmp_path: Path) -> None:
     path = make(tmp_path / "prompts.json")
-    (problem,) = refused(open_prompts, path)
+    (problem,) = refused(open_prompt_file, path)
     assert problem.startswith(f"{path}:")
     assert reason in problem
 
@@ -201,7 +201,7 @@ def test_a_file_of_the_wrong_kind_is_refused(make: Callable[[Path], Path], reaso
 def test_parquet_rows_are_named_by_number(tmp_path: Path) -> None:
     path = tmp_path / "prompts.parquet"
     pq.write_table(pa.table({"prompt": ["fine", None, "", "fine"]}), path, row_group_size=2)
-    assert [problem.split(",")[0] for problem in refused(open_prompts, path)] == [
+    assert [problem.split(",")[0] for problem in refused(open_prompt_file, path)] == [
         f"{path}: row 2: field 'prompt': expected a string or a list of chat messages",
         f"{path}: row 3: field 'prompt' is empty; actor_rollout.max_bad_rows=2 leaves such rows out",
     ]
@@ -211,14 +211,14 @@ def test_bad_utf8_in_parquet_is_named_by_row(tmp_path: Path) -> None:
     path = tmp_path / "prompts.parquet"
     texts = pa.array([b"fine", b"caf\xe9"], type=pa.binary()).cast(pa.string(), safe=False)
     pq.write_table(pa.table({"prompt": texts}), path)
-    (problem,) = refused(open_prompts, path)
+    (problem,) = refused(open_prompt_file, path)
     assert problem.startswith(f"{path}: row 2: not UTF-8")
 
 
 def test_the_report_names_all_problems_up_to_ten(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join('{"prompt": ""}\n' if i % 2 else '{"prompt": "x"}\n' for i in range(40)))
-    problems = refused(open_prompts, path)
+    problems = refused(open_prompt_file, path)
     assert [problem.split(": ")[0] for problem in problems[:10]] == [f"{path}:{2 * i + 2}" for i in range(10)]
     assert problems[10] == (
         "... and 10 more: 20 of 40 rows are wrong; actor_rollout.max_bad_rows=20 leaves such rows out"

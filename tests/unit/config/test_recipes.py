@@ -94,7 +94,7 @@ def test_the_tiny_recipe_is_the_measured_one() -> None:
     config = load_config(compose("online_dpo_trainer_tiny", "dry_run=true"))
     actor = config.actor_rollout
     assert (config.training.global_batch_size, config.training.train_iters) == (32, 100)
-    assert (actor.lr, actor.min_lr, actor.lr_decay_style, actor.lr_warmup_iters) == (8e-4, 5e-5, "cosine", 15)
+    assert (actor.lr, actor.min_lr, actor.lr_decay_style, actor.lr_warmup_iters) == (6.2e-4, 1e-4, "cosine", 15)
     assert (actor.n_samples_per_prompt, config.max_new_tokens, actor.missing_eos_penalty) == (2, 32, 5.0)
     assert (actor.dpo_beta, actor.clip_grad, config.rollout.temperature) == (0.2, 1.0, 1.0)
     assert num_parameters(config.model["tiny"]) == 277_920

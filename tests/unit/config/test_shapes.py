@@ -317,7 +317,7 @@ def test_a_reward_model_of_another_family_is_named_by_its_own_key(files: Path) -
 def test_a_longer_sequence_than_the_folder_knows_is_refused(files: Path) -> None:
     model_folder(files / "short", max_position_embeddings=48)
     line = problem_of(unnamed(actor_rollout={"load": "short"}, ref={"load": "short"}))
-    assert line.startswith("actor_rollout.seq_length = 64: expected at most 48, the longest sequence that model short")
+    assert line.startswith("actor_rollout.seq_length = 64: expected at most 48, the longest sequence of model short")
 
 
 def test_a_layout_that_the_folders_heads_do_not_allow_is_refused(files: Path) -> None:
