@@ -190,7 +190,7 @@ def test_a_move_of_the_reference_that_broke_off_saves_nothing(recipe: Recipe, tm
     moving = {**recipe, "ref": {**recipe["ref"], "ref_update_interval": 2}}
     run_dir = tmp_path / "run"
     ended = ends(moving, run_dir, Raise("rlxf.reference.frozen:FrozenReference.mix", "rlxf.core.errors:WorkerLost"))
-    assert "not saved: the reference was being moved after step 2" in ended.output
+    assert "not saved: the move of the reference after step 2 did not finish" in ended.output
     assert list_checkpoints(run_dir / "checkpoints") == []
 
 

@@ -167,7 +167,7 @@ def test_a_checkpoint_of_bf16_weights_only_is_where_the_moves_go_on_from(
     reference = bf16_reference(folder)
     refresh = ReferenceUpdater(Fixed(policy), reference, settings(1e-3, interval=1))
     refresh.load(checkpoint)
-    assert "reference: holds bfloat16 weights" in caplog.text
+    assert "reference: an earlier version wrote the reference in bfloat16" in caplog.text
     assert equal(reference, stored)
     for version in range(1, 101):
         refresh(version)
@@ -184,7 +184,7 @@ def test_a_run_whose_reference_moves_from_now_on_keeps_it_where_it_is(
     start = weights(reference)
     (tmp_path / "iter_0000001").mkdir()
     ReferenceUpdater(Fixed(start), reference, settings(0.5)).load(tmp_path / "iter_0000001")
-    assert "iter_0000001: its run did not move the reference" in caplog.text
+    assert "iter_0000001: the run that wrote it did not move the reference" in caplog.text
     assert all(torch.equal(value, start[name]) for name, value in weights(reference).items())
 
 
