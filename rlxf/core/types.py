@@ -35,7 +35,10 @@ def _select_tokens(values: Tensor, lengths: Tensor, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokens:
-    """Rows of token ids, flat: row ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``."""
+    """Rows of token ids, flat: row ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``.
+
+    The rows ``[5, 6]`` and ``[7]``: ``tokens = [5, 6, 7]``, ``lengths = [2, 1]``.
+    """
 
     tokens: Tensor  # [sum_L] int32, row after row
     lengths: Tensor  # [rows] int64
@@ -62,7 +65,11 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sequences:
-    """``B`` token sequences, each a prompt followed by its completion (the EOS included when it was sampled)."""
+    """``B`` token sequences, each a prompt followed by its completion (the EOS included when it was sampled).
+
+    Prompt ``[5, 6]`` with completion ``[9, 2]``, and prompt ``[7]`` with completion ``[8]``:
+    ``tokens = [5, 6, 9, 2, 7, 8]``, ``lengths = [4, 2]``, ``prompt_lengths = [2, 1]``.
+    """
 
     tokens: Tensor  # [sum_L] int32, row after row
     lengths: Tensor  # [B] int64, prompt + completion
@@ -125,7 +132,11 @@ class Sequences:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptBatch:
-    """``P`` prompts of one driver step, tokenized."""
+    """``P`` prompts of one driver step, tokenized.
+
+    Rows 12 and 3 of the data in the first step of a run: ``prompts = [[5, 6], [7]]``, ``row_ids = [12, 3]``,
+    ``positions = [0, 1]``, ``texts = ("Write a poem.", "Hi")``, ``columns = {"topic": ["verse", None]}``.
+    """
 
     prompts: Tokens  # P rows
     row_ids: Tensor  # [P] int64, row of the data
@@ -159,7 +170,11 @@ class PromptBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollouts:
-    """``B`` sampled completions of ``P`` prompts. Row ``i`` answers prompt row ``prompt_index[i]``."""
+    """``B`` sampled completions of ``P`` prompts. Row ``i`` answers prompt row ``prompt_index[i]``.
+
+    Two completions of one prompt after three updates: ``prompt_index = [0, 0]``, ``sample_index = [0, 1]``,
+    ``policy_version = [3, 3]``.
+    """
 
     prompts: PromptBatch
     sequences: Sequences  # B rows
@@ -181,7 +196,11 @@ class Rollouts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredRollouts:
-    """Rollouts with a score for each completion; NaN marks a missing score, which is never chosen nor rejected."""
+    """Rollouts with a score for each completion; NaN marks a missing score, which is never chosen nor rejected.
+
+    The second completion has no EOS, and the penalty is 5: ``raw_scores = [1.5, 2.0]``, ``scores = [1.5, -3.0]``,
+    ``contains_eos = [True, False]``.
+    """
 
     rollouts: Rollouts
     raw_scores: Tensor  # [B] float32, as the scorer gave them
@@ -200,7 +219,10 @@ class ScoredRollouts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pairs:
-    """``N`` preference pairs, from a file or from rollouts. Row ``i`` of both sides answers the same prompt."""
+    """``N`` preference pairs, from a file or from rollouts. Row ``i`` of both sides answers the same prompt.
+
+    Two pairs: ``chosen.rows() = [[5, 6, 9, 2], [7, 8, 2]]``, ``rejected.rows() = [[5, 6, 4], [7, 3, 2]]``.
+    """
 
     chosen: Sequences
     rejected: Sequences
@@ -217,7 +239,11 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnlinePairs(Pairs):
-    """Pairs made from scored rollouts."""
+    """Pairs made from scored rollouts.
+
+    Two pairs of the prompts of rows 12 and 3: ``row_ids = [12, 3]``, ``margin = [4.5, 0.2]``,
+    ``policy_version = [3, 3]``.
+    """
 
     row_ids: Tensor  # [N] int64
     margin: Tensor  # [N] float32, score(chosen) - score(rejected), > 0
@@ -247,7 +273,10 @@ class OnlinePairs(Pairs):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardPairs(Pairs):
-    """Pairs that a reward model is trained on; a side's last token is the one that ends its answer."""
+    """Pairs that a reward model is trained on; a side's last token is the one that ends its answer.
+
+    Two pairs, and the data rates only the first: ``margin = [1.0, 0.0]``.
+    """
 
     margin: Tensor  # [N] float32, how much better chosen is said to be; 0 where the data says nothing
 
@@ -263,7 +292,11 @@ class RewardPairs(Pairs):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Examples:
-    """``N`` sequences of supervised fine-tuning; ``prompt_lengths`` end before the first token that the loss counts."""
+    """``N`` sequences of supervised fine-tuning; ``prompt_lengths`` end before the first token that the loss counts.
+
+    Rows of 3 and 2 completion tokens, the second token of the first row being the user's:
+    ``counted = [True, False, True, True, True]``.
+    """
 
     sequences: Sequences
     counted: Tensor  # [sum completion tokens] bool; False: a later turn of the user, or padding of a template
@@ -288,7 +321,11 @@ class Examples:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairValues:
-    """Log-probabilities of the two sides of ``N`` pairs, summed over the completion tokens."""
+    """One number for each side of ``N`` pairs: log-probabilities summed over the completion tokens, in nats; for a
+    reward model its scores.
+
+    Two pairs: ``chosen = [-4.1, -2.0]``, ``rejected = [-6.3, -1.5]``.
+    """
 
     chosen: Tensor  # [N] float32
     rejected: Tensor  # [N] float32

@@ -59,27 +59,37 @@ class FileSource(Protocol):
 class Rollout(Protocol):
     """One rollout engine, or all of them."""
 
-    def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts: ...
+    def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
+        """``B = P * K`` completions, those of a prompt side by side and in the order of the prompts."""
+        ...
 
 
 class Reference(Protocol):
     """The frozen model."""
 
-    def logps(self, pairs: Pairs) -> PairValues: ...
+    def logps(self, pairs: Pairs) -> PairValues:
+        """[N] float32 for each side: log-probabilities in nats, summed over the completion tokens."""
+        ...
 
-    def token_logps(self, sequences: Sequences) -> Tensor: ...
+    def token_logps(self, sequences: Sequences) -> Tensor:
+        """[sum of completion tokens] float32: the log-probability of each completion token in nats, row after row."""
+        ...
 
 
 class Actor(Protocol):
     """The model being trained."""
 
-    def update(self, batch: Batch, step: int) -> Metrics: ...
+    def update(self, batch: Batch, step: int) -> Metrics:
+        """All optimizer steps of driver step ``step`` (0 is the first); their metrics, by the names of docs/metrics.md."""
+        ...
 
     def evaluate(self, batch: Batch) -> Metrics:
         """What ``update`` would report, without training; means over the batch, and what standard errors need."""
         ...
 
-    def token_logps(self, sequences: Sequences) -> Tensor: ...
+    def token_logps(self, sequences: Sequences) -> Tensor:
+        """[sum of completion tokens] float32: the log-probability of each completion token in nats, row after row."""
+        ...
 
     def save_checkpoint(self, folder: Path, background: bool = False) -> None:
         """``background``: return when the state is copied; ``checkpoint_written`` reports when it is in the folder."""
