@@ -80,7 +80,7 @@ class Actor(Protocol):
     """The model being trained."""
 
     def update(self, batch: Batch, step: int) -> Metrics:
-        """All optimizer steps of driver step ``step`` (0 is the first); their metrics, by the names of docs/metrics.md."""
+        """All optimizer steps of driver step ``step`` (0 is the first), and their metrics (docs/metrics.md)."""
         ...
 
     def evaluate(self, batch: Batch) -> Metrics:
