@@ -72,7 +72,7 @@ def test_switching_authentication_off_is_refused(tmp_path: Path) -> None:
     result = run(CLUSTER_UP, "head", HOME=str(tmp_path), RAY_AUTH_MODE="disabled")
     assert result.returncode == 2
     assert "open the cluster to everybody" in result.stderr
-    assert not (tmp_path / ".ray").exists()
+    assert not (tmp_path / ".ray" / "auth_token").exists()
 
 
 @pytest.fixture
