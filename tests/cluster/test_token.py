@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.conftest import RAY, children, end, free_port, wait_for_nodes
+from tests.cluster.conftest import RAY, children, end, free_port, ray_program, wait_for_nodes
 
 pytestmark = pytest.mark.cluster
 JOIN = """
@@ -44,7 +44,7 @@ def guarded() -> Iterator[Guarded]:
         subprocess.run([RAY, "get-auth-token", "--generate"], env=env, check=True, capture_output=True, timeout=120)
         port = free_port()
         command = [
-            str(RAY),
+            *ray_program(home),
             "start",
             "--head",
             f"--port={port}",
