@@ -24,6 +24,7 @@ def row(run_dir: Path, step: int) -> dict[str, Any]:
     return {name: value for name, value in found.items() if "_previous" not in name}
 
 
+@pytest.mark.slow  # in one process: tests/runs/test_eval_only.py
 def test_four_roles_evaluate_a_checkpoint_and_leave_none(recipe: Recipe, tmp_path: Path) -> None:
     common = ("training.eval_interval=2", "training.save_interval=2", "eval.num_prompts=4")
     succeed(recipe.run(tmp_path / "trained", "runtime=local", *common))

@@ -70,6 +70,7 @@ def test_two_tensor_parallel_ranks_with_vllm(one: Finished, tmp_path: Path) -> N
     assert max(row["rollout/logp_diff_max"] for row in found.rows) < 1e-4
 
 
+@pytest.mark.slow  # of one process group: tests/unit/models/test_layouts.py
 def test_two_pipeline_stages(one: Finished, tmp_path: Path) -> None:
     assert_same(run(tmp_path / "pp2", "online_dpo_trainer_tiny_pp2", "rollout.engine=hf"), one)
 
