@@ -21,10 +21,10 @@ from torch import Tensor
 from rlxf.assembly.roles import build_actor
 from rlxf.config.schema import RunConfig, SyncConfig
 from rlxf.core.types import Sequences
-from rlxf.models.megatron.parallel import free_port
 from rlxf.platform import Process, get_platform
 from rlxf.sync.plan import Bucket
 from rlxf.sync.transports.transport import Address, Message, Sender, Transport
+from tests.ports import free_port
 from tests.settings import random_pairs, referenced, run_config
 
 _CONTEXT = multiprocessing.get_context("forkserver")

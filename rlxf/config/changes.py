@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rlxf.config.folders import tokenizer_files
+from rlxf.config.keys import ROLES
 from rlxf.config.problems import show
 from rlxf.config.schema import RunConfig
-
-ROLES = ("actor_rollout", "ref", "reward")
 
 # Where a run writes, how often, how long it waits and what it tells: the numbers stay the same.
 _HARMLESS_SECTIONS = ("log", "sync", "eval")

@@ -10,11 +10,11 @@ from typing import Any
 
 from rlxf.config.config_json import read_settings, shape_of
 from rlxf.config.folders import shown
+from rlxf.config.keys import ROLES
 from rlxf.config.problems import Problem, show
 from rlxf.config.schema import ModelConfig, RunConfig
 from rlxf.core.errors import ConfigError
 
-ROLES = ("actor_rollout", "ref", "reward")
 # What a model that is named on the command line must have in common with the folder. The other keys differ between
 # models of one size: an embedding with more rows, a longer context.
 _ONE_SIZE = frozenset(

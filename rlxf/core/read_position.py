@@ -1,4 +1,4 @@
-"""At which token a reward model's score is read: what its own folder says, and the words for it."""
+"""The token at which a reward model's score is read: set in the recipe, or in the model's own folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ UNKNOWN: Position = "last_token"
 
 
 def read_position(wanted: Position | Literal["auto"], folder: str | None) -> Position:
-    """Where a reward model's scores are read: ``wanted`` (``reward.read_at``), or where its folder says.
+    """Where scores are read: ``wanted`` (``reward.read_at``), or where the model's folder says that it was trained.
 
     Raises:
-        ConfigError: the folder says something that this program does not know.
+        ConfigError: the folder names a position that this program does not know.
     """
     if wanted != "auto":
         return wanted
@@ -30,10 +30,10 @@ def read_position(wanted: Position | Literal["auto"], folder: str | None) -> Pos
 
 
 def stored_position(folder: Path) -> Position | None:
-    """What a reward model's folder or checkpoint says about itself; None if it says nothing.
+    """The position that a reward model's folder or checkpoint names; None if it names none.
 
     Raises:
-        ConfigError: it says something that this program does not know.
+        ConfigError: it names a position that this program does not know.
     """
     checkpoint = megatron_checkpoint(folder)
     driver = None if checkpoint is None else checkpoint / "driver.json"

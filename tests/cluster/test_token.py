@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.conftest import RAY, children, end, free_port, ray_program, wait_for_nodes
+from tests.cluster.conftest import RAY, children, end, ray_program, wait_for_nodes
+from tests.ports import free_port
 
 pytestmark = pytest.mark.cluster
 JOIN = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -99,13 +98,6 @@ def _store(process: Process, timeout: timedelta) -> Any:
         timeout=timeout,
         master_listen_fd=process.listen_fd,
     )
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def init_parallel(platform: Platform, process: Process, *, sizes: ParallelSizes, seed: int, timeout_s: int) -> Layout:

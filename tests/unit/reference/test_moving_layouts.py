@@ -15,10 +15,10 @@ import torch.multiprocessing as mp
 
 from rlxf.assembly.roles import build_reference
 from rlxf.models.hf_folder import HfWeights
-from rlxf.models.megatron.parallel import free_port
 from rlxf.platform import Process, get_platform
 from rlxf.reference.frozen import FrozenReference
 from rlxf.sync.plan import TensorSpec, plan_buckets
+from tests.ports import free_port
 from tests.settings import run_config
 from tests.tiny_models import save_causal_lm
 

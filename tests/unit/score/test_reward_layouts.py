@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from rlxf.assembly.roles import build_scorer
-from rlxf.models.megatron.parallel import free_port
 from rlxf.platform import Process, get_platform
+from tests.ports import free_port
 from tests.reward_world import KINDS, sampled, save_policy, tokenizer_of
 from tests.settings import run_config
 from tests.tiny_models import save_reward_model

@@ -191,6 +191,19 @@ def test_connecting_again_and_again_leaves_nothing_open(transport: Transport) ->
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_sender_is_closed_once_also_when_the_next_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed twice, it would close whatever has taken its descriptor since."""
+    sink = LocalSink(Weights(), Engine(), transport=TRANSPORTS["shared_memory"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "memfd_create", lambda *_: os.open("/nowhere", os.O_RDONLY))
+        with pytest.raises(FileNotFoundError):
+            sink.connect(TRANSPORTS["shared_memory"])
+    taken = os.open(os.devnull, os.O_RDONLY)  # by number the sender's, most likely
+    sink.connect(TRANSPORTS["shared_memory"])
+    assert os.readlink(f"/proc/self/fd/{taken}") == os.devnull
+    os.close(taken)
+
+
 @pytest.mark.parametrize(
     ("wanted", "host_memory", "machines", "expected"),
     [

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
-import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +14,7 @@ import pytest
 import yaml
 
 from rlxf.tools.hub import card, collect, without_paths
-from tests.runs.small import ROOT
+from tests.scripts_here import script
 from tests.tiny_models import save_causal_lm, save_reward_model
 
 HOME = "/home/somebody/work"
@@ -53,21 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def main() -> Callable[..., int]:
     """The command in this process, with the arguments as they are typed."""
-    spec = importlib.util.spec_from_file_location("push_to_hub", ROOT / "scripts" / "push_to_hub.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def call(*arguments: object) -> int:
-        before = sys.argv
-        sys.argv = ["push_to_hub.py", *map(str, arguments)]
-        try:
-            return int(module.main())
-        finally:
-            sys.argv = before
-
-    return call
+    return script("push_to_hub")
 
 
 class Hub(ThreadingHTTPServer):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +17,8 @@ import torch
 
 from rlxf.tools.compare.models import Settings, recipe
 from tests.data_world import write_rows
-from tests.runs.small import ROOT, World, make_world
+from tests.runs.small import World, make_world
+from tests.scripts_here import script
 from tests.tiny_models import EOS
 
 LIKED = "a"
@@ -58,21 +57,7 @@ def teach(folder: Path, better: Path) -> None:
 @pytest.fixture(scope="module")
 def main() -> Callable[..., int]:
     """The command in this process, with the arguments as they are typed."""
-    spec = importlib.util.spec_from_file_location("compare_models", ROOT / "scripts" / "compare_models.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def call(*arguments: object) -> int:
-        before = sys.argv
-        sys.argv = ["compare_models.py", *map(str, arguments)]
-        try:
-            return int(module.main())
-        finally:
-            sys.argv = before
-
-    return call
+    return script("compare_models")
 
 
 def options(world: World, out: Path | None = None, **changes: object) -> list[object]:
