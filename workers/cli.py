@@ -244,14 +244,16 @@ def _value_of(options: Sequence[str], arguments: Sequence[str]) -> str:
     return ""
 
 
-def check(command: Command) -> None:
+def check(command: Command, program: Sequence[str]) -> None:
     """Mistakes that can be found before Hydra composes; ``--help`` is answered, and ends the program.
+
+    ``program``: the command as it was typed, without its arguments; the answer names it.
 
     Raises:
         ConfigError: there is no such recipe, or a command that only shows the recipe has wrong keys.
     """
     if not {"--help", "-h"}.isdisjoint(command.typed):
-        sys.stdout.write(help_text(_folders(command.typed)))
+        sys.stdout.write(help_text(program, _folders(command.typed)))
         raise SystemExit(0)
     require_recipe(command.arguments)
     if command.only_shows and command.problems:

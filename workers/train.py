@@ -41,7 +41,7 @@ def main(program: Sequence[str], arguments: Sequence[str]) -> int:
             cli.discard_empty(cli.run_folder())
 
     try:
-        cli.check(command)
+        cli.check(command, program)
         cli.register()
         job()
     except cli.COMPOSE_ERRORS as error:

@@ -1,7 +1,8 @@
-"""``python ray_gpt.py --help``: the recipes, the keys used most, and where the rest is."""
+"""``python ray_gpt.py --help`` and ``rlxf train --help``: the recipes, the keys used most, and where the rest is."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -39,11 +40,11 @@ _KEYS = {
 _BEGIN = """\
 Train from a recipe:
 
-  python ray_gpt.py --config-name RECIPE [key=value ...]
+  {program} --config-name RECIPE [key=value ...]
 
 Your own model: any Llama-, Qwen2- or Qwen3-shaped folder trains on top of any recipe. Its config.json gives the shape.
 
-  python ray_gpt.py --config-name online_dpo_trainer_llama32_1b actor_rollout.load=./mine ref.load=./mine \\
+  {program} --config-name online_dpo_trainer_llama32_1b actor_rollout.load=./mine ref.load=./mine \\
       reward.load=./my_reward_model actor_rollout.data_path=./prompts.jsonl
 """
 _END = """\
@@ -59,10 +60,10 @@ The rest:
 """
 
 
-def help_text(folders: Sequence[Path]) -> str:
-    """The page of ``--help``. ``folders``: where recipes are looked for."""
+def help_text(program: Sequence[str], folders: Sequence[Path]) -> str:
+    """The page of ``--help``. ``program``: the command as it was typed; ``folders``: where recipes are looked for."""
     recipes = {file.stem: first_comment(file) for folder in folders for file in sorted(folder.glob("*.yaml"))}
-    parts = [_BEGIN, "Recipes:", *_table(recipes), "", "Keys used most:"]
+    parts = [_BEGIN.format(program=shlex.join(program)), "Recipes:", *_table(recipes), "", "Keys used most:"]
     parts += [*_table({key: text or _meaning(key) for key, text in _KEYS.items()}), "", _END]
     return "\n".join(parts)
 

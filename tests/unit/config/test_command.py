@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tests.unit.config.recipes import NAMES, ROOT, recipe
 from workers import cli
 from workers.address import running_cluster
 from workers.dry_run import require_cores
+from workers.train import main
 
 TINY = ("--config-name", "online_dpo_trainer_tiny")
 
@@ -67,6 +69,22 @@ def test_help_lists_the_recipes_the_keys_used_most_and_where_the_rest_is(tmp_pat
     assert "docs/config.md" in pages
     assert all((ROOT / page).is_file() for page in pages)
     assert [path.name for path in tmp_path.iterdir()] == ["recipes"]
+
+
+@pytest.mark.parametrize("program", [("rlxf", "train"), ("python", "ray_gpt.py"), ("python", "../a folder/ray_gpt.py")])
+def test_help_names_the_command_that_was_typed(
+    program: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program[-1]])  # what follows it is written there, for Hydra
+    with pytest.raises(SystemExit) as ended:
+        main(program, ["--help"])
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    usage, *examples = [line.strip() for line in shown.splitlines() if "--config-name" in line]
+    assert usage == f"{shlex.join(program)} --config-name RECIPE [key=value ...]"
+    assert examples
+    assert all(line.startswith(f"{shlex.join(program)} --config-name ") for line in examples)
+    assert ("ray_gpt.py" in shown) == ("ray_gpt.py" in program[-1])
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path: Path) -> None:
