@@ -33,7 +33,8 @@ def _evaluation(recipe: Section, typed: Collection[str]) -> list[str]:
     The recipe's metrics judge its own data, and go with them. A plan keeps both: it lists what is missing.
     """
     evaluation = recipe.get("eval", {})
-    if "actor_rollout.data_path" not in typed or "eval.data_path" in typed or recipe.get("dry_run"):
+    section = "actor_rollout" if "data_path" in recipe.get("actor_rollout", {}) else "training"  # whose value counts
+    if f"{section}.data_path" not in typed or "eval.data_path" in typed or recipe.get("dry_run"):
         return []
     paths = evaluation.get("data_path")
     listed = [paths] if isinstance(paths, str) else paths
@@ -46,5 +47,5 @@ def _evaluation(recipe: Section, typed: Collection[str]) -> list[str]:
         del evaluation[key]
     keys, are = " and ".join(f"eval.{key}" for key in dropped), "is" if len(dropped) == 1 else "are"
     return [
-        f"actor_rollout.data_path is on the command line: {keys} of the recipe, whose data are not here, {are} left out"
+        f"{section}.data_path is on the command line: {keys} of the recipe, whose data are not here, {are} left out"
     ]

@@ -241,6 +241,21 @@ def test_a_recipes_evaluation_of_data_that_are_not_here_does_not_stop_other_data
     assert load_config(raw, typed=["actor_rollout.data_path"]).eval.data_path == (str(files / "eval.jsonl"),)
 
 
+def test_training_data_path_is_other_data_where_the_actor_has_none_of_its_own(
+    files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = recipe(dry_run=False, training={"eval_interval": 5}, eval={"data_path": "eval.jsonl"})
+    with pytest.raises(ConfigError, match=r"eval\.data_path = .*no such file"):
+        load_config(raw, typed=["training.data_path"])  # the actor's own path decides: these are the recipe's data
+    raw["training"]["data_path"] = raw["actor_rollout"].pop("data_path")
+    with caplog.at_level(logging.INFO):
+        config = load_config(raw, typed=["training.data_path"])
+    assert config.eval.data_path is None
+    assert "training.data_path is on the command line: eval.data_path of the recipe" in caplog.text
+    with pytest.raises(ConfigError, match=r"eval\.data_path = .*no such file"):
+        load_config(raw, typed=["training.data_path", "eval.data_path"])
+
+
 # A plan without folders
 
 
