@@ -85,7 +85,6 @@ def build_run(
     def describe(state: State) -> dict[str, Any]:
         return {
             "prompt_ids": data.training.row_ids(state.step - 1),
-            "epoch": data.training.epoch(state.step - 1),
             "stream": None if isinstance(data.training, ReplayEngine) else data.training.stream(state.step),
             "report": report.describe(),
             "baseline": evaluation.describe_baseline() if isinstance(evaluation, Evaluation) else None,

@@ -286,15 +286,12 @@ class RunFolder:
             self._saving = None
 
     def _driver(self, state: State) -> dict[str, Any]:
-        training = self._config.training
         kept = {name: value for name, value in asdict(state).items() if name not in UNSAVED}
         return {
             "format": FORMAT,
             "curve": CURVE,
             **kept,
             "metrics": finite_or_null(state.metrics),
-            "sampling": {"seed": training.seed, "position": state.step * training.global_batch_size},
-            "reported_step": state.reported_step,
             "run_folder": str(self._run_dir.absolute()),
             **self._describe(state),
             "data": self._data,

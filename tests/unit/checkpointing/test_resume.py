@@ -379,7 +379,7 @@ def test_a_field_that_an_older_revision_did_not_write_takes_its_default(tmp_path
     assert find(tmp_path).state == replace(expected, **{name: getattr(State(), name)})
 
 
-@pytest.mark.parametrize("name", ["run_folder", "prompt_ids", "report", "baseline", "sampling", "epoch"])
+@pytest.mark.parametrize("name", ["run_folder", "prompt_ids", "report", "baseline"])
 def test_what_a_report_needs_may_be_missing(tmp_path: Path, name: str) -> None:
     (folder,) = save(tmp_path, 3)
     rewrite_driver(folder, lambda driver: driver.pop(name, None))
