@@ -143,12 +143,12 @@ def in_a_fresh_process(small: Path, large: Path) -> dict[str, float]:
 def one(small: str, large: str) -> dict[str, float]:
     """What opening ``large`` costs a process that has opened ``small``."""
     from rlxf.assembly.data import open_prompts
-    from rlxf.data.prompts import PromptSource
+    from rlxf.data.prompts import PromptFile
     from tests.data_world import chat_tokenizer, recipe
 
     tokenizer = chat_tokenizer()
 
-    def opened(path: str) -> PromptSource:
+    def opened(path: str) -> PromptFile:
         return open_prompts(recipe(actor_rollout={"model": "tiny", "data_path": path}), tokenizer)
 
     opened(small)

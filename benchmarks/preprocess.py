@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import measure, turns  # noqa: E402 - the root must be importable first
-from rlxf.core.jsonl import Problems  # noqa: E402
+from rlxf.core.jsonl import RowProblems  # noqa: E402
 from rlxf.core.types import Messages  # noqa: E402
 from rlxf.data.handlers import HANDLERS, Columns  # noqa: E402
 from rlxf.data.hub import open_input  # noqa: E402
@@ -120,7 +120,7 @@ def compare(options: Options, rows: list[dict[str, str]], repeats: int) -> dict[
     template = None if options.prompt_type is None else chat_template(options.prompt_type)
     columns = Columns(HANDLERS[options.handler_name], {})
     encoder = make_encoder(options, columns, load_tokenizer(options.tokenizer_name_or_path), template, print)
-    file = open_input(options.input, Problems())
+    file = open_input(options.input, RowProblems())
 
     def worker() -> None:
         for start in range(0, len(file), CHUNK_ROWS):

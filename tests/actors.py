@@ -11,16 +11,16 @@ from torch import Tensor
 from rlxf.assembly.roles import build_actor
 from rlxf.core.types import Batch, Metrics, Sequences
 from rlxf.platform import Process, get_platform
-from rlxf.update.actor import Actor
+from rlxf.update.actor import MegatronActor
 from tests.settings import run_config
 
 
-def actor(folder: Path, stage: str, **settings: Any) -> Actor:
+def actor(folder: Path, stage: str, **settings: Any) -> MegatronActor:
     """``settings`` are keys of actor_rollout."""
     return build_actor(run_config(folder, stage=stage, **settings), get_platform("cpu"), Process())
 
 
-def weights(of: Actor) -> dict[str, Tensor]:
+def weights(of: MegatronActor) -> dict[str, Tensor]:
     """A copy of all of them, by Hugging Face names."""
     return {name: value.clone() for name, value in of.model.export([name for name, _ in of.model.exported_shapes()])}
 

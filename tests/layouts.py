@@ -23,7 +23,7 @@ from rlxf.models.batching import MicroBatchLimits
 from rlxf.platform import Process, get_platform
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
-from rlxf.update.actor import Actor
+from rlxf.update.actor import MegatronActor
 from tests.ranks import on_ranks
 from tests.settings import random_examples, random_pairs, random_reward_pairs, run_config
 
@@ -71,7 +71,7 @@ def train(folder: Path, reward: Path | None, process: Process, settings: dict[st
     }
 
 
-def _batches(config: RunConfig, actor: Actor, process: Process) -> Callable[[int], Batch]:
+def _batches(config: RunConfig, actor: MegatronActor, process: Process) -> Callable[[int], Batch]:
     """What the stage of ``config`` trains on in a step; the same on every rank."""
     stage = config.training.stage
     if stage == "sft":
@@ -91,7 +91,7 @@ def _batches(config: RunConfig, actor: Actor, process: Process) -> Callable[[int
     return referenced_pairs
 
 
-def _export_adapters(actor: Actor) -> Iterator[tuple[str, Tensor]]:
+def _export_adapters(actor: MegatronActor) -> Iterator[tuple[str, Tensor]]:
     from rlxf.models.megatron.adapters import export_adapters
 
     return export_adapters(actor.model)

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from rlxf.update.actor import Actor
+from rlxf.update.actor import MegatronActor
 
 STORED = Path(__file__).parent / "data" / "checkpoint_de81d37"
 _MADE_IN = "/tmp/rlxf"  # every path in the stored files begins so
@@ -67,7 +67,7 @@ def _fit_manifest(checkpoint: Path, path: Path) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def digests(actor: Actor) -> dict[str, Any]:
+def digests(actor: MegatronActor) -> dict[str, Any]:
     """SHA-256 of what a checkpoint holds of an actor: weights, optimizer state and this process's random states."""
     exported = actor.model.export([name for name, _ in actor.model.exported_shapes()])
     weights = {name: _digest(value) for name, value in exported}

@@ -17,7 +17,7 @@ from .remote import Pending
 from .worker import Worker
 
 if TYPE_CHECKING:
-    from rlxf.update.actor import Actor
+    from rlxf.update.actor import MegatronActor
 
 
 ANSWER_S = 10.0  # how long an actor that has nothing to do may take to answer
@@ -27,7 +27,7 @@ class ActorWorker(Worker):
     """One rank of the actor."""
 
     make = staticmethod(build_actor)
-    room: Actor
+    room: MegatronActor
     sender: Sender | None = None  # of buckets, once it is connected with the engines
 
     def update(self, batch: Batch, step: int) -> Metrics | None:

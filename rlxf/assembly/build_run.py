@@ -23,7 +23,7 @@ from rlxf.core.stop import Stop
 from rlxf.core.types import Pairs, PromptBatch, Tokens
 from rlxf.data.examples import ExampleFile
 from rlxf.data.preferences import PreferenceFile
-from rlxf.data.prompts import PromptSource
+from rlxf.data.prompts import PromptFile
 from rlxf.evaluate import EvalBackends, Evaluation, EvaluationSettings, OfflineEvaluation, no_evaluation
 from rlxf.loop.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
 from rlxf.models.tokenizer import eos_token_ids
@@ -187,7 +187,7 @@ def _push_initial(resume: Resume, sync: Sync) -> None:
     sync.push(0)
 
 
-def _same_rows(resume: Resume, training: PromptSource | ReplayEngine | PreferenceFile | ExampleFile) -> bool:
+def _same_rows(resume: Resume, training: PromptFile | ReplayEngine | PreferenceFile | ExampleFile) -> bool:
     """Whether the data's stream is the checkpoint's; then it goes on there without tokenizing what came before."""
     step, rows, stream = resume.state.step, resume.row_ids, resume.stream
     if rows is None:
@@ -224,7 +224,7 @@ def _eos_ids(config: RunConfig, data: Data) -> tuple[int, ...]:
 def _sync(config: RunConfig, data: Data, roles: Roles, platform: Platform) -> Sync:
     if roles.sink is None:
         return NoSync()
-    assert isinstance(data.training, PromptSource)  # a run that has engines samples from prompts
+    assert isinstance(data.training, PromptFile)  # a run that has engines samples from prompts
     probe = build_probe(config, platform, data.training.next_batch(0).prompts)
     filled = megatron_checkpoint(Path(policy_folder(config))) is None
     return WeightSync(roles.actor, roles.sink, config.sync, probe, filled=filled)

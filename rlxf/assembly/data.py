@@ -15,7 +15,7 @@ from rlxf.core.errors import ConfigError
 from rlxf.core.types import Examples, Pairs, PromptBatch
 from rlxf.data.examples import ExampleFile
 from rlxf.data.preferences import PreferenceFile
-from rlxf.data.prompts import PromptSource
+from rlxf.data.prompts import PromptFile
 from rlxf.data.readers import Part
 from rlxf.data.table import DataSettings
 from rlxf.data.templates import chat_template
@@ -39,7 +39,7 @@ class Data:
     """What a run reads, opened and checked; needs no model."""
 
     tokenizer: PreTrainedTokenizerBase
-    training: PromptSource | ReplayEngine | PreferenceFile | ExampleFile
+    training: PromptFile | ReplayEngine | PreferenceFile | ExampleFile
     evaluation: PromptBatch | Sequence[Pairs | Examples] | None  # prompts of an online run, held-out data of others
 
     def say_dropped(self) -> None:
@@ -69,9 +69,9 @@ def load_data(config: RunConfig) -> Data:
     return Data(tokenizer=tokenizer, training=open_prompts(config, tokenizer), evaluation=evaluation)
 
 
-def open_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> PromptSource:
+def open_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> PromptFile:
     """A part of the prompts of an online run."""
-    return PromptSource(_settings(config), tokenizer, part)
+    return PromptFile(_settings(config), tokenizer, part)
 
 
 def eval_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptBatch:

@@ -21,7 +21,7 @@ from rlxf.platform import Platform, Process, get_platform
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
 from rlxf.sync.push import LocalSink
-from rlxf.update.actor import Actor
+from rlxf.update.actor import MegatronActor
 
 
 def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None:
@@ -57,7 +57,7 @@ def build_roles(config: RunConfig, platform: Platform) -> Roles:
     )
 
 
-def _reference(config: RunConfig, platform: Platform, process: Process, actor: Actor) -> Reference:
+def _reference(config: RunConfig, platform: Platform, process: Process, actor: MegatronActor) -> Reference:
     if not config.needs_reference:
         return NoReference()
     return AdapterOffReference(actor) if config.reference_is_base else build_reference(config, platform, process)

@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from rlxf.reference.frozen import FrozenReference
     from rlxf.rollout.engine import EngineSettings, RolloutEngine
     from rlxf.score.scorer import SampledBy, Scorer
-    from rlxf.update.actor import Actor
+    from rlxf.update.actor import MegatronActor
     from rlxf.update.objective import ObjectiveSettings
 
 
-def build_actor(config: RunConfig, platform: Platform, process: Process) -> Actor:
+def build_actor(config: RunConfig, platform: Platform, process: Process) -> MegatronActor:
     """One rank of the actor.
 
     Raises:
         ModelError: ``actor_rollout.load`` does not hold a model of the recipe's stage.
     """
     from rlxf.update import OBJECTIVES
-    from rlxf.update.actor import Actor, ActorSettings
+    from rlxf.update.actor import ActorSettings, MegatronActor
     from rlxf.update.objective import ObjectiveContext
 
     actor, training = config.actor_rollout, config.training
@@ -55,7 +55,9 @@ def build_actor(config: RunConfig, platform: Platform, process: Process) -> Acto
         bucket_bytes=config.sync.bucket_mb * 2**20,
     )
     own = actor.tokenizer_name_or_path or actor.prompt_type or actor.eos_tokens
-    return Actor(model, objective, settings, save_tokenizer=partial(save_policy_tokenizer, config) if own else None)
+    return MegatronActor(
+        model, objective, settings, save_tokenizer=partial(save_policy_tokenizer, config) if own else None
+    )
 
 
 def objective_settings(config: RunConfig) -> ObjectiveSettings:

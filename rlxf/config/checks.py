@@ -25,8 +25,6 @@ from rlxf.core.words import nearest
 
 logger = logging.getLogger(__name__)
 
-Problems = Iterator[Problem]
-
 
 def check(config: RunConfig) -> list[Problem]:
     """Every mistake that single values do not show."""
@@ -52,7 +50,7 @@ def _shapes(config: RunConfig) -> Iterator[tuple[str, RoleConfig, ModelConfig]]:
             yield name, role, shape
 
 
-def _models(config: RunConfig) -> Problems:
+def _models(config: RunConfig) -> Iterator[Problem]:
     for name, role in _roles(config):
         if role.model and role.model not in config.model:
             near = nearest(role.model, config.model)
@@ -69,7 +67,7 @@ def _models(config: RunConfig) -> Problems:
             yield wrong(f"model.{model}.num_query_groups", shape.num_query_groups, expected, key)
 
 
-def _lengths(config: RunConfig) -> Problems:
+def _lengths(config: RunConfig) -> Iterator[Problem]:
     actor = config.actor_rollout
     keys = ("actor_rollout.seq_length", "actor_rollout.max_prompt_length", "actor_rollout.max_new_tokens")
     room = actor.seq_length - actor.max_prompt_length
@@ -96,7 +94,7 @@ def _lengths(config: RunConfig) -> Problems:
             yield wrong(f"{name}.seq_length", role.seq_length, expected, keys[0])
 
 
-def _sampling(config: RunConfig) -> Problems:
+def _sampling(config: RunConfig) -> Iterator[Problem]:
     actor, rollout = config.actor_rollout, config.rollout
     if not config.samples:
         return
@@ -111,7 +109,7 @@ def _sampling(config: RunConfig) -> Problems:
         yield wrong("rollout.top_k", rollout.top_k, expected)
 
 
-def _devices(config: RunConfig) -> Problems:
+def _devices(config: RunConfig) -> Iterator[Problem]:
     """Training and rollout devices against their pool."""
     actor, pool = config.actor_rollout, config.resource_pool
     size = sum(pool.actor_rollout)
@@ -138,21 +136,21 @@ def _devices(config: RunConfig) -> Problems:
         )
 
 
-def _placement(config: RunConfig) -> Problems:
+def _placement(config: RunConfig) -> Iterator[Problem]:
     if any(_devices(config)):
         return  # nothing can be placed on pools of the wrong size
     for key, text in placement_problems(config):
         yield Problem((key, "resource_pool.actor_rollout", "resource_pool.colocate"), text)
 
 
-def _layouts(config: RunConfig) -> Problems:
+def _layouts(config: RunConfig) -> Iterator[Problem]:
     for name, role in _roles(config):
         yield from layout_problems(config, name, role, config.model.get(role.model))
     if config.samples:
         yield from rollout_layout_problems(config, config.model.get(config.actor_rollout.model))
 
 
-def _batches(config: RunConfig) -> Problems:
+def _batches(config: RunConfig) -> Iterator[Problem]:
     actor = config.actor_rollout
     ranks = actor.num_gpus_for_train // actor.devices_per_replica
     if config.training.global_batch_size < ranks:
@@ -168,7 +166,7 @@ def _batches(config: RunConfig) -> Problems:
         )
 
 
-def _optimizer(config: RunConfig) -> Problems:
+def _optimizer(config: RunConfig) -> Iterator[Problem]:
     actor = config.actor_rollout
     for name, role in _roles(config):
         both = role.bf16 and role.fp16
@@ -188,7 +186,7 @@ def _optimizer(config: RunConfig) -> Problems:
         yield wrong("actor_rollout.min_lr", actor.min_lr, expected, "actor_rollout.lr")
 
 
-def _reward(config: RunConfig) -> Problems:
+def _reward(config: RunConfig) -> Iterator[Problem]:
     reward = config.reward
     if config.offline:
         return
@@ -205,7 +203,7 @@ def _reward(config: RunConfig) -> Problems:
         yield Problem(("reward.load", "reward.function"), f"{text}: rollout.replay_path = {show(path)} holds no scores")
 
 
-def _inputs(config: RunConfig) -> Problems:
+def _inputs(config: RunConfig) -> Iterator[Problem]:
     """What a run cannot start without."""
     actor, replay = config.actor_rollout, config.rollout.engine == "replay"
     if actor.load is None:
@@ -226,7 +224,7 @@ def _inputs(config: RunConfig) -> Problems:
         yield wrong("rollout.replay_path", config.rollout.replay_path, expected, "rollout.engine")
 
 
-def _mixture(actor: ActorConfig) -> Problems:
+def _mixture(actor: ActorConfig) -> Iterator[Problem]:
     weights, paths = actor.data_weights, actor.data_path or ()
     key = "actor_rollout.data_weights"
     if weights and len(weights) != len(paths):
@@ -238,7 +236,7 @@ def _mixture(actor: ActorConfig) -> Problems:
         )
 
 
-def _engine(config: RunConfig) -> Problems:
+def _engine(config: RunConfig) -> Iterator[Problem]:
     """What the rollout engine can do on the device that this machine, or the recipe, has."""
     if not config.samples:
         return
@@ -269,7 +267,7 @@ def _engine(config: RunConfig) -> Problems:
     yield Problem((*keys, "rollout.engine", "training.device"), text)
 
 
-def _local(config: RunConfig) -> Problems:
+def _local(config: RunConfig) -> Iterator[Problem]:
     """One process holds every role, so no role can be split."""
     actor, pool = config.actor_rollout, config.resource_pool
     if config.runtime != "local":
@@ -301,7 +299,7 @@ def _warn(config: RunConfig) -> None:
     say_what_is_not_evaluated(config)
 
 
-_GROUPS: tuple[Callable[[RunConfig], Problems], ...] = (
+_GROUPS: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _inputs,
     _models,
     folder_problems,

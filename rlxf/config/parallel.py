@@ -8,10 +8,8 @@ from rlxf.config.problems import Problem, wrong
 from rlxf.config.roles import RoleConfig
 from rlxf.config.schema import ModelConfig, RunConfig
 
-Problems = Iterator[Problem]
 
-
-def layout_problems(config: RunConfig, name: str, role: RoleConfig, shape: ModelConfig | None) -> Problems:
+def layout_problems(config: RunConfig, name: str, role: RoleConfig, shape: ModelConfig | None) -> Iterator[Problem]:
     """What is wrong with one role's layout; ``shape`` is None if the model is unknown, which another check reports."""
     yield from _devices(config, name, role)
     yield from _virtual(name, role)
@@ -20,7 +18,7 @@ def layout_problems(config: RunConfig, name: str, role: RoleConfig, shape: Model
         yield from _pipeline(name, role, shape)
 
 
-def rollout_layout_problems(config: RunConfig, shape: ModelConfig | None) -> Problems:
+def rollout_layout_problems(config: RunConfig, shape: ModelConfig | None) -> Iterator[Problem]:
     """What is wrong with the split of the rollout engines."""
     actor = config.actor_rollout
     key, size = "actor_rollout.inference_tensor_model_parallel_size", actor.inference_tensor_model_parallel_size
@@ -31,7 +29,7 @@ def rollout_layout_problems(config: RunConfig, shape: ModelConfig | None) -> Pro
         yield from _heads(key, size, actor.model, shape)
 
 
-def _devices(config: RunConfig, name: str, role: RoleConfig) -> Problems:
+def _devices(config: RunConfig, name: str, role: RoleConfig) -> Iterator[Problem]:
     pool = config.resource_pool
     train = "actor_rollout.num_gpus_for_train", config.actor_rollout.num_gpus_for_train
     owners = {"actor_rollout": train, "ref": ("resource_pool.ref", sum(pool.ref))}
@@ -54,14 +52,14 @@ def _devices(config: RunConfig, name: str, role: RoleConfig) -> Problems:
     yield Problem((*split, owner), f"{product} makes {role.devices_per_replica} devices: {expected}")
 
 
-def _tensor(key: str, size: int, model: str, shape: ModelConfig) -> Problems:
+def _tensor(key: str, size: int, model: str, shape: ModelConfig) -> Iterator[Problem]:
     yield from _heads(key, size, model, shape)
     if shape.ffn_hidden_size % size:
         expected = f"expected a divisor of model.{model}.ffn_hidden_size = {shape.ffn_hidden_size}"
         yield wrong(key, size, expected, f"model.{model}.ffn_hidden_size")
 
 
-def _heads(key: str, size: int, model: str, shape: ModelConfig) -> Problems:
+def _heads(key: str, size: int, model: str, shape: ModelConfig) -> Iterator[Problem]:
     if shape.num_attention_heads % size:
         expected = f"expected a divisor of model.{model}.num_attention_heads = {shape.num_attention_heads}"
         yield wrong(key, size, expected, f"model.{model}.num_attention_heads")
@@ -70,7 +68,7 @@ def _heads(key: str, size: int, model: str, shape: ModelConfig) -> Problems:
         yield wrong(key, size, expected, f"model.{model}.num_query_groups")
 
 
-def _pipeline(name: str, role: RoleConfig, shape: ModelConfig) -> Problems:
+def _pipeline(name: str, role: RoleConfig, shape: ModelConfig) -> Iterator[Problem]:
     pieces = role.pipeline_model_parallel_size * role.virtual_pipeline_model_parallel_size
     if shape.num_layers % pieces:
         key = f"{name}.pipeline_model_parallel_size"
@@ -80,7 +78,7 @@ def _pipeline(name: str, role: RoleConfig, shape: ModelConfig) -> Problems:
         yield wrong(key, role.pipeline_model_parallel_size, expected, f"model.{role.model}.num_layers")
 
 
-def _virtual(name: str, role: RoleConfig) -> Problems:
+def _virtual(name: str, role: RoleConfig) -> Iterator[Problem]:
     """Interleaved stages pass tensors of one length only: with varying lengths they wait for each other for ever."""
     size, key = role.virtual_pipeline_model_parallel_size, f"{name}.virtual_pipeline_model_parallel_size"
     budget = f"{name}.max_tokens_per_micro_batch"

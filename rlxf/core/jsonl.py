@@ -22,7 +22,7 @@ _BOM = b"\xef\xbb\xbf"
 _STEP = re.compile(rb'\{"step": ?(\d+)[,}]')
 
 
-class Problems:
+class RowProblems:
     """What is wrong with the rows of one or more files. The report shows the first ten and the number of all.
 
     ``allowed``: this many wrong rows are left out instead of ending the run; ``key``: the recipe's key for this number.
@@ -66,14 +66,14 @@ class JsonLines:
     CRLF and blank lines are accepted. Wrong rows that ``problems`` allows keep their number and stand in ``bad``.
     """
 
-    def __init__(self, path: str | Path, check: Check, problems: Problems | None = None) -> None:
+    def __init__(self, path: str | Path, check: Check, problems: RowProblems | None = None) -> None:
         self.path = require_file(path)
         self.columns: tuple[str, ...] = ()  # every key that some row has, in order of appearance
         self.bad: dict[int, str] = {}  # wrong rows, which are left out, and what is wrong with them
         self.num_blank = 0  # blank lines skipped
         self._offsets = array("q")
         self._lines = array("i")
-        self._index(check, Problems() if problems is None else problems)
+        self._index(check, RowProblems() if problems is None else problems)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -90,7 +90,7 @@ class JsonLines:
             raise DataError(f"{self.where(row)}: the file changed while the run was reading it: {parsed}")
         return parsed
 
-    def _index(self, check: Check, problems: Problems) -> None:
+    def _index(self, check: Check, problems: RowProblems) -> None:
         columns = dict[str, None]()
         with self.path.open("rb") as handle:
             if handle.read(3) != _BOM:

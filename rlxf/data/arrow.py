@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlxf.core.errors import DataError
-from rlxf.core.jsonl import Check, Problems, Row
+from rlxf.core.jsonl import Check, Row, RowProblems
 
 if TYPE_CHECKING:
     import pyarrow
@@ -18,13 +18,13 @@ CACHE_BYTES = 256 * 2**20  # decoded batches that a file keeps
 _SCAN_ROWS = 1024  # rows decoded at a time while checking
 
 
-class _Batches:
+class _BatchedRows:
     """Rows in batches that are decoded when asked for; the latest ones are kept."""
 
     path: Path
     columns: tuple[str, ...]
 
-    def __init__(self, check: Check, problems: Problems) -> None:
+    def __init__(self, check: Check, problems: RowProblems) -> None:
         self.bad: dict[int, str] = {}  # wrong rows, which are left out, and what is wrong with them
         self._cache: OrderedDict[int, pyarrow.Table] = OrderedDict()
         self._starts = [0]  # first row of each batch, and the number of rows
@@ -63,7 +63,7 @@ class _Batches:
         """All rows in file order, in small batches."""
         raise NotImplementedError
 
-    def _check_rows(self, check: Check, problems: Problems) -> None:
+    def _check_rows(self, check: Check, problems: RowProblems) -> None:
         import pyarrow
 
         row = 0
@@ -81,10 +81,10 @@ class _Batches:
             raise DataError(f"{self.path}: holds no rows")
 
 
-class ParquetRows(_Batches):
+class ParquetRows(_BatchedRows):
     """The rows of a Parquet file; a batch is a row group."""
 
-    def __init__(self, path: Path, check: Check, problems: Problems) -> None:
+    def __init__(self, path: Path, check: Check, problems: RowProblems) -> None:
         import pyarrow.parquet
 
         self.path = path
@@ -111,10 +111,10 @@ class ParquetRows(_Batches):
             yield from file.iter_batches(batch_size=_SCAN_ROWS, use_threads=False)
 
 
-class ArrowRows(_Batches):
+class ArrowRows(_BatchedRows):
     """The rows of an Arrow IPC file or stream, mapped into memory: the system keeps what is read often."""
 
-    def __init__(self, path: Path, check: Check, problems: Problems) -> None:
+    def __init__(self, path: Path, check: Check, problems: RowProblems) -> None:
         import pyarrow.ipc
 
         self.path = path

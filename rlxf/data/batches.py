@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from rlxf.core.errors import DataError
-from rlxf.core.jsonl import Problems
+from rlxf.core.jsonl import RowProblems
 from rlxf.data.order import Order
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Rows(Protocol):
     def where(self, row: int) -> str: ...
 
 
-class Batches(Generic[T]):
+class BatchStream(Generic[T]):
     """Full batches of items made from rows; rows that give no item are passed over and counted.
 
     Which rows give one is found out as the run reaches them, so starting is fast. A step that is asked for out of order
@@ -187,7 +187,7 @@ class Batches(Generic[T]):
         return item
 
     def _refuse_errors(self) -> None:
-        problems = Problems()
+        problems = RowProblems()
         for row in self._order.in_file_order():
             item = self._make(row) if row not in self._rows.bad else None
             if isinstance(item, DropReason) and item.is_error:

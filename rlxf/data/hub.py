@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlxf.core.errors import DataError, RlxfError
-from rlxf.core.jsonl import Problems, Row
+from rlxf.core.jsonl import Row, RowProblems
 from rlxf.data.readers import READERS, RowFile, open_rows
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -17,7 +17,7 @@ _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 def open_input(
     path: str,
-    problems: Problems,
+    problems: RowProblems,
     *,
     streaming: bool = False,
     max_samples: int | None = None,

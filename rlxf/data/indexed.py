@@ -20,7 +20,7 @@ import numpy as np
 
 from rlxf.core.errors import DataError
 from rlxf.core.files import fsync, replace_files
-from rlxf.core.jsonl import Check, Problems, Row
+from rlxf.core.jsonl import Check, Row, RowProblems
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
@@ -104,7 +104,7 @@ class IndexedWriter:
 class IndexedRows:
     """Rows of token ids at a prefix, or at the only prefix of a folder: a `RowFile` of lists of ints."""
 
-    def __init__(self, path: str | Path, check: Check | None = None, problems: Problems | None = None) -> None:
+    def __init__(self, path: str | Path, check: Check | None = None, problems: RowProblems | None = None) -> None:
         """Rows that ``check`` finds wrong, as far as ``problems`` allows them, stand in ``bad``.
 
         Raises:
@@ -121,7 +121,7 @@ class IndexedRows:
             raise DataError(f"{self.path}: holds no rows")
         self.bad: dict[int, str] = {}
         if check is not None:
-            self._check(check, Problems() if problems is None else problems)
+            self._check(check, RowProblems() if problems is None else problems)
 
     def __len__(self) -> int:
         return self._length
@@ -132,7 +132,7 @@ class IndexedRows:
     def where(self, row: int) -> str:
         return f"{self.path}: row {row + 1}"
 
-    def _check(self, check: Check, problems: Problems) -> None:
+    def _check(self, check: Check, problems: RowProblems) -> None:
         for row in range(len(self)):
             reason = check(self[row])
             if reason and problems.add(self.where(row), reason):

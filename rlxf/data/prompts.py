@@ -33,7 +33,7 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-class PromptSource(DataSource[PromptRecord, Prompt, PromptBatch]):
+class PromptFile(DataSource[PromptRecord, Prompt, PromptBatch]):
     """Prompts: ``global_batch_size`` per step."""
 
     task = "prompt"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from rlxf.core.errors import DataError
-from rlxf.core.jsonl import Check, JsonLines, Problems, Row, require_file
+from rlxf.core.jsonl import Check, JsonLines, Row, RowProblems, require_file
 from rlxf.data.arrow import ArrowRows, ParquetRows
 from rlxf.data.indexed import IndexedRows, is_indexed
 from rlxf.data.spans import CsvRows, JsonList
@@ -34,7 +34,7 @@ class RowFile(Protocol):
         ...
 
 
-def open_rows(path: str | Path, check: Check, problems: Problems | None = None, part: Part = "train") -> RowFile:
+def open_rows(path: str | Path, check: Check, problems: RowProblems | None = None, part: Part = "train") -> RowFile:
     """The rows of a data path, each passed through ``check``.
 
     Args:
@@ -49,7 +49,7 @@ def open_rows(path: str | Path, check: Check, problems: Problems | None = None, 
         DataError: no such file, an unknown kind, or more wrong rows than are allowed; all of them in one report.
     """
     place = Path(path)
-    problems = Problems() if problems is None else problems
+    problems = RowProblems() if problems is None else problems
     if is_indexed(place):
         return IndexedRows(place, check, problems)
     if not place.is_dir():
@@ -93,14 +93,14 @@ class Concatenated:
         return self._files[number], row - self._starts[number]
 
 
-def _open_json(path: Path, check: Check, problems: Problems) -> RowFile:
+def _open_json(path: Path, check: Check, problems: RowProblems) -> RowFile:
     """Either one JSON list, or one object per line."""
     with path.open("rb") as handle:
         start = handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     return (JsonList if start.startswith(b"[") else JsonLines)(path, check, problems)
 
 
-Opener = Callable[[Path, Check, Problems], RowFile]
+Opener = Callable[[Path, Check, RowProblems], RowFile]
 READERS: Mapping[str, Opener] = {
     ".jsonl": JsonLines,
     ".json": _open_json,
@@ -116,7 +116,7 @@ _SPLIT_NAMES: Mapping[Part, tuple[str, ...]] = {
 }
 
 
-def _open_file(path: Path, check: Check, problems: Problems) -> RowFile:
+def _open_file(path: Path, check: Check, problems: RowProblems) -> RowFile:
     file = require_file(path)
     suffix = file.suffix.lower()
     if suffix not in READERS:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from rlxf.core.errors import DataError, ModelError
 from rlxf.core.jsonl import Row
-from rlxf.data.batches import MALFORMED, Batches, DropReason
+from rlxf.data.batches import MALFORMED, BatchStream, DropReason
 from rlxf.data.formats import Layout, Task
 from rlxf.data.readers import Part
 from rlxf.data.table import DataSettings, open_table, order_of
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Record = TypeVar("Record")  # what is taken from a row
 Item = TypeVar("Item")  # its token ids
-Batch = TypeVar("Batch")
+Collated = TypeVar("Collated")  # the items of a step, as the other rooms take them
 
 
-class DataSource(ABC, Generic[Record, Item, Batch]):
+class DataSource(ABC, Generic[Record, Item, Collated]):
     """``global_batch_size`` items per step: each row read when the data is opened, tokenized when it is asked for.
 
     ``part``: training rows are shuffled, epoch after epoch; validation and test rows come in file order.
@@ -48,13 +48,15 @@ class DataSource(ABC, Generic[Record, Item, Batch]):
         self._num_rows = order.num_rows
         self._try_one()
         strict = part == "train" and self._config.prompt_overflow == "error"
-        self._batches: Batches[Item] = Batches(self._table, order, self._batch_size, self._make_named, strict=strict)
+        self._batches: BatchStream[Item] = BatchStream(
+            self._table, order, self._batch_size, self._make_named, strict=strict
+        )
 
     def __len__(self) -> int:
         """Rows of the part."""
         return self._num_rows
 
-    def next_batch(self, step: int) -> Batch:
+    def next_batch(self, step: int) -> Collated:
         """The items of a step; the same for the same step, whatever was asked for before."""
         return self._collate(self._batches.batch(step))
 
@@ -81,13 +83,13 @@ class DataSource(ABC, Generic[Record, Item, Batch]):
         """Rows of the part that give an item. Tokenizes every row that no step has reached yet."""
         return self._batches.num_kept()
 
-    def eval_batches(self, limit: int | None = None) -> list[Batch]:
+    def eval_batches(self, limit: int | None = None) -> list[Collated]:
         """The first ``limit`` items in file order (None: all), by ``global_batch_size``; the last batch may be less."""
         items = self._items(limit)
         starts = range(0, len(items), self._batch_size)
         return [self._collate(items[start : start + self._batch_size]) for start in starts]
 
-    def first(self, limit: int) -> Batch:
+    def first(self, limit: int) -> Collated:
         """The first ``limit`` items in file order as one batch; all of them when there are fewer."""
         return self._collate(self._items(limit))
 
@@ -121,7 +123,7 @@ class DataSource(ABC, Generic[Record, Item, Batch]):
         """The token ids of a row, or why there are none."""
 
     @abstractmethod
-    def _collate(self, items: Sequence[Item]) -> Batch: ...
+    def _collate(self, items: Sequence[Item]) -> Collated: ...
 
     def _read(self, layout: Layout, row: Row) -> Record:
         record = self._take(layout, row)

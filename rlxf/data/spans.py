@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from rlxf.core.errors import DataError
-from rlxf.core.jsonl import MAX_LINE_BYTES, Check, Problems, Row, describe
+from rlxf.core.jsonl import MAX_LINE_BYTES, Check, Row, RowProblems, describe
 
 _BOM = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 2**18
@@ -29,7 +29,7 @@ class Span(NamedTuple):
 class _Spans:
     """Rows that each lie in one stretch of bytes."""
 
-    def __init__(self, path: Path, check: Check, problems: Problems) -> None:
+    def __init__(self, path: Path, check: Check, problems: RowProblems) -> None:
         self.path = path
         self.columns: tuple[str, ...] = ()
         self.bad: dict[int, str] = {}

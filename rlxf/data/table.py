@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from rlxf.config.roles import DataConfig
 from rlxf.core.errors import ConfigError, DataError
-from rlxf.core.jsonl import Problems, Row
+from rlxf.core.jsonl import Row, RowProblems
 from rlxf.data.fields import BadRow
 from rlxf.data.formats import Layout, Task, find_layout
 from rlxf.data.order import MixedOrder, Order, RowOrder, part_range
@@ -90,7 +90,7 @@ def open_table(settings: DataSettings, part: Part, task: Task, read: Read[R]) ->
     if not paths:
         key = "actor_rollout.data_path" if part == "train" else "neither eval.data_path nor actor_rollout.data_path"
         raise ConfigError(f"{key} is {'not ' if part == 'train' else ''}set; expected a data file, such as a .jsonl")
-    problems = Problems(config.max_bad_rows, "actor_rollout.max_bad_rows")
+    problems = RowProblems(config.max_bad_rows, "actor_rollout.max_bad_rows")
     shares = (0.0, 100.0, 0.0) if aside else config.split
     if not aside and part != "train" and not _sets_aside(paths, shares, part):
         log.warning(
@@ -138,7 +138,7 @@ class _Check(Generic[R]):
 
 
 def _open_source(
-    path: str, config: DataConfig, part: Part, shares: Sequence[float], task: Task, read: Read[R], problems: Problems
+    path: str, config: DataConfig, part: Part, shares: Sequence[float], task: Task, read: Read[R], problems: RowProblems
 ) -> Source:
     check = _Check(config, task, read)
     file = open_rows(path, check, problems, part)

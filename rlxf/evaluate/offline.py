@@ -8,12 +8,10 @@ from typing import Protocol
 
 from rlxf.algorithms import ALGORITHMS
 from rlxf.config.schema import TrainingConfig
-from rlxf.core.types import Examples, Metrics, Pairs, ReferencedPairs, RewardPairs
+from rlxf.core.types import Batch, Examples, Metrics, Pairs
 from rlxf.evaluate.due import is_due
 from rlxf.loop.run import Reference
 from rlxf.update.objective import MOMENTS
-
-Batch = Pairs | Examples  # RewardPairs are Pairs
 
 # Not means of a batch, so not means of all batches.
 _EXTREMES = {"min_reward": min, "max_reward": max}
@@ -24,7 +22,7 @@ _SHARES = ("accuracy", "rewards/accuracies")
 class Evaluates(Protocol):
     """A model that reports its metrics on a batch."""
 
-    def evaluate(self, batch: ReferencedPairs | RewardPairs | Examples) -> Metrics:
+    def evaluate(self, batch: Batch) -> Metrics:
         """Means over the batch's pairs (``Examples``: counted tokens), without gradient; among them ``moments``."""
         ...
 
@@ -40,7 +38,7 @@ class OfflineEvaluation:
     """
 
     def __init__(
-        self, config: TrainingConfig, batches: Sequence[Batch], actor: Evaluates, reference: Reference
+        self, config: TrainingConfig, batches: Sequence[Pairs | Examples], actor: Evaluates, reference: Reference
     ) -> None:
         self._training = config
         self._batches = batches
@@ -63,11 +61,11 @@ class OfflineEvaluation:
         kept = {name: value for name, value in metrics.items() if not name.startswith(MOMENTS)}
         return {f"eval/{name}": value for name, value in (kept | errors).items()}
 
-    def _measure(self, batch: Batch) -> Metrics:
+    def _measure(self, batch: Pairs | Examples) -> Metrics:
         return self._actor.evaluate(self._algorithm.batch(batch, self._reference))
 
 
-def _weight(batch: Batch) -> int:
+def _weight(batch: Pairs | Examples) -> int:
     return int(batch.counted.sum()) if isinstance(batch, Examples) else len(batch)
 
 

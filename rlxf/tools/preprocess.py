@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlxf.core.errors import ConfigError, DataError, StageTimeout, WorkerLost
-from rlxf.core.jsonl import Problems
+from rlxf.core.jsonl import RowProblems
 from rlxf.core.waiting import own_children
 from rlxf.core.words import nearest
 from rlxf.data.batches import DropReason
@@ -90,7 +90,7 @@ def preprocess(options: Options, say: Say) -> Summary:
     template = None if options.prompt_type is None else chat_template(options.prompt_type)
     tokenizer = load_tokenizer(options.tokenizer_name_or_path)
     encoder = make_encoder(options, columns, tokenizer, template, say)
-    problems = Problems(ANY_NUMBER, "--max-bad-rows")
+    problems = RowProblems(ANY_NUMBER, "--max-bad-rows")
     rows = open_input(
         options.input,
         problems,
@@ -120,7 +120,7 @@ def preprocess(options: Options, say: Say) -> Summary:
 class _Work:
     """The rows of the input, tokenized in order by this process or by others."""
 
-    def __init__(self, options: Options, rows: RowFile, encoder: Encoder, problems: Problems, say: Say) -> None:
+    def __init__(self, options: Options, rows: RowFile, encoder: Encoder, problems: RowProblems, say: Say) -> None:
         self._options, self._file, self._encoder, self._problems, self._say = options, rows, encoder, problems, say
         num_rows = min(len(rows), options.max_samples or len(rows))
         problems.allowed = num_rows // 100 if options.max_bad_rows is None else options.max_bad_rows

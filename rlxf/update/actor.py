@@ -43,7 +43,7 @@ class ActorSettings:
     bucket_bytes: int  # largest message of a weight sync
 
 
-class Actor:
+class MegatronActor:
     """One rank of the trained model. Every rank of the role is called with the same arguments.
 
     Args:

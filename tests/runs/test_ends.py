@@ -18,7 +18,7 @@ from tests.runs.killed import Call, Ended, Moment, Poison, Raise, assert_same_ru
 from tests.runs.small import Finished, Recipe, World
 
 STEPS = 6
-ENGINE, ACTOR, SYNC = "rlxf.rollout.hf:HfEngine", "rlxf.update.actor:Actor", "rlxf.sync.push:WeightSync"
+ENGINE, ACTOR, SYNC = "rlxf.rollout.hf:HfEngine", "rlxf.update.actor:MegatronActor", "rlxf.sync.push:WeightSync"
 OPTIMIZER = "rlxf.models.megatron.optimizer:TrainableModel"
 OS_ERROR = "builtins:OSError"
 

@@ -75,7 +75,7 @@ def test_killed_around_optimizer_steps(recipe: Recipe, undisturbed: Finished, tm
         Call(f"{OPTIMIZER}:TrainableModel.step", 1, after=True),  # between the two of a step
         Call(f"{OPTIMIZER}:TrainableModel.accumulate", 2, after=True),  # gradients are there
         Call("torch:_fused_adamw_", 2, after=True),  # inside the second one
-        Call(f"{ACTOR}:Actor.update", 2, after=True),  # after it, before the sync
+        Call(f"{ACTOR}:MegatronActor.update", 2, after=True),  # after it, before the sync
         Call("rlxf.rollout.hf:HfEngine.load_bucket", 2),  # in the middle of a sync
     )
 
@@ -131,7 +131,7 @@ def test_adapters_and_their_dropout_go_on_too(recipe: Recipe, tmp_path: Path) ->
     lora = {**recipe, "actor_rollout": adapters}
     ended = run_in_child(lora, tmp_path / "whole")
     assert ended.code == 0, ended.output
-    moments = Call(f"{OPTIMIZER}:TrainableModel.step", 6), Call(f"{ACTOR}:Actor.update", 2, after=True)
+    moments = Call(f"{OPTIMIZER}:TrainableModel.step", 6), Call(f"{ACTOR}:MegatronActor.update", 2, after=True)
     assert_survives(lora, tmp_path / "run", Finished(tmp_path / "whole"), *moments)
 
 
@@ -172,7 +172,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     recipe: Recipe, undisturbed: Finished, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    assert run_in_child(recipe, run_dir, Call(f"{ACTOR}:Actor.update", 5)).code == -signal.SIGKILL
+    assert run_in_child(recipe, run_dir, Call(f"{ACTOR}:MegatronActor.update", 5)).code == -signal.SIGKILL
     two, four = list_checkpoints(run_dir / "checkpoints")
     flip_one_bit(four / "__0_1.distcp")
     ended = run_in_child(recipe, run_dir)
@@ -185,7 +185,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
 
 def test_when_none_is_whole_the_run_does_not_begin_again(recipe: Recipe, undisturbed: Finished, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    assert run_in_child(recipe, run_dir, Call(f"{ACTOR}:Actor.update", 5)).code == -signal.SIGKILL
+    assert run_in_child(recipe, run_dir, Call(f"{ACTOR}:MegatronActor.update", 5)).code == -signal.SIGKILL
     for folder in list_checkpoints(run_dir / "checkpoints"):
         (folder / ".metadata").unlink()
     before = (run_dir / "metrics.jsonl").read_bytes()

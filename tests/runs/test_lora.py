@@ -39,7 +39,7 @@ def test_a_killed_run_goes_on_bit_for_bit_with_dropout(world: World, tmp_path: P
     recipe["training"] |= {"train_iters": 4, "save_interval": 2}
     recipe["log"] |= {"rollouts": True, "samples_interval": 2}
     assert run_in_child(recipe, tmp_path / "whole").code == 0
-    update = Call("rlxf.update.actor:Actor.update", 4)
+    update = Call("rlxf.update.actor:MegatronActor.update", 4)
     assert run_in_child(recipe, tmp_path / "killed", update).code == -signal.SIGKILL
     assert run_in_child(recipe, tmp_path / "killed").code == 0
     assert_same_run(tmp_path / "killed", Finished(tmp_path / "whole"))

@@ -23,7 +23,7 @@ from tests.runs.killed import Call, assert_same_run, run_in_child, undisturbed_r
 from tests.runs.small import Finished, Recipe, World, command, environment, replay_of, run
 
 STEPS = 6  # two epochs of three steps
-UPDATE = "rlxf.update.actor:Actor.update"
+UPDATE = "rlxf.update.actor:MegatronActor.update"
 
 
 def recipe_of(world: World, **training: object) -> Recipe:

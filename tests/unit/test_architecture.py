@@ -372,7 +372,7 @@ GOOD: list[tuple[Rule, str, str]] = [
     (arrows, "rlxf/rollout/hf.py", "from rlxf.rollout.engine import Sampling\nfrom .engine import Sampling"),
     (arrows, "rlxf/driver.py", "from rlxf.algorithms import ALGORITHMS\nimport rlxf.loop.run"),
     (arrows, "rlxf/algorithms/online_dpo.py", "from rlxf.pair import PAIRINGS\nimport rlxf.score.penalty"),
-    (arrows, "workers/actor.py", "from rlxf.update.actor import Actor"),
+    (arrows, "workers/actor.py", "from rlxf.update.actor import MegatronActor"),
     (whole_recipe, "rlxf/assembly/roles.py", "from rlxf.config.schema import RunConfig"),
     (whole_recipe, "workers/worker.py", "from rlxf.config.schema import RunConfig"),
     (whole_recipe, "rlxf/update/actor.py", "from rlxf.config.roles import LossConfig, OptimizerConfig"),

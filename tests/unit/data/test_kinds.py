@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlxf.core.errors import DataError
-from rlxf.core.jsonl import Problems, Row
+from rlxf.core.jsonl import Row, RowProblems
 from rlxf.data.readers import open_rows
 from rlxf.data.spans import CsvRows, JsonList
 from tests.data_world import write_rows
@@ -110,7 +110,7 @@ def test_a_wrong_row_keeps_its_number_and_stops_the_run_unless_it_is_allowed(
     path = write(tmp_path)
     with pytest.raises(DataError, match="it is a three"):
         open_rows(path, no_threes)
-    file = open_rows(path, no_threes, Problems(allowed=1))
+    file = open_rows(path, no_threes, RowProblems(allowed=1))
     assert file.bad == {3: "it is a three"}
     assert (len(file), file[4]["n"], file[22]["n"]) == (23, 4, 22)
 
@@ -160,7 +160,7 @@ def test_any_list_of_objects_is_read_whatever_the_chunks(
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=plain), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlxf.data.spans._CHUNK_BYTES", chunk)
-        file = JsonList(path, anything, Problems())
+        file = JsonList(path, anything, RowProblems())
     assert [file[i] for i in range(len(file))] == rows
 
 
@@ -177,14 +177,14 @@ def test_any_csv_that_the_standard_library_writes_is_read(
     csv.writer(text, lineterminator=end, quoting=csv.QUOTE_ALL).writerows([("prompt", "n"), *records, ("last", "1")])
     path = tmp_path_factory.getbasetemp() / "any.csv"
     path.write_bytes(text.getvalue().encode("utf-8-sig" if bom else "utf-8"))
-    file = CsvRows(path, anything, Problems())
+    file = CsvRows(path, anything, RowProblems())
     assert [tuple(file[i].values()) for i in range(len(file))] == [*records, ("last", "1")]
     assert file.columns == ("prompt", "n")
 
 
 def test_a_csv_record_is_named_by_the_line_where_it_starts(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('prompt,n\n"two\nlines",1\n\nx,2\n"y\nz",3\n')
-    file = CsvRows(tmp_path / "a.csv", anything, Problems())
+    file = CsvRows(tmp_path / "a.csv", anything, RowProblems())
     assert [file.where(i).split(":")[-1] for i in range(3)] == ["2", "5", "6"]
 
 
@@ -220,14 +220,14 @@ def test_a_damaged_file_is_named_with_line_and_reason(name: str, content: bytes,
 
 def test_good_records_behind_a_wrong_one_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('prompt,n\n"x"y,1\ncaf,2\n1,2,3\nlast,4\n')
-    file = open_rows(tmp_path / "a.csv", anything, Problems(allowed=2))
+    file = open_rows(tmp_path / "a.csv", anything, RowProblems(allowed=2))
     assert sorted(file.bad) == [0, 2]
     assert [file[i]["prompt"] for i in (1, 3)] == ["caf", "last"]
 
 
 def test_rows_behind_bytes_that_are_no_text_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'[{"n": "caf\xe9\xff"}, {"n": "\xc3\xa9"}, {"n": 3}]')
-    file = open_rows(tmp_path / "a.json", anything, Problems(allowed=1))
+    file = open_rows(tmp_path / "a.json", anything, RowProblems(allowed=1))
     assert sorted(file.bad) == [0]
     assert [file[i]["n"] for i in (1, 2)] == ["é", 3]
 

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from rlxf.assembly.data import eval_prompts, open_prompts
 from rlxf.core.errors import DataError, ModelError
-from rlxf.data.prompts import PromptSource
+from rlxf.data.prompts import PromptFile
 from tests.data_world import chat_tokenizer, recipe, write_rows
 from tests.tiny_models import BOS, EOS, byte_tokenizer
 
@@ -20,7 +20,7 @@ TOKENIZER = chat_tokenizer()
 TWO_PROMPTS = {"stage": "ray_online_dpo", "global_batch_size": 2}
 
 
-def source(path: Path, *, batch: int = 4, seed: int = 1, **actor: Any) -> PromptSource:
+def source(path: Path, *, batch: int = 4, seed: int = 1, **actor: Any) -> PromptFile:
     config = recipe(
         training={"stage": "ray_online_dpo", "global_batch_size": batch, "seed": seed},
         actor_rollout={"model": "tiny", "max_prompt_length": 64, "data_path": str(path), **actor},
@@ -28,7 +28,7 @@ def source(path: Path, *, batch: int = 4, seed: int = 1, **actor: Any) -> Prompt
     return open_prompts(config, TOKENIZER)
 
 
-def ids(prompts: PromptSource, *steps: int) -> list[int]:
+def ids(prompts: PromptFile, *steps: int) -> list[int]:
     return [i for step in steps for i in prompts.next_batch(step).row_ids.tolist()]
 
 

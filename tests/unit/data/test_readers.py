@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlxf.core.errors import DataError
-from rlxf.core.jsonl import MAX_LINE_BYTES, JsonLines, Problems, Row
+from rlxf.core.jsonl import MAX_LINE_BYTES, JsonLines, Row, RowProblems
 from rlxf.data.arrow import ParquetRows
 from rlxf.data.readers import open_rows
 from tests.data_world import write_rows
@@ -99,7 +99,7 @@ def test_parquet_keeps_a_bounded_number_of_row_groups(tmp_path: Path, monkeypatc
     monkeypatch.setattr("rlxf.data.arrow.CACHE_BYTES", 300)
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"n": list(range(160))}), path, row_group_size=16)  # 128 bytes a group
-    file = ParquetRows(path, anything, Problems())
+    file = ParquetRows(path, anything, RowProblems())
     assert [file[i]["n"] for i in range(160)] == list(range(160))
     assert len(file._cache) == 2
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rlxf.assembly.data import eval_prompts, open_preferences, open_prompts
 from rlxf.config.load import load_config
 from rlxf.core.errors import ConfigError, DataError
-from rlxf.data.prompts import PromptSource
+from rlxf.data.prompts import PromptFile
 from rlxf.data.readers import Part
 from tests.data_world import chat_tokenizer, recipe, write_rows
 
@@ -23,7 +23,7 @@ TOKENIZER = chat_tokenizer()
 
 def source(
     paths: list[Path], *, part: Part = "train", batch: int = 4, eval: dict[str, Any] | None = None, **actor: Any
-) -> PromptSource:
+) -> PromptFile:
     config = recipe(
         training={"stage": "ray_online_dpo", "global_batch_size": batch},
         actor_rollout={"model": "tiny", "max_prompt_length": 64, "data_path": [str(path) for path in paths], **actor},
@@ -32,7 +32,7 @@ def source(
     return open_prompts(config, TOKENIZER, part)
 
 
-def texts(prompts: PromptSource, steps: int) -> list[Any]:
+def texts(prompts: PromptFile, steps: int) -> list[Any]:
     return [text for step in range(steps) for text in prompts.next_batch(step).texts]
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from rlxf.assembly.data import open_prompts
 from rlxf.core.errors import DataError
-from rlxf.data.batches import MALFORMED, Batches, DropReason
+from rlxf.data.batches import MALFORMED, BatchStream, DropReason
 from rlxf.data.order import MixedOrder, Order, RowOrder
-from rlxf.data.prompts import PromptSource
+from rlxf.data.prompts import PromptFile
 from tests.data_world import chat_tokenizer, recipe, write_rows
 
 TOKENIZER = chat_tokenizer()
@@ -51,7 +51,7 @@ class Looks:
         return DropReason(self._reasons[row]) if row in self._reasons else row
 
 
-Worlds = tuple[Callable[[], tuple[Batches[int], Looks]], int]
+Worlds = tuple[Callable[[], tuple[BatchStream[int], Looks]], int]
 
 
 @st.composite
@@ -70,7 +70,7 @@ def worlds(draw: st.DrawFn) -> Worlds:
     seed, shuffle, mixed = draw(st.integers(0, 9)), draw(st.booleans()), draw(st.booleans())
     size = draw(st.integers(1, 5))
 
-    def make() -> tuple[Batches[int], Looks]:
+    def make() -> tuple[BatchStream[int], Looks]:
         order: Order = (
             MixedOrder(ranges, [1.0 + i for i in range(len(ranges))], seed=seed, shuffle=shuffle)
             if mixed
@@ -78,12 +78,12 @@ def worlds(draw: st.DrawFn) -> Worlds:
         )
         rows = Numbers(total, bad)
         looks = Looks(rows, reasons)
-        return Batches(rows, order, size, looks, strict=False), looks
+        return BatchStream(rows, order, size, looks, strict=False), looks
 
     return make, size
 
 
-def told(batches: Batches[int], step: int) -> tuple[list[int], float, dict[str, int], list[str]]:
+def told(batches: BatchStream[int], step: int) -> tuple[list[int], float, dict[str, int], list[str]]:
     """All that a run sees of a step."""
     return batches.batch(step), batches.epoch(step), dict(batches.dropped), batches.summary()
 
@@ -124,9 +124,9 @@ def test_where_all_rows_were_counted_at_the_start_nothing_is_counted_twice(world
 
 
 def test_another_order_is_noticed_and_nothing_is_taken_over() -> None:
-    def make(seed: int) -> Batches[int]:
+    def make(seed: int) -> BatchStream[int]:
         rows = Numbers(40, set())
-        return Batches(rows, RowOrder([range(40)], (seed,)), 4, Looks(rows, {}), strict=False)
+        return BatchStream(rows, RowOrder([range(40)], (seed,)), 4, Looks(rows, {}), strict=False)
 
     saved, other = make(1), make(2)
     rows = [saved.rows(number) for number in range(3)][-1]
@@ -134,7 +134,7 @@ def test_another_order_is_noticed_and_nothing_is_taken_over() -> None:
     assert [other.rows(number) for number in range(5)] == [make(2).rows(number) for number in range(5)]
 
 
-def source(path: Path, **actor: Any) -> PromptSource:
+def source(path: Path, **actor: Any) -> PromptFile:
     config = recipe(
         training={"global_batch_size": 2},
         actor_rollout={"data_path": str(path), "no_shuffle": True, **actor},
@@ -170,7 +170,7 @@ def test_a_resume_tokenizes_no_row_before_its_step(tmp_path: Path, monkeypatch: 
     stream = saved.stream(30)
     resumed = source(path)
     made: list[int] = []
-    make = PromptSource._make
-    monkeypatch.setattr(PromptSource, "_make", lambda self, row, record: made.append(row) or make(self, row, record))
+    make = PromptFile._make
+    monkeypatch.setattr(PromptFile, "_make", lambda self, row, record: made.append(row) or make(self, row, record))
     assert resumed.go_on(30, expected[29], stream)
     assert resumed.next_batch(30).row_ids.tolist() == expected[30] == made

@@ -17,7 +17,7 @@ from rlxf.core.errors import CheckpointError
 from rlxf.core.types import Metrics
 from rlxf.models.megatron import checkpoint as checkpoint_module
 from rlxf.platform import Process, get_platform
-from rlxf.update.actor import Actor
+from rlxf.update.actor import MegatronActor
 from tests.ranks import on_ranks
 from tests.settings import random_pairs, referenced, run_config
 from tests.tiny_models import save_causal_lm
@@ -31,16 +31,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_causal_lm(tmp_path_factory.mktemp("actor") / "model", "llama", tied=True, vocab_size=260)
 
 
-def actor(folder: Path, process: Process | None = None, **settings: Any) -> Actor:
+def actor(folder: Path, process: Process | None = None, **settings: Any) -> MegatronActor:
     config = run_config(folder, **{"ppo_mini_batch_size": NUM_PAIRS, "weight_decay": 0.1, **settings})
     return build_actor(config, get_platform("cpu"), process or Process())
 
 
-def update(of: Actor, *steps: int) -> list[Metrics]:
+def update(of: MegatronActor, *steps: int) -> list[Metrics]:
     return [of.update(referenced(random_pairs(NUM_PAIRS, seed=step), step), step) for step in steps]
 
 
-def weights(of: Actor) -> dict[str, torch.Tensor]:
+def weights(of: MegatronActor) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in of.model.export([name for name, _ in of.model.exported_shapes()])}
 
 

@@ -24,7 +24,7 @@ from rlxf.core.errors import CheckpointError, ModelError, RlxfError
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.megatron.dist_folder import open_weights
 from rlxf.platform import Process, get_platform
-from rlxf.update.actor import Actor
+from rlxf.update.actor import MegatronActor
 from tests.stored import StoredRun, unpack
 from tests.unit.tools.convert.helpers import back
 
@@ -56,13 +56,13 @@ def recipe(stored: StoredRun) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def actor(tmp_path_factory: pytest.TempPathFactory) -> Actor:
+def actor(tmp_path_factory: pytest.TempPathFactory) -> MegatronActor:
     """Only its shape matters."""
     config = recipe(unpack(tmp_path_factory.mktemp("actor") / "stored"))
     return build_actor(config, get_platform("cpu", cpu_linear="mkl"), Process())
 
 
-def resume(stored: StoredRun, actor: Actor) -> None:
+def resume(stored: StoredRun, actor: MegatronActor) -> None:
     found = find_resume(recipe(stored), stored.folder / "run")
     assert found is not None
     actor.load_checkpoint(found.folder)
@@ -102,7 +102,7 @@ def test_the_canary_of_these_tests_sings(canary: Path) -> None:
     assert canary.exists()
 
 
-def test_an_untouched_checkpoint_is_loaded(stored: StoredRun, actor: Actor) -> None:
+def test_an_untouched_checkpoint_is_loaded(stored: StoredRun, actor: MegatronActor) -> None:
     fit_manifest(stored.checkpoint)
     resume(stored, actor)
 
@@ -110,7 +110,7 @@ def test_an_untouched_checkpoint_is_loaded(stored: StoredRun, actor: Actor) -> N
 @pytest.mark.parametrize("form", [pickle.dumps, zipped], ids=["pickle", "torch.save"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_harmful_pickle_in_place_of_a_file_is_refused_by_name(
-    stored: StoredRun, actor: Actor, canary: Path, name: str, form: Callable[[Any], bytes]
+    stored: StoredRun, actor: MegatronActor, canary: Path, name: str, form: Callable[[Any], bytes]
 ) -> None:
     (stored.checkpoint / name).write_bytes(form(Harm(canary)))
     fit_manifest(stored.checkpoint)
@@ -119,7 +119,7 @@ def test_a_harmful_pickle_in_place_of_a_file_is_refused_by_name(
     assert not canary.exists()
 
 
-def test_a_harmful_manifest_is_refused_by_name(stored: StoredRun, actor: Actor, canary: Path) -> None:
+def test_a_harmful_manifest_is_refused_by_name(stored: StoredRun, actor: MegatronActor, canary: Path) -> None:
     (stored.checkpoint / "manifest.json").write_bytes(pickle.dumps(Harm(canary)))
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         resume(stored, actor)
@@ -127,7 +127,7 @@ def test_a_harmful_manifest_is_refused_by_name(stored: StoredRun, actor: Actor, 
 
 
 @pytest.mark.parametrize("field", ["planner_data", "storage_meta", "state_dict_metadata"])
-def test_harm_inside_an_index_is_refused(stored: StoredRun, actor: Actor, canary: Path, field: str) -> None:
+def test_harm_inside_an_index_is_refused(stored: StoredRun, actor: MegatronActor, canary: Path, field: str) -> None:
     metadata = index_of(stored.checkpoint)
     setattr(metadata, field, {"x": Harm(canary)})
     (stored.checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -137,7 +137,7 @@ def test_harm_inside_an_index_is_refused(stored: StoredRun, actor: Actor, canary
     assert not canary.exists()
 
 
-def test_harm_among_the_common_values_is_refused(stored: StoredRun, actor: Actor, canary: Path) -> None:
+def test_harm_among_the_common_values_is_refused(stored: StoredRun, actor: MegatronActor, canary: Path) -> None:
     path = stored.checkpoint / "common.pt"
     torch.save({**torch.load(path, weights_only=True), "more": [Harm(canary)]}, path)
     fit_manifest(stored.checkpoint)
@@ -156,7 +156,7 @@ def entries(checkpoint: Path) -> list[str]:
 @pytest.mark.parametrize("form", [pickle.dumps, zipped], ids=["pickle", "torch.save"])
 @pytest.mark.parametrize("number", range(4))
 def test_harm_in_an_entry_of_a_file_is_refused_by_name(
-    stored: StoredRun, actor: Actor, canary: Path, number: int, form: Callable[[Any], bytes]
+    stored: StoredRun, actor: MegatronActor, canary: Path, number: int, form: Callable[[Any], bytes]
 ) -> None:
     """The rest of the file is whole, and the index fits it."""
     name = entries(stored.checkpoint)[number]
@@ -167,7 +167,7 @@ def test_harm_in_an_entry_of_a_file_is_refused_by_name(
     assert not canary.exists()
 
 
-def test_a_second_index_for_this_rank_is_not_read(stored: StoredRun, actor: Actor, canary: Path) -> None:
+def test_a_second_index_for_this_rank_is_not_read(stored: StoredRun, actor: MegatronActor, canary: Path) -> None:
     """torch falls back to it where the first cannot be read; this first one is a valid object with a wrong field."""
     metadata = index_of(stored.checkpoint)
     metadata.storage_meta = "neither None nor an object"
@@ -180,7 +180,7 @@ def test_a_second_index_for_this_rank_is_not_read(stored: StoredRun, actor: Acto
 
 
 @pytest.mark.parametrize("place", ["../outside.distcp", "/outside.distcp"])
-def test_an_index_leads_to_no_file_outside(stored: StoredRun, actor: Actor, place: str) -> None:
+def test_an_index_leads_to_no_file_outside(stored: StoredRun, actor: MegatronActor, place: str) -> None:
     metadata = index_of(stored.checkpoint)
     shutil.copy(stored.checkpoint / "__0_0.distcp", stored.checkpoint.parent / "outside.distcp")
     for index, found in metadata.storage_data.items():
@@ -192,7 +192,7 @@ def test_an_index_leads_to_no_file_outside(stored: StoredRun, actor: Actor, plac
         resume(stored, actor)
 
 
-def test_another_format_is_refused_by_name(stored: StoredRun, actor: Actor) -> None:
+def test_another_format_is_refused_by_name(stored: StoredRun, actor: MegatronActor) -> None:
     """Megatron would import the reader of the format that the file names."""
     path = stored.checkpoint / "metadata.json"
     path.write_text(path.read_text().replace("torch_dist", "zarr"))

@@ -18,7 +18,7 @@ from rlxf.core.errors import TrainingError
 from rlxf.core.types import Metrics, OnlinePairs, Pairs, PairValues, ReferencedPairs, Sequences
 from rlxf.models.hf_folder import HfWeights
 from rlxf.platform import Process, get_platform
-from rlxf.update.actor import Actor
+from rlxf.update.actor import MegatronActor
 from tests.settings import random_pairs, referenced, run_config
 from tests.tiny_models import save_causal_lm
 
@@ -28,11 +28,11 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_causal_lm(tmp_path_factory.mktemp("actor") / "model", tied=request.param)
 
 
-def actor(folder: Path, **settings: Any) -> Actor:
+def actor(folder: Path, **settings: Any) -> MegatronActor:
     return build_actor(run_config(folder, **settings), get_platform("cpu"), Process())
 
 
-def weights(of: Actor) -> dict[str, Tensor]:
+def weights(of: MegatronActor) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in of.model.export([name for name, _ in of.model.exported_shapes()])}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlxf.assembly.roles import build_actor
 from rlxf.core.errors import TrainingError
 from rlxf.platform import Process, get_platform
-from rlxf.update.actor import Actor
+from rlxf.update.actor import MegatronActor
 from tests.settings import random_pairs, referenced, run_config
 from tests.tiny_models import save_causal_lm
 
@@ -23,11 +23,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_causal_lm(tmp_path_factory.mktemp("fp16") / "model")
 
 
-def actor(folder: Path, **settings: Any) -> Actor:
+def actor(folder: Path, **settings: Any) -> MegatronActor:
     return build_actor(run_config(folder, ppo_mini_batch_size=4, **settings), get_platform("cpu"), Process())
 
 
-def weights(of: Actor) -> dict[str, Tensor]:
+def weights(of: MegatronActor) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in of.model.export([name for name, _ in of.model.exported_shapes()])}
 
 

@@ -22,7 +22,7 @@ from rlxf.platform import Process, get_platform
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.rollout import HfEngine
 from rlxf.sync.push import LocalSink, WeightSync
-from rlxf.update.actor import Actor
+from rlxf.update.actor import MegatronActor
 from tests.settings import random_pairs, random_rows, referenced, run_config
 from tests.tiny_models import save_causal_lm
 
@@ -35,15 +35,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_causal_lm(tmp_path_factory.mktemp("actor") / "model", tied=True)
 
 
-def actor(folder: Path, **settings: Any) -> Actor:
+def actor(folder: Path, **settings: Any) -> MegatronActor:
     return build_actor(run_config(folder, **(SETTINGS | settings)), PLATFORM, Process())
 
 
-def weights(of: Actor) -> dict[str, Tensor]:
+def weights(of: MegatronActor) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in of.model.export([name for name, _ in of.model.exported_shapes()])}
 
 
-def train(of: Actor, steps: range = range(3)) -> list[Metrics]:
+def train(of: MegatronActor, steps: range = range(3)) -> list[Metrics]:
     reference = AdapterOffReference(of)
     batches = ((step, random_pairs(6, seed=step % 2)) for step in steps)
     return [of.update(ReferencedPairs(pairs=pairs, reference=reference.logps(pairs)), step) for step, pairs in batches]
@@ -139,7 +139,7 @@ def test_a_saved_policy_is_merged_and_holds_the_adapter(folder: Path, tmp_path: 
 # Weight sync
 
 
-def sync_of(trained: Actor, folder: Path) -> tuple[WeightSync, HfEngine]:
+def sync_of(trained: MegatronActor, folder: Path) -> tuple[WeightSync, HfEngine]:
     config = run_config(folder, **SETTINGS)
     engine = HfEngine(engine_settings(config), PLATFORM)
     prompts = Tokens.from_rows(random_rows(4, 5, 20, torch.Generator().manual_seed(3)))

@@ -16,7 +16,7 @@ from rlxf.assembly.roles import build_actor
 from rlxf.core.types import Metrics, ReferencedPairs
 from rlxf.platform import Process, get_platform
 from rlxf.reference.none import NoReference
-from rlxf.update.actor import Actor
+from rlxf.update.actor import MegatronActor
 from rlxf.update.losses import LOSSES
 from tests.actors import assert_equal_steps, hf_sums, one_step, weights
 from tests.settings import random_pairs, referenced, run_config, without_moments
@@ -121,7 +121,7 @@ def test_a_loss_of_the_whole_batch_is_one_of_the_mini_batch(folder: Path, name: 
     assert both == pytest.approx(sum(halves) / 2, rel=1e-5)
 
 
-def free_actor(folder: Path, **settings: Any) -> Actor:
+def free_actor(folder: Path, **settings: Any) -> MegatronActor:
     config = run_config(folder, stage="dpo", **settings)
     assert not config.needs_reference
     return build_actor(config, get_platform("cpu"), Process())

@@ -19,7 +19,7 @@ from rlxf.core.types import Metrics, RewardPairs, Sequences
 from rlxf.models.backend import sequence_scores
 from rlxf.models.hf_folder import HfWeights
 from rlxf.platform import Process, get_platform
-from rlxf.update.actor import Actor
+from rlxf.update.actor import MegatronActor
 from rlxf.update.reward import bradley_terry_loss
 from tests import actors
 from tests.actors import assert_equal_steps, weights
@@ -39,11 +39,11 @@ def language_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     return save_causal_lm(tmp_path_factory.mktemp("words") / "model", tied=request.param)
 
 
-def actor(folder: Path, **settings: Any) -> Actor:
+def actor(folder: Path, **settings: Any) -> MegatronActor:
     return actors.actor(folder, "rm", **{"center_rewards_coefficient": CENTERING, "ppo_mini_batch_size": 6} | settings)
 
 
-def scores_of(of: Actor, sequences: Sequences) -> Tensor:
+def scores_of(of: MegatronActor, sequences: Sequences) -> Tensor:
     return sequence_scores(of.model, sequences, of._limits)
 
 
@@ -196,7 +196,7 @@ def test_training_goes_on_bit_for_bit_from_a_checkpoint(language_model: Path, tm
 # LoRA
 
 
-def lora_actor(folder: Path, **settings: Any) -> Actor:
+def lora_actor(folder: Path, **settings: Any) -> MegatronActor:
     return actor(folder, **({"lora_r": 4, "lora_alpha": 8.0, "lr": 1e-2} | settings))
 
 

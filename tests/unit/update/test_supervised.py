@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlxf.core.types import Examples, Metrics, Sequences
 from rlxf.models.hf_folder import HfWeights
-from rlxf.update.actor import Actor
+from rlxf.update.actor import MegatronActor
 from tests import actors
 from tests.actors import assert_equal_steps, hf_token_logps, weights
 from tests.settings import random_examples, random_rows, without_moments
@@ -24,7 +24,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_causal_lm(tmp_path_factory.mktemp("sft") / "model", tied=request.param)
 
 
-def actor(folder: Path, **settings: Any) -> Actor:
+def actor(folder: Path, **settings: Any) -> MegatronActor:
     return actors.actor(folder, "sft", **{"ppo_mini_batch_size": 6} | settings)
 
 
