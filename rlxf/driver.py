@@ -4,71 +4,101 @@ from __future__ import annotations
 
 from rlxf.algorithms import ALGORITHMS, Algorithm
 from rlxf.core.errors import TrainingError
-from rlxf.core.types import Examples, Metrics, Pairs
+from rlxf.core.types import Metrics
+from rlxf.loop.collected import Collected
 from rlxf.loop.rescue import save_last_step
-from rlxf.loop.run import AFTER_UPDATE, WITHOUT_UPDATE, Run
-from rlxf.loop.settle import save, settle
+from rlxf.loop.run import AFTER_UPDATE, WITHOUT_UPDATE, Run, Schedule
+from rlxf.loop.settle import evaluate, save, settle
 from rlxf.observe.formulas import num_tokens, version_lag
+from rlxf.schedule import Lookahead
 
 
 def train(run: Run) -> None:
     """prompts -> rollout -> score -> pair -> reference -> update -> sync, once per step.
 
-    Whatever ends it early, the last complete step is saved if the actor still holds it.
+    With ``rollout.lookahead = k`` the engines sample step ``s + k`` while step ``s`` is trained on (``rlxf/schedule``).
+    Whatever ends the run early, the last complete step is saved if the actor still holds it.
     """
     state, algorithm = run.state, ALGORITHMS[run.config.training.stage]
+    schedule = look_ahead(run, algorithm)
     try:
-        begin(run)
+        begin(run, schedule)
         while state.step < run.config.training.train_iters:
             run.clock.start(state.step)
-            with run.stop.interruptible():
-                data, metrics = algorithm.collect(run, state.step)  # prompts to pairs; offline, from a file
-            if len(data):
-                learn(run, algorithm, data, metrics)
+            run.stop.check()
+            collected = schedule.take(state.step)  # prompts to pairs with their reference; offline, from a file
+            algorithm.record(run, collected)
+            if collected.batch is not None:
+                learn(run, schedule, collected)
             else:
-                skip(run, metrics)
-            settle(run)
-        save(run, wait=True)
+                skip(run, collected)
+            schedule.sampled()
+            settle(run, schedule)
+        save(run, schedule, wait=True)
         run.report.finished(run.folder.save_policy())
     except Exception as error:
         save_last_step(run, error)
         raise
 
 
-def begin(run: Run) -> None:
+def look_ahead(run: Run, algorithm: Algorithm) -> Schedule:
+    """The run's schedule, with the steps that a resumed run has collected already."""
+
+    def make(step: int, boundary: int) -> Collected:
+        return Collected(step=step, sampled_at=boundary, version=run.state.policy_version)
+
+    ahead, num_steps = run.config.rollout.lookahead, run.config.training.train_iters
+    return Lookahead(algorithm.stages(run), run.lanes, make, num_ahead=ahead, num_steps=num_steps, steps=run.steps)
+
+
+def begin(run: Run, schedule: Schedule) -> None:
     """The actor's weights in every engine, what a resumed run's last step still owes, and the first evaluation."""
     state = run.state
     with run.stop.interruptible():
+        sample_again(run, schedule)
         pushed = run.sync.push(state.policy_version)
     if "push" in state.owed:
         state.metrics |= pushed.metrics()
         state.settled("push")
     if state.owed:
         run.clock.start(state.step - 1)
-        settle(run)
+        settle(run, schedule)
     with run.stop.interruptible():
-        run.report.evaluated(state.step, {} if state.step else run.evaluate(0))
-    state.count_failures()
+        run.report.evaluated(state.step, {} if state.step else evaluate(run))
 
 
-def learn(run: Run, algorithm: Algorithm, data: Pairs | Examples, metrics: Metrics) -> None:
+def sample_again(run: Run, schedule: Schedule) -> None:
+    """What was being sampled when the resumed run ended, although newer weights were trained: by the same weights."""
+    cut = schedule.unsampled()
+    if cut:
+        assert run.resumed is not None  # nothing else leaves such steps
+        run.sync.push_saved(run.resumed, cut[0].version)
+        schedule.sampled()
+
+
+def learn(run: Run, schedule: Schedule, collected: Collected) -> None:
     """One update on the step's data: all its mini-batches and passes. Then the step is complete."""
-    state = run.state
-    with run.stop.interruptible():
-        batch = algorithm.batch(data, run.timed_reference)
-    metrics |= version_lag(data, state.policy_version)
+    state, data, batch = run.state, collected.data, collected.batch
+    assert data is not None
+    assert batch is not None
+
+    def update() -> Metrics:
+        with run.clock("update_actor"):
+            return run.actor.update(batch, collected.step)
+
+    run.stop.check()
     state.updating = True
-    with run.clock("update_actor"):
-        metrics |= run.actor.update(batch, state.step)
+    metrics = collected.metrics | version_lag(data, state.policy_version)
+    metrics |= schedule.beside("train", update)
     state.updating = False
     state.policy_version += 1
     state.empty_steps = 0
     state.num_tokens += num_tokens(data) * run.config.actor_rollout.ppo_epochs
-    state.count_failures()
-    state.step, state.metrics, state.owed = state.step + 1, metrics, AFTER_UPDATE
+    state.complete(collected.failed, metrics, AFTER_UPDATE)
+    run.clock.add(collected.seconds)
 
 
-def skip(run: Run, metrics: Metrics) -> None:
+def skip(run: Run, collected: Collected) -> None:
     """A step without a single pair: no optimizer step; too many in a row end the run before they are counted."""
     state, limit = run.state, run.config.algorithm.max_empty_steps
     if state.empty_steps + 1 >= limit:
@@ -78,5 +108,5 @@ def skip(run: Run, metrics: Metrics) -> None:
             f"raise algorithm.max_empty_steps = {limit}"
         )
     state.empty_steps += 1
-    state.count_failures()
-    state.step, state.metrics, state.owed = state.step + 1, metrics, WITHOUT_UPDATE
+    state.complete(collected.failed, collected.metrics, WITHOUT_UPDATE)
+    run.clock.add(collected.seconds)

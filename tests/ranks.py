@@ -78,8 +78,8 @@ class Ranks:
         plan: tuple[Bucket, ...] = self._call("sync_plan")[0]
         return plan
 
-    def open_sender(self, transport: Transport) -> Address:
-        return self._call("open_sender", transport)[0]
+    def open_sender(self, transport: Transport, keeps: bool = False) -> Address:
+        return self._call("open_sender", transport, keeps)[0]
 
     def send_bucket(self, index: int) -> Message:
         return self._call("send_bucket", index)[0]
@@ -113,8 +113,8 @@ class Rank:
         self._actor = build_actor(recipe(folder, **settings), self._platform, place)
         self._rank = place.rank
 
-    def open_sender(self, transport: Transport) -> Address:
-        self._sender: Sender = transport.sender(self._actor.sync_plan(), self._rank)
+    def open_sender(self, transport: Transport, keeps: bool = False) -> Address:
+        self._sender: Sender = transport.sender(self._actor.sync_plan(), self._rank, keeps=keeps)
         return self._sender.address
 
     def sync_plan(self) -> tuple[Bucket, ...]:

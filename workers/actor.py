@@ -10,6 +10,7 @@ from torch import Tensor
 from rlxf.assembly.roles import build_actor
 from rlxf.core.types import Batch, Metrics, Pairs, PairValues, Sequences
 from rlxf.sync.plan import Bucket
+from rlxf.sync.saved import saved_tensors
 from rlxf.sync.transports.transport import Address, Message, Sender, Transport
 
 from .group import WorkerGroup
@@ -51,18 +52,24 @@ class ActorWorker(Worker):
     def sync_plan(self) -> tuple[Bucket, ...] | None:
         return self.answer(self.room.sync_plan())
 
-    def open_sender(self, transport: Transport) -> Address:
+    def open_sender(self, transport: Transport, keeps: bool) -> Address:
         """This rank's end of the transport through which all buckets travel from now on; where it can be found."""
         earlier, self.sender = self.sender, None  # closed once, also if the new one cannot be made
         if earlier is not None:
             earlier.close()
-        self.sender = transport.sender(self.room.sync_plan(), self.rank)
+        self.sender = transport.sender(self.room.sync_plan(), self.rank, keeps=keeps)
         return self.sender.address
 
     def send_bucket(self, index: int) -> tuple[None, Message]:
         """Nothing, for those who wait; and the message, for the engines."""
         assert self.sender is not None  # connected
         return None, self.sender.send(index, self.room.bucket_tensors(index))
+
+    def send_saved_bucket(self, index: int, checkpoint: Path) -> tuple[None, Message]:
+        """``send_bucket`` with the weights that a checkpoint holds for the engines; rank 0 reads them."""
+        assert self.sender is not None  # connected
+        bucket = self.room.sync_plan()[index]
+        return None, self.sender.send(index, saved_tensors(checkpoint, bucket) if self.rank == 0 else ())
 
     def export_copy(self, index: int) -> tuple[None, Any]:
         """Nothing, for those who wait; and the bytes of bucket ``index``, for the reference."""
@@ -121,13 +128,17 @@ class RemoteActor:
         name: str = self._group.call("machine")
         return name
 
-    def open_sender(self, transport: Transport) -> Address:
+    def open_sender(self, transport: Transport, keeps: bool) -> Address:
         """A new sender in every rank; the address of rank 0's."""
-        return self._group.call("open_sender", transport)
+        return self._group.call("open_sender", transport, keeps)
 
     def send_bucket(self, index: int) -> tuple[list[Pending], Message]:
         """What to wait for, and a reference to the message, whose bytes do not pass through here."""
         return self._export("send_bucket", index)
+
+    def send_saved_bucket(self, index: int, checkpoint: Path) -> tuple[list[Pending], Message]:
+        """The same of the weights that a checkpoint holds for the engines."""
+        return self._export("send_saved_bucket", index, checkpoint)
 
     def export_copy(self, index: int) -> Any:
         """A reference to the bytes of bucket ``index``, which are there: they do not pass through here either."""
@@ -135,10 +146,10 @@ class RemoteActor:
         self._group.waiter.gather(calls)
         return payload
 
-    def _export(self, method: str, index: int) -> tuple[list[Pending], Any]:
+    def _export(self, method: str, *args: Any) -> tuple[list[Pending], Any]:
         """What to wait for, and a reference to what rank 0 gives."""
         members = self._group.members
-        found = [getattr(member.handle, method).options(num_returns=2).remote(index) for member in members]
+        found = [getattr(member.handle, method).options(num_returns=2).remote(*args) for member in members]
         calls = [Pending(done, member.name, method) for member, (done, _) in zip(members, found, strict=True)]
         return calls, found[0][1]
 

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from rlxf.platform import Platform, get_platform
 from rlxf.platform.environment import differing_exports, with_exports
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
+from rlxf.schedule import InThreads, OneAfterTheOther
 from rlxf.sync.transports import choose_transport
 
 from .actor import ActorWorker, RemoteActor
@@ -69,7 +71,9 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
                 groups, loading = start_workers(config, plan, platform, waiter)
                 waiter.gather(loading, config.training.start_timeout_s)
             roles = make_roles(config, platform, groups)
-            run_prepared(found, roles, platform=platform, clock=clock, stop=stop)
+            # Without lookahead the stages of a step follow each other anyway.
+            lanes = InThreads(stop) if config.rollout.lookahead else OneAfterTheOther()
+            run_prepared(found, roles, platform=platform, clock=clock, stop=stop, lanes=lanes)
 
 
 @contextmanager
@@ -185,7 +189,8 @@ def _reference(config: RunConfig, groups: dict[Role, WorkerGroup], actor: Remote
 
 def _connect(config: RunConfig, platform: Platform, engines: RemoteEngines) -> RemoteEngines:
     """The engines, which new weights reach in the best way that recipe, device and placement allow."""
-    transport = choose_transport(config.sync.transport, platform, engines.machines)
-    engines.connect(transport)
+    keeps = config.rollout.lookahead > 0
+    transport = choose_transport(config.sync.transport, platform, partial(engines.machines, keeps=keeps))
+    engines.connect(transport, keeps=keeps)
     log.info("weights travel through %s", transport.title)
     return engines

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from pathlib import Path
+
+from torch import Tensor
 
 from rlxf.assembly.roles import build_engine
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
@@ -10,6 +13,7 @@ from rlxf.rollout.engine import ProbeResult, RolloutEngine, Sampling
 from rlxf.rollout.shares import join, split_evenly
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer
+from rlxf.sync.transports.shared_memory import this_machine
 from rlxf.sync.transports.transport import Address, Message, Receiver, Transport
 
 from .actor import RemoteActor
@@ -63,14 +67,22 @@ class RemoteEngines:
         self._window = 1
         self._begun: list[Pending] = []  # calls that no bucket waits for yet
         self._under_way: deque[list[Pending]] = deque()  # the calls of each bucket
+        self._own_end: Receiver | None = None  # of a run that keeps what was pushed
+        self._kept: dict[int, Message] = {}  # the messages of the last push, or references to them
 
-    def machines(self) -> set[str]:
-        """Where the actor's first rank and the engines are."""
-        return {self._actor.machine(), *self._group.waiter.gather(self._group.send("machine"))}
+    def machines(self, *, keeps: bool) -> set[str]:
+        """Where the actor's first rank and the engines are; and this process, if it has to read what was pushed."""
+        here = {this_machine()} if keeps else set[str]()
+        return here | {self._actor.machine(), *self._group.waiter.gather(self._group.send("machine"))}
 
-    def connect(self, transport: Transport) -> None:
-        """Let buckets travel through ``transport``. Again after a process took the place of another."""
-        transport.connect(self._actor, self)
+    def connect(self, transport: Transport, *, keeps: bool = False) -> None:
+        """Let buckets travel through ``transport``. Again after a process took the place of another.
+
+        ``keeps``: ``pushed`` can read a bucket until it is sent anew.
+        """
+        address = transport.connect(self._actor, self, keeps=keeps)
+        self._own_end = transport.receiver(address) if keeps else None
+        self._kept.clear()
         self._window = transport.window
 
     def open_receivers(self, transport: Transport, address: Address) -> None:
@@ -90,7 +102,14 @@ class RemoteEngines:
         self._begun = self._group.send("begin_update")
 
     def send(self, index: int, bucket: Bucket) -> None:
-        sent, message = self._actor.send_bucket(index)
+        self._send(index, bucket, *self._actor.send_bucket(index))
+
+    def send_saved(self, index: int, bucket: Bucket, checkpoint: Path) -> None:
+        self._send(index, bucket, *self._actor.send_saved_bucket(index, checkpoint))
+
+    def _send(self, index: int, bucket: Bucket, sent: list[Pending], message: Message) -> None:
+        if self._own_end is not None:
+            self._kept[index] = message
         self._under_way.append([*self._begun, *sent, *self._group.send("load_bucket", bucket, message)])
         self._begun = []
         if len(self._under_way) == self._window:
@@ -100,6 +119,11 @@ class RemoteEngines:
         rest = [call for calls in self._under_way for call in calls]
         self._under_way.clear()
         self._group.waiter.gather([*rest, *self._group.send("end_update", version)])
+
+    def pushed(self, index: int, bucket: Bucket) -> Tensor:
+        assert self._own_end is not None  # connected so by a run that looks ahead
+        (message,) = self._group.waiter.gather([Pending(self._kept[index], "the trainer", "send_bucket")])
+        return self._own_end.receive(bucket, message)
 
     def probe(self, prompt: Tokens, num_tokens: int) -> list[EngineAnswer]:
         return self._group.waiter.gather(self._group.send("probe", prompt, num_tokens))

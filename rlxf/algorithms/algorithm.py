@@ -1,11 +1,13 @@
-"""The algorithm's protocol: the two things that differ between stages within a driver step."""
+"""The algorithm's protocol: the things that differ between stages within a driver step."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from rlxf.core.types import Batch, Examples, Metrics, Pairs, ReferencedPairs
+from rlxf.core.types import Batch, Examples, Pairs, ReferencedPairs
+from rlxf.loop.collected import Collected
 from rlxf.loop.run import Reference, Run
+from rlxf.schedule.lookahead import Stage
 
 
 class Algorithm(Protocol):
@@ -15,12 +17,15 @@ class Algorithm(Protocol):
     read, too. It is built in the actor's processes, and ``batch`` gives what it takes.
     """
 
-    def collect(self, run: Run, step: int) -> tuple[Pairs | Examples, Metrics]:
-        """What driver step ``step`` (0 is the first) trains on, and the numbers of its making.
+    def stages(self, run: Run) -> tuple[Stage[Collected], ...]:
+        """How a step is collected, in order; the first stage reads or samples it, the last one fills in ``batch``.
 
-        Without any rows (a step whose prompts all tie) no update is made. Before the reference: a row that is dropped
-        here costs neither a reference nor a training pass.
+        A step that ends up without any rows in ``data`` (all its prompts tie) needs no ``batch``: no update is made.
         """
+        ...
+
+    def record(self, run: Run, collected: Collected) -> None:
+        """Write down how a step was made, when its turn to be trained on has come."""
         ...
 
     def batch(self, data: Pairs | Examples, reference: Reference) -> Batch:
@@ -31,3 +36,24 @@ class Algorithm(Protocol):
 def with_reference(pairs: Pairs, reference: Reference) -> ReferencedPairs:
     """Pairs with the reference's log-probabilities: what the preference objective takes."""
     return ReferencedPairs(pairs=pairs, reference=reference.logps(pairs))
+
+
+def reference_stage(run: Run, algorithm: Algorithm) -> Stage[Collected]:
+    """The last stage of every algorithm: ``batch`` from ``data``. A step without rows is done without it.
+
+    Where the reference is the actor with its adapters off, the trainer has to answer: it does so when the step's turn
+    has come, before the update.
+    """
+    on_actor = run.config.reference_is_base
+
+    def refer(collected: Collected) -> None:
+        assert collected.data is not None  # the stages before this one
+        collected.batch = algorithm.batch(collected.data, run.reference_for(collected))
+
+    return Stage(
+        name="ref",
+        lane="train" if on_actor else "ref",
+        is_done=lambda item: item.batch is not None or (item.data is not None and not len(item.data)),
+        work=refer,
+        late=on_actor,
+    )

@@ -2,32 +2,85 @@
 
 from __future__ import annotations
 
-from rlxf.algorithms.algorithm import with_reference
-from rlxf.core.types import Batch, Examples, Metrics, Pairs
+from rlxf.algorithms.algorithm import reference_stage, with_reference
+from rlxf.core.errors import SyncError
+from rlxf.core.types import Batch, Examples, Pairs, Rollouts
+from rlxf.loop.collected import Collected
 from rlxf.loop.run import Online, Reference, Run
 from rlxf.observe.formulas import data_metrics, pair_metrics, rollout_metrics
 from rlxf.pair import PAIRINGS
+from rlxf.schedule.lookahead import Stage
 from rlxf.score.penalty import with_scores
 
 
 class OnlineDpo:
-    """prompts -> rollout -> score -> pair."""
+    """prompts -> rollout -> score -> pair -> reference."""
 
-    def collect(self, run: Run, step: int) -> tuple[Pairs | Examples, Metrics]:
-        source, config = run.source, run.config.algorithm
-        assert isinstance(source, Online)  # assembly starts the engines of this stage
-        with run.clock("gen"):
-            prompts = source.prompts.next_batch(step)  # P prompts
-            rollouts = source.rollout.generate(prompts, run.training_sampling())  # B = P * K completions
-        with run.clock("adv"):
-            penalty = run.config.actor_rollout.missing_eos_penalty
-            raw_scores = source.scorer.score(rollouts)  # [B]
-            scored = with_scores(rollouts, raw_scores, eos_ids=source.eos_ids, missing_eos_penalty=penalty)
-            pairing = PAIRINGS[config.pairing](scored, min_score_margin=config.min_score_margin)  # N <= P pairs
-        source.recorder.write(step + 1, scored, pairing)
-        metrics = rollout_metrics(scored, run.clock.seconds["gen"]) | pair_metrics(pairing)
-        return pairing.pairs, data_metrics(source, step) | metrics
+    def stages(self, run: Run) -> tuple[Stage[Collected], ...]:
+        return (
+            Stage(
+                name="gen",
+                lane="infer",
+                is_done=lambda item: item.rollouts is not None,
+                work=lambda item: _sample(run, item),
+            ),
+            Stage(
+                name="adv",
+                lane="reward",
+                is_done=lambda item: item.data is not None,
+                work=lambda item: _score_and_pair(run, item),
+            ),
+            reference_stage(run, self),
+        )
+
+    def record(self, run: Run, collected: Collected) -> None:
+        assert collected.scored is not None
+        assert collected.pairing is not None
+        _online(run).recorder.write(collected.step + 1, collected.scored, collected.pairing)
 
     def batch(self, data: Pairs | Examples, reference: Reference) -> Batch:
         assert isinstance(data, Pairs)
         return with_reference(data, reference)
+
+
+def _online(run: Run) -> Online:
+    assert isinstance(run.source, Online)  # assembly starts the engines of this stage
+    return run.source
+
+
+def _sample(run: Run, collected: Collected) -> None:
+    """``rollouts``: B = P * K completions, all of them by the weights that the schedule says."""
+    source = _online(run)
+    with run.working(collected, "gen"):
+        prompts = source.prompts.next_batch(collected.step)  # P prompts
+        collected.metrics = data_metrics(source, collected.step)
+        rollouts = source.rollout.generate(prompts, run.training_sampling())
+    if run.config.engine != "replay":  # which has the versions of another run
+        _require_version(rollouts, collected)
+    collected.rollouts = rollouts
+
+
+def _require_version(rollouts: Rollouts, collected: Collected) -> None:
+    others = set(rollouts.policy_version.tolist()) - {collected.version}
+    if others:
+        raise SyncError(
+            f"step {collected.step + 1}: completions were sampled by policy version {sorted(others)}, but version "
+            f"{collected.version} was pushed into the engines; a weight push did not arrive in all of them"
+        )
+
+
+def _score_and_pair(run: Run, collected: Collected) -> None:
+    """``raw_scores`` [B] unless they are known, then N <= P pairs."""
+    source, config, rollouts = _online(run), run.config, collected.rollouts
+    assert rollouts is not None  # the stage before
+    with run.working(collected, "adv"):
+        if collected.raw_scores is None:
+            failing = run.state.failing_scores
+            raw_scores = source.scorer.score(rollouts)
+            collected.failed = run.state.failing_scores - failing
+            collected.raw_scores = raw_scores
+        penalty = config.actor_rollout.missing_eos_penalty
+        scored = with_scores(rollouts, collected.raw_scores, eos_ids=source.eos_ids, missing_eos_penalty=penalty)
+        pairing = PAIRINGS[config.algorithm.pairing](scored, min_score_margin=config.algorithm.min_score_margin)
+    collected.metrics |= rollout_metrics(scored, collected.seconds["gen"]) | pair_metrics(pairing)
+    collected.scored, collected.pairing, collected.data = scored, pairing, pairing.pairs

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from rlxf.assembly.data import Data
 from rlxf.assembly.roles import build_scorer, policy_folder
 from rlxf.checkpointing.resume import Resume, initial_policy
 from rlxf.checkpointing.run_folder import RunFolder
+from rlxf.checkpointing.waiting import save_waiting
 from rlxf.config.changes import SHAPE_FROM
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
@@ -25,6 +27,7 @@ from rlxf.data.examples import ExampleFile
 from rlxf.data.preferences import PreferenceFile
 from rlxf.data.prompts import PromptFile
 from rlxf.evaluate import EvalBackends, Evaluation, EvaluationSettings, OfflineEvaluation, no_evaluation
+from rlxf.loop.collected import Collected
 from rlxf.loop.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.observe.record import Recorders, RolloutRecorder, SampleRecorder
@@ -32,6 +35,7 @@ from rlxf.observe.report import ReportSettings, RunReport
 from rlxf.platform.base import Platform, Process
 from rlxf.reference.cached import CachedReference, cache_folder
 from rlxf.rollout.replay import ReplayEngine
+from rlxf.schedule.lanes import Lanes
 from rlxf.score.failures import FailureLimit
 from rlxf.score.scorer import Scorer
 from rlxf.sync.probe import Probe, make_probe
@@ -62,6 +66,12 @@ class NoSync:
     def push(self, version: int) -> SyncReport:
         return SyncReport(version=version, num_bytes=0, seconds=0.0, probe_difference=None)
 
+    def save_pushed(self, checkpoint: Path) -> None:
+        """There are none."""
+
+    def push_saved(self, checkpoint: Path, version: int) -> None:
+        """There is no engine to push them into."""
+
 
 def build_run(
     config: RunConfig,
@@ -73,19 +83,23 @@ def build_run(
     report: RunReport,
     clock: Clock,
     stop: Stop,
+    lanes: Lanes,
     resume: Resume | None = None,
 ) -> Run:
     """The run that the driver trains; with ``resume`` its actor and state are those of the checkpoint."""
     state = resume.state if resume else State()
+    steps = deque(resume.waiting if resume else ())
     reference = _reference(config, data, roles, stop, platform)
     evaluation = _evaluation(config, data, roles, reference, state)
     refresh = _refresh(config, roles)
     sync = _sync(config, data, roles, platform)
 
     def describe(state: State) -> dict[str, Any]:
+        kept = left_over(steps, state, config)
+        next_step = kept[-1].step + 1 if kept else state.step
         return {
-            "prompt_ids": data.training.row_ids(state.step - 1),
-            "stream": None if isinstance(data.training, ReplayEngine) else data.training.stream(state.step),
+            "prompt_ids": data.training.row_ids(next_step - 1),
+            "stream": None if isinstance(data.training, ReplayEngine) else data.training.stream(next_step),
             "report": report.describe(),
             "baseline": evaluation.describe_baseline() if isinstance(evaluation, Evaluation) else None,
             "initial_policy": initial_policy(config),
@@ -93,7 +107,14 @@ def build_run(
             **({READ_AT: TRAINED_AT} if config.objective == "reward" else {}),
         }
 
-    also = refresh.save if refresh else _nothing_else
+    def also(checkpoint: Path, state: State) -> None:
+        if refresh:
+            refresh.save(checkpoint)
+        kept = left_over(steps, state, config)
+        save_waiting(checkpoint, kept)
+        if any(step.rollouts is None for step in kept):
+            sync.save_pushed(checkpoint)
+
     folder = RunFolder(
         config,
         run_dir,
@@ -112,7 +133,7 @@ def build_run(
             folder.prune(resume.state.step)
     return Run(
         config=config,
-        source=_source(config, run_dir, data, roles, platform, state, after=resume.state.step if resume else None),
+        source=_source(config, run_dir, data, roles, platform, state, clock, resume),
         reference=reference,
         actor=roles.actor,
         sync=sync,
@@ -123,7 +144,20 @@ def build_run(
         clock=clock,
         stop=stop,
         state=state,
+        lanes=lanes,
+        steps=steps,
+        resumed=resume.folder if resume else None,
     )
+
+
+def left_over(steps: Iterable[Collected], state: State, config: RunConfig) -> list[Collected]:
+    """What a checkpoint keeps of the steps ahead: those that are sampled, and those that the actor's weights, which
+    are newer, cannot sample again as they were to be sampled.
+
+    Without lookahead a step that broke off is begun again.
+    """
+    ahead = [step for step in steps if step.step >= state.step and (config.rollout.lookahead or step.lag)]
+    return [step for step in ahead if step.rollouts is not None or step.sampled_at < state.step]
 
 
 def _refresh(config: RunConfig, roles: Roles) -> ReferenceUpdater | None:
@@ -131,10 +165,6 @@ def _refresh(config: RunConfig, roles: Roles) -> ReferenceUpdater | None:
         return None
     # A run whose reference moves has one with weights of its own: the recipe was checked.
     return ReferenceUpdater(roles.actor, cast(MovableReference, roles.reference), config.ref)
-
-
-def _nothing_else(folder: Path) -> None:
-    """A run changes nothing but the actor."""
 
 
 def _reference(config: RunConfig, data: Data, roles: Roles, stop: Stop, platform: Platform) -> Reference:
@@ -163,7 +193,7 @@ def _one_pass(source: PreferenceFile) -> Iterator[Pairs]:
 
 def _restore(resume: Resume, data: Data, roles: Roles, sync: Sync, evaluation: Evaluate | None) -> None:
     if not _same_rows(resume, data.training):
-        log.warning("step %d has other rows than %s recorded", resume.state.step, resume.folder)
+        log.warning("step %d has other rows than %s recorded", resume.next_step, resume.folder)
     if isinstance(evaluation, Evaluation):
         # Before the actor leaves the initial policy.
         evaluation.restore(resume.baseline, push_initial=partial(_push_initial, resume, sync))
@@ -189,7 +219,7 @@ def _push_initial(resume: Resume, sync: Sync) -> None:
 
 def _same_rows(resume: Resume, training: PromptFile | ReplayEngine | PreferenceFile | ExampleFile) -> bool:
     """Whether the data's stream is the checkpoint's; then it goes on there without tokenizing what came before."""
-    step, rows, stream = resume.state.step, resume.row_ids, resume.stream
+    step, rows, stream = resume.next_step, resume.row_ids, resume.stream
     if rows is None:
         return True
     if stream is None or isinstance(training, ReplayEngine):  # of an older revision: every row is looked at again
@@ -198,15 +228,23 @@ def _same_rows(resume: Resume, training: PromptFile | ReplayEngine | PreferenceF
 
 
 def _source(
-    config: RunConfig, run_dir: Path, data: Data, roles: Roles, platform: Platform, state: State, *, after: int | None
+    config: RunConfig,
+    run_dir: Path,
+    data: Data,
+    roles: Roles,
+    platform: Platform,
+    state: State,
+    clock: Clock,
+    resume: Resume | None,
 ) -> Online | FileSource:
     if isinstance(data.training, PreferenceFile | ExampleFile):
         return data.training
     rollout = data.training if isinstance(data.training, ReplayEngine) else roles.rollout
     scorer = roles.scorer or build_scorer(config, platform, Process())  # a replay's scores need no process of their own
-    scorer = FailureLimit(scorer, state, config.reward.max_failures, lambda: f"step {state.step + 1}")
+    scorer = FailureLimit(scorer, state, config.reward.max_failures, lambda: f"step {clock.step_here + 1}")
     assert rollout is not None  # a run that samples has an engine
     logs, trains = config.log, not config.training.eval_only
+    after = resume.state.step if resume else None
     samples = trains and logs.samples_interval > 0
     recorder = Recorders(
         RolloutRecorder(run_dir / "rollouts.jsonl", after=after) if trains and logs.rollouts else None,

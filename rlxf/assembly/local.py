@@ -20,6 +20,7 @@ from rlxf.loop.run import Reference
 from rlxf.platform import Platform, Process, get_platform
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
+from rlxf.schedule import OneAfterTheOther
 from rlxf.sync.push import LocalSink
 from rlxf.update.actor import MegatronActor
 
@@ -39,7 +40,7 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
         with stop.interruptible():
             platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
             roles = build_roles(found.config, platform)
-        run_prepared(found, roles, platform=platform, clock=Clock(), stop=stop)
+        run_prepared(found, roles, platform=platform, clock=Clock(), stop=stop, lanes=OneAfterTheOther())
 
 
 def build_roles(config: RunConfig, platform: Platform) -> Roles:

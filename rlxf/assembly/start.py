@@ -26,6 +26,7 @@ from rlxf.driver import train
 from rlxf.evaluate import evaluate_only
 from rlxf.observe.report import make_report
 from rlxf.platform import Platform
+from rlxf.schedule import Lanes
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +69,14 @@ def prepared(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None) 
                 raise
 
 
-def run_prepared(found: Prepared, roles: Roles, *, platform: Platform, clock: Clock, stop: Stop) -> None:
+def run_prepared(found: Prepared, roles: Roles, *, platform: Platform, clock: Clock, stop: Stop, lanes: Lanes) -> None:
     """Train, or evaluate only, with roles whose models are loaded."""
     earlier = found.resume.reported if found.resume else None
     report = make_report(report_settings(found.config), found.run_dir, Console(), earlier)
     try:
         run = build_run(
             found.config, found.run_dir, found.data, roles,
-            platform=platform, report=report, clock=clock, stop=stop, resume=found.resume,
+            platform=platform, report=report, clock=clock, stop=stop, lanes=lanes, resume=found.resume,
         )  # fmt: skip
         if found.config.training.eval_only:
             evaluate_only(run, policy_source(found.config, found.resume))

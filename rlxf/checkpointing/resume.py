@@ -12,6 +12,7 @@ from rlxf.checkpointing.fingerprint import fingerprint
 from rlxf.checkpointing.manifest import DRIVER
 from rlxf.checkpointing.run_folder import FORMAT
 from rlxf.checkpointing.store import Damaged, checkpoints_folder, list_checkpoints, newest_good, require_good, step_of
+from rlxf.checkpointing.waiting import load_waiting
 from rlxf.config.changes import SHAPE_FROM, compare
 from rlxf.config.curve import changed_since
 from rlxf.config.schema import RunConfig
@@ -19,6 +20,7 @@ from rlxf.core.errors import CheckpointError
 from rlxf.core.files import file_sizes
 from rlxf.core.jsonl import from_json
 from rlxf.core.model_folder import megatron_checkpoint
+from rlxf.loop.collected import Collected
 from rlxf.loop.run import State
 from rlxf.observe.report import Reported
 
@@ -39,6 +41,12 @@ class Resume:
     baseline: dict[str, Any] | None  # what the initial policy said to the evaluation's prompts
     changes: list[str]  # of the recipe since then, that change the curve
     other_start: list[str] = field(default_factory=list)  # keys by which the recipe now starts from another policy
+    waiting: list[Collected] = field(default_factory=list)  # steps that were sampled, or being sampled
+
+    @property
+    def next_step(self) -> int:
+        """The first step whose rows were not read."""
+        return self.waiting[-1].step + 1 if self.waiting else self.state.step
 
 
 def initial_policy(config: RunConfig) -> str:
@@ -65,7 +73,9 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         return None
     driver = read_driver(folder)
     changes = _check(config, folder, driver)
-    state = _state(driver)
+    state, waiting = _state(driver), load_waiting(folder)
+    state.failing_scores = sum(step.failed for step in waiting)
+    _begin_anew(config, driver, state, waiting, folder)
     return Resume(
         folder=folder,
         state=state,
@@ -76,7 +86,37 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         baseline=driver.get("baseline"),
         changes=changes,
         other_start=_other_start(driver, config),
+        waiting=waiting,
     )
+
+
+# Keys that decide which weights, rows and seeds a step that is not sampled yet gets.
+_OF_SAMPLES = (("rollout", "lookahead"), ("training", "global_batch_size"), ("training", "seed"))
+
+
+def _begin_anew(
+    config: RunConfig, driver: dict[str, Any], state: State, waiting: list[Collected], folder: Path
+) -> None:
+    """The schedule of what is not sampled yet: that of the run, or one that begins here with the recipe's new values.
+
+    Steps that wait are trained on as they were sampled.
+    """
+    then, now = driver["config"], config.dump()
+    changed = [key for section, key in _OF_SAMPLES if then[section].get(key, 0) != now[section][key]]
+    ahead, last = config.rollout.lookahead, config.training.train_iters
+    sampled = waiting[-1].step + 1 if waiting else state.step
+    if not changed and sampled >= min(state.step + ahead, last):
+        return
+    state.began = state.step
+    if changed and waiting:
+        log.warning(
+            "%s holds %d steps that were sampled ahead: they are trained on as they were sampled; the new value of %s "
+            "applies from step %d on",
+            folder.name,
+            len(waiting),
+            " and ".join(changed),
+            sampled + 1,
+        )
 
 
 def _reported(report: dict[str, Any], state: State) -> Reported:

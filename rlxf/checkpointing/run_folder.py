@@ -72,7 +72,7 @@ class RunFolder:
         actor: who writes parameters and optimizer state.
         describe: what else a resumed run needs, for ``driver.json``.
         saved: told of each complete checkpoint.
-        also: writes what training changes besides the actor into a checkpoint's folder.
+        also: writes what a resumed run needs besides the actor's state into a checkpoint's folder.
         resumed: the checkpoint that the run goes on from.
         now: seconds of a clock that only goes forward.
     """
@@ -85,7 +85,7 @@ class RunFolder:
         *,
         describe: Callable[[State], dict[str, Any]] = lambda state: {},
         saved: Callable[[Path], None] = lambda folder: None,
-        also: Callable[[Path], None] = lambda folder: None,
+        also: Callable[[Path, State], None] = lambda folder, state: None,
         resumed: Path | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -119,14 +119,20 @@ class RunFolder:
         else:
             self._save(state, rolling=False)
 
+    def is_time_to_save(self, state: State) -> bool:
+        """Whether ``training.save_every_minutes`` have passed since the last checkpoint; never after the last step."""
+        training = self._config.training
+        minutes, is_last = training.save_every_minutes, state.step >= training.train_iters
+        return minutes > 0 and not is_last and self._now() - self._saved_at >= 60 * minutes
+
     def save_in_time(self, state: State) -> None:
         """The same after ``training.save_every_minutes`` without a checkpoint; the next one of any kind replaces it.
 
         Nobody asked for this one, so the run goes on if it cannot be written.
         """
-        minutes, last = self._config.training.save_every_minutes, self._config.training.train_iters
-        if not minutes or self._now() - self._saved_at < 60 * minutes or state.step >= last:
+        if not self.is_time_to_save(state):
             return
+        minutes = self._config.training.save_every_minutes
         self.wait()
         try:
             self._save(state, rolling=True)
@@ -144,7 +150,7 @@ class RunFolder:
             earlier = rolling_steps(root) - {state.step}
             mark_rolling(root, earlier | {state.step} if rolling else earlier)
             self._actor.save_checkpoint(self._saving.temporary, background)
-            self._also(self._saving.temporary)
+            self._also(self._saving.temporary, state)
             write_json(self._saving.temporary / DRIVER, self._driver(state))
             self._sync_logs()
             self._saved_at = self._now()

@@ -109,6 +109,22 @@ def _sampling(config: RunConfig) -> Iterator[Problem]:
         yield wrong("rollout.top_k", rollout.top_k, expected)
 
 
+def _lookahead(config: RunConfig) -> Iterator[Problem]:
+    """Sampling beside training needs something that samples, on devices that do not train."""
+    ahead, key = config.rollout.lookahead, "rollout.lookahead"
+    if not ahead:
+        return
+    if config.offline:
+        expected = f"expected 0: training.stage = {config.training.stage} reads a file, and nothing is sampled ahead"
+        yield wrong(key, ahead, expected, "training.stage")
+    elif config.runtime == "ray" and {"train", "infer"} <= set(config.resource_pool.colocate):
+        expected = (
+            "expected 0, because resource_pool.colocate has train and infer: the engines cannot sample on a device "
+            "while it trains; give them devices of their own, or set rollout.lookahead=0"
+        )
+        yield wrong(key, ahead, expected, "resource_pool.colocate")
+
+
 def _devices(config: RunConfig) -> Iterator[Problem]:
     """Training and rollout devices against their pool."""
     actor, pool = config.actor_rollout, config.resource_pool
@@ -305,6 +321,7 @@ _GROUPS: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     folder_problems,
     _lengths,
     _sampling,
+    _lookahead,
     _devices,
     _placement,
     _layouts,

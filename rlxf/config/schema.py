@@ -164,6 +164,10 @@ class RolloutConfig(Strict):
     """Size of the KV cache of an engine on a CPU, in GiB."""
     max_num_seqs: Positive = 256
     """Number of sequences that one engine decodes at the same time."""
+    lookahead: int = Field(0, ge=0)
+    """Number of driver steps that sampling runs ahead of training. 0: the engines wait while the trainer updates, and
+    the trainer waits while they sample. 1: they sample the next step with the weights before the update, while it is
+    made. Every completion of a step is sampled by the weights of exactly this many steps before."""
 
 
 class SyncConfig(Strict):

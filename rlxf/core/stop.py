@@ -44,9 +44,10 @@ class Stop:
         self._signals: tuple[signal.Signals, ...] = SIGNALS
         self._signal: int | None = None
         self._requested_at = 0.0
-        self._depth = 0  # of interruptible stages
-        self._depth_here = 0  # of those that run in this process
+        self._here = threading.local()  # each thread has work of its own that can be dropped or not
+        self._depth_here = 0  # of interruptible stages that run in this process
         self._patience = 0
+        self._is_over = False  # nobody waits for the threads of background work any more
 
     @property
     def requested(self) -> bool:
@@ -65,13 +66,13 @@ class Stop:
             here: it runs in this process, so a signal raises out of it at once.
         """
         here = here or self._interrupt
-        self._depth += 1
+        self._here.depth = self._depth + 1
         self._depth_here += here
         try:
             self.check()
             yield
         finally:
-            self._depth -= 1
+            self._here.depth = self._depth - 1
             self._depth_here -= here
 
     @contextmanager
@@ -83,8 +84,26 @@ class Stop:
         finally:
             self._patience -= 1
 
+    @property
+    def _depth(self) -> int:
+        """Of interruptible stages in this thread."""
+        depth: int = getattr(self._here, "depth", 0)
+        return depth
+
+    @contextmanager
+    def in_background(self) -> Iterator[None]:
+        """Work in a thread of its own, which gives up its waits once ``leave_background`` is called."""
+        self._here.background = True
+        yield
+
+    def leave_background(self) -> None:
+        """What is under way in the background is not needed any more."""
+        self._is_over = True
+
     def must_give_up(self) -> bool:
         """Whether a wait has to give up: at once for interruptible work, after a grace period for the rest."""
+        if self._is_over and getattr(self._here, "background", False):
+            return True
         return self.requested and (self._depth > 0 or self.grace_expired())
 
     def grace_expired(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Protocol
 from rlxf.algorithms import ALGORITHMS
 from rlxf.config.schema import TrainingConfig
 from rlxf.core.types import Batch, Examples, Metrics, Pairs
-from rlxf.evaluate.due import is_due
+from rlxf.loop.due import evaluation_is_due
 from rlxf.loop.run import Reference
 from rlxf.update.objective import MOMENTS
 
@@ -52,7 +52,7 @@ class OfflineEvaluation:
         Means weigh each pair alike (sft: each counted token), whatever the size of the batches. ``_se`` behind a name
         is the standard error of loss and accuracies.
         """
-        if not is_due(self._training, step):
+        if not evaluation_is_due(self._training, step):
             return {}
         found = [(self._measure(batch), _weight(batch)) for batch in self._batches]
         names = dict.fromkeys(name for metrics, _ in found for name in metrics)

@@ -15,8 +15,8 @@ from torch import Tensor
 from rlxf.config.schema import EvalConfig, TrainingConfig
 from rlxf.core.types import Metrics, PromptBatch, ScoredRollouts, Sequences
 from rlxf.evaluate.answers import Scores, mean, measured, standard_error, wins
-from rlxf.evaluate.due import is_due
 from rlxf.evaluate.user import call_metrics, load_metrics
+from rlxf.loop.due import evaluation_is_due
 from rlxf.loop.run import Actor, Reference, Rollout
 from rlxf.rollout.engine import Purpose, Sampling
 from rlxf.score.penalty import with_scores
@@ -125,7 +125,7 @@ class Evaluation:
 
         ``training.eval_only`` leaves out the win rates of the policy against itself.
         """
-        if not is_due(self._training, step):
+        if not evaluation_is_due(self._training, step):
             return {}
         alone = self._training.eval_only
         greedy = self._greedy(step)

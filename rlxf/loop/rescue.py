@@ -20,6 +20,7 @@ def save_last_step(run: Run, error: Exception) -> None:
     if not state.step:  # nothing is complete that could be lost
         return
     was_cut = isinstance(error, StopRequested) and run.stop.grace_expired()
+    run.lanes.close()  # what later steps have under way is dropped
     with run.stop.uninterruptible():  # the stage was limited, the save takes as long as it takes
         _report_row(run)
         answers, reason = _standing(run, error, was_cut)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -23,7 +26,10 @@ from rlxf.core.types import (
     ScoredRollouts,
     Sequences,
 )
+from rlxf.loop.collected import Collected
 from rlxf.rollout.engine import Sampling
+from rlxf.schedule.lanes import Lanes
+from rlxf.schedule.lookahead import Lookahead
 from rlxf.score.scorer import Scorer
 from rlxf.sync.push import SyncReport
 
@@ -117,6 +123,17 @@ class Sync(Protocol):
         """From now on the engines sample from the newest weights, which are ``version``."""
         ...
 
+    def save_pushed(self, checkpoint: Path) -> None:
+        """Write the weights of the last push, from which the engines still sample, into a checkpoint's folder.
+
+        The actor is not asked: its weights are newer.
+        """
+        ...
+
+    def push_saved(self, checkpoint: Path, version: int) -> None:
+        """From now on the engines sample from what ``save_pushed`` wrote, which are ``version``."""
+        ...
+
 
 class UpdatesReference(Protocol):
     """Moves the reference after the update that made ``version``, if a move is due."""
@@ -125,6 +142,8 @@ class UpdatesReference(Protocol):
     def whole(self) -> bool:
         """Whether all of the reference's weights have made the same moves; false after a move that broke off."""
         ...
+
+    def is_due(self, version: int) -> bool: ...
 
     def __call__(self, version: int) -> None: ...
 
@@ -166,6 +185,9 @@ class State:
     """The driver's own state after the last complete step: what a resumed run needs besides the actor's."""
 
     step: int = 0  # complete driver steps
+    began: int = (
+        0  # the step from which on samples follow the schedule: the first one, or that of a resume that changed it
+    )
     policy_version: int = 0  # updates of the actor
     empty_steps: int = 0  # steps without a pair, in a row
     num_tokens: int = 0  # trained on so far
@@ -174,17 +196,22 @@ class State:
     owed: tuple[Owed, ...] = ()  # by the last complete step: new weights to the engines, move of the reference, ...
     # Of the step under way, never saved:
     updating: bool = False  # the actor's weights are changing, and may be those of no complete step
-    failing_scores: int = 0  # what it adds to failed_scores once it is complete
+    failing_scores: int = 0  # of steps and evaluations that are not complete, which a resumed run scores again
 
     @property
     def reported_step(self) -> int:
         """The last step whose row in the run's files is final."""
         return self.step - 1 if "row" in self.owed else self.step
 
-    def count_failures(self) -> None:
-        """What was under way is complete: its failed scores count, and will not be asked for again."""
-        self.failed_scores += self.failing_scores
-        self.failing_scores = 0
+    def count_failures(self, count: int) -> None:
+        """``count`` failed scores are of what is complete now, and will not be asked for again."""
+        self.failed_scores += count
+        self.failing_scores -= count
+
+    def complete(self, failed: int, metrics: Metrics, owed: tuple[Owed, ...]) -> None:
+        """One more step is complete: ``failed`` of its completions have no score because a call failed."""
+        self.count_failures(failed)
+        self.step, self.metrics, self.owed = self.step + 1, metrics, owed
 
     def settled(self, item: Owed) -> None:
         """``item`` is no longer owed."""
@@ -192,6 +219,7 @@ class State:
 
 
 UNSAVED = frozenset({"updating", "failing_scores"})
+Schedule = Lookahead[Collected]
 
 
 class Folder(Protocol):
@@ -199,6 +227,10 @@ class Folder(Protocol):
 
     def save_checkpoint(self, state: State) -> None:
         """Save the complete steps, unless they are; with ``training.async_save`` written while training goes on."""
+        ...
+
+    def is_time_to_save(self, state: State) -> bool:
+        """Whether ``training.save_every_minutes`` have passed since the last checkpoint."""
         ...
 
     def save_in_time(self, state: State) -> None:
@@ -248,19 +280,21 @@ class Online:
 
 
 @dataclass(frozen=True, slots=True)
-class _Timed:
-    """A reference whose answers take time of a stage of the clock."""
+class _Asked:
+    """The reference, as far as one step asks it: its answer is part of the step, and is asked for once."""
 
-    reference: Reference
-    clock: Clock
+    run: Run
+    collected: Collected
 
     def logps(self, pairs: Pairs) -> PairValues:
-        with self.clock("ref"):
-            return self.reference.logps(pairs)
+        if self.collected.reference is None:
+            with self.run.working(self.collected, "ref"):
+                self.collected.reference = self.run.reference.logps(pairs)
+        return self.collected.reference
 
     def token_logps(self, sequences: Sequences) -> Tensor:
-        with self.clock("ref"):
-            return self.reference.token_logps(sequences)
+        with self.run.working(self.collected, "ref"):
+            return self.run.reference.token_logps(sequences)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,11 +313,19 @@ class Run:
     clock: Clock
     stop: Stop
     state: State
+    lanes: Lanes  # who does the work of a stage
+    steps: deque[Collected]  # sampled, or being sampled, and not trained on yet; of a resumed run those that waited
+    resumed: Path | None = None  # the checkpoint that the run goes on from
 
-    @property
-    def timed_reference(self) -> Reference:
-        """The reference; what it is asked counts as the stage ``ref``."""
-        return _Timed(self.reference, self.clock)
+    def reference_for(self, collected: Collected) -> Reference:
+        """The reference; what it is asked counts as the step's stage ``ref``."""
+        return _Asked(self, collected)
+
+    @contextmanager
+    def working(self, collected: Collected, stage: str) -> Iterator[None]:
+        """A stage of a step at work: it counts as the step's time, and may be dropped when the user stops the run."""
+        with self.stop.interruptible(), self.clock(stage, step=collected.step, seconds=collected.seconds):
+            yield
 
     def training_sampling(self) -> Sampling:
         """The recipe's sampling, the same in every step: the prompts' positions give each completion its seed."""

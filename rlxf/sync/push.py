@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 from rlxf.config.schema import SyncConfig
+from rlxf.core.errors import SyncError
 from rlxf.core.types import Metrics, Sequences, Tokens
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer, Probe, check_answers
+from rlxf.sync.saved import save_buckets, saved_tensors
 from rlxf.sync.transports import TRANSPORTS
 from rlxf.sync.transports.transport import Address, Exports, Receiver, Sender, Transport
 
@@ -36,8 +40,19 @@ class WeightSink(Protocol):
         """Bucket ``index`` of the plan from the actor into every engine; it may still be under way on return."""
         ...
 
+    def send_saved(self, index: int, bucket: Bucket, checkpoint: Path) -> None:
+        """The same with what ``save_pushed`` wrote into a checkpoint in place of the actor's weights."""
+        ...
+
     def end_update(self, version: int) -> None:
         """Every engine has all buckets, and samples from them."""
+        ...
+
+    def pushed(self, index: int, bucket: Bucket) -> Tensor:
+        """[bucket.num_bytes] uint8: bucket ``index`` as it was sent last. The actor is not asked: it may be at work.
+
+        Only of a run that looks ahead, which keeps one copy until the next push.
+        """
         ...
 
     def probe(self, prompt: Tokens, num_tokens: int) -> list[EngineAnswer]:
@@ -71,11 +86,11 @@ class LocalSink:
         """Open both ends of ``transport``, in place of those that are open."""
         transport.connect(self, self)  # actor and engines are both here
 
-    def open_sender(self, transport: Transport) -> Address:
+    def open_sender(self, transport: Transport, keeps: bool) -> Address:
         earlier, self._sender = self._sender, None  # closed once, also if the new one cannot be made
         if earlier is not None:
             earlier.close()
-        self._sender = transport.sender(self._actor.sync_plan(), rank=0)
+        self._sender = transport.sender(self._actor.sync_plan(), rank=0, keeps=keeps)
         return self._sender.address
 
     def open_receivers(self, transport: Transport, address: Address) -> None:
@@ -86,14 +101,24 @@ class LocalSink:
             engine.begin_update()
 
     def send(self, index: int, bucket: Bucket) -> None:
+        self._send(index, bucket, self._actor.bucket_tensors(index))
+
+    def send_saved(self, index: int, bucket: Bucket, checkpoint: Path) -> None:
+        self._send(index, bucket, saved_tensors(checkpoint, bucket))
+
+    def _send(self, index: int, bucket: Bucket, tensors: Iterator[tuple[str, Tensor]]) -> None:
         assert self._sender is not None  # connected
-        message = self._sender.send(index, self._actor.bucket_tensors(index))
+        message = self._sender.send(index, tensors)
         for engine, receiver in zip(self._engines, self._receivers, strict=True):
             engine.load_bucket(bucket, receiver.receive(bucket, message))
 
     def end_update(self, version: int) -> None:
         for engine in self._engines:
             engine.end_update(version)
+
+    def pushed(self, index: int, bucket: Bucket) -> Tensor:
+        # Here the engines have always sampled before the actor moves on.
+        raise SyncError("runtime=local keeps no copy of the weights that were pushed")
 
     def probe(self, prompt: Tokens, num_tokens: int) -> list[EngineAnswer]:
         return [engine.probe(prompt, num_tokens) for engine in self._engines]
@@ -152,12 +177,7 @@ class WeightSync:
         if due and self._can_sample:
             # Fills the prefix cache from the old weights: if the update leaves that there, the probe below shows it.
             self._sink.probe(self._probe.prompt, self._probe.num_tokens)
-        self._can_sample = False
-        self._sink.begin_update()
-        for index, bucket in enumerate(self._plan):
-            self._sink.send(index, bucket)
-        self._sink.end_update(version)
-        self._can_sample = True
+        self._send(version, self._sink.send)
         self._num_updates += version > 0
         difference = self._verify(version) if due else None
         return SyncReport(
@@ -167,6 +187,22 @@ class WeightSync:
             probe_difference=difference,
             planned=self._is_planned(version),
         )
+
+    def save_pushed(self, checkpoint: Path) -> None:
+        """Write the weights of the last push into a checkpoint's folder. The actor has newer ones and is not asked."""
+        save_buckets(checkpoint, self._plan, lambda index: self._sink.pushed(index, self._plan[index]))
+
+    def push_saved(self, checkpoint: Path, version: int) -> None:
+        """Make every engine sample from what ``save_pushed`` wrote, which are ``version``; probed by the next push."""
+        self._send(version, partial(self._sink.send_saved, checkpoint=checkpoint))
+
+    def _send(self, version: int, send: Callable[[int, Bucket], None]) -> None:
+        self._can_sample = False
+        self._sink.begin_update()
+        for index, bucket in enumerate(self._plan):
+            send(index, bucket)
+        self._sink.end_update(version)
+        self._can_sample = True
 
     def _is_due(self, version: int) -> bool:
         if version == 0:  # both sides still hold the folder they loaded: nothing to see

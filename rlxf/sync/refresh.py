@@ -56,9 +56,13 @@ class ReferenceUpdater:
         """False during a move, and after one that broke off: then some weights have moved and others have not."""
         return self._whole
 
+    def is_due(self, version: int) -> bool:
+        """Whether the reference moves after the update that made ``version``."""
+        return version % self._config.ref_update_interval == 0
+
     def __call__(self, version: int) -> None:
         """After the update that made ``version``; does nothing unless one is due."""
-        if version % self._config.ref_update_interval:
+        if not self.is_due(version):
             return
         self._whole = False
         for index, bucket in enumerate(self._plan):
@@ -92,6 +96,10 @@ class NoRefresh:
     """For a reference that stays what it is."""
 
     whole = True
+
+    def is_due(self, version: int) -> bool:
+        """Never."""
+        return False
 
     def __call__(self, version: int) -> None:
         """Nothing moves."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from rlxf.core.types import (
 from rlxf.evaluate import no_evaluation
 from rlxf.loop.run import Evaluate, FileSource, Online, PromptSource, Run, State
 from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_requests
+from rlxf.schedule import Lanes, OneAfterTheOther
 from rlxf.sync.push import SyncReport
 from rlxf.sync.refresh import no_refresh
 from rlxf.update.losses import LossSettings, WeightedLoss
@@ -195,6 +197,14 @@ class SmallSync:
             self._engine.version = version
         return SyncReport(version=version, num_bytes=VOCAB * VOCAB * 4, seconds=0.0, probe_difference=None)
 
+    def save_pushed(self, checkpoint: Path) -> None:
+        torch.save(self._engine.logits, checkpoint / "pushed.pt")
+
+    def push_saved(self, checkpoint: Path, version: int) -> None:
+        self._trace.append("push saved")
+        self._engine.logits = torch.load(checkpoint / "pushed.pt", weights_only=True)
+        self._engine.version = version
+
 
 class SmallPrompts:
     def __init__(self, config: RunConfig, trace: Trace) -> None:
@@ -289,6 +299,9 @@ class SavedSteps:
             self.saved.append((state.step, state.policy_version))
             self.states.append(replace(state))
 
+    def is_time_to_save(self, state: State) -> bool:
+        return False
+
     def save_in_time(self, state: State) -> None:
         return None
 
@@ -337,6 +350,7 @@ def small_run(
     deliver: Callable[[int], bool] = lambda version: True,
     state: State | None = None,
     logits: Tensor | None = None,
+    lanes: Lanes | None = None,
 ) -> SmallRun:
     """A run of the rooms above; ``offline`` replaces prompts, engine and scorer, ``state`` and ``logits`` the start."""
     trace: Trace = []
@@ -366,5 +380,7 @@ def small_run(
         clock=Clock(),
         stop=stop,
         state=state or State(),
+        lanes=lanes or OneAfterTheOther(),
+        steps=deque(),
     )
     return SmallRun(run, actor, reference, engine, sync, recorder, notes, folder, stop, trace)

@@ -22,7 +22,8 @@ class ObjectStore(Transport):
     title = "Ray's object store"
     window = 2  # the actor packs one bucket while the engines read the one before; more would only fill the store
 
-    def sender(self, plan: Sequence[Bucket], rank: int) -> Sender:
+    def sender(self, plan: Sequence[Bucket], rank: int, *, keeps: bool = False) -> Sender:
+        # A message is a copy, which lasts as long as whoever carries it keeps it.
         return SendsNothing() if rank else _ArraySender(plan)
 
     def receiver(self, address: Address) -> Receiver:

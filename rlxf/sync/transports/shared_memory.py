@@ -6,6 +6,7 @@ import mmap
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,8 @@ class SharedMemory(Transport):
     title = "shared memory"
     window = MAX_SLOTS
 
-    def sender(self, plan: Sequence[Bucket], rank: int) -> Sender:
-        return SendsNothing() if rank else _Writer(plan)
+    def sender(self, plan: Sequence[Bucket], rank: int, *, keeps: bool = False) -> Sender:
+        return SendsNothing() if rank else _Writer(plan, keeps=keeps)
 
     def receiver(self, address: MemoryAddress) -> Receiver:
         return _Reader(SharedBuckets.open(address))
@@ -35,9 +36,9 @@ class SharedMemory(Transport):
 class _Writer:
     """The message of a bucket is its number."""
 
-    def __init__(self, plan: Sequence[Bucket]) -> None:
+    def __init__(self, plan: Sequence[Bucket], *, keeps: bool = False) -> None:
         self._plan = plan
-        self._shared = SharedBuckets.allocate(plan)
+        self._shared = SharedBuckets.allocate(plan, keeps=keeps)
 
     @property
     def address(self) -> MemoryAddress:
@@ -74,8 +75,8 @@ class MemoryAddress:
     """Where the memory of ``SharedBuckets`` can be opened, on the machine that allocated it."""
 
     path: str
-    num_slots: int
-    slot_bytes: int
+    starts: tuple[int, ...]  # of each bucket of the plan, bytes
+    size: int  # bytes
 
 
 class SharedBuckets:
@@ -91,19 +92,23 @@ class SharedBuckets:
         self._descriptor = descriptor
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         # Populated now, all at once: a first touch page by page would be part of the first push.
-        size = address.num_slots * address.slot_bytes
-        memory = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=access)
+        memory = mmap.mmap(descriptor, address.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=access)
         self._bytes = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8))  # keeps the mapping alive
 
     @classmethod
-    def allocate(cls, plan: Sequence[Bucket]) -> SharedBuckets:
-        """Memory for the largest bucket of ``plan``, twice if there are several, to be written by this process."""
-        largest = max(bucket.num_bytes for bucket in plan)
-        slot_bytes = -(-largest // mmap.PAGESIZE) * mmap.PAGESIZE
-        num_slots = min(MAX_SLOTS, len(plan))
+    def allocate(cls, plan: Sequence[Bucket], *, keeps: bool = False) -> SharedBuckets:
+        """Memory to be written by this process: for the largest bucket of ``plan`` twice, or (``keeps``) for each."""
+        sizes = [-(-bucket.num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE for bucket in plan]
+        if keeps:
+            starts = tuple(accumulate(sizes[:-1], initial=0))
+            size = sum(sizes)
+        else:
+            num_slots = min(MAX_SLOTS, len(plan))
+            starts = tuple(index % num_slots * max(sizes) for index in range(len(plan)))
+            size = num_slots * max(sizes)
         descriptor = os.memfd_create("rlxf-weights")  # open until it is closed: engines open it by its path
-        os.ftruncate(descriptor, num_slots * slot_bytes)
-        address = MemoryAddress(f"/proc/{os.getpid()}/fd/{descriptor}", num_slots, slot_bytes)
+        os.ftruncate(descriptor, size)
+        address = MemoryAddress(f"/proc/{os.getpid()}/fd/{descriptor}", starts, size)
         return cls(descriptor, address, writable=True)
 
     @classmethod
@@ -130,6 +135,6 @@ class SharedBuckets:
         os.close(self._descriptor)
 
     def slot(self, index: int, num_bytes: int) -> Tensor:
-        """[num_bytes] uint8 view of where bucket ``index`` of the plan is written; the next but one overwrites it."""
-        start = index % self.address.num_slots * self.address.slot_bytes
+        """[num_bytes] uint8 view of where bucket ``index`` of the plan is written; others may be written there, too."""
+        start = self.address.starts[index]
         return self._bytes[start : start + num_bytes]

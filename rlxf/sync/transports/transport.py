@@ -64,7 +64,7 @@ class Receiver(Protocol):
 class ActorEnd(Protocol):
     """Every rank of the actor, as the driver sees them."""
 
-    def open_sender(self, transport: Transport) -> Address:
+    def open_sender(self, transport: Transport, keeps: bool) -> Address:
         """A new sender in every rank, in place of the one before; the address of rank 0's."""
         ...
 
@@ -83,16 +83,23 @@ class Transport(Protocol):
     title: str  # "weights travel through ..."
     window: int  # buckets under way at a time: the memory of one is used again by the next but ``window - 1``
 
-    def sender(self, plan: Sequence[Bucket], rank: int) -> Sender: ...
+    def sender(self, plan: Sequence[Bucket], rank: int, *, keeps: bool = False) -> Sender:
+        """``keeps``: what was sent can be received again until the same bucket is sent anew."""
+        ...
 
     def receiver(self, address: Address) -> Receiver: ...
 
-    def connect(self, actor: ActorEnd, engines: EngineEnds) -> None:
+    def connect(self, actor: ActorEnd, engines: EngineEnds, *, keeps: bool = False) -> Address:
         """Open both ends. Once before the first push, and again whenever a process is another one than before.
 
         A push that failed in between is repeated as a whole: a sender keeps nothing of the pushes before.
+
+        Returns:
+            Where others can receive the same messages.
         """
-        engines.open_receivers(self, actor.open_sender(self))
+        address = actor.open_sender(self, keeps)
+        engines.open_receivers(self, address)
+        return address
 
 
 class SendsNothing:
