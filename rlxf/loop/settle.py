@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rlxf.core.types import Metrics
 from rlxf.loop.due import evaluation_is_due
 from rlxf.loop.run import Run, Schedule
+from rlxf.sync.push import SyncReport
 
 
 def settle(run: Run, schedule: Schedule) -> None:
@@ -15,8 +18,7 @@ def settle(run: Run, schedule: Schedule) -> None:
     """
     state, training = run.state, run.config.training
     if "push" in state.owed:
-        with run.clock("sync"):
-            state.metrics |= run.sync.push(state.policy_version).metrics()
+        state.metrics |= schedule.beside("infer", partial(_push, run)).metrics()
         state.settled("push")
     if "move" in state.owed:
         if run.refresh.is_due(state.policy_version):
@@ -46,6 +48,11 @@ def settle(run: Run, schedule: Schedule) -> None:
         with run.clock("save"), run.stop.uninterruptible():
             run.folder.save_in_time(state)
     run.folder.poll()
+
+
+def _push(run: Run) -> SyncReport:
+    with run.clock("sync"):
+        return run.sync.push(run.state.policy_version)
 
 
 def evaluate(run: Run) -> Metrics:
