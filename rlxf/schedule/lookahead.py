@@ -87,6 +87,8 @@ class Lookahead(Generic[S]):
         self._num_ahead = num_ahead
         self._num_steps = num_steps
         self._steps = steps
+        while steps and steps[-1].step >= num_steps:  # the earlier run was to be longer
+            steps.pop()
         self._turn = -1  # the step that is taken
         self._running: dict[Stage[S], tuple[S, Future[None]]] = {}
         self._main_lane: str | None = None  # of the work that the others go on beside
