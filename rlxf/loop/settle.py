@@ -57,9 +57,10 @@ def _push(run: Run) -> SyncReport:
 
 def evaluate(run: Run) -> Metrics:
     """The evaluation of the state's step, if one is due; scores that failed in it count for the run."""
-    state, failing = run.state, run.state.failing_scores
+    state, before = run.state, run.state.all_failed_scores
     metrics = run.evaluate(state.step)
-    state.count_failures(state.failing_scores - failing)
+    if metrics:  # else later steps may be scored meanwhile
+        state.count_failures(state.all_failed_scores - before)
     return metrics
 
 

@@ -309,7 +309,7 @@ class FailsThree(TokenCounter):
         self._state = state
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        self._state.failing_scores += 3
+        self._state.all_failed_scores += 3
         return super().score(rollouts)
 
 
