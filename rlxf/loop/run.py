@@ -296,10 +296,12 @@ class _Asked:
     collected: Collected
 
     def logps(self, pairs: Pairs) -> PairValues:
-        if self.collected.reference is None:
+        known, referred = self.collected.reference, pairs.digest()
+        if known is None or referred != self.collected.referred:  # a resumed run may pair what waited in another way
             with self.run.working(self.collected, "ref"):
-                self.collected.reference = self.run.reference.logps(pairs)
-        return self.collected.reference
+                known = self.run.reference.logps(pairs)
+            self.collected.reference, self.collected.referred = known, referred
+        return known
 
     def token_logps(self, sequences: Sequences) -> Tensor:
         with self.run.working(self.collected, "ref"):

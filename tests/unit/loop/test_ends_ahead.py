@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rlxf.core.errors import StopRequested, TrainingError
-from rlxf.core.types import Metrics
+from rlxf.core.types import Metrics, Pairs, ReferencedPairs
 from rlxf.driver import train
 from rlxf.schedule import InThreads
 from tests.unit.loop.ahead import (
@@ -220,3 +220,24 @@ def test_what_is_under_way_is_left_before_a_first_step_is_complete() -> None:
     ends_early(small)
     assert closed == [True]
     assert small.folder.saved == []
+
+
+@pytest.mark.parametrize("changes", [{"algorithm__min_score_margin": 1.5}, {"actor_rollout__missing_eos_penalty": 3.0}])
+def test_the_reference_is_asked_again_where_a_changed_recipe_makes_other_pairs(
+    tmp_path: Path, changes: dict[str, float]
+) -> None:
+    """What waits keeps its completions and raw scores; its pairs are made when it is taken."""
+    ended = ends_early(start(ahead_config(2), trace=Trace(("sync", 3), break_down), root=tmp_path))
+    assert [referred for *_, referred in ended.folder.waiting[-1]] == [False, True]  # the first one is empty
+    again = start(ahead_config(2, **changes), ended=ended)
+    asked: list[Pairs] = []
+    logps = again.reference.logps
+    again.reference.logps = lambda pairs: asked.append(pairs) or logps(pairs)
+    trained: list[ReferencedPairs] = []
+    update = again.actor.update
+    again.actor.update = lambda batch, step: trained.append(batch) or update(batch, step)
+    finish(again)
+    for batch in trained:
+        assert torch.equal(batch.reference.chosen, logps(batch.pairs).chosen)
+        assert torch.equal(batch.reference.rejected, logps(batch.pairs).rejected)
+    assert len(asked) == len(trained)  # of the one that was referred, too
