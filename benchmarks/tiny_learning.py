@@ -32,11 +32,11 @@ SEEDS = {RECIPE: range(1, 11), LORA: range(1, 4)}
 # that is no longer in the grammar has failed, whatever its score.
 AT_LEAST = {
     RECIPE: {"positive": 0.95, "win_truth": 0.91, "valid": 0.82},
-    # Adapters leave the embedding alone, which is the head, too, and where most of the full run's gain lies.
+    # Adapters do not train the embedding, which is also the head. Most of the gain of a full run comes from there.
     LORA: {"positive": 0.55, "win_truth": 0.55, "valid": 0.6},
 }
 AT_MOST = {RECIPE: {"kl": 8.0}, LORA: {"kl": 9.0}}
-# And the mean over the recipe's own seeds, or more of them; of fewer it says too little.
+# Bars for the mean. They apply if at least as many seeds ran as the recipe has; a mean of fewer says too little.
 MEAN_AT_LEAST = {RECIPE: {"positive": 0.97, "win_truth": 0.94, "valid": 0.88}, LORA: {}}
 
 Evaluation = Mapping[str, float]

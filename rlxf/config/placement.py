@@ -159,7 +159,7 @@ def _place_actor(config: RunConfig) -> tuple[_Groups, _Bundles]:
 
 
 def _first(nodes: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The first ``count`` devices of a pool; what is above is not claimed (offline, no device samples)."""
+    """The first ``count`` devices of a pool. The others are not claimed: an offline run has no device that samples."""
     kept = []
     for size in nodes:
         kept.append(min(size, count))

@@ -15,9 +15,9 @@ from rlxf.update.objective import MOMENTS
 
 Batch = Pairs | Examples  # RewardPairs are Pairs
 
-# Not means of a batch, so not means of all batches.
+# These are no means over a batch, so they are not averaged over batches.
 _EXTREMES = {"min_reward": min, "max_reward": max}
-# Means of what is true (1) or not (0) of a pair.
+# Means over pairs of a value that is 1 (true) or 0 (false).
 _SHARES = ("accuracy", "rewards/accuracies")
 
 
@@ -33,7 +33,7 @@ class OfflineEvaluation:
     """``eval/*`` every ``training.eval_interval`` steps, before the first and after the last one.
 
     Args:
-        config: when it evaluates.
+        config: says when it evaluates.
         batches: what is held out, the same in every evaluation.
         actor: the model that is trained.
         reference: gives DPO's pairs their reference log-probs; the other stages do not ask it.

@@ -1,4 +1,4 @@
-"""What becomes of a call of the scorer that fails: so many completions of a run may stay without a score."""
+"""Calls of the scorer that fail: a limited number of completions of a run may stay without a score."""
 
 from __future__ import annotations
 
