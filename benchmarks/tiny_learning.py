@@ -28,8 +28,8 @@ from rlxf.observe.formulas import read_jsonl  # noqa: E402
 RECIPE, LORA = "online_dpo_trainer_tiny", "online_dpo_trainer_tiny_lora"
 SHOWN = ("positive", "win_truth", "valid", "kl", "reward", "win_rate", "eos_rate", "length")  # of eval/*
 SEEDS = {RECIPE: range(1, 11), LORA: range(1, 4)}
-# What the last evaluation of every seed must reach. Read together: a policy that pleases the reward model with text
-# that is no longer in the grammar has failed, whatever its score.
+# Bars for the last evaluation of every seed. Read them together: a policy that gets a high score with text that is no
+# longer in the grammar has failed.
 AT_LEAST = {
     RECIPE: {"positive": 0.95, "win_truth": 0.91, "valid": 0.82},
     # Adapters do not train the embedding, which is also the head. Most of the gain of a full run comes from there.

@@ -1,4 +1,4 @@
-"""What the ``config.json`` of a model folder says about its model: family and shape. Read as plain JSON."""
+"""Family and shape of a model, from the ``config.json`` of its folder. Read as plain JSON."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class RolePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The whole placement. ``runtime=local`` has one, too: what the same recipe would claim."""
+    """The whole placement. With ``runtime=local`` it holds what the recipe would claim on Ray."""
 
     resource: str  # Ray's name of one device
     groups: tuple[GroupPlan, ...]

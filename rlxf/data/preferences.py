@@ -154,7 +154,7 @@ def _margin(row: Row, column: str | None) -> float:
         margin = float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError, OverflowError):
         margin = math.nan
-    if not abs(margin) < _LARGEST_MARGIN:  # which is so of NaN, too
+    if not abs(margin) < _LARGEST_MARGIN:  # `not`, so that NaN is refused as well
         raise BadRow(f"field {column!r} (actor_rollout.margin_key): expected a finite number, got {describe(value)}")
     return margin
 

@@ -51,7 +51,8 @@ class OfflineEvaluation:
     def __call__(self, step: int) -> Metrics:
         """The actor's own metrics over all batches, with ``eval/`` before their names; empty if none are due.
 
-        Means weigh each pair alike (sft: each counted token), whatever the size of the batches. ``_se`` behind a name
+        All pairs (sft: all counted tokens) have the same weight in a mean, however large the batches are. ``_se``
+        behind a name
         is the standard error of loss and accuracies.
         """
         if not is_due(self._training, step):

@@ -87,7 +87,7 @@ class Evaluation:
         self._previous: Scores | None = None  # the last evaluation's; at first the initial policy's
 
     def restore(self, found: dict[str, Any] | None, *, push_initial: Callable[[], object] = lambda: None) -> None:
-        """Take over what ``describe_baseline`` of the resumed run gave; the actor still holds the initial policy.
+        """Load what ``describe_baseline`` of the resumed run returned; the actor still holds the initial policy.
 
         If it does not answer this run's prompts (another ``eval`` section, or no evaluations so far), the initial
         policy is sampled now.

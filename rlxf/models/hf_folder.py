@@ -20,7 +20,7 @@ _COPIED = (*_TOKENIZER, "generation_config.json")
 
 
 class ModelWeights(Protocol):
-    """The full tensors of a model by their Hugging Face names, whatever the files are."""
+    """The full tensors of a model by their Hugging Face names, from any kind of files."""
 
     def __contains__(self, name: str) -> bool: ...
 

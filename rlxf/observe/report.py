@@ -206,7 +206,7 @@ class RunReport:
 def make_report(
     settings: ReportSettings, run_dir: Path, console: Console, earlier: Reported | None = None
 ) -> RunReport:
-    """The report that a recipe asks for; a resumed run goes on after the step of its checkpoint, in files and trackers.
+    """The report that a recipe asks for. Files and trackers of a resumed run continue after the step of its checkpoint.
 
     Raises:
         ConfigError: a tracker could not be started.

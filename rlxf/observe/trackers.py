@@ -49,7 +49,7 @@ class TrackerSink:
     def __init__(
         self, name: Tracker, log_config: LogConfig, recipe: Recipe, run_dir: Path, run_id: str | None = None
     ) -> None:
-        """``recipe``: as the tracker shows it. ``run_id``: of the tracker's run that a resumed run goes on in."""
+        """``recipe``: as the tracker shows it. ``run_id``: the tracker's run that a resumed run continues."""
         self.name = name
         self._failures = 0
         self._closed = False

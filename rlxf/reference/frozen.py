@@ -79,7 +79,7 @@ class FrozenReference:
         dist.barrier()
 
     def load(self, folder: Path) -> None:
-        """Take over the weights that ``save`` wrote, whatever layout wrote them; a parameter at a time."""
+        """Load the weights that ``save`` wrote in any layout, one parameter at a time."""
         weights = HfWeights(folder)
         names = weights.names()
         dtype = weights.read(next(iter(names))).dtype

@@ -39,7 +39,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What the flags of the command say; their names with underscores."""
+    """The flags of the command, their names with underscores."""
 
     input: str
     tokenizer_name_or_path: str

@@ -119,7 +119,7 @@ class PreferenceObjective:
         return gradients(partial(self._losses, picked, mean_length), actor)
 
     def _columns(self, part: ReferencedPairs, losses: Tensor, actor: PairValues) -> list[Tensor]:
-        """[n] each: 1, and what ``_MEANS`` names; log-probs are summed over the completion, whatever the loss reads."""
+        """[n] each: 1, then the values that ``_MEANS`` names. Log-probs are summed, even if the loss averages them."""
         reference = part.reference.to(actor.chosen.device)
         chosen, rejected = actor.chosen - reference.chosen, actor.rejected - reference.rejected
         kl = (chosen + rejected) / 2

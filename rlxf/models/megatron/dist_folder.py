@@ -1,6 +1,7 @@
 """A model in megatron's distributed checkpoint, read tensor by tensor, without a process group, from any layout.
 
-The format keeps whole tensors, whatever layout wrote them: packed query-key-value, all of gate before all of up, all
+The format keeps whole tensors, the same for every layout that wrote them: packed query-key-value, all of gate before
+all of up, all
 layers of one kind stacked.
 """
 

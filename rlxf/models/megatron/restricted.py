@@ -1,6 +1,6 @@
 """Megatron's loader of distributed checkpoints with readers that run no code of a file.
 
-Its own readers unpickle the index and every object with whatever is installed, so a checkpoint from somebody else could
+Its own readers unpickle the index and every object with all installed classes, so a checkpoint from somebody else could
 run a command. These read tensors and plain values only.
 """
 
@@ -38,10 +38,10 @@ class RestrictedTensors(LoadShardedStrategy):  # type: ignore[misc]
         raise NotImplementedError  # asked for by megatron's own tools only
 
     def check_backend_compatibility(self, loaded_backend: str) -> None:
-        """Whoever loads has checked it."""
+        """The caller has checked it."""
 
     def check_version_compatibility(self, loaded_version: int) -> None:
-        """There is one version."""
+        """Only one version exists."""
 
 
 class RestrictedCommon(LoadCommonStrategy):  # type: ignore[misc]
@@ -54,10 +54,10 @@ class RestrictedCommon(LoadCommonStrategy):  # type: ignore[misc]
         raise NotImplementedError  # the other strategy reads them
 
     def check_backend_compatibility(self, loaded_backend: str) -> None:
-        """Whoever loads has checked it."""
+        """The caller has checked it."""
 
     def check_version_compatibility(self, loaded_version: int) -> None:
-        """There is one version."""
+        """Only one version exists."""
 
 
 def _leaves(state: Any) -> Iterator[tuple[Any, Any, Any]]:

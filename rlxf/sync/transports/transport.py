@@ -1,7 +1,7 @@
 """The transport's protocol: how the bytes of new weights get from the actor's processes into the engines'.
 
 A transport has an end in every rank of the actor (``Sender``) and one in every engine's process (``Receiver``). The
-driver opens both, then asks the actor for one bucket of the plan after the other and hands on what it says.
+driver opens both, then asks the actor for one bucket of the plan after the other and passes each message on.
 """
 
 from __future__ import annotations

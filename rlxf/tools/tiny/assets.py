@@ -141,7 +141,7 @@ def _digest(path: Path) -> str:
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:
-    """All that decides what the world holds: the recipe, and the files that say how its models are trained."""
+    """All that decides what the world holds: the recipe, and the recipe files that train its models."""
     stages = {name: _digest(RECIPES / f"{name}.yaml") for name in STAGES}
     known: dict[str, Any] = json.loads(json.dumps(asdict(recipe) | {"stages": stages}))
     return known
