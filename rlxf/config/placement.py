@@ -50,7 +50,7 @@ class RolePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The whole placement. ``runtime=local`` has one, too: what the same recipe would claim."""
+    """The whole placement. With ``runtime=local`` it holds what the recipe would claim on Ray."""
 
     resource: str  # Ray's name of one device
     groups: tuple[GroupPlan, ...]
@@ -159,7 +159,7 @@ def _place_actor(config: RunConfig) -> tuple[_Groups, _Bundles]:
 
 
 def _first(nodes: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The first ``count`` devices of a pool; what is above is not claimed (offline, no device samples)."""
+    """The first ``count`` devices of a pool. The others are not claimed: an offline run has no device that samples."""
     kept = []
     for size in nodes:
         kept.append(min(size, count))

@@ -105,7 +105,7 @@ class TrainingConfig(Strict):
 
     @property
     def best_metric(self) -> tuple[str, bool]:
-        """What decides which checkpoint is the best, and whether more of it is better."""
+        """The metric that decides which checkpoint is best, and whether a larger value is better."""
         name = self.keep_best_metric or ("eval/loss" if self.offline else "eval/reward")
         mode = self.keep_best_mode or ("min" if name.endswith("loss") else "max")
         return name, mode == "max"
