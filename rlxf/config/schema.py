@@ -318,6 +318,18 @@ class RunConfig(Strict):
         return not self.offline and self.reward.load is not None and not self.replays_scores
 
     @property
+    def sharing(self) -> set[Role]:
+        """The roles of this run that share devices."""
+        present = (
+            {"train"}
+            | ({"ref"} if self.loads_reference else set())
+            | ({"infer"} if self.samples else set())
+            | ({"reward"} if self.scores else set())
+        )
+        shared: set[Role] = {role for role in self.resource_pool.colocate if role in present}
+        return shared if len(shared) > 1 else set()
+
+    @property
     def holds_out(self) -> bool:
         """Whether some rows are for evaluation."""
         return self.eval.data_path is not None or self.actor_rollout.split[1] > 0
