@@ -129,7 +129,22 @@ def run_ours(gate: Gate, side: Ours, folder: Path) -> None:
 
         launcher.WORKERS["infer"] = FixedLengthWorker  # type: ignore[attr-defined]
     launcher.Clock = lambda: GatedClock(gate)  # type: ignore[attr-defined, assignment]
+    if config.rollout.lookahead:
+        drain_at_turns(gate)
     launcher.launch(config, folder / "run")
+
+
+def drain_at_turns(gate: Gate) -> None:
+    """A turn ends when no work of this program is under way: what it has begun counts, and disturbs no other turn."""
+    from rlxf import driver
+    from rlxf.schedule import Lookahead
+
+    class Drained(Lookahead[Any]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            gate.before_turn = self.drained
+
+    driver.Lookahead = Drained  # type: ignore[misc]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,11 +234,13 @@ class Trl:
 
     world: World
     work: Work
+    threads: int = 1
 
 
 def run_trl(gate: Gate, side: Trl, folder: Path) -> None:
     """``OnlineDPOTrainer.train`` with a gate before each step."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    torch.set_num_threads(side.threads)
     import transformers
     from datasets import Dataset
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer

@@ -38,6 +38,7 @@ class Gate:
         self._steps = steps_per_turn
         self.cpu_s: dict[str, float] = {}  # by stage, of the turn so far
         self.tokens = 0  # sampled in the turn so far
+        self.before_turn: Callable[[], None] = lambda: None  # called before the program waits for its next turn
 
     def begin_step(self, step: int) -> None:
         """Wait for the next turn, if one begins with this step.
@@ -47,6 +48,7 @@ class Gate:
         """
         if step % self._steps:
             return
+        self.before_turn()
         self._connection.send({"cpu_s": self.cpu_s, "tokens": self.tokens})
         self.cpu_s, self.tokens = {}, 0
         if self._connection.recv() != "go":
@@ -74,8 +76,8 @@ class GatedClock(Clock):
         super().start(step)
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        with self._gate.stage(stage), super().__call__(stage):
+    def __call__(self, stage: str, **of: Any) -> Iterator[None]:
+        with self._gate.stage(stage), super().__call__(stage, **of):
             yield
 
 
