@@ -3,7 +3,7 @@
 Both get the same random models, prompts in the same order, two samples per prompt, and completions of the same lengths:
 the length of every sample of every step is drawn beforehand. The end-of-sequence logit is minus infinity until a
 sample has its length, and the only finite one then, in both programs by the same function; a vLLM request asks for
-its number of tokens. Everything else that is sampled is each program's own.
+its number of tokens. Each program samples everything else by itself.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Work:
 
 
 def end_at(scores: Tensor, lengths: Tensor, index: int) -> Tensor:
-    """[n, V] scores that give no EOS at ``index`` (from 0), but in rows whose ``lengths`` say so, where it is all."""
+    """[n, V] scores at ``index`` (from 0): EOS is the only finite one in rows that end here, and -inf in the others."""
     scores = scores.clone()
     scores[:, EOS] = -torch.inf
     last = lengths == index + 1
@@ -129,7 +129,22 @@ def run_ours(gate: Gate, side: Ours, folder: Path) -> None:
 
         launcher.WORKERS["infer"] = FixedLengthWorker  # type: ignore[attr-defined]
     launcher.Clock = lambda: GatedClock(gate)  # type: ignore[attr-defined, assignment]
+    if config.rollout.lookahead:
+        drain_at_turns(gate)
     launcher.launch(config, folder / "run")
+
+
+def drain_at_turns(gate: Gate) -> None:
+    """A turn ends when no work of this program is under way: what it has begun counts, and disturbs no other turn."""
+    from rlxf import driver
+    from rlxf.schedule import Lookahead
+
+    class Drained(Lookahead[Any]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            gate.before_turn = self.drained
+
+    driver.Lookahead = Drained  # type: ignore[misc]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,11 +234,13 @@ class Trl:
 
     world: World
     work: Work
+    threads: int = 1
 
 
 def run_trl(gate: Gate, side: Trl, folder: Path) -> None:
     """``OnlineDPOTrainer.train`` with a gate before each step."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    torch.set_num_threads(side.threads)
     import transformers
     from datasets import Dataset
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer

@@ -1,8 +1,8 @@
 """Programs that train step by step in processes of their own and take turns, so that a slow machine slows all.
 
 A program calls ``Gate.begin_step`` before each of its steps. At the first step of a turn it waits there until the
-benchmark lets it go on; what it costs from then until it waits again is one turn: whole steps, with all that belongs to
-them. CPU seconds are the operating system's, of the process and of everything that it started.
+benchmark lets it go on; its cost from then until it waits again is one turn: whole steps, with everything that belongs
+to them. CPU seconds are the operating system's, of the process and of everything that it started.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Gate:
         self._steps = steps_per_turn
         self.cpu_s: dict[str, float] = {}  # by stage, of the turn so far
         self.tokens = 0  # sampled in the turn so far
+        self.before_turn: Callable[[], None] = lambda: None  # called before the program waits for its next turn
 
     def begin_step(self, step: int) -> None:
         """Wait for the next turn, if one begins with this step.
@@ -47,6 +48,7 @@ class Gate:
         """
         if step % self._steps:
             return
+        self.before_turn()
         self._connection.send({"cpu_s": self.cpu_s, "tokens": self.tokens})
         self.cpu_s, self.tokens = {}, 0
         if self._connection.recv() != "go":
@@ -74,8 +76,8 @@ class GatedClock(Clock):
         super().start(step)
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        with self._gate.stage(stage), super().__call__(stage):
+    def __call__(self, stage: str, **of: Any) -> Iterator[None]:
+        with self._gate.stage(stage), super().__call__(stage, **of):
             yield
 
 
