@@ -18,7 +18,7 @@ def settle(run: Run, schedule: Schedule) -> None:
     """
     state, training = run.state, run.config.training
     if "push" in state.owed:
-        state.metrics |= schedule.beside("infer", partial(_push, run)).metrics()
+        state.metrics |= schedule.beside("sync", partial(_push, run)).metrics()
         state.settled("push")
     if "move" in state.owed:
         if run.refresh.is_due(state.policy_version):

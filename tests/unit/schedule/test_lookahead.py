@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -128,6 +129,19 @@ def test_the_order_and_the_pace_are_kept_whatever_stages_take(num_ahead: int) ->
         require_pace(done)
         first = rng.randrange(len(times))
         require_order(VirtualRun(times, num_ahead, first=first).run())  # as after more train_iters, with none waiting
+
+
+@pytest.mark.parametrize("num_ahead", [0, 1, 2, 4])
+@pytest.mark.parametrize(
+    "sharing",
+    ["score refer", "sample score", "sample score refer", "update refer", "update score refer", "sample update refer"],
+)
+def test_roles_that_share_devices_take_turns(sharing: str, num_ahead: int) -> None:
+    """``Timeline`` refuses two things at a time on a lane. Trainer and engines share one only without lookahead."""
+    for seed in range(40):
+        times = replace(random_times(seed)[0], sharing=frozenset(sharing.split()))
+        if not (num_ahead and {"sample", "update"} <= times.sharing):
+            require_order(VirtualRun(times, num_ahead).run())
 
 
 def left_by(num_ahead: int, num_steps: int, boundary: int, rng: random.Random) -> list[Item]:

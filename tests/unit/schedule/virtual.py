@@ -14,7 +14,6 @@ import numpy as np
 from rlxf.schedule import Lookahead, Stage
 
 T = TypeVar("T")
-LANES = {"sample": "infer", "score": "reward", "refer": "ref", "update": "train"}
 STAGES = ("sample", "score", "refer")
 
 
@@ -30,9 +29,14 @@ class Times:
     evaluate: float = 0.5
     every: int = 0  # boundaries from one evaluation to the next; 0: none
     late: bool = False  # the trainer refers, when the step's turn has come
+    sharing: frozenset[str] = frozenset()  # stages whose devices are the same
 
     def __len__(self) -> int:
         return len(self.update)
+
+    def lane(self, name: str) -> str:
+        name = "update" if self.late and name == "refer" else name
+        return "shared" if name in self.sharing else name
 
     def evaluates(self, boundary: int) -> bool:
         return self.every > 0 and boundary % self.every == 0
@@ -183,14 +187,13 @@ class VirtualRun:
 
     def __post_init__(self) -> None:
         self.given = {item.step: replace(item, done=set(item.done)) for item in self.waiting}
-        late = self.times.late
         stages = [
             Stage(
                 name=name,
-                lane="train" if late and name == "refer" else LANES[name],
+                lane=self.times.lane(name),
                 is_done=lambda item, name=name: name in item.done,
                 work=partial(self._work, name),
-                late=late and name == "refer",
+                late=self.times.late and name == "refer",
             )
             for name in STAGES
         ]
@@ -209,7 +212,7 @@ class VirtualRun:
         for step in range(self.first, len(self.times)):
             item = self.schedule.take(step)
             assert item.step == step
-            self.schedule.beside("train", partial(self._work, "update", item))
+            self.schedule.beside(self.times.lane("update"), partial(self._work, "update", item))
             self.trained.append(item)
             self.schedule.sampled()
             self.boundary(step + 1)
@@ -217,7 +220,7 @@ class VirtualRun:
 
     def boundary(self, boundary: int) -> None:
         if boundary > self.first:
-            self.schedule.beside("infer", partial(self._push, boundary))
+            self.schedule.beside("sync", partial(self._push, boundary))
         else:
             self.lanes.at_boundary("push", boundary, self.times.push)
         self.lanes.pushed = boundary
