@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -128,9 +129,7 @@ class Waits(TokenCounter):
     def score(self, rollouts: Rollouts) -> Tensor:
         state, step = self.small.run.state, int(rollouts.prompts.row_ids[0]) // SIZE
         state.all_failed_scores += 1
-        deadline = time.monotonic() + 10
-        while state.step < step and time.monotonic() < deadline:
-            time.sleep(0.001)
+        assert until(lambda: state.step >= step)
         return super().score(rollouts)
 
 
@@ -150,14 +149,34 @@ def test_sampling_and_scoring_go_on_beside_an_update() -> None:
 
     def wait() -> None:
         wanted = min(small.run.state.step + 2, NUM_STEPS)
-        deadline = time.monotonic() + 10
-        while small.trace.count("score") < wanted and time.monotonic() < deadline:
-            time.sleep(0.001)
-        met.append(small.trace.count("score") == wanted)
+        met.append(until(lambda: small.trace.count("score") == wanted))
 
     small.actor.during_update = wait
     finish(small)
     assert all(met)
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()
+
+
+def test_the_reference_follows_a_score_that_ends_beside_a_push() -> None:
+    """Step 2 is sampled beside the update of step 1; it is scored when the push after that has begun."""
+
+    class Late(TokenCounter):
+        def score(self, rollouts: Rollouts) -> Tensor:
+            if int(rollouts.prompts.row_ids[0]) // SIZE == 2:
+                assert until(lambda: trace.count("sync") == 3)
+            return super().score(rollouts)
+
+    met = list[bool]()
+    trace = Trace(("sync", 2), lambda: met.append(until(lambda: trace.count("reference") == 3)))
+    small = small_run(ahead_config(1, training__eval_interval=0), scorer=Late([]), trace=trace, lanes=InThreads)
+    train(small.run)
+    assert met == [True]
 
 
 def test_a_push_waits_for_the_sampling_beside_the_update() -> None:

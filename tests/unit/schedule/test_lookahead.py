@@ -124,9 +124,10 @@ def random_times(seed: int) -> tuple[Times, random.Random]:
 def test_the_order_and_the_pace_are_kept_whatever_stages_take(num_ahead: int) -> None:
     for seed in range(150):
         times, rng = random_times(seed)
-        done = VirtualRun(times, num_ahead).run()
-        require_order(done)
-        require_pace(done)
+        for early in (False, True):
+            done = VirtualRun(times, num_ahead, early=early).run()
+            require_order(done)
+            require_pace(done)
         first = rng.randrange(len(times))
         require_order(VirtualRun(times, num_ahead, first=first).run())  # as after more train_iters, with none waiting
 
