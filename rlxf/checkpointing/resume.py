@@ -74,7 +74,7 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
     driver = read_driver(folder)
     changes = _check(config, folder, driver)
     state, waiting = _state(driver), load_waiting(folder)
-    state.failing_scores = sum(step.failed for step in waiting)
+    state.all_failed_scores += sum(step.failed for step in waiting)
     _begin_anew(config, driver, state, waiting, folder)
     return Resume(
         folder=folder,

@@ -83,6 +83,7 @@ def _values(step: Collected) -> dict[str, Any]:
         "sampled_at": step.sampled_at,
         "version": step.version,
         "failed": step.failed,
+        "referred": step.referred,
         "metrics": finite_or_null(step.metrics),
         "seconds": step.seconds,
         "texts": prompts.texts if prompts else None,
@@ -98,6 +99,7 @@ def _load(path: Path) -> Collected:
             sampled_at=values["sampled_at"],
             version=values["version"],
             failed=values["failed"],
+            referred=values["referred"],
             metrics=from_json(values["metrics"]),
             seconds=values["seconds"],
         )

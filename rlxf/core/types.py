@@ -8,6 +8,7 @@ prompt, ``B = P * K`` completions, ``N`` pairs. Chosen and rejected are two fiel
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -232,6 +233,14 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    def digest(self) -> str:
+        """Of the tokens of both sides: the same for the same pairs in the same order."""
+        found = hashlib.sha256()
+        for side in (self.chosen, self.rejected):
+            for tensor in (side.lengths, side.prompt_lengths, side.tokens):
+                found.update(tensor.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def select(self, index: Tensor) -> Pairs:
         return Pairs(chosen=self.chosen.select(index), rejected=self.rejected.select(index))

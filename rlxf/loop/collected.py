@@ -26,7 +26,8 @@ class Collected:
     scored: ScoredRollouts | None = None
     pairing: PairingResult | None = None
     data: Pairs | Examples | None = None  # pairs, or what a file holds; without any rows no update is made
-    reference: PairValues | None = None  # its answer about the pairs, if the objective reads it
+    reference: PairValues | None = None  # its answer about pairs, if the objective reads it
+    referred: str | None = None  # digest of those pairs
     batch: Batch | None = None  # the same with what the objective needs besides
     metrics: Metrics = field(default_factory=dict)  # of its making
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage

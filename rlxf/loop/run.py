@@ -197,17 +197,26 @@ class State:
     owed: tuple[Owed, ...] = ()  # by the last complete step: new weights to the engines, move of the reference, ...
     # Of the step under way, never saved:
     updating: bool = False  # the actor's weights are changing, and may be those of no complete step
-    failing_scores: int = 0  # of steps and evaluations that are not complete, which a resumed run scores again
+    # Those of complete steps, and of steps and evaluations that are not complete. Whoever scores adds to it, perhaps in
+    # a thread of its own while another step completes.
+    all_failed_scores: int = 0
+
+    def __post_init__(self) -> None:
+        self.all_failed_scores = max(self.all_failed_scores, self.failed_scores)
 
     @property
     def reported_step(self) -> int:
         """The last step whose row in the run's files is final."""
         return self.step - 1 if "row" in self.owed else self.step
 
+    @property
+    def failing_scores(self) -> int:
+        """Failed scores of what is not complete, which a resumed run asks for again."""
+        return self.all_failed_scores - self.failed_scores
+
     def count_failures(self, count: int) -> None:
         """``count`` failed scores are of what is complete now, and will not be asked for again."""
         self.failed_scores += count
-        self.failing_scores -= count
 
     def complete(self, failed: int, metrics: Metrics, owed: tuple[Owed, ...]) -> None:
         """One more step is complete: ``failed`` of its completions have no score because a call failed."""
@@ -219,7 +228,7 @@ class State:
         self.owed = tuple(other for other in self.owed if other != item)
 
 
-UNSAVED = frozenset({"updating", "failing_scores"})
+UNSAVED = frozenset({"updating", "all_failed_scores"})
 Schedule = Lookahead[Collected]
 
 
@@ -288,10 +297,12 @@ class _Asked:
     collected: Collected
 
     def logps(self, pairs: Pairs) -> PairValues:
-        if self.collected.reference is None:
+        known, referred = self.collected.reference, pairs.digest()
+        if known is None or referred != self.collected.referred:  # a resumed run may pair what waited in another way
             with self.run.working(self.collected, "ref"):
-                self.collected.reference = self.run.reference.logps(pairs)
-        return self.collected.reference
+                known = self.run.reference.logps(pairs)
+            self.collected.reference, self.collected.referred = known, referred
+        return known
 
     def token_logps(self, sequences: Sequences) -> Tensor:
         with self.run.working(self.collected, "ref"):

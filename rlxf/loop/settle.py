@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rlxf.core.types import Metrics
 from rlxf.loop.due import evaluation_is_due
 from rlxf.loop.run import Run, Schedule
+from rlxf.sync.push import SyncReport
 
 
 def settle(run: Run, schedule: Schedule) -> None:
@@ -15,8 +18,7 @@ def settle(run: Run, schedule: Schedule) -> None:
     """
     state, training = run.state, run.config.training
     if "push" in state.owed:
-        with run.clock("sync"):
-            state.metrics |= run.sync.push(state.policy_version).metrics()
+        state.metrics |= schedule.beside("sync", partial(_push, run)).metrics()
         state.settled("push")
     if "move" in state.owed:
         if run.refresh.is_due(state.policy_version):
@@ -48,11 +50,17 @@ def settle(run: Run, schedule: Schedule) -> None:
     run.folder.poll()
 
 
+def _push(run: Run) -> SyncReport:
+    with run.clock("sync"):
+        return run.sync.push(run.state.policy_version)
+
+
 def evaluate(run: Run) -> Metrics:
     """The evaluation of the state's step, if one is due; scores that failed in it count for the run."""
-    state, failing = run.state, run.state.failing_scores
+    state, before = run.state, run.state.all_failed_scores
     metrics = run.evaluate(state.step)
-    state.count_failures(state.failing_scores - failing)
+    if metrics:  # else later steps may be scored meanwhile
+        state.count_failures(state.all_failed_scores - before)
     return metrics
 
 

@@ -58,7 +58,8 @@ class Stage(Generic[S]):
 class Lookahead(Generic[S]):
     """Collects steps, ``num_ahead`` of them before their turn.
 
-    The driver calls ``take`` at each boundary, ``beside`` for the update, and ``sampled`` before the next boundary.
+    The driver calls ``take`` at each boundary, ``beside`` for the update, ``sampled`` before the next boundary, and
+    ``beside`` for its push.
 
     Args:
         stages: in order; the first one samples.
@@ -86,10 +87,12 @@ class Lookahead(Generic[S]):
         self._num_ahead = num_ahead
         self._num_steps = num_steps
         self._steps = steps
+        while steps and steps[-1].step >= num_steps:  # the earlier run was to be longer
+            steps.pop()
         self._turn = -1  # the step that is taken
         self._running: dict[Stage[S], tuple[S, Future[None]]] = {}
         self._main_lane: str | None = None  # of the work that the others go on beside
-        self._failure: Exception | None = None  # of a stage while an update was under way
+        self._failure: Exception | None = None  # of a stage beside the work of ``beside``
 
     def take(self, step: int) -> S:
         """At boundary ``step``: begin to sample the step ``num_ahead`` further on; the step to train on, collected.
@@ -112,9 +115,9 @@ class Lookahead(Generic[S]):
         return taken
 
     def beside(self, lane: str, work: Callable[[], R]) -> R:
-        """What ``work`` gives, done while the stages of later steps go on.
+        """What ``work`` gives, done while the stages of later steps go on, but for those of the same lane.
 
-        A stage that fails meanwhile does not cut it: ``sampled`` raises the error afterwards.
+        A stage that fails meanwhile does not cut it: whatever is called next but ``beside`` raises the error.
         """
         self._main_lane = lane  # no other work begins on it
         try:
@@ -135,9 +138,6 @@ class Lookahead(Generic[S]):
         Raises:
             RlxfError: whatever a stage raised since the step was taken.
         """
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
         self._run_until(lambda: self._is_sampled(self._num_steps))
 
     def drained(self) -> None:
@@ -159,6 +159,9 @@ class Lookahead(Generic[S]):
         return stage.is_done(item) and (stage not in self._running or self._running[stage][0] is not item)
 
     def _run_until(self, is_done: Callable[[], bool]) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
         self._go_on()
         while not is_done():
             self._lanes.wait([future for _, future in self._running.values()])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlxf.assembly.build_run import left_over
+from rlxf.checkpointing.waiting import load_waiting, save_waiting
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
 from rlxf.core.stop import Stop
@@ -28,7 +30,8 @@ from rlxf.core.types import (
     Tokens,
 )
 from rlxf.evaluate import no_evaluation
-from rlxf.loop.run import Evaluate, FileSource, Online, PromptSource, Run, State
+from rlxf.loop.collected import Collected
+from rlxf.loop.run import UNSAVED, Evaluate, FileSource, Online, PromptSource, Run, State
 from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_requests
 from rlxf.schedule import Lanes, OneAfterTheOther
 from rlxf.sync.push import SyncReport
@@ -157,15 +160,25 @@ class SmallEngine:
         self.samplings: list[Sampling] = []
         self.seeds: list[list[int]] = []  # of each call, one per completion
         self.during_generate: Callable[[], None] = lambda: None
+        self.busy = False
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
+        assert not self.busy
+        self.busy = True
+        try:
+            return self._generate(prompts, sampling)
+        finally:
+            self.busy = False
+
+    def _generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         self._trace.append("rollout")
+        version = self.version  # of the weights that it begins with
         self.during_generate()
         self.samplings.append(sampling)
         requests = [request for part in sample_requests(prompts, sampling, None) for request in part]
         self.seeds.append([seed for _, seed in requests])
         completions = [self._sample(row, sampling, seed) for row, seed in requests]
-        return pack_rollouts(prompts, sampling.num_samples, completions, self.version)
+        return pack_rollouts(prompts, sampling.num_samples, completions, version)
 
     def _sample(self, prompt: list[int], sampling: Sampling, seed: int) -> Completion:
         generator = torch.Generator().manual_seed(seed)
@@ -191,6 +204,7 @@ class SmallSync:
 
     def push(self, version: int) -> SyncReport:
         self._trace.append("sync")
+        assert not self._engine.busy, "a push while the engine samples"
         self.versions.append(version)
         if self._deliver(version):
             self._engine.logits = self._actor.logits.detach().clone()
@@ -202,6 +216,7 @@ class SmallSync:
 
     def push_saved(self, checkpoint: Path, version: int) -> None:
         self._trace.append("push saved")
+        assert not self._engine.busy
         self._engine.logits = torch.load(checkpoint / "pushed.pt", weights_only=True)
         self._engine.version = version
 
@@ -281,9 +296,23 @@ class Notes:
 
 
 class SavedSteps:
-    """A folder that notes which steps were saved, with which policy version."""
+    """A folder that notes which steps were saved, with which policy version.
 
-    def __init__(self, step: int) -> None:
+    Args:
+        step: the last one that is saved already.
+        waiting: steps that wait, as far as a checkpoint of a state keeps them.
+        root: where checkpoints are written; None: nowhere.
+        write: writes one into its folder.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        waiting: Callable[[State], list[Collected]],
+        root: Path | None,
+        write: Callable[[Path, State], None],
+    ) -> None:
+        self.waiting: list[list[tuple[int, int, bool, bool, bool]]] = []  # step, boundary; sampled, scored, referred
         self.saved: list[tuple[int, int]] = []
         self.states: list[State] = []
         self.hf: list[int] = []
@@ -291,13 +320,19 @@ class SavedSteps:
         self.finished: list[bool] = []  # whether the actor was asked, each time that a failed run ended
         self.during_save: Callable[[], None] = lambda: None
         self._step = step
+        self._waiting, self._root, self._write = waiting, root, write
 
     def save_checkpoint(self, state: State) -> None:
         if state.step != self._step:
             self.during_save()
             self._step = state.step
             self.saved.append((state.step, state.policy_version))
-            self.states.append(replace(state))
+            self.states.append(State(**{name: value for name, value in asdict(state).items() if name not in UNSAVED}))
+            self.waiting.append([_summary(step) for step in self._waiting(state)])
+            if self._root is not None:
+                folder = self._root / f"iter_{state.step:07d}"
+                folder.mkdir(parents=True)
+                self._write(folder, state)
 
     def is_time_to_save(self, state: State) -> bool:
         return False
@@ -306,7 +341,7 @@ class SavedSteps:
         return None
 
     def newest(self) -> Path | None:
-        return Path(f"iter_{self._step:07d}") if self._step else None
+        return (self._root or Path()) / f"iter_{self._step:07d}" if self._step else None
 
     def finish(self, *, ask_actor: bool) -> None:
         self.finished.append(ask_actor)
@@ -322,6 +357,12 @@ class SavedSteps:
 
     def save_policy(self) -> Path:
         return Path("policy")
+
+
+def _summary(step: Collected) -> tuple[int, int, bool, bool, bool]:
+    parts = (step.rollouts, step.raw_scores, step.reference)
+    sampled, scored, referred = (part is not None for part in parts)
+    return step.step, step.sampled_at, sampled, scored, referred
 
 
 @dataclass
@@ -350,16 +391,37 @@ def small_run(
     deliver: Callable[[int], bool] = lambda version: True,
     state: State | None = None,
     logits: Tensor | None = None,
-    lanes: Lanes | None = None,
+    lanes: Callable[[Stop], Lanes] = lambda stop: OneAfterTheOther(),
+    trace: Trace | None = None,
+    root: Path | None = None,
+    resumed: Path | None = None,
 ) -> SmallRun:
-    """A run of the rooms above; ``offline`` replaces prompts, engine and scorer, ``state`` and ``logits`` the start."""
-    trace: Trace = []
+    """A run of the rooms above; ``offline`` replaces prompts, engine and scorer, ``state`` and ``logits`` the start.
+
+    With ``root`` its checkpoints are written there; ``resume_small`` goes on from one.
+    """
+    trace = [] if trace is None else trace
     actor, engine, reference = SmallActor(config, trace), SmallEngine(trace), SmallReference(trace)
     if logits is not None:
         with torch.no_grad():
             actor.logits.copy_(logits)
     sync, recorder = SmallSync(actor, engine, trace, deliver=deliver), LastRecord()
-    notes, folder, stop = Notes(), SavedSteps(state.step if state else 0), Stop(interrupt=True)
+    steps = deque(load_waiting(resumed) if resumed else ())
+
+    def waiting(state: State) -> list[Collected]:
+        return left_over(steps, state, config)
+
+    def write(checkpoint: Path, state: State) -> None:
+        actor.save_checkpoint(checkpoint)
+        save_waiting(checkpoint, waiting(state))
+        if any(step.rollouts is None for step in waiting(state)):
+            sync.save_pushed(checkpoint)
+
+    notes, folder = Notes(), SavedSteps(state.step if state else 0, waiting, root, write)
+    stop = Stop()
+    chosen = lanes(stop)
+    if isinstance(chosen, OneAfterTheOther):  # all of it is in this process and thread
+        stop = Stop(interrupt=True)
     online = Online(
         prompts=prompts or SmallPrompts(config, trace),
         rollout=engine,
@@ -380,7 +442,20 @@ def small_run(
         clock=Clock(),
         stop=stop,
         state=state or State(),
-        lanes=lanes or OneAfterTheOther(),
-        steps=deque(),
+        lanes=chosen,
+        steps=steps,
+        resumed=resumed,
     )
     return SmallRun(run, actor, reference, engine, sync, recorder, notes, folder, stop, trace)
+
+
+def resume_small(ended: SmallRun, config: RunConfig, **others: Any) -> SmallRun:
+    """A run that goes on from the newest checkpoint of one that ended; from the beginning if it has none."""
+    if not ended.folder.states:
+        return small_run(config, **others)
+    state, resumed = replace(ended.folder.states[-1]), ended.folder.newest()
+    assert resumed is not None
+    small = small_run(config, state=state, resumed=resumed, **others)
+    state.all_failed_scores += sum(step.failed for step in small.run.steps)
+    small.actor.load_checkpoint(resumed)
+    return small

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlxf.core.errors import StopRequested, TrainingError
+from rlxf.core.errors import StopRequested, SyncError, TrainingError
 from rlxf.core.types import Metrics, Pairs, Rollouts, Sequences
 from rlxf.driver import train
 from rlxf.loop.run import State
@@ -150,8 +150,19 @@ def test_every_step_samples_as_the_recipe_says() -> None:
     assert small.engine.samplings == [Sampling(num_samples=4, max_new_tokens=8, seed=7, purpose="train")] * 4
 
 
+def test_completions_of_another_version_end_the_run_before_they_are_trained_on() -> None:
+    small = small_run(small_config(), deliver=lambda version: version != 2)
+    with pytest.raises(SyncError, match=r"step 3: .* sampled by policy version \[1\], but version 2 was pushed"):
+        train(small.run)
+    assert small.trace.count("update") == 2
+    assert small.trace[-1] == "rollout"  # neither scored nor recorded
+    assert small.recorder.steps == [1, 2]
+
+
 def test_lag_is_measured_from_the_versions_that_sampled() -> None:
-    small = small_run(small_config(), deliver=lambda version: version % 2 == 0)
+    """A replay carries the versions of the run that was recorded, which are taken as they are."""
+    config = small_config(rollout__engine="replay", rollout__replay_path="rollouts.jsonl")
+    small = small_run(config, deliver=lambda version: version % 2 == 0)
     train(small.run)
     assert [metrics["sync/version_lag"] for metrics in small.notes.steps.values()] == [0.0, 1.0, 0.0, 1.0]
 
@@ -290,13 +301,24 @@ def test_a_signal_before_the_first_step_saves_nothing() -> None:
     assert small.folder.saved == []
 
 
+class FailsThree(TokenCounter):
+    """Three completions of each step have no score because a call failed."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__([])
+        self._state = state
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        self._state.all_failed_scores += 3
+        return super().score(rollouts)
+
+
 def test_failures_of_a_step_that_is_not_complete_are_not_saved() -> None:
     """The resumed run scores it again."""
     state = State(step=1, policy_version=1)
-    small = small_run(small_config(), state=state)
+    small = small_run(small_config(), state=state, scorer=FailsThree(state))
 
     def fail() -> None:
-        state.failing_scores += 3
         if state.step == 2:
             raise TrainingError("in the update of step 3")
 

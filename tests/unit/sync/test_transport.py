@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from rlxf.sync.transports.shared_memory import SharedBuckets, this_machine
 shared = SharedBuckets.allocate([Bucket((), 5000), Bucket((), 9000), Bucket((), 10)])
 for index, size in enumerate((5000, 9000)):
     shared.slot(index, size).fill_(index + 1)
-print(shared.address.path, shared.address.num_slots, shared.address.slot_bytes, flush=True)
+print(shared.address.path, shared.address.size, *shared.address.starts, flush=True)
 print(this_machine(), flush=True)
 for index in sys.stdin:
     shared.slot(int(index), 10).fill_(9)
@@ -50,9 +51,9 @@ def writer() -> Iterator[subprocess.Popen[str]]:
 
 def address_of(process: subprocess.Popen[str]) -> MemoryAddress:
     assert process.stdout is not None
-    path, num_slots, slot_bytes = process.stdout.readline().split()
+    path, size, *starts = process.stdout.readline().split()
     assert process.stdout.readline().strip() == this_machine()
-    return MemoryAddress(path, int(num_slots), int(slot_bytes))
+    return MemoryAddress(path, tuple(int(start) for start in starts), int(size))
 
 
 def test_one_process_reads_what_another_writes_and_the_next_but_one_takes_its_place(
@@ -83,7 +84,7 @@ def test_a_killed_actor_leaves_no_file_and_its_engines_their_memory(writer: subp
     assert (shared.slot(1, 9000) == 2).all()
     assert not Path(address.path).exists()
     new = set(os.listdir("/dev/shm")) - before  # another program's, perhaps
-    assert address.num_slots * address.slot_bytes not in {_size(Path("/dev/shm", name)) for name in new}
+    assert address.size not in {_size(Path("/dev/shm", name)) for name in new}
 
 
 def _size(file: Path) -> int:
@@ -113,6 +114,20 @@ def test_buckets_of_any_size_are_whole_in_their_slots() -> None:
             assert (kept == index - 1).all()
 
 
+@pytest.mark.parametrize(("keeps", "whole"), [(False, [3, 4]), (True, [0, 1, 2, 3, 4])])
+def test_buckets_that_are_kept_have_room_of_their_own(keeps: bool, whole: list[int]) -> None:
+    """Else each takes the room of the last but one."""
+    plan = [Bucket((), num_bytes) for num_bytes in (5000, 9000, 10, 4096, 4097)]
+    written = SharedBuckets.allocate(plan, keeps=keeps)
+    for index, bucket in enumerate(plan):
+        written.slot(index, bucket.num_bytes).fill_(index)
+    read = SharedBuckets.open(written.address)
+    found = [index for index, bucket in enumerate(plan) if (read.slot(index, bucket.num_bytes) == index).all()]
+    assert found == whole
+    page = mmap.PAGESIZE
+    assert written.address.size == (page * (2 + 3 + 1 + 1 + 2) if keeps else 2 * 3 * page)
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_an_engine_samples_from_its_own_copy_once_an_update_has_ended(tmp_path: Path, tied: bool) -> None:
     """The vLLM engine has the same test in tests/unit/rollout/test_vllm_engine.py: its process zeroes every payload."""
@@ -127,8 +142,7 @@ def test_an_engine_samples_from_its_own_copy_once_an_update_has_ended(tmp_path: 
         written.slot(index, bucket.num_bytes).copy_(actor.packed_bucket(index))
         engine.load_bucket(bucket, read.slot(index, bucket.num_bytes))
     engine.end_update(1)
-    for index in range(2):
-        written.slot(index, written.address.slot_bytes).fill_(0xFF)  # NaN in every float type
+    written.slot(0, written.address.size).fill_(0xFF)  # NaN in every float type
     assert torch.isnan(read.slot(0, 8).view(torch.float32)).all()
     batch = prompt_batch(random_prompts([4, 9]))
     sampled = engine.generate(batch, Sampling(num_samples=1, max_new_tokens=8, temperature=0))
