@@ -9,7 +9,7 @@ from rlxf.loop.collected import Collected
 from rlxf.loop.rescue import save_last_step
 from rlxf.loop.run import AFTER_UPDATE, WITHOUT_UPDATE, Run, Schedule
 from rlxf.loop.settle import evaluate, save, settle
-from rlxf.observe.formulas import num_tokens, version_lag
+from rlxf.observe.formulas import num_tokens, version_lag, without_drift_of_others
 from rlxf.schedule import Lookahead
 
 
@@ -94,7 +94,7 @@ def learn(run: Run, schedule: Schedule, collected: Collected) -> None:
     state.policy_version += 1
     state.empty_steps = 0
     state.num_tokens += num_tokens(data) * run.config.actor_rollout.ppo_epochs
-    state.complete(collected.failed, metrics, AFTER_UPDATE)
+    state.complete(collected.failed, without_drift_of_others(metrics), AFTER_UPDATE)
     run.clock.add(collected.seconds)
 
 
