@@ -26,7 +26,8 @@ def train(run: Run) -> None:
         while state.step < run.config.training.train_iters:
             run.clock.start(state.step)
             run.stop.check()
-            collected = schedule.take(state.step)  # prompts to pairs with their reference; offline, from a file
+            with run.clock.waiting():
+                collected = schedule.take(state.step)  # prompts to pairs with their reference; offline, from a file
             algorithm.record(run, collected)
             if collected.batch is not None:
                 learn(run, schedule, collected)
@@ -83,7 +84,7 @@ def learn(run: Run, schedule: Schedule, collected: Collected) -> None:
     assert batch is not None
 
     def update() -> Metrics:
-        with run.clock("update_actor"):
+        with run.clock("update_actor", version=state.policy_version):
             return run.actor.update(batch, collected.step)
 
     run.stop.check()

@@ -15,19 +15,19 @@ def settle(run: Run, schedule: Schedule) -> None:
     """
     state, training = run.state, run.config.training
     if "push" in state.owed:
-        with run.clock("sync"):
+        with run.clock("sync", version=state.policy_version):
             state.metrics |= run.sync.push(state.policy_version).metrics()
         state.settled("push")
     if "move" in state.owed:
         if run.refresh.is_due(state.policy_version):
             schedule.drained()
-        with run.clock("sync"):
+        with run.clock("sync", version=state.policy_version):
             run.refresh(state.policy_version)
         state.settled("move")
     if "evaluation" in state.owed:
         if evaluation_is_due(training, state.step):
             schedule.drained()
-        with run.stop.interruptible(), run.clock("eval"):
+        with run.stop.interruptible(), run.clock("eval", version=state.policy_version):
             state.metrics |= evaluate(run)
         state.settled("evaluation")
     if "row" in state.owed:
@@ -36,14 +36,14 @@ def settle(run: Run, schedule: Schedule) -> None:
         state.settled("row")
     if "hf" in state.owed:
         if training.save_hf_interval and state.step % training.save_hf_interval == 0:
-            with run.clock("save"):
+            with run.clock("save", version=state.policy_version):
                 run.folder.save_hf(state.step)
         state.settled("hf")
     if training.save_interval and state.step % training.save_interval == 0:
         save(run, schedule)
     elif run.folder.is_time_to_save(state):
         schedule.drained()
-        with run.clock("save"), run.stop.uninterruptible():
+        with run.clock("save", version=state.policy_version), run.stop.uninterruptible():
             run.folder.save_in_time(state)
     run.folder.poll()
 
@@ -59,7 +59,7 @@ def evaluate(run: Run) -> Metrics:
 def save(run: Run, schedule: Schedule, *, wait: bool = False) -> None:
     """A checkpoint of the steps that are complete, unless there is one."""
     schedule.drained()
-    with run.clock("save"), run.stop.uninterruptible():
+    with run.clock("save", version=run.state.policy_version), run.stop.uninterruptible():
         run.folder.save_checkpoint(run.state)
         if wait:
             run.folder.wait()
