@@ -63,7 +63,7 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
         config = found.config
         platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
         plan = make_plan(config)
-        with connected(plan, platform, stop) as cluster, clocked(found) as clock:
+        with clocked(found) as clock, connected(plan, platform, stop) as cluster:
             waiter = Waiter(clock, stop, config.training.stage_timeout_s, cluster.logs)
             with stop.interruptible():
                 groups, loading = start_workers(config, plan, platform, waiter)

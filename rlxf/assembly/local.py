@@ -36,10 +36,10 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
     with prepared(config, run_dir, stop, typed) as found:
         if found is None:
             return
-        with stop.interruptible():
-            platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
-            roles = build_roles(found.config, platform)
         with clocked(found, role_rows=True) as clock:
+            with stop.interruptible():
+                platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
+                roles = build_roles(found.config, platform)
             run_prepared(found, roles, platform=platform, clock=clock, stop=stop, lanes=OneAfterTheOther())
 
 

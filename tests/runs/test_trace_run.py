@@ -5,8 +5,13 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
+from rlxf.assembly import local
+from rlxf.config.load import load_config
+from rlxf.core.errors import DataError
 from tests.runs.killed import Call, run_in_child
-from tests.runs.small import Finished, World
+from tests.runs.small import Finished, World, run
 from tests.traces import overlaps, read_boxes
 
 STEPS = 3
@@ -36,3 +41,15 @@ def test_a_killed_run_leaves_a_trace_that_opens_and_the_resumed_one_goes_on_in_i
     evaluated = [(box.row, box.step) for box in boxes if box.stage == "eval"]
     assert set(evaluated) == {(row, step) for row in ROWS for step in (2, 3)}
     assert [row["step"] for row in done.rows] == [1, 2, 3]
+
+
+def test_another_file_of_that_name_is_told_before_a_model_is_loaded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = run(world.recipe(training={"train_iters": 1}), tmp_path / "run")
+    (done.folder / "trace.json").write_text("mine\n")
+    longer = world.recipe(training={"train_iters": 2}, log={"trace": True})
+    monkeypatch.setattr(local, "build_roles", lambda *_: pytest.fail("loads models"))
+    with pytest.raises(DataError, match=r"trace\.json: is no trace of a run"):
+        local.launch(load_config({"runtime": "local", **longer}), done.folder)
+    assert (done.folder / "trace.json").read_text() == "mine\n"
