@@ -36,7 +36,12 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "sigmoid": (),
     "ipo": (),
     "hinge": (),
-    "simpo": ("actor_rollout.dpo_beta=2.0", "actor_rollout.simpo_gamma=0.5", "actor_rollout.lr=3e-4"),
+    "simpo": (
+        "actor_rollout.dpo_beta=2.0",
+        "actor_rollout.simpo_gamma=0.5",
+        "actor_rollout.lr=1.5e-4",
+        "actor_rollout.min_lr=3e-5",
+    ),
 }
 AHEAD = (0, 1, 2, 4, 8, 16)
 SEEDS = (1, 2, 3)

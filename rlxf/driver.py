@@ -9,7 +9,7 @@ from rlxf.loop.collected import Collected
 from rlxf.loop.rescue import save_last_step
 from rlxf.loop.run import AFTER_UPDATE, WITHOUT_UPDATE, Run, Schedule
 from rlxf.loop.settle import evaluate, save, settle
-from rlxf.observe.formulas import num_tokens, version_lag
+from rlxf.observe.formulas import num_tokens, version_lag, without_drift_of_others
 from rlxf.schedule import Lookahead
 
 
@@ -26,7 +26,8 @@ def train(run: Run) -> None:
         while state.step < run.config.training.train_iters:
             run.clock.start(state.step)
             run.stop.check()
-            collected = schedule.take(state.step)  # prompts to pairs with their reference; offline, from a file
+            with run.clock.waiting():
+                collected = schedule.take(state.step)  # prompts to pairs with their reference; offline, from a file
             algorithm.record(run, collected)
             if collected.batch is not None:
                 learn(run, schedule, collected)
@@ -84,7 +85,7 @@ def learn(run: Run, schedule: Schedule, collected: Collected) -> None:
 
     def update() -> Metrics:
         state.updating = True
-        with run.clock("update_actor"):
+        with run.clock("update_actor", version=state.policy_version):
             return run.actor.update(batch, collected.step)
 
     run.stop.check()
@@ -94,7 +95,7 @@ def learn(run: Run, schedule: Schedule, collected: Collected) -> None:
     state.policy_version += 1
     state.empty_steps = 0
     state.num_tokens += num_tokens(data) * run.config.actor_rollout.ppo_epochs
-    state.complete(collected.failed, metrics, AFTER_UPDATE)
+    state.complete(collected.failed, without_drift_of_others(metrics), AFTER_UPDATE)
     run.clock.add(collected.seconds)
 
 

@@ -17,10 +17,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlxf.assembly.build_run import Roles
 from rlxf.assembly.data import needs_scorer
-from rlxf.assembly.start import prepared, run_prepared
+from rlxf.assembly.start import clocked, prepared, run_prepared
 from rlxf.config.kinds import Role
 from rlxf.config.schema import RunConfig
-from rlxf.core.clock import Clock
 from rlxf.core.command import Typed
 from rlxf.core.places import CHECKOUT
 from rlxf.core.stop import Stop
@@ -64,8 +63,7 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
         config = found.config
         platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
         plan = make_plan(config)
-        with connected(plan, platform, stop) as cluster:
-            clock = Clock()
+        with clocked(found) as clock, connected(plan, platform, stop) as cluster:
             waiter = Waiter(clock, stop, config.training.stage_timeout_s, cluster.logs)
             with stop.interruptible():
                 groups, loading = start_workers(config, plan, platform, waiter)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -24,15 +24,16 @@ class Pending:
     """One outstanding remote call, and its names for people."""
 
     ref: Any
-    worker: str  # "actor rank 0 on node 10.0.0.1"
+    worker: str  # "train rank 0 on node 10.0.0.1"
     call: str  # "update"
+    made_at: float = field(default_factory=time.perf_counter)
 
 
 class Waiter:
     """Waits for remote calls on behalf of one run.
 
     Args:
-        clock: knows the stage and step of the run.
+        clock: knows the stage and step of the run, and is told of each answer.
         stop: ends a wait early when the user asked for it.
         timeout_s: longest wait, unless a call brings its own.
         logs: where people find what the workers wrote.
@@ -73,7 +74,8 @@ class Waiter:
                     results[ref] = ray.get(ref, timeout=max(left, TICK_S))
                 except RayError as error:
                     raise self._blame(error, waiting.pop(ref), waiting) from error
-                del waiting[ref]
+                call = waiting.pop(ref)
+                self.clock.called(call.worker, call.made_at)
         return [results[call.ref] for call in calls]
 
     def _blame(self, error: RayError, call: Pending, others: dict[Any, Pending]) -> Exception:

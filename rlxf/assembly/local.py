@@ -11,9 +11,8 @@ import torch
 from rlxf.assembly.build_run import Roles
 from rlxf.assembly.data import needs_scorer
 from rlxf.assembly.roles import build_actor, build_engine, build_reference, build_scorer
-from rlxf.assembly.start import prepared, run_prepared
+from rlxf.assembly.start import clocked, prepared, run_prepared
 from rlxf.config.schema import RunConfig
-from rlxf.core.clock import Clock
 from rlxf.core.command import Typed
 from rlxf.core.stop import Stop
 from rlxf.loop.run import Reference
@@ -37,10 +36,11 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
     with prepared(config, run_dir, stop, typed) as found:
         if found is None:
             return
-        with stop.interruptible():
-            platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
-            roles = build_roles(found.config, platform)
-        run_prepared(found, roles, platform=platform, clock=Clock(), stop=stop, lanes=OneAfterTheOther())
+        with clocked(found, role_rows=True) as clock:
+            with stop.interruptible():
+                platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
+                roles = build_roles(found.config, platform)
+            run_prepared(found, roles, platform=platform, clock=clock, stop=stop, lanes=OneAfterTheOther())
 
 
 def build_roles(config: RunConfig, platform: Platform) -> Roles:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rlxf.assembly.build_run import Roles, build_run, report_settings
-from rlxf.assembly.data import Data, load_data, with_epochs
+from rlxf.assembly.data import Data, load_data, needs_scorer, with_epochs
 from rlxf.checkpointing.lock import owned_checkpoints
 from rlxf.checkpointing.resume import Resume, find_resume, is_complete, policy_source
 from rlxf.checkpointing.run_folder import save_config
@@ -25,6 +25,7 @@ from rlxf.core.stop import Stop
 from rlxf.driver import train
 from rlxf.evaluate import evaluate_only
 from rlxf.observe.report import make_report
+from rlxf.observe.trace import NAME, Trace
 from rlxf.platform import Platform
 from rlxf.schedule import Lanes
 
@@ -85,6 +86,31 @@ def run_prepared(found: Prepared, roles: Roles, *, platform: Platform, clock: Cl
         found.data.say_dropped()
     finally:
         report.close()
+
+
+@contextmanager
+def clocked(found: Prepared, *, role_rows: bool = False) -> Iterator[Clock]:
+    """The run's clock, which with ``log.trace`` writes what it sees to the run folder.
+
+    ``role_rows``: the roles are in this process, and have no worker that could be seen.
+    """
+    config = found.config
+    has = {
+        "train": True,
+        "infer": config.samples,
+        "ref": config.loads_reference,
+        "reward": needs_scorer(config),
+    }
+    roles = [role for role, is_there in has.items() if is_there]
+    if not config.log.trace:
+        yield Clock(roles)
+        return
+    append = found.resume is not None or config.training.eval_only
+    trace = Trace(found.run_dir / NAME, append=append, role_rows=role_rows)
+    try:
+        yield Clock(roles, trace)
+    finally:
+        trace.close()
 
 
 def _prepare(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None, data: Data | None) -> Prepared | None:

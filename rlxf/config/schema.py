@@ -235,6 +235,9 @@ class LogConfig(Strict):
     """Write all completions and scores to `rollouts.jsonl`, which `engine=replay` can read."""
     tensorboard: bool = True
     """Write TensorBoard event files to the run folder."""
+    trace: bool = False
+    """Write `trace.json` to the run folder: which worker did what when. Perfetto (ui.perfetto.dev) opens it. See
+    docs/metrics.md."""
     report_to: Annotated[tuple[Tracker, ...], BeforeValidator(as_names)] = ()
     """Trackers that receive the metrics as well. See docs/trackers.md."""
     project: str = Field("rlxf", min_length=1)

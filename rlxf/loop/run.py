@@ -340,7 +340,8 @@ class Run:
     @contextmanager
     def working(self, collected: Collected, stage: str) -> Iterator[None]:
         """A stage of a step at work: it counts as the step's time, and may be dropped when the user stops the run."""
-        with self.stop.interruptible(), self.clock(stage, step=collected.step, seconds=collected.seconds):
+        clock = self.clock(stage, step=collected.step, version=collected.version, seconds=collected.seconds)
+        with self.stop.interruptible(), clock:
             yield
 
     def training_sampling(self) -> Sampling:

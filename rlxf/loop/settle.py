@@ -23,13 +23,13 @@ def settle(run: Run, schedule: Schedule) -> None:
     if "move" in state.owed:
         if run.refresh.is_due(state.policy_version):
             schedule.drained()
-        with run.clock("sync"):
+        with run.clock("sync", version=state.policy_version):
             run.refresh(state.policy_version)
         state.settled("move")
     if "evaluation" in state.owed:
         if evaluation_is_due(training, state.step):
             schedule.drained()
-        with run.stop.interruptible(), run.clock("eval"):
+        with run.stop.interruptible(), run.clock("eval", version=state.policy_version):
             state.metrics |= evaluate(run)
         state.settled("evaluation")
     if "row" in state.owed:
@@ -38,20 +38,20 @@ def settle(run: Run, schedule: Schedule) -> None:
         state.settled("row")
     if "hf" in state.owed:
         if training.save_hf_interval and state.step % training.save_hf_interval == 0:
-            with run.clock("save"):
+            with run.clock("save", version=state.policy_version):
                 run.folder.save_hf(state.step)
         state.settled("hf")
     if training.save_interval and state.step % training.save_interval == 0:
         save(run, schedule)
     elif run.folder.is_time_to_save(state):
         schedule.drained()
-        with run.clock("save"), run.stop.uninterruptible():
+        with run.clock("save", version=state.policy_version), run.stop.uninterruptible():
             run.folder.save_in_time(state)
     run.folder.poll()
 
 
 def _push(run: Run) -> SyncReport:
-    with run.clock("sync"):
+    with run.clock("sync", version=run.state.policy_version):
         return run.sync.push(run.state.policy_version)
 
 
@@ -67,7 +67,7 @@ def evaluate(run: Run) -> Metrics:
 def save(run: Run, schedule: Schedule, *, wait: bool = False) -> None:
     """A checkpoint of the steps that are complete, unless there is one."""
     schedule.drained()
-    with run.clock("save"), run.stop.uninterruptible():
+    with run.clock("save", version=run.state.policy_version), run.stop.uninterruptible():
         run.folder.save_checkpoint(run.state)
         if wait:
             run.folder.wait()

@@ -78,6 +78,13 @@ def version_lag(pairs: Pairs | Examples, policy_version: int) -> Metrics:
     return {"sync/version_lag": _mean((policy_version - pairs.policy_version).double())}
 
 
+def without_drift_of_others(metrics: Metrics) -> Metrics:
+    """Without ``rollout/logp_diff_*`` where other weights sampled than were trained: these tell of numerical drift."""
+    if not metrics.get("sync/version_lag"):
+        return metrics
+    return {name: value for name, value in metrics.items() if not name.startswith("rollout/logp_diff_")}
+
+
 def _spread(name: str, values: Tensor) -> Metrics:
     if not values.numel():
         return {}

@@ -110,10 +110,14 @@ def moments(losses: Tensor, counts: Tensor) -> Metrics:
     return {f"{MOMENTS}{name}": float(value / total) for name, value in found.items()}
 
 
-def report(sums: Sequence[Tensor], maxima: Sequence[Tensor], counted: bool) -> Tensor:
-    """[len(sums) + len(maxima)] float64 on the CPU: ``sums`` are [n] or scalars. A filler adds 0 and is no maximum."""
+def report(sums: Sequence[Tensor], maxima: Sequence[Tensor], counted: bool, totals: Tensor | None = None) -> Tensor:
+    """[len(sums) + len(totals) + len(maxima)] float64 on the CPU. A filler adds 0 and is no maximum.
+
+    ``sums`` are [n] or scalars; ``totals`` are more sums, [k] float64 on the CPU, added up already.
+    """
+    more = torch.zeros(0, dtype=torch.float64) if totals is None else totals
     found = [value.detach().double().sum().cpu() for value in sums]
     largest = [value.detach().double().amax().cpu() for value in maxima]
     if not counted:
-        return torch.tensor([0.0] * len(found) + [-torch.inf] * len(largest), dtype=torch.float64)
-    return torch.stack([*found, *largest])
+        return torch.tensor([0.0] * (len(found) + len(more)) + [-torch.inf] * len(largest), dtype=torch.float64)
+    return torch.cat([torch.stack(found), more, *(value[None] for value in largest)])

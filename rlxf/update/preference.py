@@ -14,6 +14,7 @@ from rlxf.models.backend import pair_logps, sum_rows
 from rlxf.models.batching import pair_groups
 from rlxf.update.losses import LossSettings, WeightedLoss, gradients
 from rlxf.update.objective import Loss, MicroBatch, MiniBatch, ObjectiveContext, moments, report
+from rlxf.update.off_policy import SUMS, off_policy_metrics, off_policy_sums
 
 if TYPE_CHECKING:
     from rlxf.models.megatron.packing import Packed
@@ -53,7 +54,7 @@ def make_loss(config: LossConfig, *, offline: bool) -> WeightedLoss:
 class PreferenceObjective:
     """A loss of each pair, from the log-probabilities of its two sides under actor and reference."""
 
-    sums: tuple[str, ...] = ("count", *_MEANS, "drift/sum", "drift/count")
+    sums: tuple[str, ...] = ("count", *_MEANS, "drift/sum", "drift/count", *SUMS)
     maxima: tuple[str, ...] = ("drift/max",)
 
     def __init__(self, config: LossConfig, context: ObjectiveContext, *, offline: bool, has_reference: bool) -> None:
@@ -100,9 +101,11 @@ class PreferenceObjective:
             sides = sum_rows(token_logps, sequences.completion_lengths).chunk(2)
             actor = PairValues(chosen=sides[0], rejected=sides[1])
             values = losses(actor)  # [n]
-            difference = _difference(token_logps.detach(), engine)
-            columns = self._columns(part, values, actor)
-            found = report([*columns, difference, _ones(difference)], [_largest(difference)], counted)
+            log_ratios = None if engine is None else token_logps.detach().cpu().double() - engine
+            difference = _difference(log_ratios)
+            columns = [*self._columns(part, values, actor), difference, _ones(difference)]
+            off_policy = off_policy_sums(log_ratios, sequences.completion_lengths)
+            found = report(columns, [_largest(difference)], counted, off_policy)
             share = 1.0 if counted else 0.0
             return values.sum() * share, context.count(len(part), counted), found
 
@@ -142,6 +145,7 @@ class PreferenceObjective:
 
     def metrics(self, sums: Tensor, maxima: Tensor) -> Metrics:
         found = dict(zip(self.sums, sums.tolist(), strict=True))
+        off_policy = off_policy_metrics(sums[-len(SUMS) :])
         means = {name: found[name] / found["count"] for name in _MEANS}
         if not self._has_reference:
             del means["objective/kl"]
@@ -149,14 +153,15 @@ class PreferenceObjective:
         if found["drift/count"]:
             drift["rollout/logp_diff_mean"] = found["drift/sum"] / found["drift/count"]
             drift["rollout/logp_diff_max"] = float(maxima[0])
-        return {**means, **drift, "beta": self._beta}
+        return {**means, **drift, **off_policy, "beta": self._beta}
 
     def evaluate(self, batch: ReferencedPairs) -> Metrics:
         actor = pair_logps(self._context.model, batch.pairs, self._context.limits)
         mean_length = float(batch.pairs.chosen.completion_lengths.double().mean())
         losses = self._losses(batch, mean_length, actor)
         nothing = torch.zeros(0)
-        found = report([*self._columns(batch, losses, actor), nothing, nothing], [], counted=True)
+        columns = [*self._columns(batch, losses, actor), nothing, nothing]
+        found = report(columns, [], counted=True, totals=off_policy_sums(None, nothing))
         metrics = self.metrics(found, torch.zeros(1))
         del metrics["beta"]
         return metrics | moments(losses, torch.ones_like(losses))
@@ -169,11 +174,11 @@ def _with_gradients(losses: Tensor, grads: PairValues, actor: PairValues) -> Ten
     return losses.to(linear) + linear - linear.detach()
 
 
-def _difference(own: Tensor, engine: Tensor | None) -> Tensor:
-    """[m] float64: |own - engine| of the tokens whose log-probs the engine gave."""
-    if engine is None:
+def _difference(log_ratios: Tensor | None) -> Tensor:
+    """[m] float64: |trainer - engine| of the tokens whose log-probs the engine gave."""
+    if log_ratios is None:
         return torch.zeros(0, dtype=torch.float64)
-    difference = (own.cpu().double() - engine).abs()
+    difference = log_ratios.abs()
     return difference[difference.isfinite()]
 
 

@@ -23,7 +23,9 @@ STEP_NAMES = {
     "pair/kept", "pair/dropped", "pair/tie_rate", "pair/margin",
     "rollout/tokens_per_s", "rollout/logp_diff_mean", "rollout/logp_diff_max", "sync/bytes", "sync/version_lag",
     "timing/gen", "timing/adv", "timing/ref", "timing/update_actor", "timing/sync", "timing/all", "timing/eval",
-    "timing/save", "score/missing", "pair/missing",
+    "timing/save", "timing/idle_train", "timing/idle_infer", "timing/idle_ref", "timing/idle_reward",
+    "pipeline/wait_rollout_s", "pipeline/wait_train_s",
+    "offpolicy/logratio_mean", "offpolicy/logratio_p99", "offpolicy/ess", "score/missing", "pair/missing",
     "reward/score/mean", "reward/score/max", "reward/score/min",
     "response_length/mean", "response_length/max", "response_length/min",
     "prompt_length/mean", "prompt_length/max", "prompt_length/min",
@@ -68,6 +70,8 @@ def test_metrics_agree_with_each_other(done: Finished) -> None:
         assert row["response_length/min"] <= row["response_length/mean"] <= row["response_length/max"] <= 12
         assert row["sync/version_lag"] == 0
         assert row["rollout/logp_diff_max"] < 1e-4
+        assert abs(row["offpolicy/logratio_mean"]) < 1e-4  # the weights that sampled are those that are trained
+        assert row["offpolicy/ess"] == pytest.approx(1)
     assert done.rows[0]["rewards/accuracies"] == 0  # actor = reference: no margin is above 0
     assert done.rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert done.rows[-1]["epoch"] == pytest.approx(NUM_STEPS * 4 / 12)

@@ -43,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "steps": 80,
         "policy": f"{HOME}/outputs/run/policy",
         "start": {"eval/reward": 0.25, "timing/all": 1.0},
-        "end": {"eval/reward": 2.5, "eval/kl": None, "timing/all": 1.0},
+        "end": {"eval/reward": 2.5, "eval/kl": None, "timing/all": 1.0, "pipeline/wait_train_s": 1.0},
     }
     (run / "summary.json").write_text(json.dumps(summary))
     return run
@@ -168,6 +168,7 @@ def test_the_card_tells_recipe_and_measures(finished: Path) -> None:
     assert "| `eval/reward` | 0.25 | 2.5 |" in text
     assert "| `eval/kl` | - | - |" in text
     assert "timing" not in text
+    assert "wait_train_s" not in text
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert recipe["actor_rollout"] == {"load": "sft", "lr": 1e-6, "data_path": ["a.jsonl"]}
     assert recipe["training"]["resume"] == "auto"
