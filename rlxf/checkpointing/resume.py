@@ -102,7 +102,7 @@ def _begin_anew(
     Steps that wait are trained on as they were sampled.
     """
     then, now = driver["config"], config.dump()
-    changed = [key for section, key in _OF_SAMPLES if then[section].get(key, 0) != now[section][key]]
+    changed = [f"{section}.{key}" for section, key in _OF_SAMPLES if then[section].get(key, 0) != now[section][key]]
     ahead, last = config.rollout.lookahead, config.training.train_iters
     sampled = waiting[-1].step + 1 if waiting else state.step
     if not changed and sampled >= min(state.step + ahead, last):
@@ -110,11 +110,11 @@ def _begin_anew(
     state.began = state.step
     if changed and waiting:
         log.warning(
-            "%s holds %d steps that were sampled ahead: they are trained on as they were sampled; the new value of %s "
-            "applies from step %d on",
+            "%s holds %s that %s sampled ahead and will be trained on as %s sampled; the new %s from step %d on",
             folder.name,
-            len(waiting),
-            " and ".join(changed),
+            f"{len(waiting)} steps" if len(waiting) > 1 else "a step",
+            *(("were", "they were") if len(waiting) > 1 else ("was", "it was")),
+            " and ".join(changed) + (" apply" if len(changed) > 1 else " applies"),
             sampled + 1,
         )
 
