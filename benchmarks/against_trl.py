@@ -91,7 +91,7 @@ def has_fast_linear() -> bool:
 
 
 def measure_size(made: list[Program], work: Work, arguments: argparse.Namespace) -> dict[str, list[Turn]]:
-    """Turns of each program, from the first: the workloads alternate."""
+    """All turns of each program, including the first, uncounted ones. The workloads alternate."""
     found: dict[str, list[Turn]] = {program.name: [] for program in made}
     with turns.running(made):
         for program in turns.in_turn(made, len(work.workloads) * (arguments.repeats + 1), len(work.workloads)):
@@ -109,7 +109,7 @@ def measure_size(made: list[Program], work: Work, arguments: argparse.Namespace)
 
 
 def check_lengths(program: Program, work: Work) -> None:
-    """What this project's metrics say of every step's completions, against what was asked for."""
+    """Check that the metrics of this project report the completion lengths that the workload asked for."""
     path = program.folder / "run" / "metrics.jsonl"
     for step, row in enumerate(read_jsonl(path) if path.exists() else []):
         if abs(row["response_length/mean"] - work.lengths(step).mean()) > 1e-3:
@@ -163,10 +163,10 @@ def summarize_side(counted: Sequence[Turn], numbers: Sequence[int], work: Work) 
 
 
 def step_flops(turn: int, work: Work, world: random_world.World) -> dict[str, float]:
-    """GFLOP that a step of this turn needs in each stage: a prompt once, the head at response tokens, no attention.
+    """GFLOP that each stage of a step of this turn needs. Prompts count once, the head at response tokens only.
 
-    Multiplying matrices only, two per parameter and token, three times that to train; what is computed twice is not
-    counted twice, so it lowers a stage's rate.
+    Counts products of weight matrices only, no attention: two operations per parameter and token, and three times as
+    many for training. Repeated work is not counted, so it lowers a stage's rate.
     """
     texts, shape = world.texts(), world.shape
     prompt_tokens = 0
@@ -203,7 +203,7 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
     for size, workloads in report["sizes"].items():
         for workload, result in workloads.items():
             for name, side in result["sides"].items():
-                if name != "ray_vllm":  # its stages are in other processes
+                if name != "ray_vllm":  # the stages of ray_vllm run in other processes
                     cells = [_cell(side, stage) for stage in STAGES]
                     yield f"| {size}, {workload}, {name} | " + " | ".join(cells) + " |"
 

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/cpu_linear.py              # writes results/cpu_linear.json
 
 CPU seconds of one thread. The paths take turns within each repeat, so that a machine that slows down slows all of them.
-Every shape is measured on both paths, also those that the rule of ``rlxf/platform/linear.py`` leaves to MKL: the table
-shows where the rule's bounds come from.
+Every shape is measured on both paths, including those that the rule in ``rlxf/platform/linear.py`` leaves to MKL. The
+table shows why the rule has these bounds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MODEL = {
     "num_key_value_heads": 4, "vocab_size": 8192, "max_position_embeddings": 512, "tie_word_embeddings": True,
 }  # fmt: skip
 NUM_SEQUENCES, PROMPT_TOKENS, COMPLETION_TOKENS = 8, 64, 192
-MIN_SECONDS = 0.02  # of one measurement of a product
+MIN_SECONDS = 0.02  # shortest measurement of a product
 
 Paths = Mapping[str, Callable[[], Any]]
 
@@ -96,7 +96,7 @@ def cpu_seconds(calls: Paths, repeats: int, min_seconds: float = 0.0) -> dict[st
     """CPU seconds of one call of each path, ``repeats`` times, in turn."""
     counts = {}
     for name, run in calls.items():
-        run()  # the first call of a shape makes its kernel
+        run()  # the first call with a shape compiles its kernel
         counts[name] = max(1, round(min_seconds / max(timed(run, 1), 1e-7)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats):

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/data_index.py                # writes results/data_index.json
 
-Every measurement is a fresh process that has opened a small file of the same kind before, so that what libraries load
-and hold is not counted. Memory is the peak of resident memory above what the process held when it began, pages of
-mapped files included.
+Every measurement is a fresh process. It opens a small file of the same kind first, so that the loading of libraries is
+not counted. Memory is the peak resident memory minus what the process held at the start of the measurement; pages of
+mapped files are included.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def one(small: str, large: str) -> dict[str, float]:
         return open_prompts(recipe(actor_rollout={"model": "tiny", "data_path": path}), tokenizer)
 
     opened(small)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     held = psutil.Process().memory_info().rss
     begin = time.process_time()
     source = opened(large)
@@ -161,7 +161,7 @@ def one(small: str, large: str) -> dict[str, float]:
 
 
 def peak_rss() -> int:
-    """Of this process alone: ``getrusage`` would begin with what its parent held."""
+    """Peak resident memory of this process, bytes. (``getrusage`` would start from its parent's memory.)"""
     status = Path("/proc/self/status").read_text()
     return next(int(text.split()[1]) * 1024 for text in status.splitlines() if text.startswith("VmHWM"))
 

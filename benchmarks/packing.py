@@ -1,10 +1,10 @@
-"""What actor, reference and reward model are fed: padding, prompts computed twice, rows of the head.
+"""Which tokens actor, reference and reward model compute: padding, prompts computed twice, rows of the head.
 
     python benchmarks/packing.py                       # -> results/packing.json
 
 Pairs whose completions have lognormal lengths (sigma 0.8, mean 64, at most 256) after prompts of 16 to 64 tokens.
-Counted from the tokens with which each model's forward pass was called: prompts, completions and padding are made of
-different tokens. Nothing is timed.
+Prompts, completions and padding consist of different tokens, so the script can count each kind in the input of every
+forward pass. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def sequences(work: Work, side: int, vocab: int) -> Sequences:
 
 
 def count(side: Ours, chosen: Sequences, rejected: Sequences) -> dict[str, Any]:
-    """Per role what its model was fed, against what the pairs hold."""
+    """For each role: the tokens that its model computed, against those that the pairs hold."""
     from rlxf.assembly.roles import build_actor, build_reference, build_scorer
     from rlxf.config.load import load_config
     from rlxf.platform import Process, get_platform

@@ -3,7 +3,7 @@
     python benchmarks/preprocess.py                    # -> results/preprocess.json
 
 The same texts go through `preprocess` (open, read, write as chat, tokenize, split, write the files) and through the
-Hugging Face tokenizer in one call, in turn, in one process with one thread; what a run of one row costs is taken off.
+Hugging Face tokenizer in one call, in turn, in one process with one thread; the cost of a run of one row is subtracted.
 "worker" is what a worker process does: read, write as chat, tokenize, split; "command" is all of it. Texts: the
 repository's own documentation, cut into pieces of lognormal length.
 """

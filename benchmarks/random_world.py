@@ -1,4 +1,4 @@
-"""Random models of two sizes with prompts for them: what benchmarks of speed need, where nothing has to be learned."""
+"""Random models of two sizes and prompts for them, for benchmarks of speed, in which nothing has to be learned."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from benchmarks.sides import Ours, Recipe, Work, run_ours, run_recipe  # noqa: E
 from benchmarks.turns import Program, Turn  # noqa: E402
 
 STEPS_PER_TURN = {"tiny": 8, "2.5M": 4, "26M": 2}
-UNCOUNTED_TURNS = 2  # the first updates are probed, and everything is allocated
+UNCOUNTED_TURNS = 2  # the first updates are probed, and memory is allocated
 RUNTIMES = {"local_hf": ("local", "hf"), "ray_hf": ("ray", "hf"), "ray_vllm": ("ray", "vllm")}
 
 

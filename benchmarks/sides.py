@@ -3,7 +3,7 @@
 Both get the same random models, prompts in the same order, two samples per prompt, and completions of the same lengths:
 the length of every sample of every step is drawn beforehand. The end-of-sequence logit is minus infinity until a
 sample has its length, and the only finite one then, in both programs by the same function; a vLLM request asks for
-its number of tokens. Everything else that is sampled is each program's own.
+its number of tokens. Each program samples everything else by itself.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Work:
 
 
 def end_at(scores: Tensor, lengths: Tensor, index: int) -> Tensor:
-    """[n, V] scores that give no EOS at ``index`` (from 0), but in rows whose ``lengths`` say so, where it is all."""
+    """[n, V] scores at ``index`` (from 0): EOS is the only finite one in rows that end here, and -inf in the others."""
     scores = scores.clone()
     scores[:, EOS] = -torch.inf
     last = lengths == index + 1

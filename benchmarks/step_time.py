@@ -89,7 +89,7 @@ def one_run(layout: str, run_dir: Path, arguments: argparse.Namespace) -> dict[s
 
 
 def seconds(done: Measured, stage: str, skip: int) -> list[float]:
-    """Wall seconds of a stage in every step that counts; a step without a pair has not all of them."""
+    """Wall seconds of a stage in every step that counts. A step without pairs lacks some stages."""
     rows = done.steps[skip:]
     return [float(row[f"timing/{stage}"]) for row in rows if f"timing/{stage}" in row]
 

@@ -1,8 +1,8 @@
 """Programs that train step by step in processes of their own and take turns, so that a slow machine slows all.
 
 A program calls ``Gate.begin_step`` before each of its steps. At the first step of a turn it waits there until the
-benchmark lets it go on; what it costs from then until it waits again is one turn: whole steps, with all that belongs to
-them. CPU seconds are the operating system's, of the process and of everything that it started.
+benchmark lets it go on; its cost from then until it waits again is one turn: whole steps, with everything that belongs
+to them. CPU seconds are the operating system's, of the process and of everything that it started.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/weight_sync.py            # writes results/weight_sync.json
 
-A push is the one of every driver step, without the probe: all buckets from the trainer's parameters into vLLM's. Wall
+A push is that of a driver step without the probe: it moves all buckets from the trainer's parameters into vLLM's. Wall
 seconds are the driver's; CPU seconds are the operating system's, for driver, actor, engine and Ray together, over a
-turn of several pushes. Beside them stands one copy of as many bytes between two buffers of one process, in the same
-run.
+turn of several pushes. For comparison, the same run measures a plain copy of as many bytes between two buffers of one
+process.
 """
 
 from __future__ import annotations

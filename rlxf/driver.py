@@ -83,13 +83,13 @@ def learn(run: Run, schedule: Schedule, collected: Collected) -> None:
     assert batch is not None
 
     def update() -> Metrics:
+        state.updating = True
         with run.clock("update_actor"):
             return run.actor.update(batch, collected.step)
 
     run.stop.check()
-    state.updating = True
     metrics = collected.metrics | version_lag(data, state.policy_version)
-    metrics |= schedule.beside("train", update)
+    metrics |= schedule.beside(run.lane("train"), update)
     state.updating = False
     state.policy_version += 1
     state.empty_steps = 0

@@ -23,7 +23,7 @@ from rlxf.core.errors import ConfigError, RlxfError  # noqa: E402
 def _number(
     kind: type[int] | type[float], above: float, most: float = math.inf, *, inclusive: bool = True
 ) -> Callable[[str], float]:
-    """A number of an option, at least (or, not ``inclusive``, above) ``above`` and at most ``most``."""
+    """A reader of an option's number: at least ``above`` (above it if not ``inclusive``), and at most ``most``."""
 
     def read(text: str) -> float:
         try:
@@ -89,7 +89,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
 
 
 def require_writable(folder: Path | None) -> None:
-    """Before any model is loaded: a place for the results, which nobody else's are in."""
+    """Check, before any model is loaded, that ``folder`` can be written and holds no other results."""
     if folder is None:
         return
     taken = [name for name in ("pairs.jsonl", "summary.json") if (folder / name).exists()]

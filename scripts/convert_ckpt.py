@@ -19,7 +19,7 @@ def say(line: str) -> None:
 def main() -> int:
     from rlxf.tools.convert.command import read_command
 
-    # torch's checkpoint writer says that it works in one process, which is what is wanted here.
+    # torch's checkpoint writer warns that it works in one process; that is intended here.
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
     try:
         request = read_command(sys.argv[1:])

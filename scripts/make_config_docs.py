@@ -105,7 +105,7 @@ def row(name: str, field: FieldInfo) -> str:
 
 
 def section(title: str, model: type[Strict], *, above: type[Strict] | None = None) -> str:
-    """A heading, the class's text and a table of its fields, but for those of ``above``, which another table has.
+    """A heading, the class's docstring and a table of its fields. Another table has the fields of ``above``.
 
     A class that is put together from others has a table for each of them.
     """

@@ -52,7 +52,7 @@ def reference_stage(run: Run, algorithm: Algorithm) -> Stage[Collected]:
 
     return Stage(
         name="ref",
-        lane="train" if on_actor else "ref",
+        lane=run.lane("train" if on_actor else "ref"),
         is_done=lambda item: item.batch is not None or (item.data is not None and not len(item.data)),
         work=refer,
         late=on_actor,

@@ -22,13 +22,13 @@ class OnlineDpo:
         return (
             Stage(
                 name="gen",
-                lane="infer",
+                lane=run.lane("infer"),
                 is_done=lambda item: item.rollouts is not None,
                 work=lambda item: _sample(run, item),
             ),
             Stage(
                 name="adv",
-                lane="reward",
+                lane=run.lane("reward"),
                 is_done=lambda item: item.data is not None,
                 work=lambda item: _score_and_pair(run, item),
             ),

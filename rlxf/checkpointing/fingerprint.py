@@ -1,4 +1,4 @@
-"""Whether a run trains on the data that its checkpoint saw."""
+"""Tells whether a resumed run trains on the same data as the run that wrote its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlxf.core.files import file_digest
 
 
 def fingerprint(data_paths: Iterable[str]) -> dict[str, Any] | None:
-    """What tells whether the files that data paths stand for are still the same; None without a path."""
+    """Size and hash of the files that data paths stand for, by which a change is noticed; None without a file."""
     paths = data_files(data_paths)
     if not paths:
         return None
@@ -28,5 +28,5 @@ def fingerprint(data_paths: Iterable[str]) -> dict[str, Any] | None:
 
 @cache
 def _digest(path: Path, num_bytes: int, modified_ns: int) -> str:
-    """The hash of a file that may be large, and is asked for twice in a resumed run."""
+    """SHA-256 of a file. Cached, because files may be large and a resumed run asks twice."""
     return file_digest(path)

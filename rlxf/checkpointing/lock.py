@@ -1,4 +1,4 @@
-"""One run to a folder of checkpoints: the lock, and what a killed run left half written."""
+"""The lock that admits one run to a folder of checkpoints, and the cleanup after a killed run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rlxf.core.files import (
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"  # in a folder of checkpoints; whose run holds it
+LOCK = ".lock"  # a file in the folder of checkpoints, locked by the run that writes there
 
 
 @contextmanager
 def owned_checkpoints(root: Path, run_dir: Path) -> Iterator[None]:
-    """The folder ``root`` of a run's checkpoints, for this run alone; what a killed one left half written is deleted.
+    """Lock the checkpoint folder ``root`` for this run, and delete what a killed run left half written.
 
     Raises:
         CheckpointError: another run writes there now.
@@ -32,7 +32,7 @@ def owned_checkpoints(root: Path, run_dir: Path) -> Iterator[None]:
     made = not root.exists()
     make_folder(root)
     lock = root / LOCK
-    with lock.open("a+") as file:  # let go by the system when this process ends, however it does
+    with lock.open("a+") as file:  # the system unlocks it when this process ends, even by kill -9
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -51,7 +51,7 @@ def owned_checkpoints(root: Path, run_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if [path.name for path in root.iterdir()] == [lock.name]:  # a run that did not start leaves nothing
+            if [path.name for path in root.iterdir()] == [lock.name]:  # a run that wrote nothing leaves no folder
                 lock.unlink()
                 if made:
                     root.rmdir()

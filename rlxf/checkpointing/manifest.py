@@ -16,7 +16,7 @@ DRIVER = "driver.json"
 def write_manifest(folder: Path) -> None:
     """``manifest.json``: size and SHA-256 of every other file below ``folder``."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         digests = list(pool.map(file_digest, paths))
     files = {
         str(path.relative_to(folder)): {"num_bytes": path.stat().st_size, "sha256": digest}
@@ -26,7 +26,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_problems(folder: Path) -> list[str]:
-    """What keeps a checkpoint from being used, each naming its file; empty if every file is what was written."""
+    """Why a checkpoint cannot be used, one line per file; empty if every file is as it was written."""
     try:
         files = _manifest(folder)
     except FileNotFoundError:

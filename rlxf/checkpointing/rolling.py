@@ -13,15 +13,15 @@ ROLLING = "rolling_checkpointed_iteration.txt"  # their steps, one a line: one, 
 
 
 def rolling_steps(root: Path) -> frozenset[int]:
-    """The steps of the rolling checkpoints below ``root``; one that is marked may not be there (yet)."""
+    """The steps of the rolling checkpoints below ``root``. A marked checkpoint may not exist (yet)."""
     try:
         return frozenset(int(line) for line in (root / ROLLING).read_text().split())
-    except (OSError, ValueError):  # without a readable mark all of them stay
+    except (OSError, ValueError):  # without a readable mark none is deleted
         return frozenset()
 
 
 def mark_rolling(root: Path, steps: Iterable[int]) -> None:
-    """Make ``steps`` the rolling ones; none: no checkpoint is."""
+    """Mark the checkpoints of ``steps``, and no others, as rolling."""
     found = sorted(steps)
     if found:
         write_text(root / ROLLING, "".join(f"{step}\n" for step in found))
@@ -30,7 +30,7 @@ def mark_rolling(root: Path, steps: Iterable[int]) -> None:
 
 
 def drop_rolling(root: Path, *, but: int) -> None:
-    """Delete the rolling checkpoints that the one of step ``but`` replaces."""
+    """Delete all rolling checkpoints but that of step ``but``, which replaces them."""
     for step in rolling_steps(root) - {but}:
         folder = folder_of(root, step)
         if (folder / MANIFEST).is_file() and not folder.is_symlink():

@@ -1,6 +1,7 @@
-"""The checkpoints of a run on disk: their names, which to go on from, which is the best, and which are deleted.
+"""The checkpoints of a run on disk: their names, which one to resume from, which is best, which are deleted.
 
-A folder is made under a temporary name and renamed last (``core.files.publish``), so a crash leaves no half of one.
+A folder is made under a temporary name and renamed last (``core.files.publish``), so after a crash no folder with a
+checkpoint's name is incomplete.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def newest_good(root: Path) -> tuple[Path | None, list[Damaged]]:
         (None, []) if there is no checkpoint at all: a run then starts at the beginning.
 
     Raises:
-        CheckpointError: there are checkpoints, or there were, and none is whole. Starting anew must be asked for, it
-            never just happens.
+        CheckpointError: there are checkpoints, or there were, and none is whole. A run starts from the beginning only
+            if the user asks for it.
     """
     found: Path | None = None
     damaged: list[Damaged] = []
@@ -89,7 +90,7 @@ def newest_good(root: Path) -> tuple[Path | None, list[Damaged]]:
 
 
 def _tracked(root: Path) -> int | None:
-    """The step that the tracker file names; None without a readable one: the folders speak for themselves."""
+    """The step that the tracker file names; None without a readable file: then the folders' names tell the newest."""
     try:
         return int((root / LATEST).read_text())
     except (OSError, ValueError):
@@ -119,8 +120,8 @@ def best(
 ) -> list[Path]:
     """The ``count`` checkpoints with the best value of a metric at their own step, best first.
 
-    One without a value, whose ``driver.json`` cannot be read, of a step after ``newest`` or in ``ignore`` is not among
-    them. Of equal ones the newer is better.
+    A checkpoint is left out if it has no such value, if its step is after ``newest`` or in ``ignore``, or if its
+    ``driver.json`` cannot be read. Of equal values the newer one is better.
     """
     values: list[tuple[float, int, Path]] = []
     for folder in list_checkpoints(root):
@@ -148,9 +149,9 @@ def prune(
 ) -> list[Path]:
     """Delete all but the ``keep_latest`` newest checkpoints (0 = keep all) and those in ``keep``; the deleted ones.
 
-    Only folders that this program made are touched: named like a checkpoint, with a manifest, and no link. Those of
-    steps after ``newest`` neither count nor go: they are damaged, and a run that fell back behind them replaces them.
-    Nor do those of the steps in ``ignore``.
+    Deletes only folders that this program made: named like a checkpoint, with a manifest, and not a link. Checkpoints
+    of steps after ``newest`` are neither counted nor deleted: they are damaged, and the run that fell back behind them
+    will replace them. The same holds for the steps in ``ignore``.
     """
     if keep_latest == 0:
         return []

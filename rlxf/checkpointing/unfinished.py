@@ -23,7 +23,7 @@ MAX_LOOKED_AT = 100  # run folders, the newest first
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """A run that can go on."""
+    """A run that can be continued."""
 
     folder: Path
     step: int  # complete driver steps in its newest checkpoint
@@ -33,8 +33,8 @@ class Unfinished:
 def newest_unfinished(config: RunConfig, run_dir: Path, typed: Typed | None) -> Unfinished | None:
     """The run beside ``run_dir`` (or in it) of the same recipe that has the newest checkpoint and is not complete.
 
-    The same recipe: the same ``--config-name``, data and shape of the policy, and no key changed that changes the
-    curve. A run that a process still works on does not count, nor does one without a checkpoint.
+    The recipe is the same if ``--config-name``, data and shape of the policy are equal and no key changed that changes
+    the curve. Runs that a process still works on, and runs without a checkpoint, do not count.
 
     Args:
         config: the recipe, with its number of steps.
@@ -75,7 +75,7 @@ def _candidates(config: RunConfig, run_dir: Path) -> Iterator[Path]:
 
 
 def _newest_checkpoint(config: RunConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run folder whose ``driver.json`` can be read; whether it is whole is seen later."""
+    """The newest checkpoint of a run folder whose ``driver.json`` can be read. Its other files are checked later."""
     for path in reversed(list_checkpoints(checkpoints_folder(config.actor_rollout.save, folder))):
         with suppress(CheckpointError):
             return path, read_driver(path)
@@ -83,7 +83,7 @@ def _newest_checkpoint(config: RunConfig, folder: Path) -> tuple[Path, dict[str,
 
 
 def _is_of_recipe(folder: Path, typed: Typed | None) -> bool:
-    """By the command that the run left; one of the first version left none, but its folder is in one of that name."""
+    """Whether the run's stored command (or, in the first version, its parent folder) names this recipe."""
     if typed is None:
         return True
     try:

@@ -1,4 +1,4 @@
-"""What differs between the recipe of a checkpoint and the one that goes on with it, and what that does to the run."""
+"""Differences between the recipe of a checkpoint and the recipe that resumes it, sorted by their effect on the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlxf.config.keys import ROLES
 from rlxf.config.problems import show
 from rlxf.config.schema import RunConfig
 
-# Where a run writes, how often, how long it waits and what it tells: the numbers stay the same.
+# Keys that change no number: where and how often a run writes, how long it waits, what it prints.
 _HARMLESS_SECTIONS = ("log", "sync", "eval")
 _HARMLESS = {
     *(f"training.{key}" for key in ("resume", "save_interval", "save_hf_interval", "async_save", "eval_interval")),
@@ -22,12 +22,12 @@ _HARMLESS = {
     *("training.save_every_minutes", "training.stop_grace_s"),
     *("actor_rollout.save", "rollout.gpu_memory_utilization", "rollout.cpu_kv_cache_gib"),
     *("actor_rollout.max_bad_rows", "reward.max_failures"),
-    *("actor_rollout.data_path", "rollout.replay_path"),  # their content is what counts, and is compared
-    *("runtime", "dry_run", "rollout.engine"),  # the engine that they come to is compared
+    *("actor_rollout.data_path", "rollout.replay_path"),  # their content is compared instead
+    *("runtime", "dry_run", "rollout.engine"),  # the resulting engine is compared instead
     *("training.train_iters", "actor_rollout.ppo_mini_batch_size"),  # compared with what they depend on
     *(f"{role}.model" for role in ROLES),  # a name; the shapes are compared
 }
-# How the same sums are split: other bits, the same run to float tolerance.
+# Keys that only change how sums are split: the numbers are equal to float tolerance, but not bit for bit.
 _LAYOUT_SECTIONS = ("resource_pool",)
 _LAYOUT = {
     *("training.device", "training.cpu_linear", "actor_rollout.num_samples_per_step", "rollout.max_num_seqs"),
@@ -43,11 +43,11 @@ _LAYOUT = {
         )
     ),
 }
-# What decides which tensors a LoRA checkpoint holds.
+# Keys that decide which tensors a LoRA checkpoint holds.
 _SHAPE = ("actor_rollout.lora_r", "actor_rollout.lora_target_modules")
-# Of a model's shape: it bounds the recipe, and no tensor depends on it.
+# A key of a model's shape that only bounds the recipe; no tensor depends on it.
 _NO_TENSOR = {"max_position_embeddings"}
-# Earlier versions dumped the recipe's shape, and held only the other keys against the folder.
+# Earlier versions stored the recipe's shape, and compared only the other keys with the folder.
 _NOT_HELD = {"vocab_size", "untie_embeddings_and_output_weights"}
 
 
@@ -59,8 +59,8 @@ class Changes:
     """Each as ``key old -> new``."""
 
     shape: list[str] = field(default_factory=list)  # the policy's tensors do not fit
-    curve: list[str] = field(default_factory=list)  # the run goes on as another one
-    layout: list[str] = field(default_factory=list)  # the run goes on to float tolerance
+    curve: list[str] = field(default_factory=list)  # the run continues with another learning curve
+    layout: list[str] = field(default_factory=list)  # the run continues with the same curve, to float tolerance
 
 
 def compare(before: Mapping[str, Any], config: RunConfig, *, from_folder: bool = True) -> Changes:
@@ -107,7 +107,7 @@ def _flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _same_tokenizer(role: str, *recipes: Mapping[str, Any]) -> bool:
-    """Whether a role's tokenizer is the one of its model folder either way, or a copy of the same files."""
+    """Whether two recipes give a role the same tokenizer: the same folder, or two folders with the same files."""
     first, second = (recipe[role]["tokenizer_name_or_path"] or recipe[role]["load"] for recipe in recipes)
     if first == second or first is None or second is None:
         return bool(first == second)
@@ -123,7 +123,7 @@ def _shape_changes(before: Mapping[str, Any], now: Mapping[str, Any], role: str,
 
 
 def _explicit(shape: Mapping[str, Any]) -> dict[str, Any]:
-    """A dumped shape with what its unset keys mean."""
+    """A dumped shape, its unset keys filled in."""
     heads, width = shape.get("num_attention_heads"), shape.get("hidden_size")
     if not heads or not width:
         return dict(shape)
@@ -132,7 +132,7 @@ def _explicit(shape: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _derived(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What follows from several keys."""
+    """Changes of values that follow from several keys."""
     for name, value_of in _DERIVED.items():
         old, new = value_of(before), value_of(now)
         if old != new:

@@ -1,6 +1,6 @@
-"""Checks that need several keys, or the machine: what would otherwise fail later, in a worker, with another message.
+"""Checks that need several keys, or the machine. Without them runs would fail later, in a worker, less clearly.
 
-Batch sizes that do not divide are no mistake: mini-batches may be ragged. Only what cannot work at all is refused.
+Batch sizes need not divide each other: the last mini-batch may be short. Only what cannot work at all is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def check(config: RunConfig) -> list[Problem]:
-    """Every mistake that single values do not show."""
+    """All mistakes that no single value shows."""
     found = [problem for group in _GROUPS for problem in group(config)]
     if not found:
         _warn(config)
@@ -71,7 +71,7 @@ def _lengths(config: RunConfig) -> Iterator[Problem]:
     actor = config.actor_rollout
     keys = ("actor_rollout.seq_length", "actor_rollout.max_prompt_length", "actor_rollout.max_new_tokens")
     room = actor.seq_length - actor.max_prompt_length
-    if room < 1 and config.rows != "examples":  # which are only bounded as a whole
+    if room < 1 and config.rows != "examples":  # examples are only bounded as a whole
         expected = (
             f"expected at most {actor.seq_length - 1}: seq_length = {actor.seq_length} holds prompt and completion"
         )
@@ -186,7 +186,7 @@ def _optimizer(config: RunConfig) -> Iterator[Problem]:
     actor = config.actor_rollout
     for name, role in _roles(config):
         both = role.bf16 and role.fp16
-        if both and (name == "actor_rollout" or not (actor.bf16 and actor.fp16)):  # which the others may inherit
+        if both and (name == "actor_rollout" or not (actor.bf16 and actor.fp16)):  # the others may inherit these
             expected = "expected false where bf16 is true: parameters have one type; set one of the two to false"
             yield wrong(f"{name}.fp16", True, expected, f"{name}.bf16")
     if actor.fp16 and actor.initial_loss_scale < actor.min_loss_scale:
@@ -253,7 +253,7 @@ def _mixture(actor: ActorConfig) -> Iterator[Problem]:
 
 
 def _engine(config: RunConfig) -> Iterator[Problem]:
-    """What the rollout engine can do on the device that this machine, or the recipe, has."""
+    """Whether the rollout engine works on the device of this machine, or on the one that the recipe names."""
     if not config.samples:
         return
     actor = config.actor_rollout
@@ -274,7 +274,7 @@ def _engine(config: RunConfig) -> Iterator[Problem]:
     if shape is None or config.engine != "vllm" or kernels is None or shape.head_size in kernels:
         return
     if shape.kv_channels is None and shape.hidden_size % shape.num_attention_heads:
-        return  # there is no head size; said already
+        return  # there is no head size; that is reported already
     text = (
         f"model.{actor.model}: head size {shape.head_size}: vLLM on {here} has kernels for "
         f"{', '.join(map(str, kernels))}; choose another model, rollout.engine=hf, or another training.device"

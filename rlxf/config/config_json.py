@@ -1,4 +1,4 @@
-"""What the ``config.json`` of a model folder says about its model: family and shape. Read as plain JSON."""
+"""Family and shape of a model, from the ``config.json`` of its folder. Read as plain JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlxf.core.model_folder import assets_folder
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unsaid:
-    """What ``transformers`` takes for a key that a family's ``config.json`` leaves out."""
+    """The values that ``transformers`` assumes for keys that a family's ``config.json`` leaves out."""
 
     num_key_value_heads: int | None = None  # None: as many as attention heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
@@ -44,7 +44,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a Hugging Face folder, of a converted checkpoint, or of the model a checkpoint began with.
 
     Raises:
-        ConfigError: there is none, or it is not a JSON object. The text goes on after the folder's name.
+        ConfigError: there is none, or it is not a JSON object. The caller puts the folder's name in front of the text.
     """
     file = assets_folder(folder) / "config.json"
     if not file.is_file():
@@ -63,7 +63,7 @@ def shape_of(settings: dict[str, Any]) -> ModelConfig:
 
     Raises:
         ConfigError: another family, a size that is missing or no whole number above 0, or heads that do not divide. The
-            text goes on after the folder's name.
+            caller puts the folder's name in front of the text.
     """
     kind = settings.get("model_type")
     unsaid = FAMILIES.get(kind) if isinstance(kind, str) else None
@@ -94,7 +94,7 @@ def shape_of(settings: dict[str, Any]) -> ModelConfig:
 
 
 def _left_out(settings: dict[str, Any], key: str, unsaid: Unsaid, heads: int) -> int:
-    """The number of key/value heads where none is said; ``null`` is as many as attention heads in every family."""
+    """Key/value heads if the file gives no number; ``null`` means as many as attention heads in every family."""
     return heads if key in settings or unsaid.num_key_value_heads is None else unsaid.num_key_value_heads
 
 

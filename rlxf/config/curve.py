@@ -1,4 +1,4 @@
-"""Changes of this program that give the same recipe another learning curve, for runs resumed from before them."""
+"""Changes of this program that give the same recipe another learning curve. Resuming an older run names them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rlxf.config.schema import RunConfig
 class CurveChange:
     """One line of the table below."""
 
-    curve: int  # the number that checkpoints carry since then
+    curve: int  # the number that checkpoints hold since this change
     name: str
-    concerns: Callable[[RunConfig], bool]  # whether a run of this recipe takes another curve by it
+    concerns: Callable[[RunConfig], bool]  # whether it changes the curve of this recipe
 
 
 def _samples(config: RunConfig) -> bool:
@@ -41,9 +41,9 @@ CURVE_CHANGES = (
     CurveChange(2, "the token at which a reward model is read, with a chat template", _reads_scores),
 )
 CURVE = max(change.curve for change in CURVE_CHANGES)
-"""What ``driver.json`` of a checkpoint says; 1 where it says nothing."""
+"""The number in ``driver.json`` of new checkpoints; a checkpoint without a number has 1."""
 
 
 def changed_since(curve: int, config: RunConfig) -> list[str]:
-    """Names of what moves the curve of this recipe and was still the old way at number ``curve``."""
+    """Names of the changes after number ``curve`` that move the curve of this recipe."""
     return [change.name for change in CURVE_CHANGES if change.curve > curve and change.concerns(config)]

@@ -11,7 +11,7 @@ from rlxf.config.schema import RunConfig
 
 
 def unset_recipe() -> dict[str, Any]:
-    """All keys with their defaults; those of roles are ``None`` = unset, or they would beat what ``training`` sets."""
+    """All keys with their defaults. Keys of roles are ``None`` (unset): a value would override that of ``training``."""
     recipe: dict[str, Any] = {}
     for name, field in RunConfig.model_fields.items():
         if name in ROLES:

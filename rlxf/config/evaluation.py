@@ -1,4 +1,4 @@
-"""What a recipe asks of evaluations, and of the checkpoints that are judged by them."""
+"""Checks of the keys of evaluations, and of those that choose the best checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluation_problems(config: RunConfig) -> Iterator[Problem]:
-    """An evaluation alone needs something to evaluate, and the best checkpoint a number of each."""
+    """``eval_only`` needs something to evaluate; the best checkpoint needs a metric at the step of every checkpoint."""
     training = config.training
     if training.eval_only and not config.evaluates:
         yield wrong("training.eval_only", True, f"there is nothing to evaluate: {_missing(config)}", "eval.data_path")

@@ -22,7 +22,7 @@ class LocalPath:
 
 
 def finite(value: Any) -> Any:
-    """The value as float; refuses nan and infinity, leaves what is no number to pydantic."""
+    """The value as float. Refuses nan and infinity; a value that is not a number is left to pydantic."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     try:
@@ -44,7 +44,7 @@ def as_pool(value: Any) -> Any:
 
 
 def as_tuple(value: Any) -> Any:
-    """YAML and JSON know only lists."""
+    """A list as a tuple: YAML and JSON know only lists."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -59,7 +59,7 @@ def as_stage(value: Any) -> Any:
 
 
 def as_names(value: Any) -> Any:
-    """One name or a list of them; ``none`` is none."""
+    """One name or a list of names as a tuple; ``none`` gives an empty one."""
     if isinstance(value, str):
         return () if value == "none" else (value,)
     return as_tuple(value)
@@ -90,7 +90,7 @@ MAP_KEYS = ("prompt", "query", "response", "history", "system", "chosen", "rejec
 
 
 def as_map_keys(value: Any) -> Any:
-    """A mapping, or one in JSON, from the keys of ``MAP_KEYS`` to columns; an empty text is no such column."""
+    """A mapping, or one in JSON, from the keys of ``MAP_KEYS`` to columns; an empty text means no column."""
     try:
         mapping = json.loads(value) if isinstance(value, str) else value
     except ValueError as error:

@@ -24,7 +24,7 @@ _DATASET_FILES = ("state.json", "dataset_dict.json")  # of a Hugging Face datase
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _MORE_OF_TOKENIZERS = ("special_tokens_map.json", "merges.txt", "chat_template.jinja")
 _DEFAULT_LABELS = 2  # of a Hugging Face classifier whose config.json says nothing about labels
-Head = Literal["words", "score", "either"]  # of a language model, of a reward model; a reward model begins with either
+Head = Literal["words", "score", "either"]  # language model, reward model; reward training starts from either
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def _holds_data(folder: Path) -> bool:
 
 
 def _save_folder(config: RunConfig) -> Iterator[Problem]:
-    """A new run must not mix its checkpoints with another's, and none find out after hours that it cannot write."""
+    """Refuse a folder that holds another run's checkpoints, or that cannot be written, before hours of training."""
     if config.actor_rollout.save is None or config.dry_run:
         return
     key, folder = "actor_rollout.save", Path(config.actor_rollout.save)
@@ -145,7 +145,7 @@ def _model_folders(config: RunConfig) -> Iterator[Problem]:
         if section.load is None or unused or not Path(section.load).is_dir():
             continue
         if section.load in seen and role == "ref":
-            continue  # the actor's folder: its problems are the actor's
+            continue  # the actor's folder: its problems are reported for the actor
         seen.add(section.load)
         key, folder = f"{role}.load", Path(section.load)
         head: Head = "score" if role == "reward" else "either" if config.objective == "reward" else "words"
@@ -169,11 +169,11 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
 
 
 def _folder(folder: Path, *, head: Head) -> Iterator[str]:
-    """What is wrong with a model folder, as far as its small files show; of its shape, ``shapes.py`` tells."""
+    """What is wrong with a model folder, as far as its small files show. ``shapes.py`` checks its shape."""
     try:
         settings = read_settings(folder)
     except ConfigError:
-        return  # told with its shape
+        return  # reported with its shape
     yield from _weights(folder)
     yield from _head(settings, head)
 
@@ -217,7 +217,7 @@ def _head(settings: dict[str, Any], head: Head) -> Iterator[str]:
 
 
 def _vocabularies(config: RunConfig) -> Iterator[Problem]:
-    """The reference reads the policy's tokens."""
+    """Compare the vocabularies: the reference reads the policy's tokens."""
     actor, ref = config.actor_rollout, config.ref
     shapes = [config.model.get(role.model) for role in (actor, ref)]
     if not config.loads_reference or None in shapes or ref.load is None or actor.load is None:
@@ -226,7 +226,7 @@ def _vocabularies(config: RunConfig) -> Iterator[Problem]:
     if ours == theirs or not (Path(actor.load).is_dir() and Path(ref.load).is_dir()):
         return
     if _same_tokens(*(Path(role.tokenizer_name_or_path or str(role.load)) for role in (actor, ref))):
-        return  # models of one family may fill their embeddings up by other numbers of rows
+        return  # models of one family may pad their embeddings differently
     text = (
         f"its model has {theirs} tokens, the policy (actor_rollout.load) has {ours}; expected a reference with the "
         "policy's vocabulary, such as the policy's own folder"
@@ -235,7 +235,7 @@ def _vocabularies(config: RunConfig) -> Iterator[Problem]:
 
 
 def _same_tokens(first: Path, second: Path) -> bool:
-    """Whether two folders hold tokenizers with the same tokens; false where that does not show."""
+    """Whether two folders hold tokenizers with the same tokens; false if the files do not show it."""
     found = []
     for folder in (first, second):
         try:

@@ -48,7 +48,7 @@ ALIASES: dict[tuple[str, str], tuple[str, str]] = {
     ("actor_rollout", "ref_model"): ("ref", "load"),
 }
 
-# Key -> where a file of the library that recipes name was, and the module that it is now.
+# Key -> the old path of a library file that recipes name, and the module that replaces it.
 MOVED_FILES: dict[tuple[str, str], tuple[str, str]] = {
     ("eval", "metrics"): ("rlxf/tiny/truth.py", "rlxf.tools.tiny.truth"),
 }
@@ -58,9 +58,9 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Keys of reference recipes that nothing here reads: accepted, and named once in a warning. In this order: what online
-# DPO has no use for; what is always on or decided by the platform; what the model folder's config.json says; what is
-# neither padded, preprocessed nor restored in the way that the key describes.
+# Keys of reference recipes that nothing here reads: accepted, and named once in a warning. In this order: keys that
+# online DPO does not need; features that are always on, or that the platform decides; values that are in the model
+# folder's config.json; ways of padding, preprocessing and restoring that do not exist here.
 _LEGACY_ROLE = _words(
     """
     clip_ratio entropy_coeff
@@ -234,7 +234,7 @@ def plain_layout(path: Sequence[str]) -> tuple[str, ...]:
 
 
 def unknown_key(path: Sequence[str]) -> str:
-    """What to say about a key that no recipe may hold: the nearest valid key, the keys of its section, or why not."""
+    """The message about an unknown key: the nearest valid key, the keys of its section, or why it is refused."""
     path = plain_layout(path)
     section, key = path[0], path[-1]
     if section in REFUSED_SECTIONS:
@@ -287,7 +287,7 @@ def _places() -> Mapping[str, str]:
 
 
 def _place(key: str) -> str | None:
-    """The full name of a key that stands in the wrong section, or that another program calls so."""
+    """The full name of the key that is meant by a key in the wrong section, or by another program's name for it."""
     return _SYNONYMS.get(key) or _places().get(key)
 
 

@@ -100,9 +100,9 @@ def _only(values: Section, schema: type[Strict]) -> Section:
 def _validate(
     merged: Section, origins: Mapping[str, str]
 ) -> tuple[RunConfig | None, list[Problem], dict[str, list[Problem]]]:
-    """The config, or one without the wrong values, so that other checks can still run, or None; and what is wrong.
+    """The config (or None), and the problems. Wrong values are left out of it, so that other checks can still run.
 
-    Apart from the rest, by model: the keys that its section lacks. They are no mistake where a folder has them.
+    Returned separately, by model: the keys that its section lacks. They are no mistake if a folder supplies them.
     """
     located = _with_reference_iteration(_with_absolute_paths(merged))
     try:
@@ -164,7 +164,7 @@ def _without(merged: Section, errors: Sequence[ErrorDetails]) -> Section:
 
 
 def _stage_meant(value: Any) -> str:
-    """The stage that other checks go by where there is none, or a wrong one."""
+    """The stage that the other checks assume if the recipe names none, or a wrong one."""
     near = None if str(value) in REFUSED_STAGES else nearest(str(value), get_args(Stage))
     return near or "ray_online_dpo"
 
@@ -190,11 +190,11 @@ def _metadata(annotation: Any) -> Iterator[Any]:
 
 
 def _with_reference_iteration(merged: Section) -> Section:
-    """``ref.refer_model_iter`` names one checkpoint of the folder of checkpoints that ``ref.load`` is."""
+    """Apply ``ref.refer_model_iter``, which names one checkpoint if ``ref.load`` is a folder of checkpoints."""
     ref = merged["ref"]
     number, folder = ref.get("refer_model_iter"), ref.get("load")
     if not isinstance(number, int) or not isinstance(folder, str) or (Path(folder) / "config.json").is_file():
-        return merged  # a model folder has no iterations: the reference is what it holds, also when a run goes on
+        return merged  # a model folder has no iterations: it is the reference, also of a resumed run
     return merged | {"ref": ref | {"load": str(Path(folder) / f"iter_{number:07d}")}}
 
 

@@ -21,7 +21,7 @@ _QLORA = "actor_rollout.qlora"
 
 
 def lora_problems(config: RunConfig) -> Iterator[Problem]:
-    """Every mistake in the LoRA keys that single values do not show."""
+    """All mistakes in the LoRA keys that no single value shows."""
     actor = config.actor_rollout
     if not actor.lora_r:
         for key, off in (("lora_load", None), ("qlora", False)):
@@ -51,7 +51,7 @@ def warn_of_unused(config: RunConfig) -> None:
 
 
 def say_which_reference(config: RunConfig) -> None:
-    """Whether a LoRA run has a reference model of its own, where a recipe may have meant something else."""
+    """Log whether a LoRA run has a reference model of its own, if the recipe may have meant the opposite."""
     if not config.actor_rollout.lora_r:
         return
     if not config.needs_reference:

@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 _PREFERENCE = ("dpo_", "f_", "discopop_", "simpo_", "pref_")  # keys of the preference losses begin so
 _REWARD = ("margin_key", "center_rewards_coefficient")
 _SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo")
-# Those that read the difference of two scores, which an f-divergence and a division by the length are defined for.
+# Losses of the difference of two scores. Only for these are f-divergences and length normalisation defined.
 _DIVERGENCE = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm")
-_AVERAGED = ("sigmoid_norm", "simpo", "orpo", "sft")  # divided by the length as they are defined
+_AVERAGED = ("sigmoid_norm", "simpo", "orpo", "sft")  # divide by the length by definition
 _TYPE = "actor_rollout.dpo_loss_type"
 
 
 def loss_problems(config: RunConfig) -> Iterator[Problem]:
-    """Every mistake in the loss keys that single values do not show."""
+    """All mistakes in the loss keys that no single value shows."""
     yield from _reference(config)
     if config.objective != "preference":
         return
@@ -36,7 +36,7 @@ def loss_problems(config: RunConfig) -> Iterator[Problem]:
         yield wrong(key, list(weights), "expected at least one weight above 0: nothing would be trained")
     yield from _smoothing(config)
     divergence = actor.f_divergence_type
-    # Beside a loss that reads the divergence, sft may stand: it has no reference to be kept near.
+    # sft may be added to a loss with an f-divergence, because sft has no reference.
     plain = [name for name in names if name not in _DIVERGENCE and (name != "sft" or len(names) == 1)]
     if divergence != "reverse_kl" and plain:
         expected = f"expected reverse_kl with {', '.join(plain)}: defined for {', '.join(_DIVERGENCE)}"

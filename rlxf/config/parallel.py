@@ -79,7 +79,7 @@ def _pipeline(name: str, role: RoleConfig, shape: ModelConfig) -> Iterator[Probl
 
 
 def _virtual(name: str, role: RoleConfig) -> Iterator[Problem]:
-    """Interleaved stages pass tensors of one length only: with varying lengths they wait for each other for ever."""
+    """Interleaved stages pass tensors of one length only. With varying lengths they wait for each other for ever."""
     size, key = role.virtual_pipeline_model_parallel_size, f"{name}.virtual_pipeline_model_parallel_size"
     budget = f"{name}.max_tokens_per_micro_batch"
     if size == 1:

@@ -50,7 +50,7 @@ class RolePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The whole placement. ``runtime=local`` has one, too: what the same recipe would claim."""
+    """The whole placement. With ``runtime=local`` it holds what the recipe would claim on Ray."""
 
     resource: str  # Ray's name of one device
     groups: tuple[GroupPlan, ...]
@@ -112,7 +112,7 @@ def placement_problems(config: RunConfig) -> list[tuple[str, str]]:
             f"one engine would span two nodes of resource_pool.actor_rollout = {pool}; make its entries multiples of it"
         )
         problems.append((key, f"{key} = {size}: {expected}"))
-    if "infer" in sharing(config):
+    if "infer" in config.sharing:
         expected = (
             "expected 1, because resource_pool.colocate has infer: an engine of several devices cannot share them"
         )
@@ -133,23 +133,11 @@ def _place(config: RunConfig) -> tuple[_Groups, _Bundles, _Problems]:
     return groups, bundles, problems
 
 
-def sharing(config: RunConfig) -> set[Role]:
-    """The roles of this run that share devices."""
-    present = (
-        {"train"}
-        | ({"ref"} if config.loads_reference else set())
-        | ({"infer"} if config.samples else set())
-        | ({"reward"} if config.scores else set())
-    )
-    shared: set[Role] = {role for role in config.resource_pool.colocate if role in present}
-    return shared if len(shared) > 1 else set()
-
-
 def _place_actor(config: RunConfig) -> tuple[_Groups, _Bundles]:
     """Training takes the first devices of its pool, rollout the next ones, or the same ones when both are colocated."""
     actor = config.actor_rollout
     num_infer = actor.num_gpus_for_infer if config.samples else 0
-    first = 0 if {"train", "infer"} <= sharing(config) else actor.num_gpus_for_train
+    first = 0 if {"train", "infer"} <= config.sharing else actor.num_gpus_for_train
     last = max(actor.num_gpus_for_train, first + num_infer)
     group = GroupPlan(name="actor_rollout", nodes=_first(config.resource_pool.actor_rollout, last))
     bundles: _Bundles = {"train": (group.name, tuple(range(actor.num_gpus_for_train)))}
@@ -159,7 +147,7 @@ def _place_actor(config: RunConfig) -> tuple[_Groups, _Bundles]:
 
 
 def _first(nodes: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The first ``count`` devices of a pool; what is above is not claimed (offline, no device samples)."""
+    """The first ``count`` devices of a pool. The others are not claimed: an offline run has no device that samples."""
     kept = []
     for size in nodes:
         kept.append(min(size, count))
@@ -169,7 +157,7 @@ def _first(nodes: tuple[int, ...], count: int) -> tuple[int, ...]:
 
 def _place_frozen(config: RunConfig, groups: _Groups, bundles: _Bundles) -> _Problems:
     """Reference and reward model: on devices of their own, or on those of the roles that they are colocated with."""
-    pool, shared = config.resource_pool, sharing(config)
+    pool, shared = config.resource_pool, config.sharing
     wanted: dict[Role, tuple[int, ...]] = {"ref": pool.ref} if config.loads_reference else {}
     if config.scores:
         wanted["reward"] = pool.reward

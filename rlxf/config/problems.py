@@ -25,7 +25,7 @@ _VALUE_SYNONYMS = SYNONYMS | {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake. ``keys``: what it is about in the merged recipe; a key that failed once is not reported again."""
+    """One mistake. ``keys``: the keys of the merged recipe that it is about; each of them is reported once only."""
 
     keys: tuple[str, ...]
     text: str

@@ -1,4 +1,4 @@
-"""What a recipe must know of a recorded run before anything reads it."""
+"""What the checks of a recipe must know of a recorded run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-_SCORE = re.compile(rb'"score"\s*:\s*[-0-9]')  # of a line that is worth parsing
+_SCORE = re.compile(rb'"score"\s*:\s*[-0-9]')  # only a line that holds this is parsed
 
 
 def holds_scores(path: str | Path) -> bool | None:

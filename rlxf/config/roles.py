@@ -97,7 +97,7 @@ class RoleConfig(LengthConfig, LayoutConfig, MicroBatchConfig):
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16", "float16"]:
-        """Of the parameters, by torch's name."""
+        """Dtype of the parameters, by torch's name."""
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
 
 
@@ -183,7 +183,7 @@ class LossConfig(Strict):
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
-        """Of each of ``dpo_loss_type``."""
+        """One weight for each loss of ``dpo_loss_type``."""
         return self.dpo_loss_weights or (1.0,) * len(self.dpo_loss_type)
 
 
@@ -300,5 +300,5 @@ class RewardConfig(RoleConfig):
 
     @property
     def kind(self) -> ScorerName:
-        """What this section holds."""
+        """The kind of scorer that this section describes."""
         return "model" if self.function is None else "function"

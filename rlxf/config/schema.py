@@ -105,7 +105,7 @@ class TrainingConfig(Strict):
 
     @property
     def best_metric(self) -> tuple[str, bool]:
-        """What decides which checkpoint is the best, and whether more of it is better."""
+        """The metric that decides which checkpoint is best, and whether a larger value is better."""
         name = self.keep_best_metric or ("eval/loss" if self.offline else "eval/reward")
         mode = self.keep_best_mode or ("min" if name.endswith("loss") else "max")
         return name, mode == "max"
@@ -316,6 +316,18 @@ class RunConfig(Strict):
     def scores(self) -> bool:
         """Whether a reward model, which needs devices, scores this run's completions."""
         return not self.offline and self.reward.load is not None and not self.replays_scores
+
+    @property
+    def sharing(self) -> set[Role]:
+        """The roles of this run that share devices."""
+        present = (
+            {"train"}
+            | ({"ref"} if self.loads_reference else set())
+            | ({"infer"} if self.samples else set())
+            | ({"reward"} if self.scores else set())
+        )
+        shared: set[Role] = {role for role in self.resource_pool.colocate if role in present}
+        return shared if len(shared) > 1 else set()
 
     @property
     def holds_out(self) -> bool:

@@ -1,4 +1,4 @@
-"""The shape of each role's model: its folder's ``config.json`` decides where the folder is there, else the recipe."""
+"""The shape of each role's model: from its folder's ``config.json`` if the folder exists, else from the recipe."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rlxf.config.problems import Problem, show
 from rlxf.config.schema import ModelConfig, RunConfig
 from rlxf.core.errors import ConfigError
 
-# What a model that is named on the command line must have in common with the folder. The other keys differ between
-# models of one size: an embedding with more rows, a longer context.
+# Keys in which a model named on the command line must agree with the folder. Models of one size may differ in the other
+# keys, for example by more rows of the embedding or a longer context.
 _ONE_SIZE = frozenset(
     ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 )
@@ -37,7 +37,7 @@ class Resolved:
 
     config: RunConfig
     problems: list[Problem]
-    note: str | None  # what to say once the whole recipe is found to be right
+    note: str | None  # is logged once the whole recipe has passed its checks
     decided: frozenset[str]  # models of the recipe that a folder's shape replaces
 
 
@@ -54,9 +54,9 @@ class _Found:
 
 
 def resolve_shapes(config: RunConfig, written: Written) -> Resolved:
-    """Put the shape of each role's folder into ``model``: under the recipe's name where that says the same.
+    """Put the shape of each role's folder into ``model``, under the recipe's name if the recipe has the same shape.
 
-    A folder's own problems (no ``config.json``, another family, a shape that cannot be) are among the problems.
+    The problems include those of a folder itself: no ``config.json``, another family, an impossible shape.
     """
     problems: list[Problem] = []
     found = list(_found(config, written, problems))
@@ -82,7 +82,7 @@ def _found(config: RunConfig, written: Written, problems: list[Problem]) -> Iter
     for role in ROLES:
         name, folder = _model(config, role), _folder(config, role)
         if folder is None or not folder.is_dir() or (role in written.sources and name not in written.models):
-            continue  # a name that the recipe does not have is told elsewhere
+            continue  # an unknown name is reported elsewhere
         name = name if name in written.models else ""
         key = keys.setdefault(folder, f"{role}.load")
         try:
@@ -108,7 +108,7 @@ def _folder(config: RunConfig, role: str) -> Path | None:
 
 
 def _values(shape: ModelConfig) -> dict[str, Any]:
-    """Every key of a shape, with what an unset one means."""
+    """Every key of a shape, unset keys filled in."""
     values: dict[str, Any] = shape.model_dump()
     if shape.kv_channels is None and shape.hidden_size % shape.num_attention_heads:
         return values  # it has no head size
@@ -121,7 +121,7 @@ def _differences(said: Mapping[str, Any], shape: ModelConfig) -> dict[str, tuple
 
 
 def _other(item: _Found) -> str:
-    """What a folder has otherwise than the recipe's file."""
+    """The keys in which a folder differs from the recipe's file."""
     values = ", ".join(
         f"{key} = {show(theirs)} (model.{item.name}: {show(ours)})" for key, (ours, theirs) in item.differ.items()
     )
@@ -129,7 +129,7 @@ def _other(item: _Found) -> str:
 
 
 def _typed(item: _Found, written: Written) -> Iterator[Problem]:
-    """A shape of the command line that is not the folder's."""
+    """The problem of a shape on the command line that differs from the folder's."""
     source, place = written.sources.get(item.role), f"{item.key} = {show(shown(item.folder))}"
     if source is None:
         return
@@ -153,7 +153,7 @@ def _typed(item: _Found, written: Written) -> Iterator[Problem]:
 def _named_shapes(
     config: RunConfig, found: list[_Found]
 ) -> tuple[dict[str, ModelConfig], dict[str, str], frozenset[str]]:
-    """The models, the name that each role has of one, and the recipe's models that folders have replaced."""
+    """The models, the name of each role's model, and the recipe's models that folders have replaced."""
     left = {role: _model(config, role) for role in ROLES if role not in {item.role for item in found}}
     decided = frozenset(item.name for item in found if item.name) - set(left.values())
     models = {name: shape for name, shape in config.model.items() if name not in decided}
@@ -173,7 +173,7 @@ def _name_of(folder: Path) -> str:
 
 
 def _free(name: str, shape: ModelConfig, models: Mapping[str, ModelConfig]) -> str:
-    """The name, with a number where another shape has it."""
+    """The name, or the name with a number if another shape has it."""
     free, count = name, 1
     while free in models and _values(models[free]) != _values(shape):
         count += 1
@@ -182,7 +182,7 @@ def _free(name: str, shape: ModelConfig, models: Mapping[str, ModelConfig]) -> s
 
 
 def _without_shape(config: RunConfig, name: str) -> Iterator[Problem]:
-    """A plan needs a shape. A run that is no plan needs the folder, which is told elsewhere."""
+    """Roles without a shape. A dry run needs one. A real run needs the folder, whose absence is reported elsewhere."""
     folder = _folder(config, "actor_rollout")
     if not config.dry_run or name or folder is None or folder.is_dir():
         return

@@ -1,4 +1,4 @@
-"""What recipes know of each stage. What a stage does in a step is in ``rlxf/algorithms``, by the same names."""
+"""What the checks of recipes need to know of each stage. ``rlxf/algorithms`` says what a stage does in a step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ RowKind = Literal["prompts", "preference pairs", "examples"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageFacts:
-    """What the checks of a recipe and the report say of one stage."""
+    """What the checks of a recipe and the report need to know of one stage."""
 
-    title: str  # for people
+    title: str  # as the user reads it
     rows: RowKind
     objective: ObjectiveName
 

@@ -1,4 +1,4 @@
-"""What a key of the command line takes out of a recipe's file, because the two cannot both be meant."""
+"""Keys of a recipe's file that a key on the command line replaces, because the two exclude each other."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rlxf.core.data_files import indexed_files
 
 
 def make_room(recipe: Section, typed: Collection[str]) -> list[str]:
-    """Take keys of the file out of ``recipe``; what to say about each once the recipe is found to be right."""
+    """Remove replaced keys from ``recipe``. Returns a note for each, to log once the recipe has passed its checks."""
     return [*_scorer(recipe, typed), *_evaluation(recipe, typed)]
 
 
 def _scorer(recipe: Section, typed: Collection[str]) -> list[str]:
-    """A typed ``reward.load`` or ``reward.function`` is instead of the other one."""
+    """A typed ``reward.load`` or ``reward.function`` replaces the other one."""
     reward = recipe.get("reward", {})
     given = [key for key in ("load", "function") if f"reward.{key}" in typed and key in reward]
     if len(given) != 1 or not {"load", "function"} <= reward.keys():
@@ -28,9 +28,10 @@ def _scorer(recipe: Section, typed: Collection[str]) -> list[str]:
 
 
 def _evaluation(recipe: Section, typed: Collection[str]) -> list[str]:
-    """A recipe is evaluated on data of its own. Where they are not here, a run on other data goes without them.
+    """Remove the recipe's evaluation data if the user types other training data and the evaluation data do not exist.
 
-    The recipe's metrics judge its own data, and go with them. A plan keeps both: it lists what is missing.
+    The recipe's ``eval.metrics`` judge these data, so they are removed as well. A dry run keeps both, to list what is
+    missing.
     """
     evaluation = recipe.get("eval", {})
     section = "actor_rollout" if "data_path" in recipe.get("actor_rollout", {}) else "training"  # whose value counts

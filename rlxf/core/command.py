@@ -1,4 +1,4 @@
-"""The command that started a run, and the one that goes on with it."""
+"""The command that started a run, and the one that continues it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 TYPED = "command.json"  # in the run folder
 
 _PLAIN = re.compile(r"[\w./:@%+-]+")  # what Hydra reads as one value without quotes
-_REPLACED = ("hydra.run.dir", "training.resume")  # the command that goes on names its own
+_REPLACED = ("hydra.run.dir", "training.resume")  # the continuing command sets them itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,11 @@ class Typed:
         return shlex.join([*self.program, *self.arguments])
 
     def going_on(self, run_dir: Path) -> str:
-        """The command that goes on with the run in ``run_dir``."""
+        """The command that continues the run in ``run_dir``."""
         return self._with(f"hydra.run.dir={_quoted(short(run_dir))}")
 
     def with_last(self) -> str:
-        """The command that goes on with the newest unfinished run."""
+        """The command that continues the newest unfinished run."""
         return self._with("training.resume=last")
 
     def _with(self, override: str) -> str:
@@ -38,14 +38,14 @@ class Typed:
 
 
 def short(path: Path | str) -> str:
-    """Relative to the working folder, where the command is typed again, if it is below it."""
+    """A path, relative to the working folder if it is below it: the user types the command again there."""
     path = Path(path).absolute()
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _quoted(value: str) -> str:
-    """As Hydra reads it."""
+    """A value, quoted as Hydra needs it."""
     if _PLAIN.fullmatch(value):
         return value
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")

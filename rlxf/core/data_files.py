@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def data_files(paths: Iterable[str]) -> list[Path]:
-    """Every file that data paths stand for, in order; those of a folder sorted, with what lies deeper in it."""
+    """Every file that data paths stand for, in order; those of a folder sorted, subfolders included."""
     files = []
     for path in map(Path, paths):
         inside = (found for found in sorted(path.rglob("*")) if found.is_file() and not found.name.startswith("."))

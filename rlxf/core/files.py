@@ -67,7 +67,7 @@ def temporary_for(folder: Path) -> Path:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Give a complete folder its name, once it is on disk. One that has the name is deleted after that.
+    """Rename a complete folder to ``folder``, once it is on disk. An older one of that name is deleted after that.
 
     At every moment the old or the new one is whole: under its name, or put aside for ``recover``.
     """
@@ -92,7 +92,7 @@ def publish(temporary: Path, folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A place to write to, published as ``folder`` at the end; deleted if it does not come to that."""
+    """A temporary folder to write to, published as ``folder`` at the end; deleted if an exception comes first."""
     temporary = temporary_for(folder)
     try:
         yield temporary
@@ -103,7 +103,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def recover(folder: Path) -> None:
-    """Put back the folder that a crash inside ``publish`` left aside; does nothing if one has the name."""
+    """Put back the folder that a crash inside ``publish`` left aside; does nothing if ``folder`` exists."""
     found = _put_aside(folder)
     if found and not os.path.lexists(folder):
         max(found, key=lambda path: path.stat().st_mtime_ns).rename(folder)
@@ -111,13 +111,13 @@ def recover(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder; nobody sees it half deleted under its name."""
+    """Rename a folder, then delete it, so that it is never seen half deleted under its name."""
     deleting = folder.rename(_hidden(folder, _DELETING))
     _delete(deleting)
 
 
 def remove_leftovers(root: Path, names: str) -> None:
-    """Put right what a killed process left in ``root``: recover folders that it replaced, delete the other hidden ones.
+    """Clean up after a killed process in ``root``: recover folders that it was replacing, delete other hidden folders.
 
     Args:
         root: may be missing.

@@ -47,7 +47,7 @@ class RowProblems:
         self._num_rows += num_rows
         if self.total <= self.allowed:
             return
-        some = self._key and self.total < self._num_rows  # when all are wrong, the file is meant otherwise
+        some = self._key and self.total < self._num_rows  # if all rows are wrong, it is not a file of such rows
         hint = f"; {self._key}={self.total} leaves such rows out" if some else ""
         *lines, last = self.report()
         raise DataError(*lines, last + hint)
@@ -125,9 +125,9 @@ class JsonLines:
 
 
 def open_after(path: Path, step: int | None) -> BinaryIO:
-    """A file of rows that begin with their ``step``, opened to append: with the rows up to ``step``, or empty if None.
+    """Open a file of rows that begin with their ``step``, to append. Keeps the rows up to ``step``; none if it is None.
 
-    What is behind them, also the half row of a killed run, is cut off.
+    Later rows are cut off, and so is the half row of a killed run.
 
     Raises:
         DataError: the file holds other rows.

@@ -20,7 +20,7 @@ def megatron_checkpoint(folder: Path) -> Path | None:
 
 
 def assets_folder(folder: Path) -> Path:
-    """Where config.json and tokenizer of a model folder are: in it; for a checkpoint of a run, where that run began."""
+    """Where config.json and tokenizer of a model are: in its folder; for a run's checkpoint, where that run started."""
     checkpoint = megatron_checkpoint(folder)
     if (folder / "config.json").is_file() or checkpoint is None:
         return folder

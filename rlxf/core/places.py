@@ -1,4 +1,4 @@
-"""Where the recipes and the launcher are: in a checkout beside ``rlxf/``, installed from a wheel in the packages."""
+"""Where recipes and launcher are: beside ``rlxf/`` in a checkout, among the packages if installed from a wheel."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ UNKNOWN: Position = "last_token"
 
 
 def read_position(wanted: Position | Literal["auto"], folder: str | None) -> Position:
-    """Where scores are read: ``wanted`` (``reward.read_at``), or where the model's folder says that it was trained.
+    """Where scores are read: ``wanted`` (``reward.read_at``), or the position that the model's folder names.
 
     Raises:
         ConfigError: the folder names a position that this program does not know.

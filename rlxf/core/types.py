@@ -140,8 +140,8 @@ class PromptBatch:
 
     prompts: Tokens  # P rows
     row_ids: Tensor  # [P] int64, row of the data
-    # [P] int64, which item of the run each prompt is: step * global_batch_size + its place in the step, so that a row
-    # that comes again, even within a step, is sampled anew. Of prompts in file order: the row.
+    # [P] int64, number of each prompt among all prompts of the run: step * global_batch_size + its place in the step. A
+    # row that comes again, even within a step, gets new samples by it. Of prompts in file order: the row.
     positions: Tensor
     texts: tuple[Text, ...]  # what the data file held: a string, or chat messages
     columns: dict[str, list[Any]]  # the data file's other columns, each of length P, for reward functions
@@ -278,7 +278,7 @@ class RewardPairs(Pairs):
     Two pairs, and the data rates only the first: ``margin = [1.0, 0.0]``.
     """
 
-    margin: Tensor  # [N] float32, how much better chosen is said to be; 0 where the data says nothing
+    margin: Tensor  # [N] float32, how much better chosen is by the data; 0 if the data do not say
 
     def __post_init__(self) -> None:
         Pairs.__post_init__(self)

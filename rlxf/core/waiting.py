@@ -1,4 +1,4 @@
-"""Waits that end: work in a thread that holds up nothing, and processes that are killed when they take too long."""
+"""Waits that end: work in a thread that cannot keep a process alive, and child processes that can be killed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 def in_thread(action: Callable[[], T], name: str) -> Future[T]:
-    """Do ``action`` in a thread of its own, which ends with it. One that never ends does not keep the process alive."""
+    """Do ``action`` in a daemon thread of its own: if it never ends, it does not keep the process alive."""
     future: Future[T] = Future()
 
     def work() -> None:
         try:
             future.set_result(action())
-        except BaseException as error:  # noqa: BLE001  whoever asks for the result gets it
+        except BaseException as error:  # noqa: BLE001  the caller of `result` gets it
             future.set_exception(error)
 
     threading.Thread(target=work, name=name, daemon=True).start()
@@ -28,7 +28,7 @@ def in_thread(action: Callable[[], T], name: str) -> Future[T]:
 
 @contextmanager
 def own_children() -> Iterator[Callable[[], None]]:
-    """A function that kills the processes that ``multiprocessing`` has started inside, however busy they are."""
+    """A function that kills the processes that ``multiprocessing`` has started inside the block, even busy ones."""
     before = set(multiprocessing.active_children())
 
     def kill() -> None:

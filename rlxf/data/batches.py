@@ -1,4 +1,4 @@
-"""Which rows make up which step: a pure function of the step, whatever was asked for before."""
+"""Which rows make up which step: a pure function of the step, which earlier requests do not change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MALFORMED = "it is malformed"
 
 @dataclass(frozen=True, slots=True)
 class DropReason:
-    """An item is not made from this row, for this reason."""
+    """Why no item is made from a row."""
 
     reason: str
     is_error: bool = False  # the recipe asks to stop at such a row
@@ -43,15 +43,15 @@ class Rows(Protocol):
 class BatchStream(Generic[T]):
     """Full batches of items made from rows; rows that give no item are passed over and counted.
 
-    Which rows give one is found out as the run reaches them, so starting is fast. A step that is asked for out of order
-    looks at the rows before it first and gets the same batch as an undisturbed run. A resumed run need not: ``stream``
-    says where a step begins, and ``go_on`` takes that over.
+    A row is looked at when the run reaches it, so starting is fast. If a step is asked for out of order, the rows
+    before it are looked at first, and the batch is the same as in an uninterrupted run. A resumed run can skip that:
+    ``stream`` says where a step begins, and ``go_on`` begins there.
     """
 
     def __init__(
         self, rows: Rows, order: Order, batch_size: int, make: Callable[[int], T | DropReason], *, strict: bool
     ) -> None:
-        """``make`` turns a row's number into an item. ``strict``: look for drops that are errors at once."""
+        """``make`` turns a row's number into an item. ``strict``: look at once for drops that are errors."""
         self._rows = rows
         self._order = order
         self._batch_size = batch_size
@@ -103,19 +103,20 @@ class BatchStream(Generic[T]):
         Args:
             step: the next one.
             rows: of the step before it.
-            stream: what ``stream`` said of ``step``.
+            stream: what ``stream`` returned for ``step``.
 
         Returns:
-            Whether ``rows`` are in the stream there; if not, the order is another one and nothing is taken over.
+            Whether ``rows`` are in the stream before ``step``. If not, the order is another one, and nothing was
+            changed.
         """
         previous, position = stream["previous"], stream["position"]
         passed = (self._order.row(place) for place in range(previous, position))
-        if not all(row in passed for row in rows):  # each is looked for behind the one before
+        if not all(row in passed for row in rows):  # `in` continues behind the row found last
             return False
         self._cursors |= {step: position} if step == 0 else {step - 1: previous, step: position}
         self._counted = stream["counted"]
         self._first = {**self._first, **stream["first"]}
-        self.dropped |= Counter(stream["dropped"])  # of each reason the larger count: these rows are all of those
+        self.dropped |= Counter(stream["dropped"])  # `|=` keeps the larger count of each reason
         return True
 
     def _find(self, step: int) -> int:
@@ -128,7 +129,7 @@ class BatchStream(Generic[T]):
         return self._cursors[step]
 
     def in_file_order(self) -> Iterator[T]:
-        """Every item once."""
+        """Every item once, in file order."""
         for row in self._order.in_file_order():
             made: dict[int, T] = {}
             if self._is_kept(row, made):

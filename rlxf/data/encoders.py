@@ -118,7 +118,7 @@ class ChatEncoder:
         return asked, asked + _messages(chosen), asked + _messages(rejected)
 
     def _additional(self, row: Row, key: str) -> str:
-        """The text of another column; "labels" is the answer, as the seeds' handlers have it."""
+        """The text of another column; "labels" is the answer, as in MindSpeed-LLM's handlers."""
         if key == "labels":
             return _messages(self._layout.example(row)[1])[-1]["content"]
         if problem := _string_problem(row, key):
@@ -156,7 +156,7 @@ class ChatEncoder:
         return texts
 
     def _example(self, ids: list[int], counted: list[bool]) -> Ids | DropReason:
-        if not any(counted[1:]):  # nothing comes before the first token that could predict it
+        if not any(counted[1:]):  # no token precedes the first one to predict it
             return DropReason("it holds no token that the loss counts")
         labels = [token if counts else IGNORED for token, counts in zip(ids, counted, strict=True)]
         if self._append_eod:
@@ -165,7 +165,7 @@ class ChatEncoder:
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
     def _pair(self, asked: list[int], chosen: list[int], rejected: list[int]) -> Ids | DropReason:
-        """The prompt ends where it stops being the same alone and with its answers, as for training from text."""
+        """The prompt ends at the first token that its answers change, as in training from text."""
         if chosen == rejected:
             return DropReason("chosen and rejected are the same tokens")
         shared = min(common_start(asked, chosen), common_start(asked, rejected))

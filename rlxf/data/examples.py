@@ -37,7 +37,7 @@ class ExampleFile(DataSource[ExampleRecord, ExampleIds, Examples]):
     """Examples: ``global_batch_size`` per step. The loss counts every turn of the assistant, or the completion.
 
     A string's completion ends with EOS. An example that is longer than ``seq_length`` is handled as
-    ``prompt_overflow`` says; ``max_prompt_length`` plays no part.
+    ``prompt_overflow`` says; ``max_prompt_length`` is not used.
     """
 
     task = "example"
@@ -60,7 +60,7 @@ class ExampleFile(DataSource[ExampleRecord, ExampleIds, Examples]):
             bos = 0 if ids[0] == self._tokenizer.bos_token_id else None
             kept = shorten_left(list(range(len(ids))), config.seq_length, bos)
             ids, counted = [ids[i] for i in kept], [counted[i] for i in kept]
-        if not any(counted[1:]):  # nothing comes before the first token that could predict it
+        if not any(counted[1:]):  # no token precedes the first one to predict it
             return DropReason("it holds no token that the loss counts")
         return ExampleIds(ids, [False, *counted[1:]])
 
@@ -86,7 +86,7 @@ class ExampleFile(DataSource[ExampleRecord, ExampleIds, Examples]):
         return encode_turns(self._tokenizer, messages)
 
     def _encode_strings(self, prompt: str, whole: str) -> tuple[list[int], list[bool]]:
-        """The completion begins where the prompt alone and the whole text stop being equal."""
+        """The completion begins at the first token that differs between the prompt alone and the whole text."""
         alone = encode_string(self._tokenizer, prompt)
         ids = encode_string(self._tokenizer, with_eos(whole, self._tokenizer.eos_token))
         shared = common_start(alone, ids)

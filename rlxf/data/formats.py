@@ -36,7 +36,7 @@ class Layout(Protocol):
 
     @property
     def prompt_columns(self) -> frozenset[str]:
-        """Columns that are in the prompt whole; all others go to reward functions."""
+        """Columns that the prompt contains completely; all others go to reward functions."""
         ...
 
     def prompt(self, row: Row) -> Content: ...
@@ -73,7 +73,7 @@ def _format_name(row: Row, config: DataConfig, task: Task) -> DataFormat:
 class Standard:
     """``prompt``, ``completion``, ``chosen``, ``rejected``, each a string or chat messages.
 
-    Chosen and rejected may hold the prompt in front of them, in a row without a prompt of their kind.
+    Chosen and rejected may begin with the prompt, if the row has no prompt of the same kind.
     """
 
     prompt_key: str

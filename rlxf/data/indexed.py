@@ -35,7 +35,7 @@ _ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}  # of megatron's 
 class IndexedWriter:
     """Writes rows of token ids, one document per row, for every key of the row.
 
-    A context: at its end all files get their names; after an exception none of them is there, and older ones stay.
+    A context manager: at its end all files get their names. After an exception there is no new file; older ones stay.
     """
 
     def __init__(self, names: Mapping[str, str | Path]) -> None:
@@ -89,7 +89,7 @@ class IndexedWriter:
         renames = {Path(f"{path}{self._mark}{end}"): Path(f"{path}{end}") for end in (".bin", ".idx") for path in paths}
         for temporary in renames:
             fsync(temporary)
-        for path in paths:  # an index without its data, never one beside other data
+        for path in paths:  # a crash may leave data without index, never old index and new data
             Path(f"{path}.idx").unlink(missing_ok=True)
         replace_files(renames)
 
@@ -217,7 +217,7 @@ def _megatron() -> Any:
 
 
 def check_index(path: Path) -> int:
-    """Look at what megatron would only assert, or find out in the middle of a run.
+    """Check what megatron would only assert, or notice in the middle of a run.
 
     Returns:
         Megatron's code of the type of its numbers.

@@ -31,7 +31,7 @@ class Order(Protocol):
         ...
 
     def is_first(self, position: int) -> bool:
-        """Whether the row at a position of the stream did not come before."""
+        """Whether the row at a position of the stream comes there for the first time."""
         ...
 
 

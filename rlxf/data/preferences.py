@@ -57,7 +57,7 @@ class PreferenceFile(DataSource[PairRecord, PairIds, Pairs]):
         settings: which rows.
         tokenizer: the policy's.
         part: of the rows.
-        endings: of the answers that a reward model learns to score, which is done at the last token of each side.
+        endings: the tokens that end an answer; given for a reward model, whose score is trained at a side's last token.
     """
 
     task = "pair"
@@ -111,10 +111,10 @@ class PreferenceFile(DataSource[PairRecord, PairIds, Pairs]):
         return RewardPairs(chosen=chosen, rejected=rejected, margin=margin)
 
     def _encode(self, prompt: Content, chosen: Content, rejected: Content) -> tuple[list[int], list[int], list[int]]:
-        """Token ids, split where the prompt alone and the prompt with its completions stop being equal.
+        """Token ids, split at the first token that differs between the prompt alone and with its completions.
 
-        That is the end of the prompt, except when the tokenizer or the template writes the prompt differently once
-        something follows it; then the end of the prompt that differs is left out.
+        Usually that is the end of the prompt. If the tokenizer or the template writes the end of the prompt differently
+        when a completion follows, the differing tokens are left out.
         """
         if isinstance(prompt, TokenIds):
             assert isinstance(chosen, TokenIds)  # a row's three texts are of one kind: checked when it was opened
@@ -142,7 +142,7 @@ class PreferenceFile(DataSource[PairRecord, PairIds, Pairs]):
 
 
 def _margin(row: Row, column: str | None) -> float:
-    """How much better chosen is, by the data: a finite number, which a CSV file writes as text; 0 without a column."""
+    """How much better chosen is according to the data: a finite number (a text in CSV files); 0 without a column."""
     if column is None:
         return 0.0
     if column not in row:
@@ -154,7 +154,7 @@ def _margin(row: Row, column: str | None) -> float:
         margin = float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError, OverflowError):
         margin = math.nan
-    if not abs(margin) < _LARGEST_MARGIN:  # which is so of NaN, too
+    if not abs(margin) < _LARGEST_MARGIN:  # `not`, so that NaN is refused as well
         raise BadRow(f"field {column!r} (actor_rollout.margin_key): expected a finite number, got {describe(value)}")
     return margin
 

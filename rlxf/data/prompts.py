@@ -40,7 +40,7 @@ class PromptFile(DataSource[PromptRecord, Prompt, PromptBatch]):
     ends_with_eos = False
 
     def next_batch(self, step: int) -> PromptBatch:
-        """The prompts of a step, with their places in the run; the same whatever was asked for before."""
+        """The prompts of a step, with their places in the run. Earlier requests do not change them."""
         start = step * self._batch_size
         return replace(super().next_batch(step), positions=torch.arange(start, start + self._batch_size))
 
@@ -69,7 +69,7 @@ class PromptFile(DataSource[PromptRecord, Prompt, PromptBatch]):
         return Prompt(row, record, ids)
 
     def _collate(self, items: Sequence[Prompt]) -> PromptBatch:
-        """Prompts as the other rooms take them, at their rows; a column that a row lacks is None there."""
+        """A batch of these prompts, with their row numbers; a column that a row lacks is None there."""
         rows = torch.tensor([item.row for item in items], dtype=torch.int64)
         return PromptBatch(
             prompts=Tokens.from_rows([item.ids for item in items]),
@@ -82,7 +82,7 @@ class PromptFile(DataSource[PromptRecord, Prompt, PromptBatch]):
         )
 
     def _readable(self, value: Any) -> Any:
-        """The same, or the text that token ids stand for."""
+        """The text itself, or the text that token ids stand for."""
         return self._tokenizer.decode(value.ids) if isinstance(value, TokenIds) else value
 
 

@@ -57,7 +57,7 @@ class DataSource(ABC, Generic[Record, Item, Collated]):
         return self._num_rows
 
     def next_batch(self, step: int) -> Collated:
-        """The items of a step; the same for the same step, whatever was asked for before."""
+        """The items of a step. Earlier requests do not change them."""
         return self._collate(self._batches.batch(step))
 
     def row_ids(self, step: int) -> list[int]:
@@ -73,7 +73,7 @@ class DataSource(ABC, Generic[Record, Item, Collated]):
         return {**self._batches.stream(step), "refused": {str(row): text for row, text in self._refused.items()}}
 
     def go_on(self, step: int, rows: Sequence[int], stream: Mapping[str, Any]) -> bool:
-        """Begin at ``step`` without tokenizing what came before; False: the rows of the step before are others."""
+        """Begin at ``step`` without tokenizing what came before. False: the step before had other rows."""
         if not self._batches.go_on(step, rows, stream):
             return False
         self._refused |= {int(row): text for row, text in stream["refused"].items()}
@@ -84,7 +84,7 @@ class DataSource(ABC, Generic[Record, Item, Collated]):
         return self._batches.num_kept()
 
     def eval_batches(self, limit: int | None = None) -> list[Collated]:
-        """The first ``limit`` items in file order (None: all), by ``global_batch_size``; the last batch may be less."""
+        """The first ``limit`` items in file order (None: all), in batches of up to ``global_batch_size``."""
         items = self._items(limit)
         starts = range(0, len(items), self._batch_size)
         return [self._collate(items[start : start + self._batch_size]) for start in starts]
@@ -103,7 +103,7 @@ class DataSource(ABC, Generic[Record, Item, Collated]):
         return self.dropped.total()
 
     def log_dropped(self) -> None:
-        """Tell how many rows were left out so far, for which reasons, and where the first of each is."""
+        """Log how many rows were left out so far, for which reasons, and where the first of each is."""
         for line in self._batches.summary():
             log.warning("%s", line)
 
@@ -145,7 +145,7 @@ class DataSource(ABC, Generic[Record, Item, Collated]):
             raise DataError(*self._refused.values()) from error
 
     def _try_one(self) -> None:
-        """A template or a tokenizer that cannot work fails at the start, not in a later step."""
+        """Tokenize a row, so that a template or tokenizer that cannot work fails at the start."""
         self._make_named(next(row for row in range(len(self._table)) if row not in self._table.bad))
 
     def _require_able_tokenizer(self) -> None:

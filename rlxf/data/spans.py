@@ -169,7 +169,7 @@ class _Window:
         self._next = end
 
     def _read(self) -> bool:
-        """Whether there was more; then it follows the text that is left."""
+        """Read more of the file behind the text that is left; False if there was no more."""
         if self._at_end:
             return False
         content = self._handle.read(max(_CHUNK_BYTES, len(self._text) - self._next))

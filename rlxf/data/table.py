@@ -1,4 +1,4 @@
-"""All rows of a run: those of every source, read in the source's format, under one numbering."""
+"""All rows of a run: those of every source, each read in its own format, with one numbering."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Source:
 
 
 class Table(Generic[R]):
-    """The rows of all sources. A row's number is its place in its source behind all rows of the sources before it.
+    """The rows of all sources. A row's number is its place in its source, plus the rows of all sources before it.
 
     Numbers do not depend on the part: a row of the validation part has the number that it has in its file.
     """
@@ -76,7 +76,7 @@ class Table(Generic[R]):
 
 
 def open_table(settings: DataSettings, part: Part, task: Task, read: Read[R]) -> Table[R]:
-    """The rows of one part of a run's data, each read once to see that it can be.
+    """The rows of one part of a run's data, each read once to check it.
 
     ``valid`` and ``test``: the rows of ``eval.data_path``, else the part that ``actor_rollout.split`` or the dataset
     itself sets aside, else the training rows.
@@ -109,7 +109,7 @@ def open_table(settings: DataSettings, part: Part, task: Task, read: Read[R]) ->
 
 
 def order_of(table: Table[R], settings: DataSettings, part: Part) -> Order:
-    """Training rows shuffled together, or mixed by ``actor_rollout.data_weights``; those of other parts as they lie."""
+    """Training rows shuffled together, or mixed by ``actor_rollout.data_weights``; other parts in file order."""
     weights, seed, shuffle = settings.config.data_weights, settings.seed, not settings.config.no_shuffle
     if part != "train" or not weights:
         return RowOrder(table.ranges, (seed,) if part == "train" and shuffle else None)
@@ -121,7 +121,7 @@ def _sets_aside(paths: Sequence[str], shares: Sequence[float], part: Part) -> bo
 
 
 class _Check(Generic[R]):
-    """Reads rows to see that they can be. The format is that of the first one that can; all others must have it."""
+    """Checks that rows can be read. The first row that can be read decides the format; all others must have it."""
 
     def __init__(self, config: DataConfig, task: Task, read: Read[R]) -> None:
         self.layout: Layout | None = None

@@ -65,7 +65,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]
 
 
 def shorten_left(ids: list[int], length: int, bos: int | None) -> list[int]:
-    """The last ``length`` ids; a BOS at the start stays, for no model has seen a text without the one it was given."""
+    """The last ``length`` ids. A BOS at the start is kept, because the model has seen no text without it."""
     if len(ids) <= length:
         return ids
     if length > 1 and bos is not None and ids[0] == bos:

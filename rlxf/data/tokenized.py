@@ -16,7 +16,7 @@ class TokenIds:
     """A text that is tokenized already."""
 
     ids: list[int]
-    labels: list[int] | None = None  # of an example: for each token itself, or -100 where the loss does not count it
+    labels: list[int] | None = None  # of an example: each token, or -100 where the loss does not count it
 
 
 Content = Text | TokenIds
@@ -25,9 +25,9 @@ _OWN = ("input_ids", "attention_mask", "chosen_input_ids", "chosen_labels", "rej
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """The layout of such rows: prompts, preference pairs or examples. Other keys are texts, tokenized, too."""
+    """The layout of such rows: prompts, preference pairs or examples. Other keys hold further tokenized texts."""
 
-    has_labels: bool  # whether "labels" says which tokens count, rather than being another text
+    has_labels: bool  # whether "labels" says which tokens count; else it is another text
 
     @property
     def prompt_columns(self) -> frozenset[str]:

@@ -35,7 +35,7 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tupl
 def encode_many_turns(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages]
 ) -> list[tuple[list[int], list[bool]]]:
-    """The same of many conversations, in one call where the template marks the turns: that is what makes it fast."""
+    """``encode_turns`` for many conversations; in one fast call of the tokenizer if the template marks the turns."""
     if not _GENERATION.search(tokenizer.get_chat_template()):
         return [_encode_by_rendering(tokenizer, messages) for messages in chats]
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
@@ -77,7 +77,7 @@ def _require_start(text: str, start: str, num_messages: int) -> None:
 
 
 def _inside(offsets: list[Any], spans: list[Span]) -> list[bool]:
-    """Of each token whether it reaches into a span; a token without characters does not."""
+    """For each token, whether it reaches into a span. A token without characters does not."""
     marks, spans = [False] * len(offsets), list(spans)
     number = 0
     for index, (begin, end) in enumerate(offsets):

@@ -14,18 +14,18 @@ from rlxf.core.types import Metrics
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of a policy's answers, one per evaluation prompt; NaN where missing."""
+    """Scores of a policy's answers, one per evaluation prompt; NaN where missing."""
 
     sampled: Tensor  # [num_prompts] float32
     greedy: Tensor | None  # the same of its most probable answers; None: eval.greedy is off
 
     def describe(self) -> dict[str, Any]:
-        """As JSON data."""
+        """The scores as JSON data."""
         return {"scores": _to_json(self.sampled), "greedy": None if self.greedy is None else _to_json(self.greedy)}
 
     @staticmethod
     def read(found: dict[str, Any]) -> Scores:
-        """What ``describe`` gave."""
+        """The scores that ``describe`` gave."""
         greedy = found.get("greedy")
         return Scores(_from_json(found["scores"]), None if greedy is None else _from_json(greedy))
 
@@ -55,7 +55,7 @@ def measured(name: str, values: Tensor) -> Metrics:
 
 
 def mean(values: Tensor) -> float:
-    """NaN of nothing."""
+    """The mean; NaN of nothing."""
     return float(values.mean()) if values.numel() else math.nan
 
 

@@ -13,9 +13,9 @@ from rlxf.loop.due import evaluation_is_due
 from rlxf.loop.run import Reference
 from rlxf.update.objective import MOMENTS
 
-# Not means of a batch, so not means of all batches.
+# These are no means over a batch, so they are not averaged over batches.
 _EXTREMES = {"min_reward": min, "max_reward": max}
-# Means of what is true (1) or not (0) of a pair.
+# Means over pairs of a value that is 1 (true) or 0 (false).
 _SHARES = ("accuracy", "rewards/accuracies")
 
 
@@ -31,7 +31,7 @@ class OfflineEvaluation:
     """``eval/*`` every ``training.eval_interval`` steps, before the first and after the last one.
 
     Args:
-        config: when it evaluates.
+        config: says when it evaluates.
         batches: what is held out, the same in every evaluation.
         actor: the model that is trained.
         reference: gives DPO's pairs their reference log-probs; the other stages do not ask it.
@@ -49,7 +49,8 @@ class OfflineEvaluation:
     def __call__(self, step: int) -> Metrics:
         """The actor's own metrics over all batches, with ``eval/`` before their names; empty if none are due.
 
-        Means weigh each pair alike (sft: each counted token), whatever the size of the batches. ``_se`` behind a name
+        All pairs (sft: all counted tokens) have the same weight in a mean, however large the batches are. ``_se``
+        behind a name
         is the standard error of loss and accuracies.
         """
         if not evaluation_is_due(self._training, step):

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalBackends:
-    """Who takes part in an evaluation."""
+    """The members of a run that an evaluation uses."""
 
     rollout: Rollout
     scorer: Scorer
@@ -83,11 +83,11 @@ class Evaluation:
         self._tokenizer = tokenizer
         self._user_metrics = load_metrics(settings.config.metrics) if settings.config.metrics else None
         self._baseline: Scores | None = None  # the initial policy's
-        self._initial_texts: list[str] = []  # and what it said
+        self._initial_texts: list[str] = []  # and its completions
         self._previous: Scores | None = None  # the last evaluation's; at first the initial policy's
 
     def restore(self, found: dict[str, Any] | None, *, push_initial: Callable[[], object] = lambda: None) -> None:
-        """Take over what ``describe_baseline`` of the resumed run gave; the actor still holds the initial policy.
+        """Load what ``describe_baseline`` of the resumed run returned; the actor still holds the initial policy.
 
         If it does not answer this run's prompts (another ``eval`` section, or no evaluations so far), the initial
         policy is sampled now.
@@ -129,7 +129,7 @@ class Evaluation:
             return {}
         alone = self._training.eval_only
         greedy = self._greedy(step)
-        others = {"win_rate": self._baseline}  # None: this is the initial policy
+        others = {"win_rate": self._baseline}  # None at the first evaluation
         if self._baseline is None and (not alone or self._user_metrics is not None):
             self._start(greedy)  # the weights are the same
         if not alone:
@@ -201,7 +201,7 @@ def _rewards(samples: Samples, prefix: str) -> Metrics:
 
 
 def _win_rates(sampled: Samples, greedy: Samples | None, others: Mapping[str, Scores | None]) -> Metrics:
-    """Against each of ``others`` that is there, by the name of the win rate."""
+    """Win rates against those of ``others`` that exist, by name."""
     metrics: Metrics = {}
     for name, other in others.items():
         if other is not None:

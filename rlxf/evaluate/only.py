@@ -15,7 +15,7 @@ def evaluate_only(run: Run, evaluated: Path) -> None:
         evaluated: where the policy comes from.
     """
     with run.stop.interruptible():
-        run.sync.push(run.state.policy_version)  # rollout has the actor's weights
+        run.sync.push(run.state.policy_version)  # the engines need the actor's weights
         metrics = run.evaluate(run.state.step)
     run.report.evaluated(run.state.step, metrics)
     run.report.finished(evaluated)

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from rlxf.config.kinds import Role
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
 from rlxf.core.stop import Stop
@@ -320,6 +321,10 @@ class Run:
     def reference_for(self, collected: Collected) -> Reference:
         """The reference; what it is asked counts as the step's stage ``ref``."""
         return _Asked(self, collected)
+
+    def lane(self, role: Role) -> str:
+        """Who does a role's work: roles that share devices take turns."""
+        return "shared devices" if role in self.config.sharing else role
 
     @contextmanager
     def working(self, collected: Collected, stage: str) -> Iterator[None]:

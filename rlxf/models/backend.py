@@ -29,7 +29,7 @@ RoleName = Literal["actor_rollout", "ref", "reward"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadSettings:
-    """What is to be known of a model besides its role's section."""
+    """What loading a model needs besides its role's section."""
 
     role: RoleName  # the name of that section, for messages
     shape: ModelConfig | None  # what the recipe says of the folder; None: the recipe has no such model

@@ -20,13 +20,13 @@ class MicroBatchLimits:
     """How much one forward pass takes."""
 
     num_sequences: int  # at most, as long as there is no token budget
-    num_tokens: int | None = None  # token budget: fill up to it, whatever the number of sequences
+    num_tokens: int | None = None  # token budget, in place of ``num_sequences``
     share_prompts: bool = True  # compute a prompt once for all sequences of the pass that have it
     fixed_length: bool = False  # fill every pass up to the token budget with padding
 
     @classmethod
     def of(cls, config: MicroBatchConfig, *, fixed_length: bool = False) -> MicroBatchLimits:
-        """What a role's section says; ``fixed_length``: its pipeline passes need tensors of one size."""
+        """The limits in a role's section; ``fixed_length``: its pipeline passes need tensors of one size."""
         return cls(
             num_sequences=2 * config.micro_batch_size,
             num_tokens=config.max_tokens_per_micro_batch,

@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 
 def encode_string(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that goes on: special tokens as the tokenizer's own rule adds them, each once.
+    """Token ids of a text that will be continued, with the special tokens of the tokenizer's own rule, each once.
 
     The rule is the tokenizer's post-processor (`tokenizer.json`): one that adds BOS gives a prompt its BOS. A text that
-    already starts with it keeps one, and an EOS that the rule appends is left out, for a prompt is not the end.
+    already starts with BOS gets no second one. An EOS that the rule appends is left out, because a prompt is not the
+    end of a text.
     """
     ids: list[int] = list(tokenizer(text)["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -28,7 +29,7 @@ def encode_string(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def with_eos(text: str, eos: str) -> str:
-    """A whole text: it ends with EOS, once."""
+    """A whole text, which ends with exactly one EOS."""
     return text if text.endswith(eos) else text + eos
 
 

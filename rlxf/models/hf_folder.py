@@ -20,7 +20,7 @@ _COPIED = (*_TOKENIZER, "generation_config.json")
 
 
 class ModelWeights(Protocol):
-    """The full tensors of a model by their Hugging Face names, whatever the files are."""
+    """The full tensors of a model by their Hugging Face names, from any kind of files."""
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -135,7 +135,7 @@ def save_hf_folder(
 
 
 def write_assets(folder: Path, like: Path, changes: Mapping[str, Any]) -> None:
-    """Everything of a model folder but its weights: ``config.json``, tokenizer, settings of generation.
+    """Write everything of a model folder but its weights: ``config.json``, tokenizer, settings of generation.
 
     Args:
         folder: where to.
@@ -153,7 +153,7 @@ def write_assets(folder: Path, like: Path, changes: Mapping[str, Any]) -> None:
 
 
 def remove_tokenizer(folder: Path) -> None:
-    """Delete a model folder's tokenizer: of two, the files of one must not stay beside the other's."""
+    """Delete a model folder's tokenizer files, so that they do not stay beside those of another tokenizer."""
     for pattern in _TOKENIZER:
         for path in folder.glob(pattern):
             path.unlink()

@@ -1,8 +1,8 @@
 """PEFT adapter folders: what ``peft.PeftModel.from_pretrained`` reads and ``PeftModel.save_pretrained`` writes.
 
-PEFT gives each of query, key and value matrices A and B of its own; here the three share one A, as gate and up do. Ours
-becomes theirs by repeating A. Theirs becomes ours by stacking: with A = [Aq; Ak; Av] and B of the query = [Bq, 0, 0],
-and so on, the product B A of each is exactly what it was, at three times the rank.
+In PEFT, query, key and value have their own A and B each. Here the three share one A, and so do gate and up. Export
+repeats the shared A. Import stacks their As: with A = [Aq; Ak; Av], B of the query = [Bq, 0, 0] and so on, each product
+B A is exactly what it was, at three times the rank.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FUSED: dict[str, tuple[str, ...]] = {
 }
 _TARGET_OF = {name: target for target, names in FUSED.items() for name in names}
 
-# Settings that change an adapter's arithmetic, or the base under it, and their values that do not.
+# Settings that can change an adapter's arithmetic or its base, and their values that change nothing.
 _OFF: tuple[Any, ...] = (None, False, [], {})
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),

@@ -71,7 +71,7 @@ def eos_token_ids(
 def declared_eos_ids(
     model_folder: str | Path | None, tokenizer: PreTrainedTokenizerBase, also: Sequence[str] | None = ()
 ) -> set[int]:
-    """The same ids, in no order and possibly none. ``model_folder`` None: those of the tokenizer and ``also``.
+    """As ``eos_token_ids``, unordered and possibly none. ``model_folder`` None: only the tokenizer's and ``also``.
 
     Raises:
         ModelError: the tokenizer does not have one of ``also``.
@@ -114,7 +114,7 @@ def _ids(value: Any, path: Path) -> set[int]:
 
 
 def padding_id(folder: str | Path) -> int | None:
-    """The id that pads rows, if the folder has a tokenizer with one that means nothing else."""
+    """The padding id of the folder's tokenizer; None if there is none, or if the id also has another meaning."""
     if not any((Path(folder) / name).is_file() for name in _FILES):
         return None
     tokenizer = load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""What people see while a run goes on: a progress line and the final table."""
+"""What the user sees of a run: a progress line and the final table."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Progressbar:
             self._bar.start()
 
     def begin(self) -> None:
-        """The first step begins now: what came before does not count for the time left."""
+        """Mark the beginning of the first step, from which the time left is estimated."""
         self._started = time.monotonic()
 
     def show(self, step: int, metrics: Metrics) -> None:

@@ -1,4 +1,4 @@
-"""One step's numbers, as far as they come from rollouts, pairs and data. Names: docs/metrics.md."""
+"""The metrics of a step that come from rollouts, pairs and data. Names: docs/metrics.md."""
 
 from __future__ import annotations
 

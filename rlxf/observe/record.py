@@ -122,7 +122,7 @@ class RolloutRecorder:
     """Writes `rollouts.jsonl`, a step at a time and only whole lines, so that a killed run leaves whole rows."""
 
     def __init__(self, path: str | Path, *, after: int | None = None) -> None:
-        """``after``: the step after which a resumed run goes on; its rows and those before stay."""
+        """``after``: the step after which a resumed run continues; its rows and earlier ones stay."""
         self._file = open_after(Path(path), after)
 
     def write(self, step: int, scored: ScoredRollouts) -> None:

@@ -1,4 +1,4 @@
-"""How a run goes, for people and files: progress line, metrics files, final table and ``summary.json``."""
+"""What a run reports to its user and into files: progress line, metrics, final table and ``summary.json``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TRAINING_ROWS = (
     ("implicit reward margin", "rewards/margins"),
     ("KL on the training pairs, nats", "objective/kl"),
 )
-# Told by the metrics files; the final table leaves them out.
+# These metrics are in files only; the final table leaves them out.
 _UNSHOWN = ("eval/greedy_win_rate_previous", "eval/greedy_length", "eval/greedy_eos_rate")
 _BEFORE_PENALTY = ("eval/raw_reward", "eval/greedy_raw_reward")  # equal to the rewards where there is no penalty
 # Of pairs that the policy did not sample: no estimate of the KL.
@@ -64,7 +64,7 @@ class Reported:
     final_step: int  # the last one whose row in the run's files is final
     start: Metrics = field(default_factory=dict)  # the first evaluation and the first step
     end: Metrics = field(default_factory=dict)  # the newest ones
-    seconds: float = 0.0  # that the run had taken; a checkpoint of the first version does not say
+    seconds: float = 0.0  # that the run had taken; 0 in checkpoints of the first version
     trackers: Mapping[str, str] = field(default_factory=dict)  # the run's id in each experiment tracker
 
 
@@ -98,7 +98,7 @@ class RunReport:
         self._run_dir = run_dir
         self._sinks = sinks
         if training.eval_only:
-            after = sys.maxsize  # another evaluation of a run that may be longer: nothing is cut
+            after = sys.maxsize  # the run may have later rows: cut none of them
         evaluates = training.eval_interval > 0 or training.eval_only
         self._evaluations = JsonlSink(run_dir / "eval.jsonl", after=after) if evaluates else None
         self._console = console
@@ -128,7 +128,7 @@ class RunReport:
         }
 
     def _seconds(self) -> float:
-        """That the run has taken so far, in all of its processes."""
+        """Seconds that the run has taken so far, those before it was resumed included."""
         return self._seconds_before + time.monotonic() - self._started
 
     def evaluated(self, step: int, metrics: Metrics) -> None:
@@ -158,7 +158,7 @@ class RunReport:
             "steps": self._step,
             "seconds": round(seconds, 3),
             "policy": str(policy),
-            # A resumed run writes the policy again if it is no longer so.
+            # A resumed run writes the policy again if its files have changed.
             **({} if self._only else {"policy_files": file_sizes(policy)}),
             "start": finite_or_null(self._start),
             "end": finite_or_null(self._end),
@@ -195,7 +195,7 @@ class RunReport:
     def _keep(self, step: int, metrics: Metrics) -> None:
         evaluation = {name: value for name, value in metrics.items() if name.startswith("eval/")}
         first = metrics
-        if any(name.startswith("eval/") for name in self._start):  # what a later evaluation measures besides is later
+        if any(name.startswith("eval/") for name in self._start):  # only the first evaluation is the start
             first = {name: value for name, value in metrics.items() if name not in evaluation}
         self._start = first | self._start
         self._end = self._end | metrics
@@ -206,7 +206,7 @@ class RunReport:
 def make_report(
     settings: ReportSettings, run_dir: Path, console: Console, earlier: Reported | None = None
 ) -> RunReport:
-    """The report that a recipe asks for; a resumed run goes on after the step of its checkpoint, in files and trackers.
+    """The report that a recipe asks for. Files and trackers of a resumed run continue after the step of its checkpoint.
 
     Raises:
         ConfigError: a tracker could not be started.
@@ -216,7 +216,7 @@ def make_report(
     sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", after=after)] if trains else []
     if logs.tensorboard or "tensorboard" in logs.report_to:
         sinks.append(TensorBoardSink(run_dir / "tensorboard", after=after if trains else None))
-    ids = earlier.trackers if earlier and trains else {}  # an evaluation alone is a run of its own
+    ids = earlier.trackers if earlier and trains else {}  # eval_only is a run of its own in a tracker
     for name in dict.fromkeys(logs.report_to):
         if name != "tensorboard":
             sinks.append(TrackerSink(name, logs, settings.recipe, run_dir, ids.get(name)))

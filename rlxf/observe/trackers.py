@@ -49,7 +49,7 @@ class TrackerSink:
     def __init__(
         self, name: Tracker, log_config: LogConfig, recipe: Recipe, run_dir: Path, run_id: str | None = None
     ) -> None:
-        """``recipe``: as the tracker shows it. ``run_id``: of the tracker's run that a resumed run goes on in."""
+        """``recipe``: as the tracker shows it. ``run_id``: the tracker's run that a resumed run continues."""
         self.name = name
         self._failures = 0
         self._closed = False
@@ -69,7 +69,7 @@ class TrackerSink:
         return self._run.id
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """What is not finite is left out: no tracker can draw it."""
+        """Write the finite numbers: trackers cannot draw others."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._guarded(lambda: self._run.log(step, finite))
 
@@ -96,7 +96,7 @@ class TrackerSink:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """SwanLab takes Ctrl-C over, which is the run's: it ends after a whole step, with a checkpoint."""
+    """Keep the run's Ctrl-C handler, which SwanLab replaces: it ends the run after a whole step, with a checkpoint."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

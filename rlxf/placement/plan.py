@@ -90,8 +90,8 @@ def _advice(plan: Plan, total: int, free: int) -> str:
 def crowded(pools: ResourcePoolConfig, plan: Plan, cores: int) -> str | None:
     """Why this machine's CPUs should not run all of a plan's processes; None when they are few enough.
 
-    For a Ray that the run starts by itself on CPUs, where devices are only numbers and any count could be made up. A
-    running cluster reports its own resources.
+    Only for a Ray that the run starts by itself on CPUs: there the number of devices is a free choice. A running
+    cluster reports its own resources.
     """
     counts = {"actor_rollout": 0, "ref": 0, "reward": 0}
     for role in plan.roles:

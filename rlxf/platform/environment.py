@@ -1,19 +1,19 @@
-"""Environment variables of worker processes: what the user exported goes before a platform's defaults."""
+"""Environment variables of worker processes: what the user exported wins over a platform's defaults."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-_USERS_CHOICE = ("VLLM_LOGGING_LEVEL",)  # of vLLM's variables; the recipe or the loading of weights needs the others
+_USERS_CHOICE = ("VLLM_LOGGING_LEVEL",)  # of vLLM's variables; others are set by the recipe, or needed to load weights
 
 
 def is_needed(name: str) -> bool:
-    """Whether a run cannot work with another value of this variable than the platform's."""
+    """Whether a run works only with the platform's value of this variable."""
     return name.startswith("VLLM_") and name not in _USERS_CHOICE
 
 
 def with_exports(defaults: Mapping[str, str], exported: Mapping[str, str]) -> dict[str, str]:
-    """A platform's variables with the user's value in place of each default that a run can do without.
+    """A platform's variables, with the user's value in place of a default unless the run needs the default.
 
     Args:
         defaults: ``Platform.worker_environment`` or ``rollout_environment``.
@@ -23,7 +23,7 @@ def with_exports(defaults: Mapping[str, str], exported: Mapping[str, str]) -> di
 
 
 def differing_exports(defaults: Mapping[str, str], exported: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """What to tell the user of their exports: those that replace a default, and those that a run cannot use.
+    """The exports to report to the user: those that replace a default, and those that the run cannot use.
 
     Returns:
         Two lists of ``NAME=exported value (instead of default)`` and ``NAME=exported value (needed: value)``.

@@ -113,7 +113,7 @@ class _OneDnnFunction(torch.autograd.Function):
 
 
 def cpu_linear(choice: CpuLinear = "auto") -> Linear:
-    """The linear layer that ``training.cpu_linear`` asks for: a rule, not a race, so that all processes agree.
+    """The linear layer that ``training.cpu_linear`` asks for; by a rule and not by timing, so that all processes agree.
 
     Raises:
         ConfigError: oneDNN is asked for, and this PyTorch is built without it.

@@ -242,9 +242,9 @@ def install() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron's jit_fuser is torch.compile
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].config.disable = True  # it read the variable when it was imported
-    # What megatron-core says when it is imported: Transformer Engine and Apex are missing, which is known.
+    # megatron-core warns at import that Transformer Engine and Apex are missing; that is expected.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
-    # What a CUDA build of torch says then: no CUDA runtime is found, which is as it should be.
+    # A CUDA build of torch warns that it finds no CUDA runtime; that is expected, too.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     proxy = _torch_for_megatron()
     sys.meta_path.insert(0, _Finder(proxy))

@@ -1,7 +1,7 @@
-"""Reference log-probabilities on disk: computed once for a pair and a model, whatever run asks for them.
+"""Reference log-probabilities on disk: computed once for each pair and model, and shared by all runs.
 
-A model has a folder, with a file of each run that computed something. A run appends to its own file only, so runs at
-the same time, on several machines too, need no lock.
+Each model has a folder, and in it each run that computes something has a file. A run appends only to its own file, so
+runs at the same time, even on several machines, need no lock.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Part = tuple[NDArray[np.bytes_], NDArray[np.float32]]  # [n] digests, [n, 2] cho
 
 
 class PairReference(Protocol):
-    """What is asked for the pairs that the file does not hold."""
+    """The reference that computes what the files do not hold."""
 
     def logps(self, pairs: Pairs) -> PairValues: ...
 
@@ -47,8 +47,8 @@ class PairReference(Protocol):
 class CachedReference:
     """A frozen reference whose answers are kept in a folder of its model.
 
-    A pair is known by its tokens, so neither the order nor the file that it came from matters, and a changed pair is
-    another pair. A record that was cut or changed on disk is computed again. In memory a pair takes 24 bytes.
+    A pair is identified by its tokens: its order and its data file do not matter, and a changed pair is another pair. A
+    record that was cut or changed on disk is computed again. In memory a pair takes 24 bytes.
 
     Args:
         inner: the reference.
@@ -94,7 +94,7 @@ class CachedReference:
 
 
 class _Known:
-    """What is known of pairs: arrays that are sorted by key, and a dict of the newest ones."""
+    """The pairs known so far: arrays that are sorted by key, and a dict of the newest pairs."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._keys, self._logps = _merged(parts)
@@ -129,7 +129,7 @@ def _merged(parts: Sequence[Part]) -> Part:
 
 
 def _as_array(keys: Iterable[bytes]) -> NDArray[np.bytes_]:
-    """Digests as numpy has them: zeros at the end do not show in single items, and no two digests become equal."""
+    """Digests as a numpy array. It hides zero bytes at the end of an item; different digests stay different."""
     return np.array(list(keys), dtype=f"S{_DIGEST_BYTES}")
 
 
@@ -157,7 +157,7 @@ def _record(key: bytes, chosen: float, rejected: float) -> bytes:
 
 
 def _read(path: Path) -> Iterator[Part]:
-    """The whole records of a file; what stands behind the last of them, a run may be writing now."""
+    """The whole records of a file. A part of a record at its end may be one that another run is writing now."""
     damaged = 0
     with path.open("rb") as file:
         while content := file.read(_MANY * _RECORD.size):

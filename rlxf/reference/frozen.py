@@ -1,4 +1,4 @@
-"""A reference of its own: the starting weights, which training does not touch unless the recipe moves them."""
+"""A reference that is a model of its own: the starting weights, which never change unless the recipe moves them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FrozenReference:
         self.model.requires_grad_(False)
         self._limits = limits
         if moves:
-            _ = self._moving  # its memory is taken now, not after hours
+            _ = self._moving  # allocate its memory at the start, not after hours
 
     @cached_property
     def _moving(self) -> MovingWeights:
@@ -79,7 +79,7 @@ class FrozenReference:
         dist.barrier()
 
     def load(self, folder: Path) -> None:
-        """Take over the weights that ``save`` wrote, whatever layout wrote them; a parameter at a time."""
+        """Load the weights that ``save`` wrote in any layout, one parameter at a time."""
         weights = HfWeights(folder)
         names = weights.names()
         dtype = weights.read(next(iter(names))).dtype

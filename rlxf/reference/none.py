@@ -1,4 +1,4 @@
-"""For losses that compare the policy with itself only, and for stages without preferences."""
+"""No reference: for losses that compare the policy with itself only, and for stages without preferences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlxf.core.types import Pairs, PairValues, Sequences
 
 
 class NoReference:
-    """Zeros: no loss that reads them runs with it."""
+    """Gives zeros. A run has it only if no loss reads them."""
 
     def token_logps(self, sequences: Sequences) -> Tensor:
         """[sum completion tokens] float32 zeros."""

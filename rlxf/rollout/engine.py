@@ -21,7 +21,7 @@ from rlxf.sync.plan import Bucket
 class EngineSettings:
     """What an engine is started with."""
 
-    model: str  # folder; of a megatron checkpoint it has config and tokenizer only, and the first push brings weights
+    model: str  # folder; for a megatron checkpoint: config and tokenizer only, and the first push brings weights
     tokenizer: str  # folder
     dtype: Literal["float32", "bfloat16", "float16"]
     max_length: int  # prompt + completion, tokens
@@ -93,13 +93,14 @@ class RolloutEngine(Protocol):
         ...
 
     def end_update(self, version: int) -> None:
-        """Make the loaded weights the ones that sample: nothing of the old ones may survive (head, prefix cache)."""
+        """Sample from the loaded weights from now on. Nothing of the old ones may survive (head, prefix cache)."""
         ...
 
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
         """Greedy continuation of one prompt, going through the prefix cache as any other request does.
 
-        An engine has room for two of its cache blocks, whatever the recipe's lengths, where the model has positions.
+        Whatever the recipe's lengths, an engine has room for two of its cache blocks, if the model has enough
+        positions.
         """
         ...
 
@@ -126,9 +127,9 @@ class WeightState:
 
     @contextmanager
     def receiving(self) -> Iterator[None]:
-        """Around each further call of an update: after one that failed, only a new begin is accepted.
+        """Wraps each later call of an update. After a call that failed, only a new ``begin`` is accepted.
 
-        A sender that does not wait for each bucket sends the rest, and the end, whatever became of the first.
+        That matters because a sender that does not wait for each bucket sends the others, and the end, after a failure.
         """
         if not self.dirty:
             raise SyncError("a rollout engine got weights outside of an update; call begin_update first")
@@ -139,7 +140,7 @@ class WeightState:
         self._broken = False
 
     def end(self, version: int) -> None:
-        """The very last thing of an update: until here, any exception leaves the engine dirty."""
+        """Call it last in an update: any exception before it leaves the engine dirty."""
         self.version = version
         self.dirty = False
 

@@ -1,4 +1,4 @@
-"""Rollouts by a Hugging Face model: the exact twin of the vLLM engine, with nothing to install or to start."""
+"""Rollouts by a Hugging Face model in this process: slower than vLLM, but exactly repeatable, with nothing to start."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from rlxf.sync.plan import Bucket
 
 
 class HfEngine:
-    """One model in this process. A row's randomness is its own, so its completion does not depend on the batch."""
+    """One model in this process. Each row has its own random numbers, so its completion is the same in any batch."""
 
     def __init__(self, settings: EngineSettings, platform: Platform) -> None:
         folder, trust = settings.model, settings.trust_remote_code
@@ -107,7 +107,7 @@ def _load_model(folder: str, dtype: str, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # under runtime=local it would stand among the run's own lines
+    transformers_logging.disable_progress_bar()  # under runtime=local it would mix with the run's lines
     if megatron_checkpoint(Path(folder)) is not None:
         settings = load_hf_config(folder, trust_remote_code=trust_remote_code)
         empty = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))

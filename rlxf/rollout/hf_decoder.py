@@ -43,7 +43,7 @@ class Decoder:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take note that the weights have changed."""
+        """Copy the weights again for ``few_rows``; call it when they have changed."""
         self._few.clear()  # first, so that the new copies can have the old ones' memory
         groups = [
             group for layer in self._body.layers for group in (_qkv(layer), _out(layer), _gate_up(layer), _down(layer))
@@ -54,7 +54,7 @@ class Decoder:
     def hidden_states(self, tokens: Tensor, positions: Tensor, attend: Attention, *, few_rows: bool = False) -> Tensor:
         """[T, H] after the final norm, of ``tokens`` [T] at ``positions`` [T].
 
-        ``few_rows``: through the copies of the weights that are made for it.
+        ``few_rows``: with the copies of the weights that are laid out for few rows.
         """
         x = self._body.embed_tokens(tokens)
         cos, sin = (angles.transpose(0, 1) for angles in self._body.rotary_emb(x, positions[None]))  # [T, 1, d]

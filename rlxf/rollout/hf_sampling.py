@@ -1,6 +1,6 @@
 """Sampling from a Hugging Face causal LM by a loop of our own.
 
-``generate`` computes a prompt once per sample, pads prompts, copies the cache for every token and goes on with rows
+``generate`` computes a prompt once per sample, pads prompts, copies the cache for every token and keeps computing rows
 that have ended. Here equal prompts are computed once, end to end; the cache is allocated once; a row leaves the batch
 with its last token.
 """

@@ -33,9 +33,9 @@ class ReplaySettings:
 class ReplayEngine:
     """Prompts and completions of a `rollouts.jsonl`, in file order. A source of prompts and a rollout engine in one.
 
-    A step is ``global_batch_size`` rows, a prompt's id is its row number. Nothing is sampled: `Sampling` is not looked
-    at, a row has as many completions as were recorded, and the policy version is the recorded one. There are no
-    weights: an update is accepted and changes nothing, and a probe is refused.
+    A step is ``global_batch_size`` rows, a prompt's id is its row number. Nothing is sampled: `Sampling` is ignored, a
+    row has as many completions as were recorded, and the policy version is the recorded one. There are no weights: an
+    update is accepted and changes nothing, and a probe is refused.
     """
 
     def __init__(self, settings: ReplaySettings, tokenizer: PreTrainedTokenizerBase) -> None:

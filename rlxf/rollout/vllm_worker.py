@@ -1,7 +1,7 @@
 """What runs inside vLLM's worker: taking new weights. Mixed into the worker class by vLLM's ``worker_extension_cls``.
 
-One road for every device: vLLM's layerwise reload. On a CPU nothing else works, because linear weights are repacked
-after loading and the originals are gone; elsewhere it redoes in the same way whatever a kernel did to its weights.
+Every device uses vLLM's layerwise reload. On a CPU nothing else works, because vLLM repacks linear weights after
+loading and drops the originals. Elsewhere the reload repeats whatever a kernel did to its weights.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def repack_tied_head(model: Any) -> None:
     """Rebuild what the output head derives from the embedding that it shares.
 
     Layerwise reload sees no weight arrive for a tied head and skips it; on a CPU the head then keeps its packed copy of
-    the old matrix and serves it without a word. Harmless where a head has no copy. vLLM 0.23 to 0.32.
+    the old matrix and uses it silently. It does no harm if the head has no copy. vLLM 0.23 to 0.32.
     """
     if _HEAD not in dict(model.named_parameters()) and hasattr(model, "lm_head"):
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)

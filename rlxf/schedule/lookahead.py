@@ -116,10 +116,10 @@ class Lookahead(Generic[S]):
 
         A stage that fails meanwhile does not cut it: ``sampled`` raises the error afterwards.
         """
-        future: Future[Any] = Future()
-        self._main_lane = lane
+        self._main_lane = lane  # no other work begins on it
         try:
-            future = self._lanes.start(lane, work)
+            self._run_until(lambda: all(stage.lane != lane for stage in self._running))
+            future: Future[Any] = self._lanes.start(lane, work)
             while not future.done():
                 under_way = [] if self._failure else [other for _, other in self._running.values()]
                 self._lanes.wait([future, *under_way])

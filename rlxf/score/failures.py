@@ -1,4 +1,4 @@
-"""What becomes of a call of the scorer that fails: so many completions of a run may stay without a score."""
+"""Calls of the scorer that fail: a limited number of completions of a run may stay without a score."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Tally(Protocol):
-    """Completions of a run that have no score because a call failed; a resumed run goes on with the count."""
+    """Completions of a run that have no score because a call failed; a resumed run continues the count."""
 
     failed_scores: int  # of complete steps
     failing_scores: int  # of the step under way, which a resumed run scores again

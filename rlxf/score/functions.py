@@ -107,7 +107,7 @@ class FunctionScorer:
 
 
 def _copy(text: Text) -> Text:
-    """The function may change its messages; the run keeps its own."""
+    """A copy for the user's function, which may change its messages."""
     return text if isinstance(text, str) else [dict(message) for message in text]
 
 

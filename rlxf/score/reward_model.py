@@ -34,10 +34,11 @@ class RewardModelScorer:
 
     With the policy's own tokenizer the sampled token ids are scored as they are, EOS included. With another tokenizer
     the completion is decoded and encoded again after the prompt's text: through the reward tokenizer's chat template
-    for chat messages, else as plain text. A completion without EOS, which was cut, gets no end by that.
+    for chat messages, else as plain text. A completion that was cut has no EOS, and gets none.
 
-    A score is read where the model was trained (``reward.read_at``): at the token that ends the answer, or behind all
-    that the reward model's chat template writes after it; that of a cut completion at its last token.
+    A score is read where the model was trained (``reward.read_at``): at the token that ends the answer, or at the last
+    token that the reward model's chat template writes after it. The score of a cut completion is read at its last
+    token.
 
     Args:
         model: this rank's share of it.
@@ -74,7 +75,7 @@ class RewardModelScorer:
         """[B] float32 scores; NaN for a text that is longer than the reward model takes."""
         texts = [rollouts.prompts.texts[row] for row in rollouts.prompt_index.tolist()]
         sequences = self._sampled(rollouts.sequences, texts) if self._same else self._encoded(rollouts.sequences, texts)
-        # Where a prompt ends is not known in other tokens, so there is none to share.
+        # In another tokenizer's tokens the end of a prompt is not known, so no prompt can be shared.
         limits = self._limits if self._same else replace(self._limits, share_prompts=False)
         fits = sequences.lengths <= self._max_tokens
         if bool(fits.all()):
@@ -103,7 +104,7 @@ class RewardModelScorer:
         rows = [
             self._encode(text, completion) for text, completion in zip(texts, sequences.completion_rows(), strict=True)
         ]
-        # Only the whole counts: a score is read at the last token, wherever the prompt ends.
+        # Any split will do: a score is read at the last token, wherever the prompt ends.
         return Sequences.from_rows([row[:1] for row in rows], [row[1:] for row in rows])
 
     def _encode(self, prompt: Text, completion: list[int]) -> list[int]:
@@ -121,7 +122,7 @@ class RewardModelScorer:
 
     def _encode_chat(self, prompt: Messages, answer: str) -> list[int]:
         messages = [*prompt, {"role": "assistant", "content": answer}]
-        if prompt[-1]["role"] == "assistant":  # whose message the policy went on with
+        if prompt[-1]["role"] == "assistant":  # the policy continued this message
             messages = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + answer}]
         try:
             return encode_chat(self._own, messages)

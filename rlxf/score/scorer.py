@@ -29,15 +29,15 @@ class Scorer(Protocol):
         """[B] float32 raw scores, one per completion, on the CPU; NaN where a score is missing (never replaced by 0).
 
         Raises:
-            ScoreError: the call failed. Then none of its completions has a score, which ``reward.max_failures`` allows
-                or not.
+            ScoreError: the call failed. Then none of its completions has a score; ``reward.max_failures`` decides
+                whether the run continues.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class SampledBy:
-    """The policy, as far as its completions can be read without it."""
+    """What a scorer must know of the policy to read its completions."""
 
     tokenizer: PreTrainedTokenizerBase
     eos_ids: set[int]  # what ends a completion
@@ -45,7 +45,7 @@ class SampledBy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScorerParts:
-    """What a scorer may be built from; each takes what it needs, and nothing is loaded before it is asked for."""
+    """The parts from which scorers are built. A scorer takes those that it needs; models are loaded when it asks."""
 
     config: RewardConfig
     limits: MicroBatchLimits  # of one forward pass

@@ -43,7 +43,7 @@ class Bucket:
             yield spec.name, raw.view(getattr(torch, spec.dtype)).view(spec.shape)
 
     def fill(self, payload: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy tensors of this bucket, from whatever device, to their places in ``payload`` ([num_bytes] uint8)."""
+        """Copy tensors of this bucket, from any device, to their places in ``payload`` ([num_bytes] uint8)."""
         places = dict(self.views(payload))
         for name, tensor in tensors:
             places[name].copy_(tensor)

@@ -1,9 +1,9 @@
-"""Does a rollout engine hold the actor's weights? Asked of the engine itself, by sampling after a probe prompt.
+"""Checks that a rollout engine holds the actor's weights, by what it samples after a probe prompt.
 
 The engine continues a prompt greedily and the actor computes the log-probs of the same tokens. The prompt is longer
-than a cache block, and was sampled before the update too, so keys and values that outlived the update show, as does an
-output head that was not rebuilt. What an update changes by less than the tolerance cannot be seen; a part that stays
-stale drifts away over several updates, which is what ``sync.verify_interval`` is for.
+than a cache block and was also sampled before the update. So the probe finds keys and values that outlived the update,
+and an output head that was not rebuilt. It cannot find changes below the tolerance. But a part that stays stale drifts
+away over several updates, and ``sync.verify_interval`` repeats the probe to find it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from rlxf.core.errors import SyncError
 from rlxf.core.types import Sequences, Tokens
 
 _NUM_TOKENS = 16  # sampled after the prompt
-# On the mean over these tokens. Equal weights of a 135M model differ by 1e-5 (fp32) and 1e-2 (bf16) on average; single
-# tokens by up to 0.1 in bf16, where neighbouring numbers near a logit of 36 are 0.25 apart, so the largest says little.
+# Limits of the mean difference over these tokens. Equal weights of a 135M model differ by 1e-5 (fp32) and 1e-2 (bf16)
+# on average. Single tokens differ by up to 0.1 in bf16, where neighbouring numbers near a logit of 36 are 0.25 apart,
+# so the largest difference says little.
 _TOLERANCE_FP32, _TOLERANCE_BF16 = 1e-4, 5e-2
 
 
@@ -48,7 +49,7 @@ class Probe:
 
 
 def make_probe(prompts: Tokens, *, block: int, positions: int, precision: Literal["fp32", "bf16", "fp16"]) -> Probe:
-    """Training prompts one after the other, to more than one block of the engine's cache where the model has positions.
+    """A probe of joined training prompts, longer than a block of the engine's cache if the model's positions allow it.
 
     Args:
         prompts: at least one token in all; repeated from the start if they are too few. Real text, because after random

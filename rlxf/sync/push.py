@@ -22,7 +22,7 @@ from rlxf.sync.transports.transport import Address, Exports, Receiver, Sender, T
 
 
 class WeightSource(Protocol):
-    """The actor, or what stands for it: what a push is made of, and what it is checked against."""
+    """The actor, or a proxy of it: gives the weights of a push, and the log-probs that the probe compares."""
 
     def sync_plan(self) -> tuple[Bucket, ...]: ...
 
@@ -132,7 +132,7 @@ class SyncReport:
     num_bytes: int
     seconds: float  # the probe included
     probe_difference: float | None  # mean difference of log-probs, engine against actor; None: not probed
-    planned: bool = True  # the version is probed in every run; false: only because a run went on here
+    planned: bool = True  # false: probed only because a resumed run begins here
 
     def metrics(self) -> Metrics:
         """By the names of docs/metrics.md; the same in a run that was resumed and in one that was not."""
@@ -205,7 +205,7 @@ class WeightSync:
         self._can_sample = True
 
     def _is_due(self, version: int) -> bool:
-        if version == 0:  # both sides still hold the folder they loaded: nothing to see
+        if version == 0:  # both sides still hold the folder that they loaded: nothing to compare
             return False
         return self._num_updates < self._config.verify_first or self._is_planned(version)
 

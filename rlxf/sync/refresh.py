@@ -16,12 +16,12 @@ FOLDER = "reference"  # in a checkpoint
 
 
 class Weights(Protocol):
-    """The actor, or what stands for it."""
+    """The actor, or a proxy of it."""
 
     def sync_plan(self) -> tuple[Bucket, ...]: ...
 
     def export_copy(self, index: int) -> Any:
-        """Bucket ``index`` of the plan, which stays as it is while training goes on.
+        """A copy of bucket ``index`` of the plan, which training does not change.
 
         [num_bytes] uint8 in one process; between processes a reference to it, so that its bytes go from the actor to
         the reference without passing through the caller.
@@ -83,7 +83,7 @@ class ReferenceUpdater:
         self._reference.save(checkpoint / FOLDER)
 
     def load(self, checkpoint: Path) -> None:
-        """Of a run that is resumed; a reference that has not moved so far stays what it is."""
+        """Load the reference of a resumed run. One that has not moved so far stays as it is."""
         if not (checkpoint / FOLDER).is_dir():
             log.warning(
                 "%s: the run that wrote it did not move the reference; this run moves it from now on", checkpoint
@@ -93,7 +93,7 @@ class ReferenceUpdater:
 
 
 class NoRefresh:
-    """For a reference that stays what it is."""
+    """For a reference that never moves."""
 
     whole = True
 

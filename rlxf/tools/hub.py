@@ -111,18 +111,16 @@ def without_paths(value: Any) -> Any:
 
 def card(model: Path, run: Path | None, base_model: str | None) -> str:
     """The model card: what was trained how, and what was measured. No absolute path is in it."""
+    from huggingface_hub import ModelCardData
+
     settings = _read(model / "config.json")
     architectures = settings.get("architectures") or [""]
     task = next((task for ending, task in _TASKS.items() if architectures[0].endswith(ending)), None)
     recipe = without_paths(_read(run / "config.yaml")) if run else {}
     stage = recipe.get("training", {}).get("stage")
-    facts: dict[str, Any] = {
-        "library_name": "transformers",
-        **({"pipeline_tag": task} if task else {}),
-        **({"base_model": base_model} if base_model else {}),
-        "tags": ["rlxf", *([stage] if stage else [])],
-    }
-    parts = ["---", yaml.safe_dump(facts, sort_keys=False).rstrip(), "---", "", f"# {_title(stage)}", ""]
+    tags = ["rlxf", *([stage] if stage else [])]
+    facts = ModelCardData(library_name="transformers", pipeline_tag=task, base_model=base_model or None, tags=tags)
+    parts = ["---", facts.to_yaml(), "---", "", f"# {_title(stage)}", ""]
     parts += [f"{architectures[0] or 'A model'}, trained with rlxf."]
     if settings.get(READ_AT) == TRAINED_AT:
         parts += [

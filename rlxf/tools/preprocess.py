@@ -39,7 +39,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What the flags of the command say; their names with underscores."""
+    """The flags of the command, their names with underscores."""
 
     input: str
     tokenizer_name_or_path: str
@@ -63,13 +63,13 @@ class Options:
 
 @dataclass(slots=True)
 class Summary:
-    """What came of it."""
+    """The result of a preprocessing."""
 
     num_rows: int  # looked at
     num_written: int = 0  # rows of the files
     num_tokens: int = 0  # of the first key
     num_bad: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)  # well, but left out; by reason
+    dropped: Counter[str] = field(default_factory=Counter)  # valid rows that were left out, by reason
     bad_rows: tuple[str, ...] = ()  # the first of them with place and reason
     files: tuple[str, ...] = ()  # without .bin and .idx
 

@@ -49,12 +49,12 @@ class MegatronActor:
     Args:
         model: this rank's share of it, with its adapters if it has any.
         objective: what an optimizer step minimises.
-        settings: how.
+        settings: how it is trained.
         save_tokenizer: writes the policy's tokenizer into a model folder; None: it is that of ``actor_rollout.load``.
     """
 
     _write: Write | None = None  # the newest checkpoint
-    _num_made = 0  # optimizer steps of the newest update, one that may have been cut half way included
+    _num_made = 0  # optimizer steps of the newest update, including one that was cut half way
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class MegatronActor:
 
         Returns:
             Means over all items and passes, by the names of docs/metrics.md; ``grad_norm`` is the mean over optimizer
-            steps (NaN: in fp16 all were passed over).
+            steps (NaN if fp16 overflows skipped all of them).
 
         Raises:
             TrainingError: the loss or the gradient norm is not finite; that optimizer step was not made, but those of
@@ -115,7 +115,7 @@ class MegatronActor:
         return {**objective.metrics(sums, maxima), **self._step_metrics(norms), "learning_rate": learning_rate}
 
     def _step_metrics(self, norms: Sequence[float | None]) -> Metrics:
-        """Of the optimizer steps; None: one that was passed over because gradients were beyond fp16."""
+        """Metrics of the optimizer steps. A norm is None if the step was skipped because gradients overflowed fp16."""
         made = [norm for norm in norms if norm is not None]
         metrics = {"grad_norm": sum(made) / len(made) if made else math.nan}
         if self.trainable.loss_scale is not None:
@@ -123,7 +123,7 @@ class MegatronActor:
         return metrics
 
     def is_untouched(self) -> bool:
-        """Whether the newest update, which failed, made no optimizer step: the weights are still those of before it."""
+        """Whether the newest update, which failed, made no optimizer step, so that it changed no weight."""
         return self._num_made == 0
 
     def evaluate(self, batch: Batch) -> Metrics:
@@ -146,7 +146,7 @@ class MegatronActor:
         return sums, largest
 
     def _step(self, learning_rate: float, step: int) -> float | None:
-        self._num_made += 1  # before it: one that fails half way has changed something
+        self._num_made += 1  # counted first: a step that fails half way has changed weights
         try:
             return self.trainable.step(learning_rate)
         except TrainingError as error:  # raised before anything is changed
@@ -199,14 +199,14 @@ class MegatronActor:
     def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """Name and newest tensor of all that is in bucket ``index``: whole, on the device, on rank 0 only.
 
-        Every rank must be called, in the same order, and exhaust it.
+        Every rank must call it, in the same order, and exhaust the iterator.
         """
         return self.model.export([spec.name for spec in self._sync_plan[index].tensors])
 
     def export_copy(self, index: int) -> Tensor:
         """[num_bytes] uint8 on the CPU: the newest weights of bucket ``index``, filled in on rank 0 only.
 
-        Every rank must be called, in the same order.
+        Every rank must call it, in the same order.
         """
         bucket = self._sync_plan[index]
         payload = torch.empty(bucket.num_bytes, dtype=torch.uint8)
@@ -255,7 +255,7 @@ class MegatronActor:
         """Write parameters, optimizer state and random states into ``folder``, which exists; any layout can load them.
 
         ``background``: return when the state is copied, and write the copy while training goes on; then
-        ``checkpoint_written`` must be called until it says so.
+        ``checkpoint_written`` must be called until it returns True.
         """
         from rlxf.models.megatron.checkpoint import Write
 
@@ -272,12 +272,13 @@ class MegatronActor:
         return self._write is None or self._write.finish(wait=wait)
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Take over what ``save_checkpoint`` wrote; random states only if the layout is the same."""
+        """Load what ``save_checkpoint`` wrote; random states only if the layout is the same."""
         from rlxf.models.megatron.checkpoint import load
 
         load(folder, self.trainable)
 
 
 def _forward(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    """Megatron's schedule calls it for each micro-batch and chunk: the output, and the loss for the last stage."""
     micro = next(iterator)
     return chunk(micro.packed), micro.loss

@@ -27,7 +27,7 @@ _MAX_EXPONENT = 80.0  # e**80 is a float32; a ratio beyond it has a flat score i
 class LossSettings:
     """The numbers that losses read."""
 
-    beta: float = 0.1  # pull towards the reference, > 0
+    beta: float = 0.1  # KL strength, > 0
     label_smoothing: float = 0.0  # assumed share of pairs whose labels are swapped, in [0, 0.5)
     divergence: Divergence = "reverse_kl"
     alpha: float = 0.5  # of the alpha divergence
@@ -230,9 +230,9 @@ LOSSES: dict[str, PairLoss] = {
     "orpo": orpo_loss,
     "sft": sft_loss,
 }
-# A pair's loss depends on the other pairs of its mini-batch, so that no part of it can be computed alone.
+# Losses of a pair that depend on the other pairs of its mini-batch: no micro-batch can be computed alone.
 OF_WHOLE_BATCH = frozenset({"aot", "aot_unpaired", "kto_pair"})
-# Where a completion's length belongs to the loss, or a score per token has no meaning.
+# Losses that define themselves how the length enters, or for which a score per token has no meaning.
 _OWN_REDUCTION = frozenset({"sigmoid_norm", "simpo", "orpo", "sft", "aot", "aot_unpaired", "kto_pair"})
 
 
@@ -285,7 +285,8 @@ class WeightedLoss:
 def gradients(loss: Callable[[PairValues], Tensor], actor: PairValues) -> tuple[Tensor, PairValues]:
     """[N] losses, and the gradient of their sum with respect to each log-probability.
 
-    What a loss over a whole mini-batch needs of it: ``sum(gradient * logps)`` of any part has that part's gradient.
+    For losses over a whole mini-batch: ``sum(gradient * logps)`` over a micro-batch has the gradient that the whole
+    mini-batch's loss has with respect to that micro-batch.
     """
     with torch.enable_grad():
         leaf = PairValues(

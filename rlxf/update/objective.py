@@ -1,4 +1,8 @@
-"""What one optimizer step minimises: the part of training that differs between preferences, examples and rewards."""
+"""What one optimizer step minimises: the part of training that differs between preferences, examples and rewards.
+
+The actor asks its ``Objective`` for a ``MiniBatch`` per optimizer step, and the ``MiniBatch`` for each ``MicroBatch``
+of this rank. docs/architecture.md shows the order of the calls.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,13 @@ if TYPE_CHECKING:
     from rlxf.models.megatron.model import MegatronModel
     from rlxf.models.megatron.packing import Packed
 
-MOMENTS = "moments/"  # begins the names of what a standard error is made of, among an evaluation's metrics
-Loss = tuple[Tensor, Tensor, Tensor]  # sum, number of items that it is a sum of, and the report on the CPU
+MOMENTS = "moments/"  # prefix of the metrics of an evaluation from which standard errors are computed
+Loss = tuple[Tensor, Tensor, Tensor]  # summed loss, number of items in the sum, and the report on the CPU
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """One forward/backward: its tokens, and what becomes of the last stage's hidden states."""
+    """One forward and backward pass: its tokens, and the loss as a function of the last stage's hidden states."""
 
     packed: Packed
     loss: Callable[[Tensor], Loss]
@@ -35,8 +39,8 @@ class MiniBatch:
 
     sequences: Sequences
     groups: Sequence[Tensor]  # rows of ``sequences`` that share a forward pass: the two sides of a pair, or one example
-    # Units of one forward pass, and whether they count: False on a rank that has none of its own, and computes one only
-    # to take part in the collective calls.
+    # Makes the micro-batch of some ``groups``, given by index. The second argument is False for a filler: a rank
+    # without groups of its own computes one only to take part in the collective calls, and nothing of it counts.
     micro_batch: Callable[[Tensor, bool], MicroBatch]
 
 
@@ -44,10 +48,10 @@ B_contra = TypeVar("B_contra", contravariant=True)
 
 
 class Objective(Protocol[B_contra]):
-    """Sums and maxima over a mini-batch, whose gradient the actor accumulates; and the same without gradient."""
+    """The loss and the metrics of a stage: with gradient, which the actor accumulates, and without, for evaluations."""
 
-    sums: tuple[str, ...]  # of a report; the first is the number of items
-    maxima: tuple[str, ...]  # behind them
+    sums: tuple[str, ...]  # names of a report's sums; the first is the number of items, the second the loss
+    maxima: tuple[str, ...]  # names of its maxima, which follow the sums
 
     def mini_batch(self, batch: B_contra, rows: Tensor, *, first_pass: bool) -> MiniBatch:
         """``rows`` ([n] int64) of a batch. ``first_pass``: the weights are those that the batch was sampled from.
@@ -82,18 +86,18 @@ class ObjectiveContext:
     limits: MicroBatchLimits
 
     def count(self, number: int, counted: bool) -> Tensor:
-        """What the schedule divides by: every context-parallel rank has all losses, and one of them counts them."""
+        """The number of items, by which gradients are divided. Only one of the context-parallel ranks counts them."""
         layout = self.model.layout
         counts = counted and layout.cp_rank == 0
         return torch.tensor(number if counts else 0, dtype=torch.int, device=layout.device)
 
 
 def moments(losses: Tensor, counts: Tensor) -> Metrics:
-    """What the standard error of the mean loss is made of; as means over the counts, so that batches can be pooled.
+    """Moments for the standard error of the mean loss, as means over the counts, so that batches can be pooled.
 
     Args:
         losses: [n] loss of each item, summed over what counts in it.
-        counts: [n] how much that is: 1 of a pair, the counted tokens of an example.
+        counts: [n] weight of each item: 1 for a pair, the number of counted tokens for an example.
     """
     losses, counts = losses.double(), counts.double()
     total = counts.sum()

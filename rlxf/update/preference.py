@@ -69,6 +69,7 @@ class PreferenceObjective:
         known = self._whole(picked, mean_length) if self._loss.needs_whole_batch else None
 
         def micro_batch(groups: Tensor, counted: bool) -> MicroBatch:
+            """The pairs ``groups`` of ``picked``. The actor calls it before the schedule starts."""
             part = picked.select(groups)
             pairs = part.pairs
             engine = pairs.all_engine_logps() if first_pass and isinstance(pairs, OnlinePairs) and counted else None
@@ -94,6 +95,7 @@ class PreferenceObjective:
         )
 
         def loss(hidden: Tensor) -> Loss:
+            """Megatron's schedule calls it on the last stage, with the hidden states of this micro-batch."""
             token_logps = context.model.logps(hidden, packed)
             sides = sum_rows(token_logps, sequences.completion_lengths).chunk(2)
             actor = PairValues(chosen=sides[0], rejected=sides[1])
@@ -112,12 +114,12 @@ class PreferenceObjective:
         return self._loss(actor, reference, lengths, mean_length)
 
     def _whole(self, picked: ReferencedPairs, mean_length: float) -> tuple[Tensor, PairValues]:
-        """Losses and gradients that need all pairs of the mini-batch: a pass without gradient comes first."""
+        """Losses and gradients over all pairs of the mini-batch, from a first pass of the model without gradient."""
         actor = pair_logps(self._context.model, picked.pairs, self._context.limits)
         return gradients(partial(self._losses, picked, mean_length), actor)
 
     def _columns(self, part: ReferencedPairs, losses: Tensor, actor: PairValues) -> list[Tensor]:
-        """[n] each: 1, and what ``_MEANS`` names; log-probs are summed over the completion, whatever the loss reads."""
+        """[n] each: 1, then the values that ``_MEANS`` names. Log-probs are summed, even if the loss averages them."""
         reference = part.reference.to(actor.chosen.device)
         chosen, rejected = actor.chosen - reference.chosen, actor.rejected - reference.rejected
         kl = (chosen + rejected) / 2
@@ -161,7 +163,7 @@ class PreferenceObjective:
 
 
 def _with_gradients(losses: Tensor, grads: PairValues, actor: PairValues) -> Tensor:
-    """[n] the known losses, with the known gradients."""
+    """[n] losses that have the given values, and with respect to ``actor`` the given gradients."""
     grads = grads.to(actor.chosen.device)
     linear = grads.chosen * actor.chosen + grads.rejected * actor.rejected
     return losses.to(linear) + linear - linear.detach()

@@ -161,11 +161,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ZipFile]:
         yield opened
 
 
-def test_the_wheel_holds_the_library_the_launcher_and_the_recipes_and_no_more(wheel: ZipFile) -> None:
-    places = {"rlxf": ("rlxf", "*.py"), "workers": ("rlxf_workers", "*.py"), "configs/rlxf": ("rlxf/recipes", "*.yaml")}
+def test_the_wheel_holds_the_library_its_data_and_the_launcher_and_no_more(wheel: ZipFile) -> None:
+    places = [
+        ("rlxf", "rlxf", "*.py"),
+        ("rlxf/data/templates", "rlxf/data/templates", "*.jinja"),
+        ("configs/rlxf", "rlxf/recipes", "*.yaml"),
+        ("workers", "rlxf_workers", "*.py"),
+    ]
     expected = {
         f"{place}/{file.relative_to(ROOT / source).as_posix()}": file
-        for source, (place, pattern) in places.items()
+        for source, place, pattern in places
         for file in (ROOT / source).rglob(pattern)
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}

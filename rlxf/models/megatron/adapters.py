@@ -1,4 +1,4 @@
-"""The adapters of a whole model: put on by a recipe, filled, given out, kept in checkpoints."""
+"""The adapters of a whole model: adding, filling, exporting and saving them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _fill(model: MegatronModel, chunk: int, given: PeftAdapter) -> None:
 
 
 def _trained(model: MegatronModel, table: Iterable[Entry]) -> Iterator[Entry]:
-    """What a run with adapters trains of some parameters: their matrices, and a reward model's head."""
+    """The tensors that a run with adapters trains: the adapters' matrices, and a reward model's head."""
     for entry in table:
         yield from [entry] if entry.hf_names == (SCORE,) else adapter_entries([entry], model.adapter_ranks)
 

@@ -35,12 +35,12 @@ LAYOUT = "layout.json"  # the sizes of the parallel axes that wrote a checkpoint
 
 
 class Write:
-    """A checkpoint that is being written; every rank of the role makes one, and asks it at the same places."""
+    """A checkpoint that is being written. Every rank makes one, and all ranks call its methods in the same order."""
 
     def __init__(self, folder: Path, trainable: TrainableModel, *, background: bool) -> None:
-        """Copy the state (``background``), or only look at it, and begin to write it into ``folder``, which exists."""
+        """Begin to write the state into ``folder``, which exists; ``background``: from a copy, in a thread."""
         self._folder = folder
-        # As a megatron writer that runs in this process needs it; unset, the first save spawns an interpreter.
+        # megatron's writer runs in this process and needs this queue; without it the first save spawns an interpreter.
         filesystem_async._results_queue = queue.Queue()
         _make_moments(trainable)
         state = _state(trainable, is_loading=False) | {"rng": _sharded_rng(_rng_state())}
@@ -83,7 +83,7 @@ class Write:
         return True
 
     def _write(self) -> None:
-        """This rank's files. What goes wrong is an answer, which ``finish`` makes an error of on every rank."""
+        """Write this rank's files. An error is kept and not raised: ``finish`` raises it on every rank."""
         if not self._request.async_fn:
             return
         _, _, answers = self._request.async_fn_args
@@ -104,7 +104,7 @@ class Write:
 
 
 def load(folder: Path, trainable: TrainableModel) -> None:
-    """Take over what a ``Write`` wrote, whatever layout wrote it; random states only from the same layout.
+    """Load what a ``Write`` wrote, in any layout; random states only from the same layout.
 
     Raises:
         CheckpointError: a file is damaged, or asks for code to be run; nothing of that was run.
@@ -117,7 +117,7 @@ def load(folder: Path, trainable: TrainableModel) -> None:
     same = layout == _layout()
     if same:
         state["rng"] = _sharded_rng(None)
-    # A checkpoint's groups hold the recipe of then; what counts is the recipe of now.
+    # The checkpoint's parameter groups hold the old recipe's settings; those of the current recipe count.
     settings = [(group["betas"], group["eps"]) for group in trainable.optimizer.param_groups]
     try:
         loaded = dist_checkpointing.load(
@@ -187,7 +187,7 @@ def _layout() -> dict[str, int]:
 
 
 def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:
-    """Every rank has its own; there are as many as ranks, so another layout cannot take them over."""
+    """Random states, one for each rank. Another layout has another number of ranks and cannot load them."""
     return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))
 
 
@@ -221,7 +221,7 @@ def _live_storages(trainable: TrainableModel) -> set[int]:
 
 
 def _snapshot(bucket: tuple[Any, ...], live: set[int]) -> tuple[Any, ...]:
-    """A file to write, its tensors on the host where training does not change them; megatron has copied most."""
+    """A file to write, its tensors copied to the host so that training cannot change them. Megatron copied most."""
     path, key, (objects, tensors) = bucket
 
     def owned(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""A model in megatron's distributed checkpoint, read tensor by tensor: no process group, and whatever wrote it.
+"""A model in megatron's distributed checkpoint, read tensor by tensor, without a process group, from any layout.
 
-The format keeps whole tensors, whatever layout wrote them: packed query-key-value, all of gate before all of up, all
+The format keeps whole tensors, the same for every layout that wrote them: packed query-key-value, all of gate before
+all of up, all
 layers of one kind stacked.
 """
 
@@ -44,7 +45,7 @@ TORCH_DIST = {
 }
 _INDEX = ".metadata"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-# Where the fused kernels of Transformer Engine keep a norm's weight, which is the name that a checkpoint has.
+# Checkpoints name a norm's weight after the place where Transformer Engine's fused kernels keep it.
 _STORED = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
@@ -76,7 +77,7 @@ class Part:
     name: str
     offsets: tuple[int, ...]  # where it begins in the stored tensor
     target: Tensor  # of as many axes as the stored tensor; its shape says how much is read
-    may_be_shorter: bool = False  # what the stored tensor does not have stays as it is in ``target``
+    may_be_shorter: bool = False  # what the stored tensor lacks stays unchanged in ``target``
 
 
 class DistCheckpoint:
@@ -266,7 +267,7 @@ class DistWeights:
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts what is read where it is wanted, and unpickles objects with torch's list of what is allowed."""
+    """Reads tensors into their targets, and unpickles objects of the types that torch allows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,7 +298,7 @@ _ALLOWED: dict[str, set[str]] = {
     "torch.serialization": {"_get_layout"},
     "pathlib": {"PosixPath", "PurePosixPath"},
 }
-# What a damaged or foreign file makes of torch's reader and of an unpickler.
+# The errors of torch's reader and of an unpickler on a damaged or foreign file.
 _DAMAGED = (
     *(OSError, RuntimeError, EOFError, LookupError, AssertionError, ValueError, TypeError, AttributeError),
     *(ImportError, MemoryError, pickle.UnpicklingError),

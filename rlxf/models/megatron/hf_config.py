@@ -61,7 +61,7 @@ def transformer_config(
         # False would leave the parameters without their tensor-parallel marks: gradient norms then count shards twice.
         perform_initialization=True,
         variable_seq_lengths=not fixed_length,
-        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, also in a dense model
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths needs it, also in a dense model
         calculate_per_token_loss=True,  # gradients are sums, divided once by the number of pairs of all ranks
     )
 
@@ -112,9 +112,9 @@ def check_head(hf_config: Any, weights: ModelWeights, folder: str, *, reward: bo
 
 
 def check_shape(section: ModelConfig, hf_config: Any, *, role: str, name: str) -> None:
-    """Compare the shape that a run was planned with, and the folder that the role loads.
+    """Compare the shape that the recipe was checked with to the folder that this process loads.
 
-    The plan's shape comes from the folder as the machine of the command has it.
+    The checked shape is that of the folder on the machine where the command was typed.
 
     Raises:
         ConfigError: they differ; one line per key.

@@ -1,6 +1,6 @@
 """Megatron's parallel linear layers with the product of the platform; parameters, names and checkpoints are Megatron's.
 
-Only the product changes hands: splitting, gathering and the sum over ranks stay in Megatron's ``forward``.
+Only the product is replaced: splitting, gathering and the sum over ranks stay in Megatron's ``forward``.
 """
 
 from __future__ import annotations

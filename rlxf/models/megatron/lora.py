@@ -38,8 +38,8 @@ from rlxf.config.roles import LoraConfig
 from rlxf.models.megatron.nf4 import Nf4Linear, base_weight
 from rlxf.models.megatron.weights import Entry, linear_name
 
-# Random states of dropout in megatron's tracker, which recomputation and checkpoints know: one for what all
-# tensor-parallel ranks hold alike, one for what is cut.
+# Dropout's random states are in megatron's tracker, so that recomputation and checkpoints handle them. One is for
+# inputs that all tensor-parallel ranks share, one for inputs that are cut.
 _REPLICATED, _SHARDED = "lora-dropout-replicated", "lora-dropout-sharded"
 
 
@@ -164,7 +164,7 @@ def adapters_off(chunks: Sequence[Any]) -> Iterator[None]:
 
 
 def seed_dropout(seed: int, step: int) -> None:
-    """Start dropout's random states anew for one driver step, so that a resumed run draws what the first one drew.
+    """Seed dropout's random states for one driver step, so that a resumed run draws the same numbers as the first one.
 
     Ranks that hold other tokens or layers draw other numbers; tensor-parallel ranks agree where they hold the same.
     """

@@ -194,7 +194,7 @@ class MegatronModel:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Without dropout."""
+        """Compute without dropout inside the block."""
         for gpt in self.chunks:
             gpt.eval()
         try:
@@ -268,7 +268,7 @@ class MegatronModel:
 
     @torch.no_grad()
     def export_all(self, local: Callable[[Piece], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """As ``export``, but what ``local`` holds of each parameter on this rank, in fp32; every tensor."""
+        """Export every tensor in fp32; ``local`` gives this rank's share of each parameter in place of the model."""
         yield from self.collect(self._exported(), self.shape_of, local, torch.float32)
 
     def collect(
@@ -308,7 +308,7 @@ class MegatronModel:
         local: Callable[[Piece], Tensor],
         dtype: torch.dtype,
     ) -> list[Tensor]:
-        """The full tensors of one parameter, on the first stage's first rank; elsewhere what happens to be there."""
+        """The full tensors of one parameter, on the first stage's first rank; meaningless on other ranks."""
         layout, full = self.layout, list[Tensor]()
         if piece.stage == layout.pp_rank:
             own = local(piece).detach()

@@ -1,4 +1,4 @@
-"""A model that follows another one in small steps, without losing those below the distance of two bf16 numbers."""
+"""A model that follows another one in small steps. Steps that are too small for bf16 are not lost."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rlxf.models.megatron.weights import to_local
 class MovingWeights:
     """One rank's share of the weights that are moved.
 
-    Of parameters that are not fp32 an fp32 copy is what moves, and the parameter is that copy rounded: 4 bytes per
-    parameter on the model's device.
+    A parameter that is not fp32 has an fp32 copy. The copy moves, and the parameter is the copy, rounded. This takes 4
+    bytes per parameter on the model's device.
     """
 
     def __init__(self, model: MegatronModel) -> None:
@@ -30,8 +30,8 @@ class MovingWeights:
     def blend(self, names: Container[str], read: Callable[[str], Tensor], alpha: float) -> None:
         """Move parameters to ``alpha`` times the tensors given, plus ``1 - alpha`` times what they are.
 
-        One parameter's tensors are read at a time. A parameter that holds several (query, key and value) needs all of
-        them; others are left alone.
+        One parameter's tensors are read at a time. A parameter that holds several tensors (query, key and value) moves
+        only if all of them are given.
 
         Args:
             names: Hugging Face names of the tensors given.

@@ -37,7 +37,7 @@ def _bitsandbytes() -> Any:
 
 
 class Nf4Linear(torch.nn.Module):
-    """Stands in for a column- or row-parallel linear; answers as it does, ``(output, bias or None)``.
+    """Replaces a column- or row-parallel linear and returns what it returns: ``(output, bias or None)``.
 
     ``weight`` has shape, dtype and marks of the weight that it stands for, and no storage.
     """

@@ -91,7 +91,7 @@ _MARK = "skips_groups_of_one"
 
 
 def _skip_collectives_of_one() -> None:
-    """A rank that is alone in its data-parallel group has every sum and share already.
+    """Leave out the collectives of a rank that is alone in its data-parallel group: it has every sum already.
 
     megatron-core still sends its gradients and parameters through the backend, which copies them: 12 % of a step.
     """
@@ -122,7 +122,7 @@ class TrainableModel:
         self.clip_grad = config.clip_grad
         self.weight_decay = config.weight_decay
         fp16 = model.dtype == torch.float16
-        # Where no smaller factor would follow an overflow, it is an error and not a step to pass over.
+        # If the factor cannot shrink after an overflow, the overflow is an error and the step is not just skipped.
         self._least_scale = (config.loss_scale or config.min_loss_scale) if fp16 else None
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         self.chunks = [DistributedDataParallel(model.config, ddp_config, gpt) for gpt in model.chunks]
@@ -155,8 +155,8 @@ class TrainableModel:
         """Gradients of all micro-batches, summed over the data-parallel ranks and divided by their number of pairs.
 
         Args:
-            step: forward pass of one of ``batches`` through one chunk, and the function that gives the last stage's
-                loss, number of pairs, and report.
+            step: runs one of ``batches`` through one chunk. Returns the output, and the function that makes of the last
+                stage's output the loss, the number of pairs, and the report.
             batches: at least one; each has its ``packed`` tokens.
             report_size: length of a report.
 
@@ -181,10 +181,10 @@ class TrainableModel:
     def step(self, learning_rate: float) -> float | None:
         """Clip and apply the accumulated gradients; the global gradient norm before clipping.
 
-        None: gradients were beyond fp16, no parameter was touched, and the loss is scaled less from now on.
+        None if gradients overflowed fp16: no parameter was changed, and the loss scale is smaller from now on.
 
         Raises:
-            TrainingError: the norm is not finite, and scaling the loss less is no help; no parameter was touched.
+            TrainingError: the norm is not finite, and a smaller loss scale cannot help; no parameter was changed.
         """
         scale = self.loss_scale
         for group in self.optimizer.param_groups:

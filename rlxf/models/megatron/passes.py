@@ -24,7 +24,7 @@ def forward_all(
     compute: Callable[[Tensor, Packed], Tensor],
     sizes: Sequence[int],
 ) -> list[Tensor]:
-    """What ``compute`` makes of the last stage's hidden states, for each batch, on every stage's rank.
+    """Apply ``compute`` to the last stage's hidden states of each batch; every stage's rank gets the results.
 
     Args:
         model: this rank's share.
@@ -63,7 +63,7 @@ def _through_stages(
 def run_schedule(
     step: ForwardStep, chunks: Sequence[torch.nn.Module], batches: Sequence[Any], layout: Layout, **options: Any
 ) -> list[Any]:
-    """megatron's schedule of the layout over ``batches``: what the last stage's loss functions gave, elsewhere nothing.
+    """Run megatron's schedule of the layout over ``batches``: the loss functions' results on the last stage, else [].
 
     ``batches`` are ``Packed`` or have one as ``packed``.
     """

@@ -1,6 +1,6 @@
 """Megatron's loader of distributed checkpoints with readers that run no code of a file.
 
-Its own readers unpickle the index and every object with whatever is installed, so a checkpoint from somebody else could
+Its own readers unpickle the index and every object with all installed classes, so a checkpoint from somebody else could
 run a command. These read tensors and plain values only.
 """
 
@@ -18,7 +18,7 @@ from rlxf.models.megatron.dist_folder import DistCheckpoint, Part, read_common
 
 
 class RestrictedTensors(LoadShardedStrategy):  # type: ignore[misc]
-    """Each rank reads its own parts of tensors and objects, without a word to the others."""
+    """Each rank reads its own parts of tensors and objects, without communication."""
 
     can_handle_sharded_objects = True
 
@@ -38,10 +38,10 @@ class RestrictedTensors(LoadShardedStrategy):  # type: ignore[misc]
         raise NotImplementedError  # asked for by megatron's own tools only
 
     def check_backend_compatibility(self, loaded_backend: str) -> None:
-        """Whoever loads has checked it."""
+        """The caller has checked it."""
 
     def check_version_compatibility(self, loaded_version: int) -> None:
-        """There is one version."""
+        """Only one version exists."""
 
 
 class RestrictedCommon(LoadCommonStrategy):  # type: ignore[misc]
@@ -54,14 +54,14 @@ class RestrictedCommon(LoadCommonStrategy):  # type: ignore[misc]
         raise NotImplementedError  # the other strategy reads them
 
     def check_backend_compatibility(self, loaded_backend: str) -> None:
-        """Whoever loads has checked it."""
+        """The caller has checked it."""
 
     def check_version_compatibility(self, loaded_version: int) -> None:
-        """There is one version."""
+        """Only one version exists."""
 
 
 def _leaves(state: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Holder, key and value of everything in nested dicts and lists that is neither."""
+    """Container, key and value of every leaf of nested dicts and lists."""
     for key, value in list(state.items() if isinstance(state, dict) else enumerate(state)):
         if isinstance(value, dict | list):
             yield from _leaves(value)
@@ -78,9 +78,9 @@ def _only(checkpoint: DistCheckpoint, name: str) -> Any:
 
 
 def _part(checkpoint: DistCheckpoint, tensor: ShardedTensor) -> Part:
-    """Where a rank's tensor is in the checkpoint; its memory is given to it, if it has none, and filled with zeros.
+    """The place of a rank's tensor in the checkpoint. A tensor without memory gets some, filled with zeros.
 
-    Only a tensor that may have another shape (a vocabulary filled up for other ranks) needs the zeros.
+    Only a tensor whose stored shape may differ (a vocabulary padded for another number of ranks) needs the zeros.
     """
     name, flexible = tensor.key, tensor.allow_shape_mismatch
     if name in checkpoint and checkpoint.shape(name) != tensor.global_shape and not flexible:

@@ -35,7 +35,7 @@ class Geometry:
     head_size: int
     heads: int
     vocab_size: int
-    padded_vocab_size: int  # what every tensor-parallel rank has an equal share of
+    padded_vocab_size: int  # vocabulary and padding; every tensor-parallel rank has an equal share
 
     @classmethod
     def of(cls, hf_config: Any, *, tp_size: int = 1) -> Geometry:

@@ -1,4 +1,4 @@
-"""The ways of new weights from the actor's processes into the engines': one protocol, a file each."""
+"""The ways in which new weights get from the actor's processes into the engines': one protocol, one file for each."""
 
 from __future__ import annotations
 

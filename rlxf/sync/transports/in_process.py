@@ -42,7 +42,7 @@ class Packer:
         return payload
 
     def close(self) -> None:
-        """Nobody else knows of the memory."""
+        """Does nothing: no other process can open the memory."""
 
 
 class _AsItIs:

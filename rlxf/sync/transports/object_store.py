@@ -1,4 +1,4 @@
-"""The bytes of a bucket are the message: whatever carries messages between processes carries the weights.
+"""The message is the bytes of a bucket, so weights travel as other messages between processes do.
 
 On Ray that is its object store, which every machine of a cluster has a part of; ``workers`` hands references to
 messages on, so that their bytes do not pass through the driver.
@@ -40,7 +40,7 @@ class _ArraySender:
         return self._packer.send(index, tensors).numpy()  # an array travels without a copy
 
     def close(self) -> None:
-        """Messages belong to whoever carries them."""
+        """Does nothing: a message belongs to the store that carries it."""
 
 
 class _ArrayReceiver:

@@ -21,7 +21,7 @@ MAX_SLOTS = 2  # the actor writes one bucket while the engines read the one befo
 
 
 class SharedMemory(Transport):
-    """For processes of one machine whose weights are in its memory anyway."""
+    """For processes of one machine, on platforms whose weights are in host memory."""
 
     title = "shared memory"
     window = MAX_SLOTS
@@ -80,7 +80,7 @@ class MemoryAddress:
 
 
 class SharedBuckets:
-    """Room for the buckets of a plan, in memory that the processes of one machine share; allocated once a connection.
+    """Room for the buckets of a plan, in memory that the processes of one machine share; allocated once per connection.
 
     A bucket is written once, by the actor, and read in place by every engine. The memory has no name in any file
     system and ends with the last process that has it mapped, so a killed run leaves nothing behind; and it is limited
@@ -91,7 +91,7 @@ class SharedBuckets:
         self.address = address
         self._descriptor = descriptor
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        # Populated now, all at once: a first touch page by page would be part of the first push.
+        # Populate all pages now: touching them one by one would slow down the first push.
         memory = mmap.mmap(descriptor, address.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=access)
         self._bytes = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8))  # keeps the mapping alive
 
@@ -131,7 +131,7 @@ class SharedBuckets:
             os.close(descriptor)  # the mapping stays
 
     def close(self) -> None:
-        """For the process that allocated it: nobody can open it from now on; those who have it open keep it."""
+        """For the process that allocated it: from now on no process can open it; those that have it open keep it."""
         os.close(self._descriptor)
 
     def slot(self, index: int, num_bytes: int) -> Tensor:

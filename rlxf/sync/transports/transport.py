@@ -1,7 +1,7 @@
 """The transport's protocol: how the bytes of new weights get from the actor's processes into the engines'.
 
 A transport has an end in every rank of the actor (``Sender``) and one in every engine's process (``Receiver``). The
-driver opens both, then asks the actor for one bucket of the plan after the other and hands on what it says.
+driver opens both, then asks the actor for one bucket of the plan after the other and passes each message on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Exports(Protocol):
     def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """Name and newest tensor of all that is in bucket ``index`` of the plan: whole, on the model's device.
 
-        On rank 0; on the others nothing comes, but they must be asked, too, and exhaust it: they have shares to give.
+        Only rank 0 gets tensors. The other ranks must call it and exhaust the iterator as well, because they give
+        shares.
         """
         ...
 
@@ -49,7 +50,7 @@ class Sender(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up what other processes could open; a sender that takes its place follows."""
+        """Release what other processes could open; a new sender will take its place."""
         ...
 
 
@@ -57,7 +58,7 @@ class Receiver(Protocol):
     """The end in one engine's process."""
 
     def receive(self, bucket: Bucket, message: Message) -> Tensor:
-        """[bucket.num_bytes] uint8: the bucket's bytes, there until the sender sends the next but ``window - 1``."""
+        """[bucket.num_bytes] uint8: the bucket's bytes, valid until the ``window``-th bucket after it is sent."""
         ...
 
 
@@ -81,7 +82,7 @@ class Transport(Protocol):
     """One way from the actor to the engines. It has no state, so that it can be given to any process."""
 
     title: str  # "weights travel through ..."
-    window: int  # buckets under way at a time: the memory of one is used again by the next but ``window - 1``
+    window: int  # buckets under way at a time: the ``window``-th bucket after one uses its memory again
 
     def sender(self, plan: Sequence[Bucket], rank: int, *, keeps: bool = False) -> Sender:
         """``keeps``: what was sent can be received again until the same bucket is sent anew."""
@@ -90,7 +91,7 @@ class Transport(Protocol):
     def receiver(self, address: Address) -> Receiver: ...
 
     def connect(self, actor: ActorEnd, engines: EngineEnds, *, keeps: bool = False) -> Address:
-        """Open both ends. Once before the first push, and again whenever a process is another one than before.
+        """Open both ends: before the first push, and again whenever a process was replaced.
 
         A push that failed in between is repeated as a whole: a sender keeps nothing of the pushes before.
 

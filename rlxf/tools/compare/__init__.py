@@ -1,1 +1,1 @@
-"""Which of two models answers better: completions, scores, and what they say about more prompts than these."""
+"""Which of two models answers better: completions, scores, and win rates with confidence intervals."""

@@ -1,4 +1,4 @@
-"""What two models say to the same prompts, and what one scorer thinks of it."""
+"""The answers of two models to the same prompts, and their scores by one scorer."""
 
 from __future__ import annotations
 
@@ -117,14 +117,14 @@ def model_folder(folder: Path) -> Path:
 
 
 def recipe(folder: Path, settings: Settings) -> RunConfig:
-    """What the rooms read to sample from ``folder`` and to score it, as the recipe of a run would say it."""
+    """A recipe with all that the rooms read to sample from ``folder`` and to score the answers."""
     reward_model, function = settings.reward_model, settings.reward_function
     models = {"policy": _shape(folder, settings)}
     reward: dict[str, Any] = {"function": str(function) if function else None}
     if reward_model is not None:
         models["reward"] = _shape(reward_model, settings)
         reward |= {"model": "reward", "load": str(reward_model.absolute()), "read_at": settings.read_at}
-        # Its tokens are not those that the options count: it takes what it has positions for.
+        # The options count the policies' tokens, not the reward model's: it may use all of its positions.
         reward |= _lengths(settings) | {"seq_length": models["reward"]["max_position_embeddings"]}
     return RunConfig.model_validate(
         {
@@ -193,7 +193,7 @@ def _only(prompts: PromptBatch, wanted: set[int]) -> PromptBatch:
 
 
 def answer(config: RunConfig, prompts: PromptBatch, settings: Settings, platform: Platform) -> Generations:
-    """One model's completions of all prompts, scored; the model is let go of before the scorer is loaded."""
+    """One model's completions of all prompts, scored; the model is freed before the scorer is loaded."""
     sampling = Sampling(
         num_samples=1,
         max_new_tokens=settings.max_new_tokens,
@@ -224,7 +224,7 @@ def _generate(config: RunConfig, parts: Sequence[PromptBatch], sampling: Samplin
 
 
 def _generate_apart(config: RunConfig, parts: Sequence[PromptBatch], sampling: Sampling, device: str) -> list[Rollouts]:
-    """The same in a process of its own: vLLM must be alone in it on a CPU, and gives its memory back with its end."""
+    """Generate in a process of its own: on a CPU vLLM must be alone in it, and its end frees vLLM's memory."""
     limit = config.training.start_timeout_s + len(parts) * config.training.stage_timeout_s
     model = config.actor_rollout.load
     with own_children() as kill, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

@@ -65,7 +65,7 @@ def _averages(said: Generations) -> dict[str, float]:
 
 
 def table(found: Comparison, rate: WinRate, names: tuple[str, str], *, confidence: float) -> Table:
-    """What to look at: who wins, how sure that is, and what else the two differ in."""
+    """The table for the user: win rates with intervals; mean score, mean length and EOS rate of both models."""
     shown = Table(title=f"A = {names[0]}\nB = {names[1]}", title_justify="left")
     for column, justify in (
         ("measure", "left"),

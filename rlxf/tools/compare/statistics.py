@@ -106,7 +106,7 @@ def wilson(rate: float, count: int, confidence: float) -> Interval:
 def length_term(differences: Floats) -> Floats:
     """tanh of the differences over their standard deviation, as AlpacaEval 2 has it; 0 where all are equal."""
     deviation = differences.std()
-    if not deviation:  # all the same: what they add cannot be told from what the models do
+    if not deviation:  # all equal: their effect cannot be told from that of the models
         return np.zeros_like(differences)
     return np.asarray(np.tanh(differences / deviation))
 

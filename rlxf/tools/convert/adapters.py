@@ -110,7 +110,7 @@ class MergedWeights:
         packed = self._pack(entry, [self._weights.read(name) for name in entry.hf_names])
         first, second = tensors[f"{linear_name(entry)}{_FIRST}"], self._pack(entry, seconds)
         scale = self._adapter.alpha / self._adapter.rank
-        # In fp32 as far as the writer, which rounds once: to the dtype that is asked for, or to that of the base.
+        # Stays in fp32 until the writer rounds it once, to the requested dtype or to that of the base.
         merged = packed.float() + scale * (second.float() @ first.float())
         return to_full(entry.kind, [merged], self._geometry)
 

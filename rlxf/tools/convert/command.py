@@ -11,7 +11,7 @@ from rlxf.core.errors import ConfigError
 
 Kind = Literal["hf", "mg"]
 
-# Flags of other converters that there is nothing to do for, and why.
+# Flags of other converters that have no effect here, and why.
 _NOTHING_TO_DO = {
     "use_mcore_models": "checkpoints are always megatron-core's",
     "add_qkv_bias": "config.json decides whether there is one",
@@ -25,7 +25,7 @@ _NOTHING_TO_DO = {
     "lora_r": "the adapter's files say it",
     "load_checkpoint_loosely": "every tensor is looked for; with --orm the language model's head is not",
 }
-# Flags that would change what comes out, in a way that is not supported.
+# Flags that would change the result in a way that is not supported.
 _UNSUPPORTED = {
     "target_expert_parallel_size": ("1", "models with experts (MoE) are not supported"),
     "expert_tensor_parallel_size": ("1", "models with experts (MoE) are not supported"),
@@ -68,7 +68,7 @@ class Request:
     adapters_only: bool = False
     trust_pickle: bool = False
     overwrite: bool = False
-    notes: tuple[str, ...] = ()  # about flags that there was nothing to do for
+    notes: tuple[str, ...] = ()  # about flags that have no effect
 
 
 class _Parser(argparse.ArgumentParser):

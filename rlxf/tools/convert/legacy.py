@@ -34,7 +34,7 @@ class LegacyWeights:
     Args:
         folder: with the ``mp_rank_*`` folders.
         shape: the model that they should hold.
-        trust_pickle: let the files use what else is installed than tensors and plain values.
+        trust_pickle: let the files use any installed class, not only tensors and plain values.
 
     Raises:
         ModelError: a rank is missing, a file is damaged or asks for something else, or it is another model.
@@ -219,7 +219,7 @@ def write_legacy(folder: Path, weights: ModelWeights, shape: Shape, sizes: Sizes
 
 
 def _arguments(shape: Shape, sizes: Sizes, dtype: torch.dtype) -> argparse.Namespace:
-    """What Megatron's own loader looks at before it takes the weights over."""
+    """What Megatron's own loader checks before it loads the weights."""
     config, geometry = shape.hf_config, shape.geometry(sizes.tp)
     per_chunk = shape.num_layers // (sizes.pp * sizes.vp)
     return argparse.Namespace(

@@ -20,7 +20,7 @@ _PLAIN = f"{argparse.Namespace.__module__}.{argparse.Namespace.__name__}"
 
 
 class _StandIn:
-    """Takes the place of an object in a pickle that nobody reads, and runs nothing of it."""
+    """Takes the place of an object in a pickle that is not needed, and runs none of its code."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -28,17 +28,17 @@ class _StandIn:
 
 
 def read_pickle(path: Path, *, trust_pickle: bool) -> Any:
-    """What a file that ``torch.save`` wrote holds: tensors, plain values, and stand-ins for what else training leaves.
+    """What a file of ``torch.save`` holds: tensors, plain values, and stand-ins for other objects of training.
 
     Args:
         path: of the file; tensors of a zip file are mapped, not copied.
-        trust_pickle: let it use what else is installed here.
+        trust_pickle: let it use any class that is installed here.
 
     Raises:
         ModelError: it is damaged, or asks for something that it may not use; nothing of that was run.
     """
     with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"  # torch before 1.6 wrote bare pickles, whose needs only reading tells
+        is_zip = file.read(2) == b"PK"  # torch before 1.6 wrote bare pickles; reading shows what they need
     try:
         wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {_PLAIN} if is_zip else set[str]()
     except (OSError, RuntimeError) as error:

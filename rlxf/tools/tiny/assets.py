@@ -1,4 +1,4 @@
-"""The tiny world as a folder: what is in it, when it is made anew, and how a killed build leaves nothing half made.
+"""The tiny world as a folder: what is in it, when it is built again, and the cleanup after a killed build.
 
 ``init/``, ``sft/`` and ``rm/`` are Hugging Face folders with the tokenizer: the untrained model, and what the stages
 sft and rm make of it. ``sft.jsonl``, ``reward_pairs.jsonl`` and ``reward_eval_pairs.jsonl`` are what they train on;
@@ -60,7 +60,7 @@ def ensure(folder: Path, recipe: Recipe | None = None, *, fresh: bool = False, s
             with new_folder(folder) as partial:
                 _build(partial, recipe, say)
                 _write_manifest(partial, recipe)
-        if not (folder / heads.FOLDER).is_dir():  # made from the rest in a second; gone when that is replaced
+        if not (folder / heads.FOLDER).is_dir():  # made from the other files in a second; gone when those are replaced
             heads.write_four_heads(folder)
     return reason is not None
 
@@ -93,10 +93,10 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _locked(path: Path, say: Say) -> Iterator[None]:
-    """Two builds at a time would delete each other's partial folders; the second one waits and finds the world made.
+    """Lock the build: two at a time would delete each other's folders. The second one waits and finds the world.
 
     Raises:
-        StageTimeout: the first one is at it for too long.
+        StageTimeout: the first build takes too long.
     """
     deadline = time.monotonic() + LIMIT_S
     with path.open("a+") as handle:
@@ -141,7 +141,7 @@ def _digest(path: Path) -> str:
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:
-    """All that decides what the world holds: the recipe, and the files that say how its models are trained."""
+    """All that decides what the world holds: the recipe, and the recipe files that train its models."""
     stages = {name: _digest(RECIPES / f"{name}.yaml") for name in STAGES}
     known: dict[str, Any] = json.loads(json.dumps(asdict(recipe) | {"stages": stages}))
     return known

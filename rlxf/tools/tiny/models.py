@@ -1,4 +1,4 @@
-"""The tiny world's tokenizer and untrained model, and what the trained ones say; repeatable on one machine."""
+"""The tiny world's tokenizer and untrained model; samples and scores of the trained ones. Repeatable on one machine."""
 
 from __future__ import annotations
 

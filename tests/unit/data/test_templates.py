@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -11,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlxf.core.errors import ConfigError
 from rlxf.core.types import Messages
-from rlxf.data.templates import TEMPLATE_NAMES, chat_template
+from rlxf.data.templates import EOS_TOKENS, TEMPLATE_NAMES, chat_template
 from tests.data_world import chat_tokenizer
 
 CHAT: Messages = [
@@ -139,6 +141,13 @@ def test_every_name_has_its_expected_text() -> None:
     assert len(TEMPLATE_NAMES) == 26
 
 
+def test_the_page_lists_every_name() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "preprocessing.md").read_text()
+    listed = re.search(r"Jinja file in `rlxf/data/templates`: ([^.]+)\.", page)
+    assert listed is not None
+    assert tuple(re.split(r",\s", listed[1])) == TEMPLATE_NAMES
+
+
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_template_writes_system_and_several_turns(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     assert render(tokenizer, name, CHAT) == GOLDEN[name][0]
@@ -189,6 +198,19 @@ def test_the_end_of_a_turn_is_an_eos() -> None:
     assert chat_template("qwen").eos_tokens == ("<|im_end|>",)
     assert chat_template("glm4").eos_tokens == ("<|user|>", "<|observation|>")
     assert chat_template("deepseek3").eos_tokens == ()
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_what_stands_behind_an_answer_is_an_eos(name: str) -> None:
+    behind = GOLDEN[name][0].rpartition("A2")[2]
+    assert behind in ("", "</s>", *chat_template(name).eos_tokens)
+
+
+def test_eos_tokens_are_those_of_templates_that_write_them() -> None:
+    for name, tokens in EOS_TOKENS.items():
+        text = chat_template(name).jinja
+        assert text is not None
+        assert [token for token in tokens if token not in text] == []
 
 
 def test_default_is_the_tokenizers_own(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from rlxf.tools.hub import card, collect, without_paths
 from tests.scripts_here import script
@@ -183,6 +184,15 @@ def test_the_card_of_a_reward_model_says_where_its_score_is_read(finished: Path,
     folder = save_reward_model(tmp_path / "rm", rlxf_read_at="end_of_turn")
     cards = [card(folder, None, None), card(finished / "policy", None, None)]
     assert ["Its score is read at the token that ends the answer" in text for text in cards] == [True, False]
+
+
+def test_a_card_without_a_run_has_no_empty_facts(tmp_path: Path) -> None:
+    facts = ModelCard(card(save_reward_model(tmp_path / "rm"), None, "")).data
+    assert facts.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": ["rlxf"],
+    }
 
 
 def test_a_card_of_the_users_own_is_kept(tmp_path: Path) -> None:
