@@ -77,9 +77,9 @@ def _score_and_pair(run: Run, collected: Collected) -> None:
     assert rollouts is not None  # the stage before
     with run.working(collected, "adv"):
         if collected.raw_scores is None:
-            failing = run.state.failing_scores
+            failures = run.state.num_failures
             raw_scores = source.scorer.score(rollouts)
-            collected.failed = run.state.failing_scores - failing
+            collected.failed = run.state.num_failures - failures
             collected.raw_scores = raw_scores
         penalty = config.actor_rollout.missing_eos_penalty
         scored = with_scores(rollouts, collected.raw_scores, eos_ids=source.eos_ids, missing_eos_penalty=penalty)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -204,10 +205,22 @@ class State:
         """The last step whose row in the run's files is final."""
         return self.step - 1 if "row" in self.owed else self.step
 
+    @property
+    def num_failures(self) -> int:
+        """Failed scores, of what is complete and of what is not. Only a failure changes it."""
+        with _COUNTING:
+            return self.failed_scores + self.failing_scores
+
+    def add_failures(self, count: int) -> None:
+        """``count`` more scores failed, of a step or an evaluation that is not complete."""
+        with _COUNTING:
+            self.failing_scores += count
+
     def count_failures(self, count: int) -> None:
         """``count`` failed scores are of what is complete now, and will not be asked for again."""
-        self.failed_scores += count
-        self.failing_scores -= count
+        with _COUNTING:
+            self.failed_scores += count
+            self.failing_scores -= count
 
     def complete(self, failed: int, metrics: Metrics, owed: tuple[Owed, ...]) -> None:
         """One more step is complete: ``failed`` of its completions have no score because a call failed."""
@@ -219,6 +232,7 @@ class State:
         self.owed = tuple(other for other in self.owed if other != item)
 
 
+_COUNTING = threading.Lock()  # a step is scored in a thread while an earlier one is completed
 UNSAVED = frozenset({"updating", "failing_scores"})
 Schedule = Lookahead[Collected]
 

@@ -50,9 +50,10 @@ def settle(run: Run, schedule: Schedule) -> None:
 
 def evaluate(run: Run) -> Metrics:
     """The evaluation of the state's step, if one is due; scores that failed in it count for the run."""
-    state, failing = run.state, run.state.failing_scores
+    state, failures = run.state, run.state.num_failures
     metrics = run.evaluate(state.step)
-    state.count_failures(state.failing_scores - failing)
+    if evaluation_is_due(run.config.training, state.step):  # else these are failures of steps that are being scored
+        state.count_failures(state.num_failures - failures)
     return metrics
 
 

@@ -20,8 +20,10 @@ log = logging.getLogger(__name__)
 class Tally(Protocol):
     """Completions of a run that have no score because a call failed; a resumed run continues the count."""
 
-    failed_scores: int  # of complete steps
-    failing_scores: int  # of the step under way, which a resumed run scores again
+    @property
+    def num_failures(self) -> int: ...
+
+    def add_failures(self, count: int) -> None: ...
 
 
 class FailureLimit:
@@ -49,13 +51,13 @@ class FailureLimit:
         try:
             return self._scorer.score(rollouts)
         except ScoreError as error:
-            count = self._tally.failed_scores + self._tally.failing_scores + len(rollouts)
+            count = self._tally.num_failures + len(rollouts)
             if count > self._limit:
                 raise ScoreError(
                     f"{self._place()}: {error}; {len(rollouts)} completions have no score, {count} in this run, "
                     f"and reward.max_failures = {self._limit} allows fewer"
                 ) from error
-            self._tally.failing_scores += len(rollouts)
+            self._tally.add_failures(len(rollouts))
             log.warning(
                 "%s: %s; %d completions have no score, %d of reward.max_failures = %d in this run",
                 self._place(), error, len(rollouts), count, self._limit,
