@@ -54,6 +54,14 @@ def load_waiting(checkpoint: Path) -> list[Collected]:
     return [_load(path) for path in sorted((checkpoint / FOLDER).glob("*.json"))]
 
 
+def next_to_sample(step: int, waiting: Iterable[Collected]) -> int:
+    """The first step that is not sampled, after ``step`` complete ones and with ``waiting`` steps behind them.
+
+    With steps 3, 4 and 5 waiting after 3 complete ones, the last of which was being sampled: 5.
+    """
+    return step + sum(item.rollouts is not None for item in waiting)
+
+
 def _tensors(step: Collected, rollouts: Rollouts) -> dict[str, Tensor]:
     prompts, sequences = rollouts.prompts, rollouts.sequences
     found = {
