@@ -17,10 +17,10 @@ def save_last_step(run: Run, error: Exception) -> None:
     second failure is reported beside the first.
     """
     state = run.state
-    if not state.step:  # nothing is complete that could be lost
-        return
     was_cut = isinstance(error, StopRequested) and run.stop.grace_expired()
     run.lanes.close()  # what later steps have under way is dropped
+    if not state.step:  # nothing is complete that could be lost
+        return
     with run.stop.uninterruptible():  # the stage was limited, the save takes as long as it takes
         _report_row(run)
         answers, reason = _standing(run, error, was_cut)
