@@ -113,6 +113,7 @@ def test_a_step_keeps_the_reference_that_stood_when_it_was_sampled(world: World,
     assert frozen_zero[1:] != moving_zero[1:]
 
 
+@pytest.mark.slow  # beside kills: test_lookahead_kill.py
 def test_a_moving_reference_goes_on(world: World, tmp_path: Path) -> None:
     killed_and_resumed(recipe_of(world, ref={"ref_update_interval": 2}), tmp_path)
 
@@ -178,3 +179,17 @@ def test_a_checkpoint_with_steps_that_wait_is_evaluated_as_the_run_did(world: Wo
     then = next(row for row in read_jsonl(trained.folder / "eval.jsonl") if row["step"] == 2)
     assert now == {name: value for name, value in then.items() if "previous" not in name}
     assert load_waiting(checkpoint)
+
+
+@pytest.mark.slow
+def test_checkpoints_by_the_clock_hold_what_waits_too(world: World, tmp_path: Path) -> None:
+    """``training.save_every_minutes``; a step of the same run replaces them."""
+    often = recipe_of(world, training={"save_interval": 0, "save_every_minutes": 1e-4})
+    whole = undisturbed_run(often, tmp_path / "whole")
+    ended = run_in_child(often, tmp_path / "run", Call(UPDATE, 4))
+    assert ended.code == -signal.SIGKILL
+    (newest,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert newest.name == "iter_0000003"
+    assert [item.step for item in load_waiting(newest)] == [3]
+    assert run_in_child(often, tmp_path / "run").code == 0
+    assert_same_run(tmp_path / "run", whole)

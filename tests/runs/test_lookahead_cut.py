@@ -51,6 +51,7 @@ def finish(recipe: Recipe, run_dir: Path) -> str:
     return ended.output
 
 
+@pytest.mark.slow
 def test_threads_change_nothing(world: World, tmp_path: Path) -> None:
     """What ``Beside`` adds to a run is not seen in its numbers."""
     moving = recipe(world, ref={"ref_update_interval": 2}, training={"eval_interval": 3, "save_interval": 2})
@@ -62,7 +63,7 @@ def test_threads_change_nothing(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("by_signal", "changes"),
     [
-        (False, {}),
+        pytest.param(False, {}, marks=pytest.mark.slow),
         (True, {"ref": {"ref_update_interval": 2}, "training": {"eval_interval": 2, "save_hf_interval": 2}}),
         (False, {"actor_rollout": {"lora_r": 4, "lora_alpha": 8, "lr": 1e-2}}),
     ],

@@ -156,6 +156,7 @@ def test_steps_that_wait_are_in_every_checkpoint_but_the_last(undisturbed_four: 
     assert not (six / "waiting").exists()
 
 
+@pytest.mark.slow
 def test_in_the_background_too(recipe: Recipe, undisturbed: Finished, tmp_path: Path) -> None:
     background = copy.deepcopy(recipe)
     background["training"]["async_save"] = True
@@ -170,7 +171,7 @@ def test_in_the_background_too(recipe: Recipe, undisturbed: Finished, tmp_path: 
     )
 
 
-@pytest.mark.parametrize("name", ["0000004.json", "0000004.safetensors"])
+@pytest.mark.parametrize("name", ["0000004.json", pytest.param("0000004.safetensors", marks=pytest.mark.slow)])
 def test_a_damaged_step_that_waits_is_seen_and_the_checkpoint_before_is_taken(
     recipe: Recipe, undisturbed: Finished, tmp_path: Path, name: str
 ) -> None:
