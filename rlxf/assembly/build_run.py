@@ -14,7 +14,7 @@ from rlxf.assembly.data import Data
 from rlxf.assembly.roles import build_scorer, policy_folder
 from rlxf.checkpointing.resume import Resume, initial_policy
 from rlxf.checkpointing.run_folder import RunFolder
-from rlxf.checkpointing.waiting import save_waiting
+from rlxf.checkpointing.waiting import next_to_sample, save_waiting
 from rlxf.config.changes import SHAPE_FROM
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
@@ -95,8 +95,7 @@ def build_run(
     sync = _sync(config, data, roles, platform)
 
     def describe(state: State) -> dict[str, Any]:
-        kept = left_over(steps, state, config)
-        next_step = kept[-1].step + 1 if kept else state.step
+        next_step = next_to_sample(state.step, left_over(steps, state, config))
         return {
             "prompt_ids": data.training.row_ids(next_step - 1),
             "stream": None if isinstance(data.training, ReplayEngine) else data.training.stream(next_step),

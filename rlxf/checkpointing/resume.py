@@ -12,7 +12,7 @@ from rlxf.checkpointing.fingerprint import fingerprint
 from rlxf.checkpointing.manifest import DRIVER
 from rlxf.checkpointing.run_folder import FORMAT
 from rlxf.checkpointing.store import Damaged, checkpoints_folder, list_checkpoints, newest_good, require_good, step_of
-from rlxf.checkpointing.waiting import load_waiting
+from rlxf.checkpointing.waiting import load_waiting, next_to_sample
 from rlxf.config.changes import SHAPE_FROM, compare
 from rlxf.config.curve import changed_since
 from rlxf.config.schema import RunConfig
@@ -45,8 +45,8 @@ class Resume:
 
     @property
     def next_step(self) -> int:
-        """The first step whose rows were not read."""
-        return self.waiting[-1].step + 1 if self.waiting else self.state.step
+        """The first step that is not sampled; its rows are read now, or again."""
+        return next_to_sample(self.state.step, self.waiting)
 
 
 def initial_policy(config: RunConfig) -> str:
@@ -75,7 +75,7 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
     changes = _check(config, folder, driver)
     state, waiting = _state(driver), load_waiting(folder)
     state.all_failed_scores += sum(step.failed for step in waiting)
-    _begin_anew(config, driver, state, waiting, folder)
+    waiting = _begin_anew(config, driver, state, waiting, folder)
     return Resume(
         folder=folder,
         state=state,
@@ -96,27 +96,32 @@ _OF_SAMPLES = (("rollout", "lookahead"), ("training", "global_batch_size"), ("tr
 
 def _begin_anew(
     config: RunConfig, driver: dict[str, Any], state: State, waiting: list[Collected], folder: Path
-) -> None:
+) -> list[Collected]:
     """The schedule of what is not sampled yet: that of the run, or one that begins here with the recipe's new values.
 
-    Steps that wait are trained on as they were sampled.
+    Returns:
+        Steps that are not sampled anew: they are trained on as they were sampled. A step that was being sampled is one
+        of them, but not with new values: those apply to it.
     """
     then, now = driver["config"], config.dump()
-    changed = [key for section, key in _OF_SAMPLES if then[section].get(key, 0) != now[section][key]]
+    changed = [f"{section}.{key}" for section, key in _OF_SAMPLES if then[section].get(key, 0) != now[section][key]]
+    if changed:
+        waiting = [step for step in waiting if step.rollouts is not None]
     ahead, last = config.rollout.lookahead, config.training.train_iters
-    sampled = waiting[-1].step + 1 if waiting else state.step
+    sampled = state.step + len(waiting)
     if not changed and sampled >= min(state.step + ahead, last):
-        return
+        return waiting
     state.began = state.step
     if changed and waiting:
         log.warning(
-            "%s holds %d steps that were sampled ahead: they are trained on as they were sampled; the new value of %s "
-            "applies from step %d on",
+            "%s holds %s that %s sampled ahead and will be trained on as %s sampled; the new %s from step %d on",
             folder.name,
-            len(waiting),
-            " and ".join(changed),
+            f"{len(waiting)} steps" if len(waiting) > 1 else "a step",
+            *(("were", "they were") if len(waiting) > 1 else ("was", "it was")),
+            " and ".join(changed) + (" apply" if len(changed) > 1 else " applies"),
             sampled + 1,
         )
+    return waiting
 
 
 def _reported(report: dict[str, Any], state: State) -> Reported:

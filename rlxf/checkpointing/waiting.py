@@ -54,6 +54,14 @@ def load_waiting(checkpoint: Path) -> list[Collected]:
     return [_load(path) for path in sorted((checkpoint / FOLDER).glob("*.json"))]
 
 
+def next_to_sample(step: int, waiting: Iterable[Collected]) -> int:
+    """The first step that is not sampled, after ``step`` complete ones and with ``waiting`` steps behind them.
+
+    With steps 3, 4 and 5 waiting after 3 complete ones, the last of which was being sampled: 5.
+    """
+    return step + sum(item.rollouts is not None for item in waiting)
+
+
 def _tensors(step: Collected, rollouts: Rollouts) -> dict[str, Tensor]:
     prompts, sequences = rollouts.prompts, rollouts.sequences
     found = {
@@ -71,8 +79,12 @@ def _tensors(step: Collected, rollouts: Rollouts) -> dict[str, Tensor]:
     }
     if step.raw_scores is not None:
         found["raw_scores"] = step.raw_scores
-    if step.reference is not None:
-        found |= {"reference.chosen": step.reference.chosen, "reference.rejected": step.reference.rejected}
+    if step.reference is not None and step.paired is not None:
+        found |= {
+            "reference.chosen": step.reference.chosen,
+            "reference.rejected": step.reference.rejected,
+            "reference.rows": step.paired,
+        }
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in found.items()}
 
 
@@ -133,6 +145,7 @@ def _fill(step: Collected, tensors: dict[str, Tensor], texts: list[Any], columns
     step.raw_scores = tensors.get("raw_scores")
     if "reference.chosen" in tensors:
         step.reference = PairValues(chosen=tensors["reference.chosen"], rejected=tensors["reference.rejected"])
+        step.paired = tensors["reference.rows"]
 
 
 def _encode(value: object) -> dict[str, str]:

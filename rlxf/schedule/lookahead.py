@@ -138,7 +138,7 @@ class Lookahead(Generic[S]):
         Raises:
             RlxfError: whatever a stage raised since the step was taken.
         """
-        self._run_until(lambda: self._is_sampled(self._num_steps))
+        self._run_until(lambda: not self.unsampled())
 
     def drained(self) -> None:
         """Return when all that can be collected before its turn is collected: no stage is at work."""

@@ -217,6 +217,27 @@ WRONG = [
         "training.save_interval",
         "= 10: expected a multiple of training.eval_interval = 4",
     ),
+    # sampling ahead of training
+    Wrong({"rollout": {"lookahead": -1}}, "rollout.lookahead", "= -1: expected at least 0"),
+    Wrong({"rollout": {"lookahead": 0.5}}, "rollout.lookahead", "= 0.5: expected a whole number"),
+    Wrong({"rollout": {"lookahead": True}}, "rollout.lookahead", "= true: expected a whole number"),
+    Wrong(
+        {"rollout": {"lookahead": 1}, "resource_pool": {"actor_rollout": 1, "colocate": ["train", "infer", "ref"]}},
+        "rollout.lookahead",
+        "= 1: expected 0, because resource_pool.colocate has train and infer: the engines cannot sample on a device",
+    ),
+    *(
+        Wrong(
+            {"training": {"stage": stage}, "rollout": {"lookahead": 1}} | needs,
+            "rollout.lookahead",
+            f"= 1: expected 0: training.stage = {stage} reads a file, and nothing is sampled ahead",
+        )
+        for stage, needs in (
+            ("dpo", {"reward": {"load": None}}),
+            ("sft", {"reward": {"load": None}}),
+            ("rm", {"reward": {"load": None}}),
+        )
+    ),
     # what a run needs
     Wrong({"reward": {"load": None}}, "reward.load", "is required: a reward model's folder; or give reward.function"),
     Wrong({"reward": {"function": "f.py"}}, "reward.load and reward.function", "are both set"),
@@ -263,6 +284,12 @@ def test_what_only_looks_odd_is_accepted() -> None:
     )
     load_config(raw)
     load_config(recipe(actor_rollout={"ppo_mini_batch_size": 3, "micro_batch_size": 4}))
+
+
+def test_one_process_looks_ahead_whatever_shares_devices_on_ray() -> None:
+    shared = {"actor_rollout": 1, "colocate": ["train", "infer"]}
+    found = load_config(recipe(runtime="local", rollout={"lookahead": 4}, resource_pool=shared))
+    assert found.rollout.lookahead == 4
 
 
 def test_offline_asks_for_no_rollout_and_no_reward() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import time
+from collections.abc import Callable
+from threading import Event
 from typing import Any
 
 import pytest
@@ -10,9 +13,11 @@ import torch
 from torch import Tensor
 
 from rlxf.core.errors import ScoreError, ShapeError
+from rlxf.core.stop import Stop
 from rlxf.core.types import Rollouts
 from rlxf.driver import train
 from rlxf.loop.run import State
+from rlxf.schedule import InThreads
 from rlxf.score.failures import FailureLimit
 from tests.data_world import make_rollouts, prompt_batch
 from tests.unit.small_run import TokenCounter, small_config, small_run
@@ -32,6 +37,13 @@ class Flaky(TokenCounter):
         if self.calls - 1 in self._failing:
             raise self._error(f"reward.function=mine.py: `reward` failed: mine.py:{self.calls}: HTTPError: 503")
         return super().score(rollouts)
+
+
+def wait_until(is_done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_done():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def limited(scorer: Any, limit: int, state: State | None = None) -> tuple[FailureLimit, State]:
@@ -109,6 +121,36 @@ def test_a_step_without_scores_makes_no_pair_and_is_counted() -> None:
     assert small.notes.steps[2]["pair/missing"] == small.notes.steps[2]["pair/dropped"] == 8.0
     assert "loss" not in small.notes.steps[2]
     assert state.failed_scores == 32
+
+
+def test_failures_of_a_step_are_its_own_while_the_one_before_is_completed() -> None:
+    """With lookahead a step is scored in a thread while an earlier one is trained and counted."""
+    state = State()
+
+    begun = Event()
+
+    class Meanwhile(Flaky):
+        def score(self, rollouts: Rollouts) -> Tensor:
+            if self.calls == 0:
+                time.sleep(0.2)  # the second step is sampled
+            elif self.calls == 1:
+                begun.set()
+                wait_until(lambda: state.step == 1)
+            return super().score(rollouts)
+
+    scorer, _ = limited(Meanwhile(0, 1), 64, state)
+    small = small_run(small_config(rollout__lookahead=1), scorer=scorer, state=state, lanes=InThreads(Stop()))
+    write = small.recorder.write
+
+    def record(*step: Any) -> None:
+        assert begun.wait(20)
+        write(*step)
+
+    small.recorder.write = record  # type: ignore[method-assign]
+    train(small.run)
+    assert state.step == 4
+    assert (state.failed_scores, state.failing_scores) == (64, 0)
+    assert [saved.failed_scores for saved in small.folder.states] == [64]
 
 
 def test_one_failure_more_ends_the_run() -> None:
