@@ -51,6 +51,9 @@ _NO_TENSOR = {"max_position_embeddings"}
 _NOT_HELD = {"vocab_size", "untie_embeddings_and_output_weights"}
 
 
+# Keys that earlier versions did not have, with the value that says what they did.
+_SINCE = {"rollout.lookahead": 0}
+
 SHAPE_FROM = ("shape_from", "folder")  # key and value in driver.json
 
 
@@ -73,7 +76,7 @@ def compare(before: Mapping[str, Any], config: RunConfig, *, from_folder: bool =
             what the recipe said, and compared only a part of it with the folders.
     """
     changes, now = Changes(), config.dump()
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = {**_SINCE, **dict(_flat(before))}, dict(_flat(now))
     for key in old.keys() & new.keys():
         if old[key] == new[key] or key in _HARMLESS or key.startswith(tuple(f"{s}." for s in _HARMLESS_SECTIONS)):
             continue

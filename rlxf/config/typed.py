@@ -6,12 +6,29 @@ from collections.abc import Collection
 from pathlib import Path
 
 from rlxf.config.normalise import Section
+from rlxf.config.stages import stage_names
 from rlxf.core.data_files import indexed_files
 
 
 def make_room(recipe: Section, typed: Collection[str]) -> list[str]:
     """Remove replaced keys from ``recipe``. Returns a note for each, to log once the recipe has passed its checks."""
-    return [*_scorer(recipe, typed), *_evaluation(recipe, typed)]
+    return [*_scorer(recipe, typed), *_evaluation(recipe, typed), *_lookahead(recipe, typed)]
+
+
+def _lookahead(recipe: Section, typed: Collection[str]) -> list[str]:
+    """A typed layout in which train and infer share devices, or a typed stage of a file, replaces the lookahead."""
+    rollout = recipe.get("rollout", {})
+    if "rollout.lookahead" in typed or not rollout.get("lookahead"):
+        return []
+    shared = recipe.get("resource_pool", {}).get("colocate")
+    if "resource_pool.colocate" in typed and isinstance(shared, list) and {"train", "infer"} <= {*map(str, shared)}:
+        reason = "resource_pool.colocate is on the command line, with train and infer"
+    elif "training.stage" in typed and recipe["training"]["stage"] in stage_names(online=False):
+        reason = "training.stage is on the command line, and reads a file"
+    else:
+        return []
+    del rollout["lookahead"]
+    return [f"{reason}: rollout.lookahead of the recipe is left out"]
 
 
 def _scorer(recipe: Section, typed: Collection[str]) -> list[str]:

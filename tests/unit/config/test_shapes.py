@@ -256,6 +256,23 @@ def test_training_data_path_is_other_data_where_the_actor_has_none_of_its_own(
         load_config(raw, typed=["training.data_path", "eval.data_path"])
 
 
+def test_a_typed_layout_on_shared_devices_takes_the_place_of_the_recipes_lookahead(
+    files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared = ["train", "infer", "ref", "reward"]
+    raw = recipe(dry_run=False, runtime="ray", rollout={"lookahead": 1}, resource_pool={"colocate": shared})
+    with pytest.raises(ConfigError, match=r"rollout\.lookahead = 1: expected 0, because resource_pool\.colocate has"):
+        load_config(raw)
+    with caplog.at_level(logging.INFO):
+        config = load_config(raw, typed=["resource_pool.colocate"])
+    assert config.rollout.lookahead == 0
+    assert "resource_pool.colocate is on the command line, with train and infer: rollout.lookahead" in caplog.text
+    with pytest.raises(ConfigError, match=r"rollout\.lookahead = 1"):
+        load_config(raw, typed=["resource_pool.colocate", "rollout.lookahead"])
+    raw["resource_pool"] = {"colocate": ["ref", "reward"]}
+    assert load_config(raw, typed=["resource_pool.colocate"]).rollout.lookahead == 1
+
+
 # A plan without folders
 
 
