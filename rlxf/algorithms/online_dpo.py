@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from rlxf.algorithms.algorithm import reference_stage, with_reference
 from rlxf.core.errors import SyncError
 from rlxf.core.types import Batch, Examples, Pairs, Rollouts
@@ -86,7 +84,3 @@ def _score_and_pair(run: Run, collected: Collected) -> None:
         pairing = PAIRINGS[config.algorithm.pairing](scored, min_score_margin=config.algorithm.min_score_margin)
     collected.metrics |= rollout_metrics(scored, collected.seconds["gen"]) | pair_metrics(pairing)
     collected.scored, collected.pairing, collected.data = scored, pairing, pairing.pairs
-    paired = torch.stack([pairing.chosen_rows, pairing.rejected_rows], dim=1)
-    if collected.paired is None or not collected.paired.equal(paired):
-        collected.reference = None  # of a resumed run whose recipe makes other pairs now: it is asked again
-    collected.paired = paired

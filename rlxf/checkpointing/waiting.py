@@ -79,12 +79,8 @@ def _tensors(step: Collected, rollouts: Rollouts) -> dict[str, Tensor]:
     }
     if step.raw_scores is not None:
         found["raw_scores"] = step.raw_scores
-    if step.reference is not None and step.paired is not None:
-        found |= {
-            "reference.chosen": step.reference.chosen,
-            "reference.rejected": step.reference.rejected,
-            "reference.rows": step.paired,
-        }
+    if step.reference is not None:
+        found |= {"reference.chosen": step.reference.chosen, "reference.rejected": step.reference.rejected}
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in found.items()}
 
 
@@ -145,7 +141,6 @@ def _fill(step: Collected, tensors: dict[str, Tensor], texts: list[Any], columns
     step.raw_scores = tensors.get("raw_scores")
     if "reference.chosen" in tensors:
         step.reference = PairValues(chosen=tensors["reference.chosen"], rejected=tensors["reference.rejected"])
-        step.paired = tensors["reference.rows"]
 
 
 def _encode(value: object) -> dict[str, str]:

@@ -25,7 +25,6 @@ class Collected:
     failed: int = 0  # completions whose call of the scorer failed
     scored: ScoredRollouts | None = None
     pairing: PairingResult | None = None
-    paired: Tensor | None = None  # [N, 2] int64, rows of ``rollouts``: chosen and rejected of the pairs in ``data``
     data: Pairs | Examples | None = None  # pairs, or what a file holds; without any rows no update is made
     reference: PairValues | None = None  # its answer about pairs, if the objective reads it
     referred: str | None = None  # digest of those pairs

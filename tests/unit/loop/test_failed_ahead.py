@@ -25,7 +25,7 @@ class Item:
 
 
 def test_a_step_that_an_earlier_process_left_is_waited_for_whatever_its_number() -> None:
-    """The run may have fewer steps now; nothing may be pushed while the engines sample it."""
+    """Nothing may be pushed while the engines sample it."""
     begun = Event()
 
     def sample(item: Item) -> None:
@@ -36,7 +36,7 @@ def test_a_step_that_an_earlier_process_left_is_waited_for_whatever_its_number()
     gen: Stage[Item] = Stage(name="gen", lane="infer", is_done=lambda item: item.sampled, work=sample)
     left = Item(5)
     schedule = Lookahead(
-        [gen], InThreads(Stop()), lambda step, boundary: Item(step), num_ahead=1, num_steps=3, steps=deque([left])
+        [gen], InThreads(Stop()), lambda step, boundary: Item(step), num_ahead=1, num_steps=6, steps=deque([left])
     )
     assert schedule.unsampled() == [left]
     schedule.sampled()
@@ -58,7 +58,7 @@ class Broken:
 
 def test_a_run_that_fails_in_its_first_step_ends_what_is_under_way() -> None:
     lanes = Closing()
-    small = small_run(small_config(rollout__lookahead=1), scorer=Broken(), lanes=lanes)
+    small = small_run(small_config(rollout__lookahead=1), scorer=Broken(), lanes=lambda stop: lanes)
     with pytest.raises(TrainingError, match="the service is down"):
         train(small.run)
     assert lanes.closed

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from rlxf.core.errors import ScoreError, ShapeError
-from rlxf.core.stop import Stop
 from rlxf.core.types import Rollouts
 from rlxf.driver import train
 from rlxf.loop.run import State
@@ -139,7 +138,7 @@ def test_failures_of_a_step_are_its_own_while_the_one_before_is_completed() -> N
             return super().score(rollouts)
 
     scorer, _ = limited(Meanwhile(0, 1), 64, state)
-    small = small_run(small_config(rollout__lookahead=1), scorer=scorer, state=state, lanes=InThreads(Stop()))
+    small = small_run(small_config(rollout__lookahead=1), scorer=scorer, state=state, lanes=InThreads)
     write = small.recorder.write
 
     def record(*step: Any) -> None:
