@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from pathlib import Path
 
@@ -81,6 +82,8 @@ class RemoteEngines:
         ``keeps``: ``pushed`` can read a bucket until it is sent anew.
         """
         address = transport.connect(self._actor, self, keeps=keeps)
+        if keeps:  # it is read-only here, and only read
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         self._own_end = transport.receiver(address) if keeps else None
         self._kept.clear()
         self._window = transport.window

@@ -135,7 +135,7 @@ def test_with_other_pairs_the_reference_is_asked_again(world: World, cut: dict[i
     newest = list_checkpoints(forgot / "checkpoints")[-1]
     (path,) = (newest / "waiting").glob("*.safetensors")
     tensors = load_file(path)
-    assert {"reference.chosen", "reference.rejected", "reference.rows"} <= tensors.keys()
+    assert {"reference.chosen", "reference.rejected"} <= tensors.keys()
     save_file({name: tensor for name, tensor in tensors.items() if not name.startswith("reference.")}, path)
     (newest / "manifest.json").unlink()
     write_manifest(newest)
@@ -153,14 +153,15 @@ def test_more_steps_after_a_finished_run_are_not_the_longer_run(
 
 
 def test_fewer_steps_than_wait(world: World, whole: dict[int, Finished], cut: dict[int, Path], tmp_path: Path) -> None:
-    """The others go on waiting in the last checkpoint."""
+    """What waits behind the new end is dropped; with more steps again its prompts are sampled, and come once."""
     run_dir = shutil.copytree(cut[4], tmp_path / "run")
     done = go_on(recipe(world, 4, training={"train_iters": 4}), run_dir)
     assert done.rollouts == rows_of(whole[4], 0, 1, 2, 3)
-    assert [item.step for item in load_waiting(run_dir / "checkpoints" / "iter_0000004")] == [4, 5]
+    assert load_waiting(run_dir / "checkpoints" / "iter_0000004") == []
     done = go_on(recipe(world, 4), run_dir)
-    assert rows_of(done, 4, 5) == rows_of(whole[4], 4, 5)
-    assert versions(done) == [0, 0, 0, 0, 0, 1, 4, 4]
+    assert versions(done) == [0, 0, 0, 0, 4, 4, 4, 4]
+    prompts = [[row["prompt_ids"] for row in finished.rollouts] for finished in (done, whole[4])]
+    assert prompts[0] == prompts[1]
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_ahead(tmp_path: Path) -> None:
