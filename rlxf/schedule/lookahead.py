@@ -164,6 +164,7 @@ class Lookahead(Generic[S]):
             raise failure
         self._go_on()
         while not is_done():
+            assert self._running  # else nothing would ever end this wait
             self._lanes.wait([future for _, future in self._running.values()])
             self._go_on()
 
