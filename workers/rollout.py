@@ -71,7 +71,7 @@ class RemoteEngines:
         self._own_end: Receiver | None = None  # of a run that keeps what was pushed
         self._kept: dict[int, Message] = {}  # the messages of the last push, or references to them
 
-    def machines(self, *, keeps: bool) -> set[str]:
+    def machines(self, *, keeps: bool = False) -> set[str]:
         """Where the actor's first rank and the engines are; and this process, if it has to read what was pushed."""
         here = {this_machine()} if keeps else set[str]()
         return here | {self._actor.machine(), *self._group.waiter.gather(self._group.send("machine"))}
