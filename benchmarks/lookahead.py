@@ -32,7 +32,7 @@ from benchmarks.ray_overhead import UNCOUNTED_TURNS, measure_turns  # noqa: E402
 from benchmarks.sides import Ours, Recipe, Trl, Work, run_ours, run_recipe, run_trl  # noqa: E402
 from benchmarks.turns import Program, Turn  # noqa: E402
 
-STEPS_PER_TURN = {"tiny": 16, "2.5M": 12, "26M": 6}
+STEPS_PER_TURN = {"tiny": 16, "2.5M": 12, "26M": 4}
 SIDES = ("k0", "k1", "k2", "trl")
 WORKLOADS = ("fixed", "lognormal")
 CORES = 2
