@@ -13,6 +13,7 @@ import os
 import runpy
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ class Ours:
 
 def run_ours(gate: Gate, side: Ours, folder: Path) -> None:
     """Train by the recipe, through the launcher that a user's command reaches."""
+    from rlxf.assembly import start
     from rlxf.config.load import load_config
 
     os.environ[SPEC] = json.dumps(asdict(side.work))
@@ -128,7 +130,7 @@ def run_ours(gate: Gate, side: Ours, folder: Path) -> None:
         from workers import launch as launcher  # type: ignore[no-redef]
 
         launcher.WORKERS["infer"] = FixedLengthWorker  # type: ignore[attr-defined]
-    launcher.Clock = lambda: GatedClock(gate)  # type: ignore[attr-defined, assignment]
+    start.Clock = partial(GatedClock, gate)  # type: ignore[misc, assignment]
     if config.rollout.lookahead:
         drain_at_turns(gate)
     launcher.launch(config, folder / "run")
@@ -162,10 +164,9 @@ def run_recipe(gate: Gate, side: Recipe, folder: Path) -> None:
     os.chdir(ROOT)
     options = (f"runtime={side.runtime}", f"rollout.engine={side.engine}", f"hydra.run.dir={folder / 'run'}")
     sys.argv = ["ray_gpt.py", "--config-name", side.name, *options, *side.overrides]
-    from rlxf.assembly import local
-    from workers import launch
+    from rlxf.assembly import start
 
-    local.Clock = launch.Clock = lambda: GatedClock(gate)  # type: ignore[attr-defined, assignment, misc]
+    start.Clock = partial(GatedClock, gate)  # type: ignore[misc, assignment]
     runpy.run_path("ray_gpt.py", run_name="__main__")
 
 

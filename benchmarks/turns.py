@@ -67,8 +67,8 @@ class Gate:
 class GatedClock(Clock):
     """The driver's clock, with a gate before each step."""
 
-    def __init__(self, gate: Gate) -> None:
-        super().__init__()
+    def __init__(self, gate: Gate, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._gate = gate
 
     def start(self, step: int) -> None:

@@ -46,6 +46,7 @@ def look_ahead(run: Run, algorithm: Algorithm) -> Schedule:
     """The run's schedule, with the steps that a resumed run has collected already."""
 
     def make(step: int, boundary: int) -> Collected:
+        assert boundary == max(run.state.began, step - ahead)  # what `rollout.lookahead` promises
         return Collected(step=step, sampled_at=boundary, version=run.state.policy_version)
 
     ahead, num_steps = run.config.rollout.lookahead, run.config.training.train_iters
