@@ -457,5 +457,8 @@ def resume_small(ended: SmallRun, config: RunConfig, **others: Any) -> SmallRun:
     assert resumed is not None
     small = small_run(config, state=state, resumed=resumed, **others)
     state.all_failed_scores += sum(step.failed for step in small.run.steps)
+    ahead, left = config.rollout.lookahead, config.training.train_iters - state.step
+    if ahead != ended.run.config.rollout.lookahead or len(small.run.steps) < min(ahead, left):
+        state.began = state.step  # as `find_resume` has it
     small.actor.load_checkpoint(resumed)
     return small
