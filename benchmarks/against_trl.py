@@ -48,9 +48,7 @@ def main() -> None:
             report["sizes"][size] = summarize(found, work, world)
     again = turns.gemm_peak()
     report["gemm_peak_gflops"] = {name: max(value, again[name]) for name, value in report["gemm_peak_gflops"].items()}
-    for line in table(report):
-        print(line)
-    turns.write_results(arguments.output, report)
+    turns.write_results(arguments.output, report, table(report))
 
 
 def parse() -> argparse.Namespace:

@@ -48,9 +48,7 @@ def main() -> None:
                 made = programs(size, workload, arguments, Path(scratch, f"{size}_{workload}"))
                 found = measure_turns(made, arguments.repeats)
                 report["results"][f"{size}, {workload}"] = summarize(found, STEPS_PER_TURN[size])
-    for line in table(report):
-        print(line)
-    turns.write_results(arguments.output, report)
+    turns.write_results(arguments.output, report, table(report))
 
 
 def parse() -> argparse.Namespace:

@@ -51,9 +51,7 @@ def main() -> None:
             overrides += [(role, "micro_batch_size", 8) for role in ("actor_rollout", "ref", "reward")]
             side = Ours(world=world, work=work, overrides=tuple(overrides))
             report["settings"][name] = count(side, chosen, rejected)
-    for line in table(report):
-        print(line)
-    turns.write_results(arguments.output, report)
+    turns.write_results(arguments.output, report, table(report))
 
 
 def parse() -> argparse.Namespace:

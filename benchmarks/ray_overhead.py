@@ -39,9 +39,7 @@ def main() -> None:
             made = programs(size, arguments, Path(scratch, size))
             found = measure_turns(made, arguments.repeats)
             report["sizes"][size] = summarize(found, STEPS_PER_TURN[size])
-    for line in table(report):
-        print(line)
-    turns.write_results(arguments.output, report)
+    turns.write_results(arguments.output, report, table(report))
 
 
 def parse() -> argparse.Namespace:

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -215,7 +215,10 @@ def _best(kernel: Callable[[], Any], repeats: int) -> float:
     return min(times)
 
 
-def write_results(path: Path, report: Any) -> None:
+def write_results(path: Path, report: Any, lines: Iterable[str] = ()) -> None:
+    """Print ``lines``, the table of a report, and write the report as JSON."""
+    for line in lines:
+        print(line)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nwritten: {path}")

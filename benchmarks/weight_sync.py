@@ -67,9 +67,7 @@ def main() -> None:
                     pushes.stop()
     finally:
         ray.shutdown()
-    for line in table(report):
-        print(line)
-    turns.write_results(arguments.output, report)
+    turns.write_results(arguments.output, report, table(report))
 
 
 def parse() -> argparse.Namespace:

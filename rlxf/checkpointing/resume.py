@@ -13,7 +13,7 @@ from rlxf.checkpointing.manifest import DRIVER
 from rlxf.checkpointing.run_folder import FORMAT
 from rlxf.checkpointing.store import Damaged, checkpoints_folder, list_checkpoints, newest_good, require_good, step_of
 from rlxf.checkpointing.waiting import load_waiting, next_to_sample
-from rlxf.config.changes import SHAPE_FROM, compare
+from rlxf.config.changes import SHAPE_FROM, SINCE, compare, flat
 from rlxf.config.curve import changed_since
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import CheckpointError
@@ -91,7 +91,7 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
 
 
 # Keys that decide which weights, rows and seeds a step that is not sampled yet gets.
-_OF_SAMPLES = (("rollout", "lookahead"), ("training", "global_batch_size"), ("training", "seed"))
+_OF_SAMPLES = ("rollout.lookahead", "training.global_batch_size", "training.seed")
 
 
 def _begin_anew(
@@ -103,8 +103,8 @@ def _begin_anew(
         Steps that are not sampled anew: they are trained on as they were sampled. A step that was being sampled is one
         of them, but not with new values: those apply to it.
     """
-    then, now = driver["config"], config.dump()
-    changed = [f"{section}.{key}" for section, key in _OF_SAMPLES if then[section].get(key, 0) != now[section][key]]
+    then, now = SINCE | dict(flat(driver["config"])), dict(flat(config.dump()))
+    changed = [key for key in _OF_SAMPLES if then[key] != now[key]]
     if changed:
         waiting = [step for step in waiting if step.rollouts is not None]
     ahead, last = config.rollout.lookahead, config.training.train_iters

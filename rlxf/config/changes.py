@@ -52,7 +52,7 @@ _NOT_HELD = {"vocab_size", "untie_embeddings_and_output_weights"}
 
 
 # Keys that earlier versions did not have, with the value that says what they did.
-_SINCE = {"rollout.lookahead": 0}
+SINCE = {"rollout.lookahead": 0}
 
 SHAPE_FROM = ("shape_from", "folder")  # key and value in driver.json
 
@@ -76,7 +76,7 @@ def compare(before: Mapping[str, Any], config: RunConfig, *, from_folder: bool =
             what the recipe said, and compared only a part of it with the folders.
     """
     changes, now = Changes(), config.dump()
-    old, new = {**_SINCE, **dict(_flat(before))}, dict(_flat(now))
+    old, new = {**SINCE, **dict(flat(before))}, dict(flat(now))
     for key in old.keys() & new.keys():
         if old[key] == new[key] or key in _HARMLESS or key.startswith(tuple(f"{s}." for s in _HARMLESS_SECTIONS)):
             continue
@@ -98,7 +98,7 @@ def _said(key: str, old: Any, new: Any) -> str:
     return f"{key} {show(old)} -> {show(new)}"
 
 
-def _flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """``section.key`` and value of every key but the models', which are compared role by role."""
     for section, values in recipe.items():
         if section == "model":

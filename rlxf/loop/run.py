@@ -186,9 +186,8 @@ class State:
     """The driver's own state after the last complete step: what a resumed run needs besides the actor's."""
 
     step: int = 0  # complete driver steps
-    began: int = (
-        0  # the step from which on samples follow the schedule: the first one, or that of a resume that changed it
-    )
+    # Samples follow the schedule from this step on: the first one, or that of a resume that changed the schedule.
+    began: int = 0
     policy_version: int = 0  # updates of the actor
     empty_steps: int = 0  # steps without a pair, in a row
     num_tokens: int = 0  # trained on so far

@@ -6,7 +6,6 @@ trainer.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import wait as wait_for
@@ -79,5 +78,4 @@ class InThreads:
     def close(self) -> None:
         """Threads give up their waits; the process is not left to shut down under their feet."""
         self._stop.leave_background()
-        deadline = time.monotonic() + LEAVE_S
-        wait_for(self._under_way, timeout=max(0.0, deadline - time.monotonic()))
+        wait_for(self._under_way, timeout=LEAVE_S)

@@ -164,9 +164,14 @@ class Lookahead(Generic[S]):
             raise failure
         self._go_on()
         while not is_done():
-            assert self._running  # else nothing would ever end this wait
+            assert self._running, f"nothing would end this wait: {self._missing()}"
             self._lanes.wait([future for _, future in self._running.values()])
             self._go_on()
+
+    def _missing(self) -> str:
+        """The steps and the stages that they have not been through, for a message."""
+        found = ((item.step, stage.name) for item in self._steps for stage in self._stages if not stage.is_done(item))
+        return ", ".join(f"step {step} lacks {name}" for step, name in found)
 
     def _go_on_quietly(self) -> None:
         try:

@@ -196,3 +196,11 @@ def end(processes: list[psutil.Process]) -> None:
     _, alive = psutil.wait_procs(processes, timeout=20)
     for process in alive:
         process.kill()
+
+
+def end_run(process: subprocess.Popen[str]) -> None:
+    """Kill a run that has not ended, and what it has started."""
+    if process.poll() is None:
+        family = children(process.pid)
+        process.kill()
+        end(family)

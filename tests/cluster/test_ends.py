@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from rlxf.checkpointing.store import list_checkpoints, step_of
-from tests.cluster.conftest import Recipe, children, command_of, end, environment
+from tests.cluster.conftest import Recipe, children, command_of, end_run, environment
 from tests.cluster.test_launch import leftovers, numbers, succeed, wait_until
 from tests.cluster.test_resume import weights
 
@@ -74,10 +74,7 @@ def started(recipe: Recipe, run_dir: Path, *overrides: str) -> Iterator[subproce
         yield process
         assert not [name for name in leftovers(family) if "Worker" in name]
     finally:
-        if process.poll() is None:
-            family = children(process.pid)
-            process.kill()
-            end(family)
+        end_run(process)
 
 
 def worker(process: subprocess.Popen[str], kind: str) -> psutil.Process:

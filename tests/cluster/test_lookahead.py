@@ -20,7 +20,7 @@ import pytest
 
 from rlxf.checkpointing.store import list_checkpoints
 from rlxf.checkpointing.waiting import load_waiting
-from tests.cluster.conftest import Recipe, children, end, environment
+from tests.cluster.conftest import Recipe, children, end_run, environment
 from tests.cluster.test_ends import worker
 from tests.cluster.test_launch import leftovers, numbers, succeed, wait_until
 from tests.cluster.test_resume import weights
@@ -148,10 +148,7 @@ def held(recipe: Recipe, run_dir: Path, calls: tuple[str, ...], *overrides: str)
         assert "UserWarning" not in run.output, run.output
         assert not [name for name in leftovers(family) if "Worker" in name]
     finally:
-        if process.poll() is None:
-            family = children(process.pid)
-            process.kill()
-            end(family)
+        end_run(process)
 
 
 def assert_cut(run: Held, run_dir: Path, step: int, lookahead: int) -> None:

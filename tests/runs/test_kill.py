@@ -199,7 +199,12 @@ def test_when_none_is_whole_the_run_does_not_begin_again(recipe: Recipe, undistu
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_at_random_moments(recipe: Recipe, undisturbed: Finished, tmp_path: Path, seed: int) -> None:
-    run_dir, draw = tmp_path / "run", random.Random(seed)
+    assert_survives_random_kills(recipe, tmp_path / "run", undisturbed, seed)
+
+
+def assert_survives_random_kills(recipe: Recipe, run_dir: Path, undisturbed: Finished, seed: int) -> None:
+    """Killed at up to four random moments, each time after it went on, and then to its end."""
+    draw = random.Random(seed)
     for _ in range(4):
         ended = run_in_child(recipe, run_dir, After(draw.uniform(0.2, 2.0)))
         if ended.code == 0:

@@ -7,7 +7,6 @@ and a reference that moves, so that a step that waits holds log-probabilities th
 from __future__ import annotations
 
 import copy
-import random
 import signal
 from pathlib import Path
 
@@ -15,9 +14,9 @@ import pytest
 
 from rlxf.checkpointing.store import list_checkpoints
 from rlxf.checkpointing.waiting import load_waiting
-from tests.runs.killed import After, Call, File, assert_same_run, run_in_child, undisturbed_run
+from tests.runs.killed import Call, File, assert_same_run, run_in_child, undisturbed_run
 from tests.runs.small import Finished, Recipe, World
-from tests.runs.test_kill import assert_survives, flip_one_bit
+from tests.runs.test_kill import assert_survives, assert_survives_random_kills, flip_one_bit
 
 STEPS = 6
 ONLINE, ACTOR, FOLDER = "rlxf.algorithms.online_dpo", "rlxf.update.actor", "rlxf.checkpointing.run_folder"
@@ -194,10 +193,4 @@ def test_killed_at_random_moments(lookahead: int, seed: int, request: pytest.Fix
         request.getfixturevalue(name)
         for name in {1: ("recipe", "undisturbed"), 4: ("four", "undisturbed_four")}[lookahead]
     )
-    run_dir, draw = tmp_path / "run", random.Random(seed)
-    for _ in range(4):
-        ended = run_in_child(recipe, run_dir, After(draw.uniform(0.2, 2.0)))
-        if ended.code == 0:
-            break
-        assert ended.code == -signal.SIGKILL, ended.output
-    assert_survives(recipe, run_dir, undisturbed)
+    assert_survives_random_kills(recipe, tmp_path / "run", undisturbed, seed)
