@@ -235,7 +235,7 @@ class HttpClient:
         except (aiohttp.ClientSSLError, aiohttp.ClientConnectorCertificateError) as error:
             problem, again = f"no secure connection: {self._plain(str(error))}", False
         except aiohttp.ClientConnectorError as error:
-            number = error.os_error.errno
+            number = error.os_error.errno or 0
             reason = os.strerror(number) if number in errno.errorcode else str(error.os_error)
             problem = f"no connection ({self._plain(reason)})"
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):
