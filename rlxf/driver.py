@@ -96,7 +96,7 @@ def learn(run: Run, schedule: Schedule, collected: Collected) -> None:
     state.policy_version += 1
     state.empty_steps = 0
     state.num_tokens += num_tokens(data) * run.config.actor_rollout.ppo_epochs
-    state.complete(collected.failed, without_drift_of_others(metrics), AFTER_UPDATE)
+    state.complete(collected, without_drift_of_others(metrics), AFTER_UPDATE)
     run.clock.add(collected.seconds)
 
 
@@ -110,5 +110,5 @@ def skip(run: Run, collected: Collected) -> None:
             f"raise algorithm.max_empty_steps = {limit}"
         )
     state.empty_steps += 1
-    state.complete(collected.failed, collected.metrics, WITHOUT_UPDATE)
+    state.complete(collected, collected.metrics, WITHOUT_UPDATE)
     run.clock.add(collected.seconds)

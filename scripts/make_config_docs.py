@@ -13,14 +13,15 @@ sys.path.insert(0, str(ROOT))
 from pydantic.fields import FieldInfo  # noqa: E402
 from pydantic_core import PydanticUndefined  # noqa: E402
 
-from rlxf.config import keys, roles, schema  # noqa: E402
+from rlxf.config import keys, rewards, roles, schema  # noqa: E402
 from rlxf.config.fields import LocalPath  # noqa: E402
 from rlxf.config.kinds import Strict  # noqa: E402
 
 PAGE = ROOT / "docs" / "config.md"
 INTRO = """# Configuration
 
-*Generated from the docstrings in `rlxf/config/{schema,roles}.py` by `scripts/make_config_docs.py`; do not edit.*
+*Generated from the docstrings in `rlxf/config/{schema,roles,rewards}.py` by `scripts/make_config_docs.py`; do not
+edit.*
 
 This page lists every key that a recipe can set, with its type, its default and its meaning. The [glossary](glossary.md)
 explains the terms. A recipe is a YAML file in `configs/rlxf/`. You run it by its name:
@@ -42,7 +43,7 @@ python ray_gpt.py --config-name online_dpo_trainer_tiny training.seed=2 actor_ro
   `config.yaml` and checkpoints hold the shape that was used.
 - If no section sets them, `ref` and `reward` take `bf16`, `seq_length` and `micro_batch_size` from the actor. `ref`
   also takes `load`. If their folders do not exist and they name no `model`, they take the actor's shape.
-- `reward.load` or `reward.function` on the command line replaces the other one in the recipe.
+- `reward.load`, `reward.function` or `reward.sources` on the command line replaces the others in the recipe.
 - **Paths** are relative to the folder where you type the command.
 - An unknown key, in a file or on the command line, is an error. The message names the nearest valid key. All mistakes
   in a recipe are reported at once.
@@ -69,6 +70,8 @@ def kind(annotation: Any, metadata: list[Any]) -> str:
         return "mapping, or one in JSON"
     if get_origin(annotation) is tuple and any(isinstance(part, LocalPath) for part in get_args(inner[0])):
         return kind(inner[0], [])
+    if get_origin(annotation) is tuple and inner[0] is rewards.RewardSource:
+        return "list of mappings, see below"
     if get_origin(annotation) is tuple and inner[0] is str:
         return "list of text"
     if get_origin(annotation) is tuple and float in (inner[0], getattr(inner[0], "__origin__", None)):
@@ -130,6 +133,7 @@ def page() -> str:
     parts.append(section("actor_rollout", roles.ActorConfig, above=roles.RoleConfig))
     parts.append(section("ref", roles.ReferenceConfig, above=roles.RoleConfig))
     parts.append(section("reward", roles.RewardConfig, above=roles.RoleConfig))
+    parts.append(section("reward.sources[]", rewards.RewardSource))
     for name in ("rollout", "sync", "algorithm", "resource_pool", "eval", "log"):
         parts.append(section(name, keys.SECTIONS[name]))
     parts.append(section("model.<name>", schema.ModelConfig))

@@ -8,15 +8,16 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlxf.assembly.build_run import Roles
 from rlxf.assembly.data import needs_scorer
+from rlxf.assembly.rewards import open_readers
 from rlxf.assembly.start import clocked, prepared, run_prepared
 from rlxf.config.kinds import Role
 from rlxf.config.schema import RunConfig
@@ -63,12 +64,16 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
         config = found.config
         platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
         plan = make_plan(config)
-        with clocked(found) as clock, connected(plan, platform, stop) as cluster:
+        with (
+            open_readers(config, stop) as readers,
+            clocked(found) as clock,
+            connected(plan, platform, stop) as cluster,
+        ):
             waiter = Waiter(clock, stop, config.training.stage_timeout_s, cluster.logs)
             with stop.interruptible():
                 groups, loading = start_workers(config, plan, platform, waiter)
                 waiter.gather(loading, config.training.start_timeout_s)
-            roles = make_roles(config, platform, groups)
+            roles = replace(make_roles(config, platform, groups), readers=readers)
             # Without lookahead the stages of a step follow each other anyway.
             lanes = InThreads(stop) if config.rollout.lookahead else OneAfterTheOther()
             run_prepared(found, roles, platform=platform, clock=clock, stop=stop, lanes=lanes)
@@ -99,12 +104,6 @@ def start_workers(
             continue
         slots = [(slot.options(), slot.node) for slot in pools.slots(role)]
         groups[role.role] = _start_group(config, role.role, slots, platform, waiter)
-    if (
-        needs_scorer(config) and "reward" not in groups
-    ):  # a reward function: no device, and on the node that has its file
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        slots = [({"num_cpus": 0, "scheduling_strategy": here}, "of the driver")]
-        groups["reward"] = _start_group(config, "reward", slots, platform, waiter)
     _say_who_is_where(groups)
     _say_exports(config, groups, platform)
     for group in groups.values():
@@ -168,12 +167,12 @@ def _say_exports(config: RunConfig, roles: Iterable[Role], platform: Platform) -
 
 def make_roles(config: RunConfig, platform: Platform, groups: dict[Role, WorkerGroup]) -> Roles:
     """The roles as the driver sees them."""
-    actor = RemoteActor(groups["train"])
+    actor, scores = RemoteActor(groups["train"]), "reward" in groups
     engines = _connect(config, platform, RemoteEngines(groups["infer"], actor)) if "infer" in groups else None
     return Roles(
         actor=actor,
         reference=_reference(config, groups, actor),
-        scorer=RemoteScorer(groups["reward"]) if "reward" in groups else None,
+        models={name: RemoteScorer(groups["reward"], name) for name in config.reward.models} if scores else {},
         rollout=engines,
         sink=engines,
     )

@@ -1,10 +1,10 @@
-"""The scorer's processes (a reward model's ranks, or a reward function's one) and how the driver sees them."""
+"""The processes of the reward models, and how the driver sees them."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from rlxf.assembly.roles import build_scorer
+from rlxf.assembly.roles import build_models
 from rlxf.core.types import Rollouts
 from rlxf.score.scorer import Scorer
 
@@ -13,21 +13,21 @@ from .worker import Worker
 
 
 class RewardWorker(Worker):
-    """One rank of the reward model, or the reward function."""
+    """One rank of each reward model."""
 
-    make = staticmethod(build_scorer)
-    room: Scorer
+    make = staticmethod(build_models)
+    room: dict[str, Scorer]
 
-    def score(self, rollouts: Rollouts) -> Tensor | None:
-        return self.answer(self.room.score(rollouts))
+    def score(self, name: str, rollouts: Rollouts) -> Tensor | None:
+        return self.answer(self.room[name].score(rollouts))
 
 
 class RemoteScorer:
-    """The scorer on its worker processes."""
+    """A reward model on its worker processes; ``name``: of its source."""
 
-    def __init__(self, group: WorkerGroup) -> None:
-        self._group = group
+    def __init__(self, group: WorkerGroup, name: str) -> None:
+        self._group, self._name = group, name
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        scores: Tensor = self._group.call("score", rollouts)
+        scores: Tensor = self._group.call("score", self._name, rollouts)
         return scores

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
 from rlxf.algorithms.algorithm import reference_stage, with_reference
 from rlxf.core.errors import SyncError
 from rlxf.core.types import Batch, Examples, Pairs, Rollouts
 from rlxf.loop.collected import Collected
 from rlxf.loop.run import Online, Reference, Run
 from rlxf.observe.formulas import data_metrics, pair_metrics, rollout_metrics
+from rlxf.observe.record import plain
 from rlxf.pair import PAIRINGS
 from rlxf.schedule.lookahead import Stage
+from rlxf.score.combine import Term
 from rlxf.score.penalty import with_scores
 
 
@@ -74,13 +81,33 @@ def _score_and_pair(run: Run, collected: Collected) -> None:
     source, config, rollouts = _online(run), run.config, collected.rollouts
     assert rollouts is not None  # the stage before
     with run.working(collected, "adv"):
-        if collected.raw_scores is None:
-            before = run.state.all_failed_scores
-            raw_scores = source.scorer.score(rollouts)
-            collected.failed = run.state.all_failed_scores - before
-            collected.raw_scores = raw_scores
+        _score(run, collected, rollouts)
+        assert collected.raw_scores is not None
         penalty = config.actor_rollout.missing_eos_penalty
         scored = with_scores(rollouts, collected.raw_scores, eos_ids=source.eos_ids, missing_eos_penalty=penalty)
+        scored = replace(scored, sources=_by_name(source.rewards.terms, collected.table), extra=collected.extra)
         pairing = PAIRINGS[config.algorithm.pairing](scored, min_score_margin=config.algorithm.min_score_margin)
     collected.metrics |= rollout_metrics(scored, collected.seconds["gen"]) | pair_metrics(pairing)
     collected.scored, collected.pairing, collected.data = scored, pairing, pairing.pairs
+
+
+def _score(run: Run, collected: Collected, rollouts: Rollouts) -> None:
+    """``table`` [B, S] and its sums. Steps come here in their order: a running scale has seen all before this one."""
+    source, known = _online(run), collected.raw_scores
+    if known is None:
+        before = run.state.all_failed_scores
+        found = source.rewards.score(rollouts)
+        collected.failed = run.state.all_failed_scores - before
+        collected.table = found.table
+        collected.extra = {name: [plain(value) for value in values] for name, values in found.extra.items()}
+        collected.metrics |= found.metrics
+    if collected.table is not None and collected.table.shape[1] == len(source.rewards.terms):
+        sums, collected.running = source.scales.add(collected.table)
+        collected.raw_scores = known if known is not None else sums
+
+
+def _by_name(terms: Sequence[Term], table: Tensor | None) -> dict[str, Tensor]:
+    """[B] scores of each source; none of a step that another list of sources has scored."""
+    if table is None or table.shape[1] != len(terms):
+        return {}
+    return {term.name: column for term, column in zip(terms, table.unbind(1), strict=True)}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from rlxf.assembly.data import Data
-from rlxf.assembly.roles import build_scorer, policy_folder
+from rlxf.assembly.rewards import make_rewards
+from rlxf.assembly.roles import policy_folder
 from rlxf.checkpointing.resume import Resume, initial_policy
 from rlxf.checkpointing.run_folder import RunFolder
 from rlxf.checkpointing.waiting import next_to_sample, save_waiting
@@ -32,12 +33,14 @@ from rlxf.loop.run import Actor, Evaluate, FileSource, Online, Reference, Rollou
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.observe.record import Recorders, RolloutRecorder, SampleRecorder
 from rlxf.observe.report import ReportSettings, RunReport
-from rlxf.platform.base import Platform, Process
+from rlxf.platform.base import Platform
 from rlxf.reference.cached import CachedReference, cache_folder
 from rlxf.rollout.replay import ReplayEngine
 from rlxf.schedule.lanes import Lanes
-from rlxf.score.failures import FailureLimit
+from rlxf.score.combine import RunningScales
 from rlxf.score.scorer import Scorer
+from rlxf.score.sources import Unscaled
+from rlxf.score.texts import TextSource
 from rlxf.sync.probe import Probe, make_probe
 from rlxf.sync.push import SyncReport, WeightSink, WeightSource, WeightSync
 from rlxf.sync.refresh import MovableReference, ReferenceUpdater, Weights, no_refresh
@@ -55,7 +58,8 @@ class Roles:
 
     actor: SyncedActor
     reference: Reference
-    scorer: Scorer | None = None  # None: offline, or the replayed scores are used
+    models: Mapping[str, Scorer] = field(default_factory=dict)  # reward models, by the name of their source
+    readers: Mapping[str, TextSource] = field(default_factory=dict)  # what scores texts, by name
     rollout: Rollout | None = None  # None: offline or replay
     sink: WeightSink | None = None  # the rollout engines, as far as weights are concerned
 
@@ -90,7 +94,7 @@ def build_run(
     state = resume.state if resume else State()
     steps = deque(resume.waiting if resume else ())
     reference = _reference(config, data, roles, stop, platform)
-    evaluation = _evaluation(config, data, roles, reference, state)
+    evaluation = _evaluation(config, data, roles, reference, state, platform, stop)
     refresh = _refresh(config, roles)
     sync = _sync(config, data, roles, platform)
 
@@ -132,7 +136,7 @@ def build_run(
             folder.prune(resume.state.step)
     return Run(
         config=config,
-        source=_source(config, run_dir, data, roles, platform, state, clock, resume),
+        source=_source(config, run_dir, data, roles, platform, state, clock, stop, resume),
         reference=reference,
         actor=roles.actor,
         sync=sync,
@@ -234,13 +238,14 @@ def _source(
     platform: Platform,
     state: State,
     clock: Clock,
+    stop: Stop,
     resume: Resume | None,
 ) -> Online | FileSource:
     if isinstance(data.training, PreferenceFile | ExampleFile):
         return data.training
     rollout = data.training if isinstance(data.training, ReplayEngine) else roles.rollout
-    scorer = roles.scorer or build_scorer(config, platform, Process())  # a replay's scores need no process of their own
-    scorer = FailureLimit(scorer, state, config.reward.max_failures, lambda: f"step {clock.step_here + 1}")
+    place = lambda: f"step {clock.step_here + 1}"  # noqa: E731
+    rewards = make_rewards(config, roles.models, roles.readers, platform=platform, tally=state, place=place, stop=stop)
     assert rollout is not None  # a run that samples has an engine
     logs, trains = config.log, not config.training.eval_only
     after = resume.state.step if resume else None
@@ -251,7 +256,14 @@ def _source(
         logs.samples_interval,
     )
     eos_ids = _eos_ids(config, data)
-    return Online(prompts=data.training, rollout=rollout, scorer=scorer, eos_ids=eos_ids, recorder=recorder)
+    return Online(
+        prompts=data.training,
+        rollout=rollout,
+        rewards=rewards,
+        scales=RunningScales(rewards.terms, state.running),
+        eos_ids=eos_ids,
+        recorder=recorder,
+    )
 
 
 def _eos_ids(config: RunConfig, data: Data) -> tuple[int, ...]:
@@ -274,14 +286,23 @@ def build_probe(config: RunConfig, platform: Platform, prompts: Tokens) -> Probe
     return make_probe(prompts, block=platform.kv_block_size, positions=positions, precision=actor.precision)
 
 
-def _evaluation(config: RunConfig, data: Data, roles: Roles, reference: Reference, state: State) -> Evaluate | None:
+def _evaluation(
+    config: RunConfig,
+    data: Data,
+    roles: Roles,
+    reference: Reference,
+    state: State,
+    platform: Platform,
+    stop: Stop,
+) -> Evaluate | None:
     if config.offline and data.evaluation:
         assert not isinstance(data.evaluation, PromptBatch)
         return OfflineEvaluation(config.training, data.evaluation, roles.actor, reference)
-    if not isinstance(data.evaluation, PromptBatch) or roles.rollout is None or roles.scorer is None:
+    if not isinstance(data.evaluation, PromptBatch) or roles.rollout is None or config.replays_scores:
         return None
-    limit, place = config.reward.max_failures, lambda: f"the evaluation after {state.step} steps"
-    scorer = FailureLimit(roles.scorer, state, limit, place)
+    place = lambda: f"the evaluation after {state.step} steps"  # noqa: E731
+    rewards = make_rewards(config, roles.models, roles.readers, platform=platform, tally=state, place=place, stop=stop)
+    scorer = Unscaled(rewards)
     rooms = EvalBackends(rollout=roles.rollout, scorer=scorer, actor=roles.actor, reference=roles.reference)
     eos_ids = _eos_ids(config, data)
     return Evaluation(evaluation_settings(config, eos_ids), data.evaluation, rooms, tokenizer=data.tokenizer)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from rlxf.assembly.build_run import Roles
 from rlxf.assembly.data import needs_scorer
-from rlxf.assembly.roles import build_actor, build_engine, build_reference, build_scorer
+from rlxf.assembly.rewards import open_readers
+from rlxf.assembly.roles import build_actor, build_engine, build_models, build_reference
 from rlxf.assembly.start import clocked, prepared, run_prepared
 from rlxf.config.schema import RunConfig
 from rlxf.core.command import Typed
@@ -36,23 +38,23 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
     with prepared(config, run_dir, stop, typed) as found:
         if found is None:
             return
-        with clocked(found, role_rows=True) as clock:
+        with open_readers(found.config, stop) as readers, clocked(found, role_rows=True) as clock:
             with stop.interruptible():
                 platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
-                roles = build_roles(found.config, platform)
+                roles = replace(build_roles(found.config, platform), readers=readers)
             run_prepared(found, roles, platform=platform, clock=clock, stop=stop, lanes=OneAfterTheOther())
 
 
 def build_roles(config: RunConfig, platform: Platform) -> Roles:
     """Every role of the recipe as one rank in this process."""
     process = Process()
-    scorer = build_scorer(config, platform, process) if needs_scorer(config) else None
+    models = build_models(config, platform, process) if needs_scorer(config) else {}
     engine = build_engine(config, platform) if config.samples else None
     actor = build_actor(config, platform, process)
     return Roles(
         actor=actor,
         reference=_reference(config, platform, process, actor),
-        scorer=scorer,
+        models=models,
         rollout=engine,
         sink=LocalSink(actor, engine) if engine is not None else None,
     )

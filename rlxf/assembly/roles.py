@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlxf.config.roles import RoleConfig
+from rlxf.config.config_json import read_settings, shape_of
+from rlxf.config.roles import RewardConfig, RoleConfig
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError
 from rlxf.platform.base import Platform, Process
@@ -79,8 +80,23 @@ def build_reference(config: RunConfig, platform: Platform, process: Process) -> 
     return FrozenReference(model, limits_of(config.ref), moves=config.ref.ref_update_interval > 0)
 
 
-def build_scorer(config: RunConfig, platform: Platform, process: Process) -> Scorer:
-    """One rank of the reward model, the reward function, or the scores of a replay.
+def build_models(config: RunConfig, platform: Platform, process: Process) -> dict[str, Scorer]:
+    """One rank of each reward model, by the name of its source.
+
+    Raises:
+        ModelError: a folder does not hold a reward model.
+    """
+    return {
+        name: build_scorer(config, platform, process, section=section) for name, section in config.reward.models.items()
+    }
+
+
+def build_scorer(
+    config: RunConfig, platform: Platform, process: Process, *, section: RewardConfig | None = None
+) -> Scorer:
+    """One rank of a reward model, or the scores of a replay.
+
+    ``section``: of the model; without it the recipe's ``reward``.
 
     Raises:
         ModelError: ``reward.load`` does not hold a reward model.
@@ -88,13 +104,13 @@ def build_scorer(config: RunConfig, platform: Platform, process: Process) -> Sco
     from rlxf.models.tokenizer import load_tokenizer
     from rlxf.score import SCORERS, ScorerParts
 
-    reward, trust = config.reward, config.training.trust_remote_code
+    reward, trust = section or config.reward, config.training.trust_remote_code
     parts = ScorerParts(
         config=reward,
         limits=limits_of(reward),
         recording=config.rollout.replay_path,
         policy=partial(sampled_by, config),
-        load_model=partial(load_role, config, "reward", platform, process),
+        load_model=partial(load_role, config, "reward", platform, process, section=reward),
         load_tokenizer=lambda: load_tokenizer(_tokenizer_folder(reward, "reward"), trust_remote_code=trust),
     )
     return SCORERS[config.scorer](parts)
@@ -135,17 +151,19 @@ def engine_settings(config: RunConfig) -> EngineSettings:
     )
 
 
-def load_role(config: RunConfig, role: RoleName, platform: Platform, process: Process) -> MegatronModel:
-    """This rank's share of a role's model."""
+def load_role(
+    config: RunConfig, role: RoleName, platform: Platform, process: Process, *, section: RoleConfig | None = None
+) -> MegatronModel:
+    """This rank's share of a role's model. ``section``: what it is loaded by; without it the recipe's."""
     from rlxf.models.backend import LoadSettings, load_model
 
     actor, training = config.actor_rollout, config.training
     sections: dict[RoleName, RoleConfig] = {"actor_rollout": actor, "ref": config.ref, "reward": config.reward}
-    section, is_actor = sections[role], role == "actor_rollout"
+    section, is_actor = section or sections[role], role == "actor_rollout"
     trained_as_reward = is_actor and config.objective == "reward"
     settings = LoadSettings(
         role=role,
-        shape=config.model.get(section.model),
+        shape=config.model.get(section.model) if section.model else shape_of(read_settings(Path(str(section.load)))),
         seed=training.seed,
         timeout_s=training.stage_timeout_s,
         trust_remote_code=training.trust_remote_code,

@@ -79,6 +79,8 @@ def _tensors(step: Collected, rollouts: Rollouts) -> dict[str, Tensor]:
     }
     if step.raw_scores is not None:
         found["raw_scores"] = step.raw_scores
+    if step.table is not None:
+        found["table"] = step.table
     if step.reference is not None:
         found |= {"reference.chosen": step.reference.chosen, "reference.rejected": step.reference.rejected}
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in found.items()}
@@ -91,6 +93,7 @@ def _values(step: Collected) -> dict[str, Any]:
         "sampled_at": step.sampled_at,
         "version": step.version,
         "failed": step.failed,
+        "extra": step.extra,
         "referred": step.referred,
         "metrics": finite_or_null(step.metrics),
         "seconds": step.seconds,
@@ -107,6 +110,7 @@ def _load(path: Path) -> Collected:
             sampled_at=values["sampled_at"],
             version=values["version"],
             failed=values["failed"],
+            extra=values.get("extra", {}),
             referred=values["referred"],
             metrics=from_json(values["metrics"]),
             seconds=values["seconds"],
@@ -138,7 +142,7 @@ def _fill(step: Collected, tensors: dict[str, Tensor], texts: list[Any], columns
         engine_logps=tensors["engine_logps"],
         policy_version=tensors["policy_version"],
     )
-    step.raw_scores = tensors.get("raw_scores")
+    step.raw_scores, step.table = tensors.get("raw_scores"), tensors.get("table")
     if "reference.chosen" in tensors:
         step.reference = PairValues(chosen=tensors["reference.chosen"], rejected=tensors["reference.rejected"])
 

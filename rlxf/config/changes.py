@@ -21,7 +21,7 @@ _HARMLESS = {
     *(f"training.{key}" for key in ("stage_timeout_s", "start_timeout_s", "trust_remote_code")),
     *("training.save_every_minutes", "training.stop_grace_s"),
     *("actor_rollout.save", "rollout.gpu_memory_utilization", "rollout.cpu_kv_cache_gib"),
-    *("actor_rollout.max_bad_rows", "reward.max_failures"),
+    *("actor_rollout.max_bad_rows", "reward.max_failures", "reward.workers", "reward.timeout_s"),
     *("actor_rollout.data_path", "rollout.replay_path"),  # their content is compared instead
     *("runtime", "dry_run", "rollout.engine"),  # the resulting engine is compared instead
     *("training.train_iters", "actor_rollout.ppo_mini_batch_size"),  # compared with what they depend on
@@ -52,7 +52,7 @@ _NOT_HELD = {"vocab_size", "untie_embeddings_and_output_weights"}
 
 
 # Keys that earlier versions did not have, with the value that says what they did.
-SINCE = {"rollout.lookahead": 0}
+SINCE: dict[str, Any] = {"rollout.lookahead": 0, "reward.sources": []}
 
 SHAPE_FROM = ("shape_from", "folder")  # key and value in driver.json
 

@@ -18,6 +18,7 @@ from rlxf.config.placement import placement_problems
 from rlxf.config.problems import Problem, show, wrong
 from rlxf.config.read_position import warn_of_read_position
 from rlxf.config.recording import holds_scores
+from rlxf.config.reward_sources import source_problems
 from rlxf.config.roles import ActorConfig, RoleConfig
 from rlxf.config.schema import ModelConfig, RunConfig
 from rlxf.config.trackers import tracker_problems
@@ -206,12 +207,18 @@ def _reward(config: RunConfig) -> Iterator[Problem]:
     reward = config.reward
     if config.offline:
         return
+    yield from source_problems(config)
+    if reward.sources:
+        return
     if reward.load is not None and reward.function is not None:
         text = "reward.load and reward.function are both set: completions are scored by one of them; remove the other"
         yield Problem(("reward.load", "reward.function"), text)
     if reward.load is not None or reward.function is not None:
         return
-    text = "reward.load is required: a reward model's folder; or give reward.function, a Python file that scores"
+    text = (
+        "reward.load is required: a reward model's folder; or give reward.function, a Python file that scores, or "
+        "reward.sources"
+    )
     path = config.rollout.replay_path
     if config.samples:
         yield Problem(("reward.load", "reward.function"), text)
@@ -301,8 +308,9 @@ def _local(config: RunConfig) -> Iterator[Problem]:
 
 
 def _warn(config: RunConfig) -> None:
-    if config.replays_scores and (config.reward.load is not None or config.reward.function is not None):
-        logger.warning("reward.load and reward.function have no effect: the scores in rollout.replay_path are used")
+    if config.replays_scores and config.reward.listed:
+        keys = "reward.sources has" if config.reward.sources else "reward.load and reward.function have"
+        logger.warning("%s no effect: the scores in rollout.replay_path are used", keys)
     warn_of_unused(config)
     warn_of_other_stages(config)
     warn_of_read_position(config)

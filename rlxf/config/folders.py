@@ -64,10 +64,16 @@ def named_paths(config: RunConfig) -> list[NamedPath]:
         "training.resume": None if config.training.resume in RESUME_WORDS else config.training.resume,
     }
     files: dict[str, tuple[str | None, tuple[str, ...]]] = {
-        "reward.function": (None if config.offline or config.replays_scores else reward.function, _PYTHON),
+        **{key: (path, _PYTHON) for key, path in _functions(config)},
         "rollout.replay_path": (config.rollout.replay_path if config.engine == "replay" else None, (".jsonl",)),
         "eval.metrics": (config.eval.metrics if evaluates else None, _PYTHON),
     }
+    if config.scores:
+        for number, source in enumerate(reward.sources):
+            named = {"load": source.load, "tokenizer_name_or_path": source.tokenizer_name_or_path}
+            folders |= {f"reward.sources[{number}].{key}": path for key, path in named.items()}
+        if reward.sources:
+            del folders["reward.load"], folders["reward.tokenizer_name_or_path"]
     found = [NamedPath(key, Path(path), folder=True) for key, path in folders.items() if path is not None]
     found += [NamedPath(key, Path(path), suffixes=kinds) for key, (path, kinds) in files.items() if path is not None]
     data = {
@@ -78,6 +84,15 @@ def named_paths(config: RunConfig) -> list[NamedPath]:
         NamedPath(key, Path(path), suffixes=_DATA_SUFFIXES, data=True) for key in data for path in data[key] or ()
     ]
     return found
+
+
+def _functions(config: RunConfig) -> Iterator[tuple[str, str | None]]:
+    """The Python files that score."""
+    if config.offline or config.replays_scores:
+        return
+    yield "reward.function", config.reward.function
+    for number, source in enumerate(config.reward.sources):
+        yield f"reward.sources[{number}].function", source.function
 
 
 def missing_paths(config: RunConfig) -> list[NamedPath]:

@@ -111,7 +111,13 @@ ReadAt = Literal["auto", "end_of_turn", "last_token"]
 PairingName = Literal["best_worst"]
 
 
-ScorerName = Literal["model", "function", "recorded"]
+ReaderName = Literal["function", "http", "rule"]
+
+
+SourceKind = Literal["model", "function", "http", "rule"]
+
+
+ScorerName = Literal["model", "recorded"]
 
 
 Role = Literal["train", "infer", "ref", "reward"]

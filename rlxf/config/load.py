@@ -16,6 +16,7 @@ from rlxf.config.keys import REFUSED_STAGES, ROLES, SECTIONS
 from rlxf.config.kinds import Stage, Strict
 from rlxf.config.normalise import Section, normalise
 from rlxf.config.problems import Problem, concerning, expectation, lines, show
+from rlxf.config.rewards import RewardSource, with_first_model
 from rlxf.config.schema import ModelConfig, RunConfig
 from rlxf.config.shapes import Written, resolve_shapes
 from rlxf.config.stages import STAGES
@@ -46,6 +47,8 @@ def load_config(raw: Mapping[str, Any], *, earlier: Sequence[str] = (), typed: C
     """
     recipe, problems = normalise(raw)
     notes = make_room(recipe, typed)
+    if "reward" in recipe:
+        recipe["reward"] = with_first_model(recipe["reward"])
     merged, origins = _merge(recipe)
     config, wrong_values, incomplete = _validate(merged, origins)
     problems += wrong_values
@@ -131,12 +134,28 @@ def _problem(error: ErrorDetails, merged: Section, origins: Mapping[str, str]) -
     whole = [".".join(path[:2])] if path[0] == "model" else []  # a model with a wrong key is left out as a whole
     if error["type"] == "missing":
         return Problem((key, *whole), f"{name} is required: {_required(path)}")
+    if path[:2] == list(_LISTED) and len(path) > len(_LISTED):
+        return _problem_of_source(error, path)
     value: Any = merged
     for part in path[:depth]:
         value = value[part] if isinstance(value, Mapping) and part in value else error["input"]
     if key == "training.stage" and str(value) in REFUSED_STAGES:
         return Problem((key,), f"{name} = {show(value)}: {REFUSED_STAGES[value]}")
     return Problem((key, *whole), f"{name} = {show(value)}: {_EXPLAINED.get(path[-1]) or expectation(error)}")
+
+
+_LISTED = ("reward", "sources")
+
+
+def _problem_of_source(error: ErrorDetails, path: list[str]) -> Problem:
+    """A mistake inside an entry of ``reward.sources``."""
+    whole = ".".join(_LISTED)
+    key = f"{whole}[{path[2]}]" + (f".{path[3]}" if len(path) > 3 else "")
+    if error["type"] == "extra_forbidden":
+        near = nearest(path[3], RewardSource.model_fields)
+        return Problem((whole,), f"{key}: unknown key" + (f'; did you mean "{near}"?' if near else ""))
+    expected = expectation(error) if len(path) > 3 else "expected a mapping such as {function: my.py, weight: 0.5}"
+    return Problem((whole,), f"{key} = {show(error['input'])}: {expected}")
 
 
 _EXPLAINED = {
@@ -208,5 +227,14 @@ def _with_absolute_paths(merged: Section) -> Section:
                 values[key] = [_absolute(path, mark) for path in values[key]]
             elif key in values and values[key] not in mark.words:
                 values[key] = _absolute(values[key], mark)
+        if section == _LISTED[0] and isinstance(values.get(_LISTED[1]), list | tuple):
+            values[_LISTED[1]] = [_with_absolute_path(source) for source in values[_LISTED[1]]]
         located[section] = values
     return located
+
+
+def _with_absolute_path(source: Any) -> Any:
+    if not isinstance(source, Mapping):
+        return source
+    marks = dict(path_fields(RewardSource))
+    return {key: _absolute(value, marks[key]) if key in marks else value for key, value in source.items()}

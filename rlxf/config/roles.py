@@ -5,7 +5,9 @@ Each part of the program receives the section that it needs.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field
 
@@ -27,12 +29,12 @@ from rlxf.config.kinds import (
     PythonFile,
     Rate,
     ReadAt,
-    ScorerName,
     Share,
     Shares,
     Strict,
     Weights,
 )
+from rlxf.config.rewards import RewardSource
 
 
 class LengthConfig(Strict):
@@ -285,7 +287,7 @@ class ReferenceConfig(RoleConfig):
 
 
 class RewardConfig(RoleConfig):
-    """What gives completions their scores: a reward model (``load``) or a Python function (``function``)."""
+    """What scores completions: a reward model (``load``), a Python function (``function``), or several ``sources``."""
 
     model: str | None = None  # type: ignore[assignment]
     """Shape of the reward model, as for the other roles. A reward function has no model."""
@@ -294,11 +296,62 @@ class RewardConfig(RoleConfig):
     read_at: ReadAt = "auto"
     """Token at which a reward model's score is read. `auto`: the one that its `config.json` names, else `last_token`.
     See docs/stages.md."""
+    sources: Annotated[tuple[RewardSource, ...], BeforeValidator(as_tuple)] = ()
+    """Several sources of scores, which are scaled, weighted and added up. `load` or `function` alone is the short form
+    of a list of one."""
+    workers: int | None = Field(None, ge=0)
+    """Processes that run a reward function or a rule. 0: the run's own process, where breakpoints work. Several are for
+    functions that keep no state. Unset: 1, and 0 with `runtime=local`."""
+    timeout_s: Annotated[Finite, Field(gt=0)] = 600.0
+    """Longest time, in seconds, that a reward function, a rule or a service may take for the completions of a step. A
+    function that takes longer is ended, and its completions have no score."""
     max_failures: int = Field(0, ge=0)
-    """Number of completions in the whole run that may stay without a score because a call of the reward function
-    failed. One more ends the run."""
+    """Number of scores in the whole run that may be missing because a call of a reward function or service failed. One
+    more ends the run."""
 
     @property
-    def kind(self) -> ScorerName:
-        """The kind of scorer that this section describes."""
-        return "model" if self.function is None else "function"
+    def listed(self) -> tuple[RewardSource, ...]:
+        """The sources by their full names; what `load` or `function` says as a list of one."""
+        sources = self.sources or self._short
+        names: list[str] = []
+        for source in sources:
+            names.append(_free(source.name or _default_name(source), names))
+        return tuple(source.model_copy(update={"name": name}) for source, name in zip(sources, names, strict=True))
+
+    @property
+    def _short(self) -> tuple[RewardSource, ...]:
+        if self.function is not None:
+            return (RewardSource(function=self.function),)
+        if self.load is None:
+            return ()
+        return (RewardSource(load=self.load, tokenizer_name_or_path=self.tokenizer_name_or_path, read_at=self.read_at),)
+
+    @property
+    def models(self) -> dict[str, RewardConfig]:
+        """The section of each reward model, by the name of its source. The first one has the shape of `model`."""
+        found: dict[str, RewardConfig] = {}
+        for source in self.listed:
+            if source.load is not None:
+                own = {"load": source.load, "tokenizer_name_or_path": source.tokenizer_name_or_path}
+                own |= {"read_at": source.read_at, **({"model": ""} if source.load != self.load else {})}
+                found[str(source.name)] = self.model_copy(update=own)
+        return found
+
+
+def _default_name(source: RewardSource) -> str:
+    """The name of a checked source that has none of its own."""
+    if source.load is not None:
+        return Path(source.load).name
+    if source.function is not None:
+        return Path(source.function).stem
+    if source.url is not None:
+        return urlsplit(source.url).hostname or "service"
+    return str(source.rule)
+
+
+def _free(name: str, taken: list[str]) -> str:
+    found, number = name, 1
+    while found in taken:
+        number += 1
+        found = f"{name}_{number}"
+    return found

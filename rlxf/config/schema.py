@@ -312,8 +312,14 @@ class RunConfig(Strict):
 
     @property
     def scorer(self) -> ScorerName:
-        """What scores completions: what the ``reward`` section holds, unless a replay holds scores."""
-        return "recorded" if self.replays_scores else self.reward.kind
+        """What scores the tokens of completions: reward models, unless a replay holds scores."""
+        return "recorded" if self.replays_scores else "model"
+
+    @property
+    def reward_workers(self) -> int:
+        """Processes that run a reward function; 0: it runs in the process of the run."""
+        workers = self.reward.workers
+        return (0 if self.runtime == "local" else 1) if workers is None else workers
 
     @property
     def scores(self) -> bool:

@@ -32,16 +32,18 @@ def _lookahead(recipe: Section, typed: Collection[str]) -> list[str]:
 
 
 def _scorer(recipe: Section, typed: Collection[str]) -> list[str]:
-    """A typed ``reward.load`` or ``reward.function`` replaces the other one."""
-    reward = recipe.get("reward", {})
-    given = [key for key in ("load", "function") if f"reward.{key}" in typed and key in reward]
-    if len(given) != 1 or not {"load", "function"} <= reward.keys():
+    """A typed ``reward.load``, ``reward.function`` or ``reward.sources`` replaces the others."""
+    reward, keys = recipe.get("reward", {}), ("load", "function", "sources")
+    given = [key for key in keys if f"reward.{key}" in typed and key in reward]
+    others = [key for key in keys if key in reward and key not in given]
+    if len(given) != 1 or not others:
         return []
-    other = "load" if given == ["function"] else "function"
-    del reward[other]
-    if other == "load" and "reward.model" not in typed:
+    for other in others:
+        del reward[other]
+    if "load" in others and "reward.model" not in typed:
         reward.pop("model", None)
-    return [f"reward.{given[0]} is on the command line: reward.{other} of the recipe is left out"]
+    left = " and ".join(f"reward.{other}" for other in others)
+    return [f"reward.{given[0]} is on the command line: {left} of the recipe is left out"]
 
 
 def _evaluation(recipe: Section, typed: Collection[str]) -> list[str]:

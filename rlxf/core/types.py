@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -207,6 +207,8 @@ class ScoredRollouts:
     raw_scores: Tensor  # [B] float32, as the scorer gave them
     scores: Tensor  # [B] float32, after the missing-EOS penalty
     contains_eos: Tensor  # [B] bool
+    sources: dict[str, Tensor] = field(default_factory=dict)  # [B] float32 each, by the name of a source of rewards
+    extra: dict[str, list[Any]] = field(default_factory=dict)  # columns that reward functions logged, B values each
 
     def __post_init__(self) -> None:
         for name in ("raw_scores", "scores", "contains_eos"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -21,8 +22,11 @@ class Collected:
     sampled_at: int  # boundary whose weights sample it: that many steps were complete then
     version: int  # the policy version that was pushed there
     rollouts: Rollouts | None = None
-    raw_scores: Tensor | None = None  # [B] float32, as the scorer gave them
-    failed: int = 0  # completions whose call of the scorer failed
+    table: Tensor | None = None  # [B, S] float32, as the S sources of rewards gave them
+    extra: dict[str, list[Any]] = field(default_factory=dict)  # columns that reward functions logged, B values each
+    raw_scores: Tensor | None = None  # [B] float32, the weighted sums of the table
+    running: dict[str, list[float]] = field(default_factory=dict)  # moments of running scales, after this step
+    failed: int = 0  # scores that are missing because a call failed
     scored: ScoredRollouts | None = None
     pairing: PairingResult | None = None
     data: Pairs | Examples | None = None  # pairs, or what a file holds; without any rows no update is made

@@ -31,7 +31,8 @@ from rlxf.loop.collected import Collected
 from rlxf.rollout.engine import Sampling
 from rlxf.schedule.lanes import Lanes
 from rlxf.schedule.lookahead import Lookahead
-from rlxf.score.scorer import Scorer
+from rlxf.score.combine import RunningScales
+from rlxf.score.sources import Rewards
 from rlxf.sync.push import SyncReport
 
 
@@ -191,7 +192,9 @@ class State:
     policy_version: int = 0  # updates of the actor
     empty_steps: int = 0  # steps without a pair, in a row
     num_tokens: int = 0  # trained on so far
-    failed_scores: int = 0  # completions that have no score because a call of the scorer failed
+    failed_scores: int = 0  # scores that are missing because a call failed
+    # Number, mean and sum of squared deviations of each source's scores so far, where its scale is ``running``.
+    running: dict[str, list[float]] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)  # of the last complete step
     owed: tuple[Owed, ...] = ()  # by the last complete step: new weights to the engines, move of the reference, ...
     # Of the step under way, never saved:
@@ -217,9 +220,10 @@ class State:
         """``count`` failed scores are of what is complete now, and will not be asked for again."""
         self.failed_scores += count
 
-    def complete(self, failed: int, metrics: Metrics, owed: tuple[Owed, ...]) -> None:
-        """One more step is complete: ``failed`` of its completions have no score because a call failed."""
-        self.count_failures(failed)
+    def complete(self, collected: Collected, metrics: Metrics, owed: tuple[Owed, ...]) -> None:
+        """One more step is complete."""
+        self.count_failures(collected.failed)
+        self.running = collected.running
         self.step, self.metrics, self.owed = self.step + 1, metrics, owed
 
     def settled(self, item: Owed) -> None:
@@ -276,7 +280,8 @@ class Online:
 
     prompts: PromptSource
     rollout: Rollout
-    scorer: Scorer
+    rewards: Rewards
+    scales: RunningScales  # of the sources, step by step
     eos_ids: tuple[int, ...]
     recorder: Recorder
 

@@ -35,11 +35,23 @@ def rollout_metrics(scored: ScoredRollouts, generate_s: float) -> Metrics:
         "objective/scores_margin": _mean(best_minus_worst(scored)),
         "score/missing": float(len(scored) - len(scores)),
         "val/contain_eos_token": _mean(scored.contains_eos.double()),
+        **source_metrics(scored),
         **_spread("reward/score", scores),
         **_spread("response_length", sequences.completion_lengths.double()),
         **_spread("prompt_length", scored.rollouts.prompts.prompts.lengths.double()),
         "rollout/tokens_per_s": float(sequences.completion_lengths.sum()) / max(generate_s, 1e-9),
     }
+
+
+def source_metrics(scored: ScoredRollouts) -> Metrics:
+    """Mean and standard deviation (n - 1) of each source's scores, missing ones left out, and how many are missing."""
+    metrics: Metrics = {}
+    for name, scores in scored.sources.items():
+        known = scores[scores.isfinite()].double()
+        metrics[f"rewards/{name}/mean"] = _mean(known)
+        metrics[f"rewards/{name}/std"] = float(known.std()) if len(known) > 1 else math.nan
+        metrics[f"score/missing/{name}"] = float(len(scores) - len(known))
+    return metrics
 
 
 def best_minus_worst(scored: ScoredRollouts) -> Tensor:

@@ -4,8 +4,9 @@ A row of `rollouts.jsonl` is one prompt:
 ``{"step": n, "prompt_ids": [...], "completions": [{"token_ids": [...], "score": number or null}, ...],
 "policy_version": n}``.
 ``step`` counts from 1, and a replay does not need it. ``token_ids`` include the EOS that was sampled, ``score`` is the
-raw score (penalties apply on replay as they do live), and rows stand in the order in which the run saw the prompts:
-with the run's batch size, a replay makes the same steps.
+raw score (penalties apply on replay as they do live), with several sources of rewards their sum, and then ``scores``
+holds those of each source; ``extra`` holds what reward functions logged. Rows stand in the order in which the run saw
+the prompts: with the run's batch size, a replay makes the same steps.
 """
 
 from __future__ import annotations
@@ -146,11 +147,37 @@ def _record(scored: ScoredRollouts) -> list[Row]:
     return [
         {
             "prompt_ids": prompt,
-            "completions": [{"token_ids": completions[row], "score": _or_null(raw_scores[row])} for row in rows],
+            "completions": [
+                {"token_ids": completions[row], "score": _or_null(raw_scores[row]), **_details(scored, row)}
+                for row in rows
+            ],
             "policy_version": min(int(rollouts.policy_version[row]) for row in rows),
         }
         for prompt, rows in zip(rollouts.prompts.prompts.rows(), by_prompt, strict=True)
     ]
+
+
+def _details(scored: ScoredRollouts, row: int) -> Row:
+    """What several sources say of a completion, and what reward functions logged of it."""
+    details: Row = {}
+    if len(scored.sources) > 1:
+        details["scores"] = {name: _or_null(float(scores[row])) for name, scores in scored.sources.items()}
+    if scored.extra:
+        details["extra"] = {name: plain(values[row]) for name, values in scored.extra.items()}
+    return details
+
+
+def plain(value: Any) -> Any:
+    """A logged value as JSON can hold it: what is neither text nor a finite number is written as text."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    return str(value)
 
 
 def _by_sample(sample_index: Tensor) -> list[int]:
@@ -194,6 +221,8 @@ class SampleRecorder:
                     "rejected_score": float(scored.scores[rejected]),
                     "chosen_eos": bool(scored.contains_eos[chosen]),
                     "rejected_eos": bool(scored.contains_eos[rejected]),
+                    **{f"chosen_{name}": value for name, value in _details(scored, chosen).items()},
+                    **{f"rejected_{name}": value for name, value in _details(scored, rejected).items()},
                 }
             )
         self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table).encode())

@@ -63,8 +63,10 @@ def _rows(config: RunConfig, plan: Plan) -> Iterator[tuple[str, ...]]:
         yield (role.role, role.model, role.group, devices, str(per_node), _layout(role), memory)
     if config.reference_is_base:
         yield ("ref", config.ref.model, "actor_rollout", "0", "[]", "", "none: the actor with its adapters off")
-    if config.reward.function is not None and not config.offline:
-        yield ("reward", "function", "none", "0", "[]", "", Path(config.reward.function).name)
+    for source in config.reward.listed if not config.offline else ():
+        if source.load is None:
+            what = Path(source.function).name if source.function else source.url or source.rule or ""
+            yield ("reward", source.kind, "none", "0", "[]", "", what)
 
 
 def _layout(role: RolePlan) -> str:

@@ -1,14 +1,18 @@
-"""Giving a completion a score: reward model, Python function, recorded score; and the missing-EOS penalty."""
+"""Giving a completion a score: reward models, functions, rules, services, recorded scores; sums and penalties."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rlxf.config.kinds import ScorerName
-from rlxf.score.scorer import Scorer, ScorerParts
+from rlxf.config.kinds import ReaderName, ScorerName
+from rlxf.score.scorer import ReaderParts, Scorer, ScorerParts
+from rlxf.score.texts import TextSource
 
-__all__ = ["SCORERS", "Scorer", "ScorerParts"]
+if TYPE_CHECKING:
+    from rlxf.score.functions import FunctionSource
+
+__all__ = ["READERS", "SCORERS", "ReaderParts", "Scorer", "ScorerParts", "TextSource"]
 
 # A scorer's imports are inside its function: a process imports only what it holds.
 
@@ -19,12 +23,6 @@ def _model(parts: ScorerParts) -> Scorer:
     return RewardModelScorer(parts.load_model(), parts.config, parts.limits, parts.load_tokenizer(), parts.policy())
 
 
-def _function(parts: ScorerParts) -> Scorer:
-    from rlxf.score.functions import FunctionScorer
-
-    return FunctionScorer(Path(str(parts.config.function)), parts.policy().tokenizer)
-
-
 def _recorded(parts: ScorerParts) -> Scorer:
     from rlxf.score.recorded import RecordedScorer
 
@@ -33,6 +31,29 @@ def _recorded(parts: ScorerParts) -> Scorer:
 
 SCORERS: dict[ScorerName, Callable[[ScorerParts], Scorer]] = {
     "model": _model,
-    "function": _function,
     "recorded": _recorded,
 }
+"""Who scores the tokens of completions."""
+
+
+def _function(parts: ReaderParts) -> TextSource:
+    from functools import partial
+    from pathlib import Path
+
+    from rlxf.score.functions import FunctionSource
+
+    path = Path(str(parts.source.function))
+    return _in_process(partial(FunctionSource.from_file, path, parts.key), f"{parts.key}={path}", parts)
+
+
+def _in_process(make: Callable[[], FunctionSource], name: str, parts: ReaderParts) -> TextSource:
+    """In ``parts.workers`` processes; with 0 of them in this one."""
+    from rlxf.score.processes import ProcessSource
+
+    if not parts.workers:
+        return make()
+    return ProcessSource(make, name, workers=parts.workers, timeout_s=parts.timeout_s, stop=parts.stop)
+
+
+READERS: dict[ReaderName, Callable[[ReaderParts], TextSource]] = {"function": _function}
+"""Who scores the texts of completions, by the kind of an entry of ``reward.sources``."""

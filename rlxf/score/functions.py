@@ -1,74 +1,113 @@
-"""Scoring with a Python function from a file."""
+"""Scoring with a Python function from a file. No torch: the process that runs it needs none of its own."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from rlxf.core.errors import ConfigError, RlxfError, ScoreError
-from rlxf.core.types import Rollouts, Text
 from rlxf.core.user_file import describe, load_function
+from rlxf.score.texts import Answered, Asked
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from rlxf.core.types import Text
 
 _SIGNATURE = "def reward(prompts, completions, completion_ids, **columns) -> list[float | None]"
-_FLOAT32_MAX = torch.finfo(torch.float32).max
+_FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 _GIVEN = ("prompts", "completions", "completion_ids")
+_LOGS = ("log_extra", "log_metric")
+
+RewardFunction = Callable[..., Any]
 
 
-class FunctionScorer:
-    """Calls ``reward`` of the file ``reward.function``, with TRL's arguments, once for all completions of a step.
+class FunctionSource:
+    """Calls a reward function with TRL's arguments, once for all completions that it is asked about.
 
     ``prompts`` and ``completions`` are strings, or chat messages where the prompt is a chat; ``completion_ids`` are the
     sampled token ids, without padding; each further column of the data file comes as a keyword, with one value per
-    completion. The function returns a number per completion, or None where it has no score.
+    completion. ``log_extra(column, values)`` and ``log_metric(name, value)`` come if the signature names them. The
+    function returns a number per completion, or None where it has no score; it may be asynchronous.
 
     Args:
-        path: ``reward.function``.
-        tokenizer: the policy's.
+        function: of the user, or of a rule.
+        name: how messages name it: ``reward.function=my.py``.
+        path: its file, whose line messages name; None: it is not the user's.
 
     Raises:
-        ConfigError: the file or the function is missing or wrong, or does not take what the data has.
+        ConfigError: the function cannot take what it is called with.
     """
 
-    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._path = path
-        self._function = load_function(self._path, "reward", key="reward.function", signature=_SIGNATURE)
-        self._require_accepts(dict.fromkeys(_GIVEN), complete=False)  # the data's columns are not known yet
-        self._tokenizer = tokenizer
+    def __init__(self, function: RewardFunction, name: str, path: Path | None = None) -> None:
+        self._function, self._name, self._path = function, name, path
+        asked = inspect.signature(function).parameters
+        self._logs = [log for log in _LOGS if log in asked]
+        self._require_accepts(dict.fromkeys((*_GIVEN, *self._logs)), complete=False)  # columns are not known yet
 
-    def score(self, rollouts: Rollouts) -> Tensor:
-        """[B] float32 raw scores; NaN where the function returned None.
+    @staticmethod
+    def from_file(path: Path, key: str = "reward.function") -> FunctionSource:
+        """``reward`` of a Python file, which is run for that.
+
+        Raises:
+            ConfigError: the file or the function is missing or wrong.
+        """
+        function = load_function(path, "reward", key=key, signature=_SIGNATURE, asynchronous=True)
+        return FunctionSource(function, f"{key}={path}", path)
+
+    def ask(self, asked: Asked) -> Answered:
+        """The function's answer, once it is one finite number or None per completion.
 
         Raises:
             ScoreError: the function failed, or what it returned is not one score per completion.
+            ConfigError: it does not take the columns of the data.
         """
-        prompt_rows = rollouts.prompt_index.tolist()
-        prompts = [rollouts.prompts.texts[row] for row in prompt_rows]
-        ids = rollouts.sequences.completion_rows()
-        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        extra: dict[str, list[Any]] = {}
+        metrics: dict[str, float] = {}
         arguments: dict[str, Any] = {
-            "prompts": [_copy(prompt) for prompt in prompts],
-            "completions": [_reply(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
-            "completion_ids": ids,
+            "prompts": [_copy(prompt) for prompt in asked.prompts],
+            "completions": [_copy(completion) for completion in asked.completions],
+            "completion_ids": asked.completion_ids,
         }
-        for name, values in rollouts.prompts.columns.items():
-            if name in arguments:
-                raise ConfigError(f"actor_rollout.data_path: rename column {name!r}; {self._name} gets its own {name}")
-            arguments[name] = [values[row] for row in prompt_rows]
+        for column, values in asked.columns.items():
+            if column in (*arguments, *self._logs):
+                raise ConfigError(
+                    f"actor_rollout.data_path: rename column {column!r}; {self._name} gets its own {column}"
+                )
+            arguments[column] = values
+        given = {"log_extra": self._keeper(extra, len(asked)), "log_metric": self._logger(metrics)}
+        arguments |= {log: given[log] for log in self._logs}
         self._require_accepts(arguments, complete=True)
-        return self._scores(self._call(arguments), len(rollouts))
+        scores = self._scores(self._call(arguments), len(asked))
+        return Answered(scores=scores, extra=extra, metrics=metrics)
 
-    @property
-    def _name(self) -> str:
-        return f"reward.function={self._path}"
+    def close(self) -> None:
+        """It has started nothing."""
+
+    def _keeper(self, extra: dict[str, list[Any]], count: int) -> Callable[[str, list[Any]], None]:
+        def log_extra(column: str, values: list[Any]) -> None:
+            found = list(values)
+            if len(found) != count:
+                raise ScoreError(
+                    f"{self._name}: log_extra({column!r}, ...): expected {count} values, one per completion, got "
+                    f"{len(found)}"
+                )
+            extra[str(column)] = found
+
+        return log_extra
+
+    def _logger(self, metrics: dict[str, float]) -> Callable[[str, float], None]:
+        def log_metric(name: str, value: float) -> None:
+            try:
+                metrics[str(name)] = float(value)
+            except (TypeError, ValueError) as error:
+                raise ScoreError(
+                    f"{self._name}: log_metric({name!r}, ...): expected a number, got {value!r}"
+                ) from error
+
+        return log_metric
 
     def _require_accepts(self, arguments: dict[str, Any], *, complete: bool) -> None:
         signature = inspect.signature(self._function)
@@ -82,34 +121,36 @@ class FunctionScorer:
     def _call(self, arguments: dict[str, Any]) -> Any:
         try:
             result = self._function(**arguments)
+            if inspect.isawaitable(result):
+                result = asyncio.run(_awaited(result))
             return list(result) if isinstance(result, Iterable) else result  # a generator fails only here
         except RlxfError:  # a stop request reached the program inside the function
             raise
         except Exception as error:
-            raise ScoreError(f"{self._name}: `reward` failed: {describe(error, self._path)}") from error
+            text = describe(error, self._path) if self._path else f"{type(error).__name__}: {error}"
+            raise ScoreError(f"{self._name}: `reward` failed: {text}") from error
 
-    def _scores(self, result: Any, count: int) -> Tensor:
-        """The function's answer as scores, once it is one finite number or None per completion."""
+    def _scores(self, result: Any, count: int) -> list[float | None]:
         if not isinstance(result, list):
             raise ScoreError(f"{self._name}: expected a list of {count} scores, got {type(result).__name__}")
         if len(result) != count:
             raise ScoreError(f"{self._name}: expected {count} scores, one per completion, got {len(result)}")
-        scores = []
+        scores: list[float | None] = []
         for index, value in enumerate(result):
             try:
-                score = math.nan if value is None else float(value)
+                score = None if value is None else float(value)
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:
                 raise ScoreError(f"{self._name}: score {index} must be a number or None, got {value!r}") from error
-            if isinstance(value, str) or abs(score) > _FLOAT32_MAX:
+            if score is not None and (isinstance(value, str) or abs(score) > _FLOAT32_MAX):
                 raise ScoreError(f"{self._name}: score {index} must be a finite number or None, got {value!r}")
-            scores.append(score)
-        return torch.tensor(scores, dtype=torch.float32)
+            scores.append(None if score is None or math.isnan(score) else score)
+        return scores
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
 
 
 def _copy(text: Text) -> Text:
     """A copy for the user's function, which may change its messages."""
     return text if isinstance(text, str) else [dict(message) for message in text]
-
-
-def _reply(prompt: Text, completion: str) -> Text:
-    return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]

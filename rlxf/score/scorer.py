@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
-
-from rlxf.core.types import Rollouts
-
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from rlxf.config.rewards import RewardSource
     from rlxf.config.roles import RewardConfig
+    from rlxf.core.stop import Stop
+    from rlxf.core.types import Rollouts
     from rlxf.models.batching import MicroBatchLimits
     from rlxf.models.megatron.model import MegatronModel
 
@@ -53,3 +53,14 @@ class ScorerParts:
     policy: Callable[[], SampledBy]
     load_model: Callable[[], MegatronModel]  # this rank's share of the reward model
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]  # the reward model's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReaderParts:
+    """The parts from which a source that reads texts is built."""
+
+    source: RewardSource
+    key: str  # that names it in messages, such as ``reward.sources[1].function``
+    workers: int  # processes that run a function; 0: it runs in this one
+    timeout_s: float  # of the completions of a step
+    stop: Stop  # ends a wait early

@@ -34,12 +34,15 @@ from rlxf.loop.collected import Collected
 from rlxf.loop.run import UNSAVED, Evaluate, FileSource, Online, PromptSource, Run, State
 from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_requests
 from rlxf.schedule import Lanes, OneAfterTheOther
+from rlxf.score.combine import RunningScales, Term
+from rlxf.score.sources import Rewards, TokenTerm
 from rlxf.sync.push import SyncReport
 from rlxf.sync.refresh import no_refresh
 from rlxf.update.losses import LossSettings, WeightedLoss
 
 LOSS = WeightedLoss(names=("sigmoid",), weights=(1.0,), settings=LossSettings(beta=1.0))
 VOCAB, EOS, LIKED = 6, 1, 3
+NO_TOKENIZER: Any = None  # nothing here reads texts
 Trace = list[str]
 
 
@@ -381,6 +384,12 @@ class SmallRun:
     trace: Trace
 
 
+def one_source(scorer: Any, state: State, limit: int = 10**9) -> Rewards:
+    """Rewards by one scorer of tokens, named ``one``; ``limit``: of failed scores."""
+    source = TokenTerm(term=Term(name="one"), scorer=scorer)
+    return Rewards([source], NO_TOKENIZER, state, limit, lambda: f"step {state.step + 1}", Stop())
+
+
 def small_run(
     config: RunConfig,
     *,
@@ -422,10 +431,13 @@ def small_run(
     chosen = lanes(stop)
     if isinstance(chosen, OneAfterTheOther):  # all of it is in this process and thread
         stop = Stop(interrupt=True)
+    state = state or State()
+    rewards = scorer if isinstance(scorer, Rewards) else one_source(scorer or TokenCounter(trace), state)
     online = Online(
         prompts=prompts or SmallPrompts(config, trace),
         rollout=engine,
-        scorer=scorer or TokenCounter(trace),
+        rewards=rewards,
+        scales=RunningScales(rewards.terms, state.running),
         eos_ids=(EOS,),
         recorder=recorder,
     )
@@ -441,7 +453,7 @@ def small_run(
         folder=folder,
         clock=Clock(),
         stop=stop,
-        state=state or State(),
+        state=state,
         lanes=chosen,
         steps=steps,
         resumed=resumed,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rlxf.assembly.data import eval_prompts
-from rlxf.assembly.roles import build_engine, build_scorer, policy_tokenizer
+from rlxf.assembly.rewards import open_scorer
+from rlxf.assembly.roles import build_engine, policy_tokenizer
 from rlxf.config.kinds import ReadAt
 from rlxf.config.read_position import warn_of_read_position
 from rlxf.config.schema import RunConfig
@@ -24,7 +25,7 @@ from rlxf.core.types import PromptBatch, Rollouts, Text, Tokens
 from rlxf.core.waiting import own_children
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.tokenizer import eos_token_ids
-from rlxf.platform import Platform, Process, get_platform
+from rlxf.platform import Platform, get_platform
 from rlxf.rollout.engine import Sampling
 from rlxf.score.penalty import with_scores
 
@@ -206,10 +207,13 @@ def answer(config: RunConfig, prompts: PromptBatch, settings: Settings, platform
     parts = [prompts.slice(start, start + size) for start in range(0, len(prompts), size)]
     sample = _generate if settings.engine == "hf" else _generate_apart
     rollouts = sample(config, parts, sampling, platform.name)
-    scorer, tokenizer = build_scorer(config, platform, Process()), policy_tokenizer(config)
+    tokenizer = policy_tokenizer(config)
     eos_ids = eos_token_ids(str(config.actor_rollout.load), tokenizer)
     penalty = settings.missing_eos_penalty
-    scored = [with_scores(part, scorer.score(part), eos_ids=eos_ids, missing_eos_penalty=penalty) for part in rollouts]
+    with open_scorer(config, platform) as scorer:
+        scored = [
+            with_scores(part, scorer.score(part), eos_ids=eos_ids, missing_eos_penalty=penalty) for part in rollouts
+        ]
     rows = [row for part in rollouts for row in part.sequences.completion_rows()]
     return Generations(
         texts=tokenizer.batch_decode(rows, skip_special_tokens=True),

@@ -30,6 +30,7 @@ from tests.unit.small_run import (
     SmallReference,
     SmallRun,
     TokenCounter,
+    one_source,
     resume_small,
     small_config,
     small_run,
@@ -131,7 +132,7 @@ def start(
     arguments = {"trace": trace, "lanes": LANES[lanes], "evaluate": evaluate, **others}
     small = resume_small(ended, config, **arguments) if ended else small_run(config, **arguments)
     evaluate.small = small
-    source = replace(small.run.source, scorer=SomeStepsScore(trace, small.run.state))  # type: ignore[type-var]
+    source = replace(small.run.source, rewards=one_source(SomeStepsScore(trace, small.run.state), small.run.state))  # type: ignore[type-var]
     small.run = replace(small.run, source=source)
     small.folder.during_save = lambda: trace.append("save")
     return small

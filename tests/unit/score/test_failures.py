@@ -17,9 +17,9 @@ from rlxf.core.types import Rollouts
 from rlxf.driver import train
 from rlxf.loop.run import State
 from rlxf.schedule import InThreads
-from rlxf.score.failures import FailureLimit
+from rlxf.score.sources import Rewards
 from tests.data_world import make_rollouts, prompt_batch
-from tests.unit.small_run import TokenCounter, small_config, small_run
+from tests.unit.small_run import TokenCounter, one_source, small_config, small_run
 
 FOUR = make_rollouts(prompt_batch([[5], [6]]), [[[7], [8]], [[9], [10]]])
 
@@ -45,16 +45,16 @@ def wait_until(is_done: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def limited(scorer: Any, limit: int, state: State | None = None) -> tuple[FailureLimit, State]:
+def limited(scorer: Any, limit: int, state: State | None = None) -> tuple[Rewards, State]:
     state = state or State()
-    return FailureLimit(scorer, state, limit, lambda: f"step {state.step + 1}"), state
+    return one_source(scorer, state, limit), state
 
 
 def test_by_default_a_failed_call_ends_the_run_with_its_place() -> None:
     scorer, state = limited(Flaky(0), 0)
     state.step = 899
     with pytest.raises(ScoreError) as raised:
-        scorer.score(FOUR)
+        scorer.score(FOUR).table[:, 0]
     text = str(raised.value)
     assert text.startswith(
         "step 900: reward.function=mine.py: `reward` failed: mine.py:1: HTTPError: 503; 4 completions"
@@ -64,7 +64,7 @@ def test_by_default_a_failed_call_ends_the_run_with_its_place() -> None:
 
 def test_the_completions_of_a_failed_call_have_no_score_and_never_zero(caplog: pytest.LogCaptureFixture) -> None:
     scorer, state = limited(Flaky(1), 4)
-    first, second, third = (scorer.score(FOUR) for _ in range(3))
+    first, second, third = (scorer.score(FOUR).table[:, 0] for _ in range(3))
     assert second.shape == (4,)
     assert second.dtype == torch.float32
     assert second.isnan().all()
@@ -82,27 +82,27 @@ def test_the_limit_is_of_the_whole_run_and_of_all_its_scorers() -> None:
     """Training and evaluation share it, and so does a run that goes on with another one's state."""
     training, state = limited(Flaky(0), 11)
     evaluation, _ = limited(Flaky(1), 11, state)
-    assert training.score(FOUR).isnan().all()
-    assert not evaluation.score(FOUR).isnan().any()
-    assert evaluation.score(FOUR).isnan().all()
+    assert training.score(FOUR).table[:, 0].isnan().all()
+    assert not evaluation.score(FOUR).table[:, 0].isnan().any()
+    assert evaluation.score(FOUR).table[:, 0].isnan().all()
     resumed, _ = limited(Flaky(0), 11, State(failed_scores=state.failing_scores))
     with pytest.raises(ScoreError, match=r"12 in this run, and reward\.max_failures = 11 allows fewer"):
-        resumed.score(FOUR)
+        resumed.score(FOUR).table[:, 0]
 
 
 def test_what_ends_the_run_is_not_counted() -> None:
     """Its step is no part of the run: a resumed run does it again."""
     scorer, state = limited(Flaky(0, 1), 4)
-    scorer.score(FOUR)
+    scorer.score(FOUR).table[:, 0]
     with pytest.raises(ScoreError):
-        scorer.score(FOUR)
+        scorer.score(FOUR).table[:, 0]
     assert state.failing_scores == 4
 
 
 def test_only_a_failure_to_score_is_counted() -> None:
     scorer, _ = limited(Flaky(0, error=ShapeError), 100)
     with pytest.raises(ShapeError):
-        scorer.score(FOUR)
+        scorer.score(FOUR).table[:, 0]
 
 
 def test_the_error_survives_a_trip_between_processes() -> None:

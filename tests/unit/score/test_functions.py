@@ -11,7 +11,9 @@ import torch
 
 from rlxf.core.errors import ConfigError, ScoreError, StopRequested
 from rlxf.core.types import Rollouts
-from rlxf.score.functions import FunctionScorer
+from rlxf.score.functions import FunctionSource
+from rlxf.score.sources import as_texts
+from rlxf.score.texts import Answered
 from tests.data_world import chat_tokenizer, make_rollouts, prompt_batch
 from tests.tiny_models import EOS
 
@@ -22,10 +24,23 @@ def encode(text: str) -> list[int]:
     return [*TOKENIZER(text, add_special_tokens=False)["input_ids"], EOS]
 
 
-def scorer(folder: Path, code: str) -> FunctionScorer:
+class Scoring:
+    """A reward function that reads rollouts, as a run has it."""
+
+    def __init__(self, path: Path) -> None:
+        self.source = FunctionSource.from_file(path)
+
+    def answer(self, rollouts: Rollouts) -> Answered:
+        return self.source.ask(as_texts(rollouts, TOKENIZER))
+
+    def score(self, rollouts: Rollouts) -> torch.Tensor:
+        return torch.tensor([math.nan if score is None else score for score in self.answer(rollouts).scores])
+
+
+def scorer(folder: Path, code: str) -> Scoring:
     path = folder / "my_reward.py"
     path.write_text(dedent(code))
-    return FunctionScorer(path, TOKENIZER)
+    return Scoring(path)
 
 
 @pytest.fixture
@@ -45,7 +60,7 @@ def test_arguments_are_those_of_trl(tmp_path: Path, rollouts: Rollouts) -> None:
     scoring = scorer(tmp_path, code)
     scoring.score(rollouts)
     chat = [{"role": "user", "content": "hi"}]
-    assert scoring._function.__globals__["seen"] == {
+    assert scoring.source._function.__globals__["seen"] == {
         "prompts": ["say", "say", chat, chat],
         "completions": [
             "one",
@@ -95,7 +110,6 @@ def test_a_function_that_changes_its_messages_does_not_change_the_run(tmp_path: 
 BAD_FILES = {
     "no function": ("x = 1\n", "defines no function `reward`"),
     "not a function": ("reward = 3\n", "`reward` is a int; expected a function"),
-    "asynchronous": ("async def reward(prompts, completions, completion_ids, **c): ...\n", "is asynchronous"),
     "too few arguments": ("def reward(prompts, completions): ...\n", "unexpected keyword argument 'completion_ids'"),
     "other arguments": (
         "def reward(texts, completions, completion_ids): ...\n",
@@ -122,7 +136,7 @@ def test_a_wrong_file_is_refused_at_the_start(code: str, message: str, tmp_path:
 
 def test_a_missing_file_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
-        FunctionScorer(tmp_path / "none.py", TOKENIZER)
+        FunctionSource.from_file(tmp_path / "none.py")
 
 
 BAD_RESULTS = {
@@ -175,7 +189,7 @@ def test_a_stop_request_passes_through(tmp_path: Path, rollouts: Rollouts) -> No
 
 def test_the_example_prefers_short_complete_answers_that_do_not_repeat(rollouts: Rollouts) -> None:
     path = Path(__file__).parents[3] / "examples/rewards/concise.py"
-    scoring = FunctionScorer(path, TOKENIZER)
+    scoring = Scoring(path)
     good = "The capital of Portugal is Lisbon, on the river Tagus."
     answers = [good, good + " It is a city." * 20, good[:-5], good[:-1] + ", is Lisbon, is Lisbon, is Lisbon.", "Yes."]
     prompts = prompt_batch([[5]], texts=["?"], columns={"topic": ["fact"]})

@@ -1,4 +1,4 @@
-"""Which scorer a recipe gets."""
+"""What scores by a recipe."""
 
 from __future__ import annotations
 
@@ -34,11 +34,9 @@ def replayed(folder: Path, score: float | None) -> dict[str, Any]:
 def test_the_reward_section_chooses_the_scorer_unless_a_replay_holds_scores(
     tmp_path: Path, chosen: list[tuple[str, ScorerParts]]
 ) -> None:
-    function = recipe()
-    function["reward"] = {"function": "reward.py"}
     with_scores, without = (recipe(rollout=replayed(tmp_path, score)) for score in (0.5, None))
-    for raw in (recipe(), function, with_scores, without):
+    for raw in (recipe(), with_scores, without):
         config = load_config(raw)
         build_scorer(config, get_platform("cpu"), PROCESS)
         assert (chosen[-1][1].config, chosen[-1][1].recording) == (config.reward, config.rollout.replay_path)
-    assert [name for name, _ in chosen] == ["model", "function", "recorded", "model"]
+    assert [name for name, _ in chosen] == ["model", "recorded", "model"]

@@ -1,0 +1,136 @@
+"""A process of its own for the user's Python code: it may hang or crash, and the run goes on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Generic, TypeVar
+
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+
+from rlxf.core.errors import RlxfError
+from rlxf.core.stop import Stop
+
+Made = TypeVar("Made")
+Given = TypeVar("Given")
+Result = TypeVar("Result")
+
+TICK_S = 0.2  # how often a wait looks at the stop request
+_START_S = 600.0  # for imports that the user's code makes: of a model, for example
+
+_made: Any = None  # in the process: what `make` returned
+
+
+class UserProcess(Generic[Made]):
+    """Objects that ``make`` returns, each in a process of its own, and calls of them with a time limit.
+
+    A call that takes too long, and one that ends its process, raise ``failed``; the process is ended, and the next call
+    gets a new one, with a new object.
+
+    Args:
+        make: makes the object; a function at the top of a module, or a ``functools.partial`` of one.
+        name: how messages name it: ``reward.function=my.py``.
+        workers: processes.
+        timeout_s: longest time of a call, in seconds.
+        stop: ends a wait early when the user asked for it.
+        failed: the error of a call without an answer.
+        limit: the key that sets ``timeout_s``, for messages.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Made],
+        name: str,
+        *,
+        workers: int,
+        timeout_s: float,
+        stop: Stop,
+        failed: type[RlxfError],
+        limit: str,
+    ) -> None:
+        self._make, self._name, self._timeout_s = make, name, timeout_s
+        self._stop, self._failed, self._limit = stop, failed, limit
+        context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
+        self._pool = ProcessPool(max_workers=workers, context=context, initializer=_leave_with_parent)
+
+    def start(self) -> None:
+        """Make the object, so that what is wrong with it is told now.
+
+        Raises:
+            RlxfError: whatever ``make`` raised.
+        """
+        try:
+            self.call(_ready, [None], timeout_s=_START_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def call(
+        self, use: Callable[[Made, Given], Result], given: Sequence[Given], *, timeout_s: float | None = None
+    ) -> list[Result]:
+        """``use(object, item)`` for each item, in the processes.
+
+        Raises:
+            StopRequested: the user ended the run.
+            RlxfError: ``failed``, or whatever the user's code raised.
+        """
+        limit = self._timeout_s if timeout_s is None else timeout_s
+        futures = [self._pool.schedule(_use, args=(self._make, use, item), timeout=limit) for item in given]
+        try:
+            return [self._wait(future, limit) for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """End the processes, busy ones too."""
+        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.join()
+
+    def _wait(self, future: ProcessFuture[Result], limit: float) -> Result:
+        while True:
+            if self._stop.must_give_up():
+                raise self._stop.error(f"stopped while waiting for {self._name}")
+            try:
+                return future.result(timeout=TICK_S)
+            except FutureTimeout as error:
+                if not future.done():
+                    continue
+                raise self._failed(
+                    f"{self._name}: no answer within {self._limit} = {limit:g} s; its process was ended, and the next "
+                    "call gets a new one"
+                ) from error
+            except (ProcessExpired, BrokenProcessPool, CancelledError) as error:
+                code = f", exit code {error.exitcode}" if isinstance(error, ProcessExpired) else ""
+                raise self._failed(
+                    f"{self._name}: its process ended in the middle of a call{code}; the next call gets a new one"
+                ) from error
+
+
+def _use(make: Callable[[], Made], use: Callable[[Made, Given], Result], given: Given) -> Result:
+    """In the process: ``use`` on the object, which the first call makes."""
+    global _made
+    if _made is None:
+        _made = make()
+    return use(_made, given)
+
+
+def _ready(_made: object, _given: None) -> None:
+    """The object is there."""
+
+
+def _leave_with_parent() -> None:
+    """However the run ends, this process ends, too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
