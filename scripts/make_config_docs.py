@@ -130,7 +130,7 @@ def page() -> str:
     parts.append(section("actor_rollout", roles.ActorConfig, above=roles.RoleConfig))
     parts.append(section("ref", roles.ReferenceConfig, above=roles.RoleConfig))
     parts.append(section("reward", roles.RewardConfig, above=roles.RoleConfig))
-    for name in ("rollout", "sync", "algorithm", "resource_pool", "eval", "log"):
+    for name in ("rollout", "sync", "algorithm", "judge", "resource_pool", "eval", "log"):
         parts.append(section(name, keys.SECTIONS[name]))
     parts.append(section("model.<name>", schema.ModelConfig))
     return "".join([*parts, older_names()])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from rlxf.assembly.data import Data
+from rlxf.assembly.judge import build_judge
 from rlxf.assembly.roles import build_scorer, policy_folder
 from rlxf.checkpointing.resume import Resume, initial_policy
 from rlxf.checkpointing.run_folder import RunFolder
@@ -27,6 +28,7 @@ from rlxf.data.examples import ExampleFile
 from rlxf.data.preferences import PreferenceFile
 from rlxf.data.prompts import PromptFile
 from rlxf.evaluate import EvalBackends, Evaluation, EvaluationSettings, OfflineEvaluation, no_evaluation
+from rlxf.judge.judged import Judging
 from rlxf.loop.collected import Collected
 from rlxf.loop.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
 from rlxf.models.tokenizer import eos_token_ids
@@ -90,7 +92,8 @@ def build_run(
     state = resume.state if resume else State()
     steps = deque(resume.waiting if resume else ())
     reference = _reference(config, data, roles, stop, platform)
-    evaluation = _evaluation(config, data, roles, reference, state)
+    judging = build_judge(config, run_dir)
+    evaluation = _evaluation(config, data, roles, reference, state, judging)
     refresh = _refresh(config, roles)
     sync = _sync(config, data, roles, platform)
 
@@ -274,15 +277,24 @@ def build_probe(config: RunConfig, platform: Platform, prompts: Tokens) -> Probe
     return make_probe(prompts, block=platform.kv_block_size, positions=positions, precision=actor.precision)
 
 
-def _evaluation(config: RunConfig, data: Data, roles: Roles, reference: Reference, state: State) -> Evaluate | None:
+def _evaluation(
+    config: RunConfig, data: Data, roles: Roles, reference: Reference, state: State, judging: Judging | None
+) -> Evaluate | None:
     if config.offline and data.evaluation:
         assert not isinstance(data.evaluation, PromptBatch)
         return OfflineEvaluation(config.training, data.evaluation, roles.actor, reference)
-    if not isinstance(data.evaluation, PromptBatch) or roles.rollout is None or roles.scorer is None:
+    if not isinstance(data.evaluation, PromptBatch) or roles.rollout is None:
+        return None
+    if roles.scorer is None and judging is None:
         return None
     limit, place = config.reward.max_failures, lambda: f"the evaluation after {state.step} steps"
-    scorer = FailureLimit(roles.scorer, state, limit, place)
-    rooms = EvalBackends(rollout=roles.rollout, scorer=scorer, actor=roles.actor, reference=roles.reference)
+    rooms = EvalBackends(
+        rollout=roles.rollout,
+        scorer=FailureLimit(roles.scorer, state, limit, place) if roles.scorer is not None else None,
+        actor=roles.actor,
+        reference=roles.reference,
+        judge=judging,
+    )
     eos_ids = _eos_ids(config, data)
     return Evaluation(evaluation_settings(config, eos_ids), data.evaluation, rooms, tokenizer=data.tokenizer)
 

@@ -114,6 +114,18 @@ PairingName = Literal["best_worst"]
 ScorerName = Literal["model", "function", "recorded"]
 
 
+JudgeName = Literal["model", "llm", "function"]
+
+
+JudgeLoadAs = Literal["reward_model", "pair_classifier"]
+
+
+JudgeAnswer = Literal["json", "arena"]
+
+
+TournamentName = Literal["knockout", "all"]
+
+
 Role = Literal["train", "infer", "ref", "reward"]
 
 

@@ -37,7 +37,7 @@ def file_of_module(name: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 
-def load_function(path: Path, name: str, *, key: str, signature: str) -> Callable[..., Any]:
+def load_function(path: Path, name: str, *, key: str, signature: str, asynchronous: bool = False) -> Callable[..., Any]:
     """The function ``name`` of a Python file, which is run for that.
 
     Args:
@@ -45,6 +45,7 @@ def load_function(path: Path, name: str, *, key: str, signature: str) -> Callabl
         name: of the function.
         key: of the recipe, which names the file.
         signature: what the function should look like, for messages.
+        asynchronous: whether an ``async def`` will do.
 
     Raises:
         ConfigError: there is no such file or function, or the file cannot be run.
@@ -67,7 +68,7 @@ def load_function(path: Path, name: str, *, key: str, signature: str) -> Callabl
     function = getattr(module, name, None)
     if function is None:
         raise ConfigError(f"{place}: defines no function `{name}`; expected `{signature}`")
-    if not callable(function) or inspect.iscoroutinefunction(function):
+    if not callable(function) or (inspect.iscoroutinefunction(function) and not asynchronous):
         kind = "is asynchronous" if callable(function) else f"is a {type(function).__name__}"
         raise ConfigError(f"{place}: `{name}` {kind}; expected a function, `{signature}`")
     found: Callable[..., Any] = function
