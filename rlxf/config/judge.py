@@ -23,6 +23,16 @@ from rlxf.config.kinds import (
 
 PAIR_RM = "<|source|>{prompt}<|candidate1|>{first}<|candidate2|>{second}"
 
+# The keys that only one kind of judge reads, by the key that names the judge.
+OWN_KEYS: dict[str, tuple[str, ...]] = {
+    "load": ("load_as", "pair_template", "first_label", "batch_size"),
+    "function": (),
+    "base_url": (
+        *("model", "token_env", "template", "answer", "temperature", "max_tokens", "options", "concurrency", "tries"),
+        *("allow_link_local", "max_calls", "max_cost", "prompt_price", "completion_price"),
+    ),
+}
+
 
 class JudgeConfig(Strict):
     """What compares two answers to a prompt: a model (``load``), a Python function (``function``) or a language model

@@ -7,27 +7,18 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from rlxf.config.config_json import read_settings
-from rlxf.config.judge import JudgeConfig
+from rlxf.config.judge import OWN_KEYS, JudgeConfig
 from rlxf.config.problems import Problem, wrong
 from rlxf.config.schema import RunConfig
+from rlxf.core.addresses import url_problem
 from rlxf.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _SOURCES = ("load", "function", "base_url")
 _SOURCE_OF = {"model": "load", "function": "function", "llm": "base_url"}
-# The keys that only one kind of judge reads, by the key that names the judge.
-_OWN = {
-    "load": ("load_as", "pair_template", "first_label", "batch_size"),
-    "function": (),
-    "base_url": (
-        *("model", "token_env", "template", "answer", "temperature", "max_tokens", "options", "concurrency", "tries"),
-        *("allow_link_local", "max_calls", "max_cost", "prompt_price", "completion_price"),
-    ),
-}
 _RESERVED = {"model": "judge.model", "messages": "judge.template", "temperature": "", "max_tokens": "",
              "stream": None, "n": None}  # fmt: skip
 _PLACEHOLDERS = ("{prompt}", "{first}", "{second}")
@@ -61,9 +52,9 @@ def warn_of_judge(config: RunConfig) -> None:
 
 def _unread(judge: JudgeConfig) -> Iterator[Problem]:
     """Keys that are set, and that the judge does not read."""
-    own = () if judge.kind is None else _OWN[_SOURCE_OF[judge.kind]]
+    own = () if judge.kind is None else OWN_KEYS[_SOURCE_OF[judge.kind]]
     fields = JudgeConfig.model_fields
-    for source, keys in _OWN.items():
+    for source, keys in OWN_KEYS.items():
         for key in keys:
             value = getattr(judge, key)
             if key in own or value == fields[key].get_default(call_default_factory=True):
@@ -75,18 +66,12 @@ def _unread(judge: JudgeConfig) -> Iterator[Problem]:
 def _server(config: RunConfig) -> Iterator[Problem]:
     judge = config.judge
     url = str(judge.base_url)
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        good = False
-    if not good:
-        yield wrong("judge.base_url", url, "expected an address such as http://host:8000/v1")
-    elif parts.username or parts.password:  # never shown: it is written into checkpoints and logs
-        text = "judge.base_url holds a user name or a password; put a token into an environment variable, and set "
-        yield Problem(("judge.base_url",), text + "judge.token_env to its name")
-    elif parts.query or parts.fragment:
-        yield wrong("judge.base_url", url, "expected an address without ? and #; further keys belong to judge.options")
+    problem = url_problem(url, allow_link_local=judge.allow_link_local)
+    if problem is not None:  # it does not show the address if that may hold a secret
+        yield Problem(("judge.base_url",), f"judge.base_url: {problem}")
+    elif "?" in url or "#" in url:
+        text = "expected an address without ? and #; further keys of a request belong into judge.options"
+        yield Problem(("judge.base_url",), f"judge.base_url: {text}")
     if judge.model is None:
         yield Problem(("judge.model",), "judge.model is required with judge.base_url: the name of the server's model")
     yield from _token(config)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from rlxf.core.types import Text
+    from rlxf.core.types import Text
 
 Columns = Mapping[str, Sequence[Any]]
 """Further columns of the data: one value per comparison."""

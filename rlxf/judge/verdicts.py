@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rlxf.core.errors import ConfigError
 from rlxf.core.files import fsync, make_folder
-from rlxf.core.types import Text
 from rlxf.judge.judge import Usage, Verdict
+
+if TYPE_CHECKING:
+    from rlxf.core.types import Text
 
 log = logging.getLogger(__name__)
 
