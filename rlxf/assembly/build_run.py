@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from rlxf.assembly.data import Data
+from rlxf.assembly.judge import build_judge
 from rlxf.assembly.rewards import make_rewards
 from rlxf.assembly.roles import policy_folder
 from rlxf.checkpointing.resume import Resume, initial_policy
@@ -28,6 +29,8 @@ from rlxf.data.examples import ExampleFile
 from rlxf.data.preferences import PreferenceFile
 from rlxf.data.prompts import PromptFile
 from rlxf.evaluate import EvalBackends, Evaluation, EvaluationSettings, OfflineEvaluation, no_evaluation
+from rlxf.judge import Judge
+from rlxf.judge.judged import Judging
 from rlxf.loop.collected import Collected
 from rlxf.loop.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
 from rlxf.models.tokenizer import eos_token_ids
@@ -60,6 +63,7 @@ class Roles:
     reference: Reference
     models: Mapping[str, Scorer] = field(default_factory=dict)  # reward models, by the name of their source
     readers: Mapping[str, TextSource] = field(default_factory=dict)  # what scores texts, by name
+    judge: Judge | None = None  # one that is a Python function
     rollout: Rollout | None = None  # None: offline or replay
     sink: WeightSink | None = None  # the rollout engines, as far as weights are concerned
 
@@ -94,7 +98,8 @@ def build_run(
     state = resume.state if resume else State()
     steps = deque(resume.waiting if resume else ())
     reference = _reference(config, data, roles, stop, platform)
-    evaluation = _evaluation(config, data, roles, reference, state, platform, stop)
+    judging = build_judge(config, run_dir, models=roles.models, function=roles.judge)
+    evaluation = _evaluation(config, data, roles, reference, state, platform, stop, judging)
     refresh = _refresh(config, roles)
     sync = _sync(config, data, roles, platform)
 
@@ -136,7 +141,7 @@ def build_run(
             folder.prune(resume.state.step)
     return Run(
         config=config,
-        source=_source(config, run_dir, data, roles, platform, state, clock, stop, resume),
+        source=_source(config, run_dir, data, roles, platform, state, clock, stop, resume, judging),
         reference=reference,
         actor=roles.actor,
         sync=sync,
@@ -240,6 +245,7 @@ def _source(
     clock: Clock,
     stop: Stop,
     resume: Resume | None,
+    judging: Judging | None,
 ) -> Online | FileSource:
     if isinstance(data.training, PreferenceFile | ExampleFile):
         return data.training
@@ -261,6 +267,8 @@ def _source(
         rollout=rollout,
         rewards=rewards,
         scales=RunningScales(rewards.terms, state.running),
+        judge=judging,
+        tokenizer=data.tokenizer,
         eos_ids=eos_ids,
         recorder=recorder,
     )
@@ -294,6 +302,7 @@ def _evaluation(
     state: State,
     platform: Platform,
     stop: Stop,
+    judging: Judging | None,
 ) -> Evaluate | None:
     if config.offline and data.evaluation:
         assert not isinstance(data.evaluation, PromptBatch)
@@ -302,8 +311,13 @@ def _evaluation(
         return None
     place = lambda: f"the evaluation after {state.step} steps"  # noqa: E731
     rewards = make_rewards(config, roles.models, roles.readers, platform=platform, tally=state, place=place, stop=stop)
-    scorer = Unscaled(rewards)
-    rooms = EvalBackends(rollout=roles.rollout, scorer=scorer, actor=roles.actor, reference=roles.reference)
+    rooms = EvalBackends(
+        rollout=roles.rollout,
+        scorer=Unscaled(rewards) if rewards.terms else None,
+        actor=roles.actor,
+        reference=roles.reference,
+        judge=judging,
+    )
     eos_ids = _eos_ids(config, data)
     return Evaluation(evaluation_settings(config, eos_ids), data.evaluation, rooms, tokenizer=data.tokenizer)
 

@@ -87,7 +87,7 @@ def build_models(config: RunConfig, platform: Platform, process: Process) -> dic
         ModelError: a folder does not hold a reward model.
     """
     return {
-        name: build_scorer(config, platform, process, section=section) for name, section in config.reward.models.items()
+        name: build_scorer(config, platform, process, section=section) for name, section in config.reward_models.items()
     }
 
 

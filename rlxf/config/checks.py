@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from rlxf.config.devices import DEVICES, find_device
 from rlxf.config.evaluation import evaluation_problems, say_what_is_not_evaluated
 from rlxf.config.folders import folder_problems
+from rlxf.config.judging import judge_problems, warn_of_judge
 from rlxf.config.lora import lora_problems, say_which_reference, warn_of_unused
 from rlxf.config.losses import loss_problems, warn_of_other_stages
 from rlxf.config.parallel import layout_problems, rollout_layout_problems
@@ -213,11 +214,11 @@ def _reward(config: RunConfig) -> Iterator[Problem]:
     if reward.load is not None and reward.function is not None:
         text = "reward.load and reward.function are both set: completions are scored by one of them; remove the other"
         yield Problem(("reward.load", "reward.function"), text)
-    if reward.load is not None or reward.function is not None:
+    if reward.load is not None or reward.function is not None or config.judge.kind is not None:
         return
     text = (
-        "reward.load is required: a reward model's folder; or give reward.function, a Python file that scores, or "
-        "reward.sources"
+        "reward.load is required: a reward model's folder; or give reward.function, a Python file that scores, "
+        "reward.sources, or a judge"
     )
     path = config.rollout.replay_path
     if config.samples:
@@ -312,6 +313,7 @@ def _warn(config: RunConfig) -> None:
         keys = "reward.sources has" if config.reward.sources else "reward.load and reward.function have"
         logger.warning("%s no effect: the scores in rollout.replay_path are used", keys)
     warn_of_unused(config)
+    warn_of_judge(config)
     warn_of_other_stages(config)
     warn_of_read_position(config)
     say_which_reference(config)
@@ -340,6 +342,7 @@ _GROUPS: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     tracker_problems,
     lora_problems,
     _reward,
+    judge_problems,
     _engine,
     _local,
 )

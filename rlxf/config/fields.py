@@ -104,3 +104,18 @@ def as_map_keys(value: Any) -> Any:
     if mapping.get("prompt") == "":
         raise ValueError("a column for 'prompt', which cannot be empty")
     return mapping
+
+
+def as_options(value: Any) -> Any:
+    """A mapping, or one in JSON."""
+    try:
+        mapping = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"a mapping, or one in JSON: {error}") from None
+    if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
+        raise ValueError("a mapping, or one in JSON")
+    try:
+        json.dumps(mapping, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError("values that JSON has: text, finite numbers, true, false, null, lists and mappings") from None
+    return mapping

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from rlxf.config.judge import JudgeConfig
 from rlxf.config.kinds import Strict
 from rlxf.config.roles import ActorConfig, ReferenceConfig, RewardConfig
 from rlxf.config.schema import (
@@ -29,6 +30,7 @@ SECTIONS: dict[str, type[Strict]] = {
     "rollout": RolloutConfig,
     "sync": SyncConfig,
     "algorithm": AlgorithmConfig,
+    "judge": JudgeConfig,
     "resource_pool": ResourcePoolConfig,
     "eval": EvalConfig,
     "log": LogConfig,
@@ -271,6 +273,7 @@ def _places() -> Mapping[str, str]:
     """Each key -> its full name; a key of several roles is the actor's."""
     places = {key: f"model.<name>.{key}" for key in ModelConfig.model_fields}
     for section in (
+        "judge",
         "log",
         "eval",
         "resource_pool",

@@ -120,6 +120,18 @@ SourceKind = Literal["model", "function", "http", "rule"]
 ScorerName = Literal["model", "recorded"]
 
 
+JudgeName = Literal["model", "llm", "function"]
+
+
+JudgeLoadAs = Literal["reward_model", "pair_classifier"]
+
+
+JudgeAnswer = Literal["json", "arena"]
+
+
+TournamentName = Literal["knockout", "all"]
+
+
 Role = Literal["train", "infer", "ref", "reward"]
 
 

@@ -15,6 +15,7 @@ from rlxf.config.fields import (
     as_stage,
     as_tuple,
 )
+from rlxf.config.judge import JUDGE_MODEL, JudgeConfig
 from rlxf.config.kinds import (
     REFERENCE_FREE,
     Checkpoint,
@@ -78,8 +79,8 @@ class TrainingConfig(Strict):
     keep_best: int = Field(0, ge=0)
     """Number of best checkpoints to keep in addition to the newest. 0 keeps none for being best."""
     keep_best_metric: str | None = None
-    """Metric that decides which checkpoint is best, read at the step of the checkpoint. Unset: `eval/reward` online,
-    `eval/loss` offline."""
+    """Metric that decides which checkpoint is best, read at the step of the checkpoint. Unset: `eval/reward` online
+    (`eval/win_rate` with a judge and no reward), `eval/loss` offline."""
     keep_best_mode: Literal["max", "min"] | None = None
     """Whether a larger (`max`) or a smaller (`min`) metric is better. Unset: `min` if the metric's name ends in loss,
     else `max`."""
@@ -102,13 +103,6 @@ class TrainingConfig(Strict):
     def offline(self) -> bool:
         """Whether what is trained on comes from a file."""
         return not STAGES[self.stage].online
-
-    @property
-    def best_metric(self) -> tuple[str, bool]:
-        """The metric that decides which checkpoint is best, and whether a larger value is better."""
-        name = self.keep_best_metric or ("eval/loss" if self.offline else "eval/reward")
-        mode = self.keep_best_mode or ("min" if name.endswith("loss") else "max")
-        return name, mode == "max"
 
 
 class ModelConfig(Strict):
@@ -222,6 +216,11 @@ class EvalConfig(Strict):
     metrics: PythonFile | None = None
     """Path or module of a Python file that defines `evaluate(prompts, completions, initial_completions)`. Its results
     appear as `eval/<name>`."""
+    reference_answers: File | None = None
+    """With a judge: a .jsonl file of answers to compare with, found by their prompts (`prompt` and `answer`). The
+    result is `eval/win_rate_reference`."""
+    reference_column: str | None = None
+    """With a judge: the column of the evaluation data that holds such answers, instead of a file."""
 
 
 class LogConfig(Strict):
@@ -262,6 +261,7 @@ class RunConfig(Strict):
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    judge: JudgeConfig = JudgeConfig()
     resource_pool: ResourcePoolConfig = ResourcePoolConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
@@ -323,8 +323,36 @@ class RunConfig(Strict):
 
     @property
     def scores(self) -> bool:
-        """Whether a reward model, which needs devices, scores this run's completions."""
-        return not self.offline and self.reward.load is not None and not self.replays_scores
+        """Whether a reward model, which needs devices, scores this run's completions, or judges them."""
+        return bool(self.reward_models)
+
+    @property
+    def reward_models(self) -> dict[str, RewardConfig]:
+        """The section of each reward model that this run loads, by the name of its source; `JUDGE_MODEL` is a judge."""
+        found = {} if self.offline or self.replays_scores else dict(self.reward.models)
+        if self.judges and self.judge.load is not None and self.judge.load_as == "reward_model":
+            own = {"load": self.judge.load, "tokenizer_name_or_path": None, "read_at": "auto", "model": ""}
+            found[JUDGE_MODEL] = self.reward.model_copy(update=own)
+        return found
+
+    @property
+    def judges(self) -> bool:
+        """Whether a judge compares this run's completions."""
+        return not self.offline and self.judge.kind is not None
+
+    @property
+    def judges_alone(self) -> bool:
+        """Whether completions have no score: a judge compares them, and there is no reward."""
+        return self.judges and not self.replays_scores and not self.reward.listed
+
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """The metric that decides which checkpoint is best, and whether a larger value is better."""
+        training = self.training
+        online = "eval/win_rate" if self.judges_alone else "eval/reward"
+        name = training.keep_best_metric or ("eval/loss" if self.offline else online)
+        mode = training.keep_best_mode or ("min" if name.endswith("loss") else "max")
+        return name, mode == "max"
 
     @property
     def sharing(self) -> set[Role]:

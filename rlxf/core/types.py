@@ -378,6 +378,28 @@ Metrics = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Comparisons:
+    """Judged pairs of completions, each pair of one prompt and there once.
+
+    A judge prefers row 1 to row 0, and has no verdict on rows 2 and 3: ``first = [0, 2]``, ``second = [1, 3]``,
+    ``probability = [0.1, NaN]``.
+    """
+
+    first: Tensor  # [M] int64, rows of the rollouts
+    second: Tensor  # [M] int64
+    probability: Tensor  # [M] float32 that ``first`` is better, in [0, 1]; 0.5 is a tie, NaN no verdict
+
+    def __post_init__(self) -> None:
+        found = (self.first.numel(), self.second.numel(), self.probability.numel())
+        _require(len(set(found)) == 1, f"{found[0]} first, {found[1]} second, {found[2]} probabilities")
+        outside = (self.probability < 0) | (self.probability > 1)  # false for NaN
+        _require(not bool(outside.any()), "a probability is not in [0, 1]")
+
+    def __len__(self) -> int:
+        return self.first.numel()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PairingResult:
     """Pairs, and why the other prompts have none. ``len(pairs) + dropped == num_prompts``."""
 

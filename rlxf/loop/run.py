@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from rlxf.core.clock import Clock
 from rlxf.core.stop import Stop
 from rlxf.core.types import (
     Batch,
+    Comparisons,
     Examples,
     Metrics,
     PairingResult,
@@ -34,6 +35,9 @@ from rlxf.schedule.lookahead import Lookahead
 from rlxf.score.combine import RunningScales
 from rlxf.score.sources import Rewards
 from rlxf.sync.push import SyncReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class PromptSource(Protocol):
@@ -69,6 +73,14 @@ class Rollout(Protocol):
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         """``B = P * K`` completions, those of a prompt side by side and in the order of the prompts."""
+        ...
+
+
+class Judge(Protocol):
+    """Compares completions of a prompt."""
+
+    def __call__(self, rollouts: Rollouts, texts: Sequence[str]) -> tuple[Comparisons, Metrics]:
+        """The judged pairs of ``B`` completions, whose texts are given, and ``judge/*``."""
         ...
 
 
@@ -282,6 +294,8 @@ class Online:
     rollout: Rollout
     rewards: Rewards
     scales: RunningScales  # of the sources, step by step
+    judge: Judge | None = None  # compares completions; then it decides about pairs, and not their scores
+    tokenizer: PreTrainedTokenizerBase | None = None  # the policy's, for a judge
     eos_ids: tuple[int, ...]
     recorder: Recorder
 
