@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from rlxf.algorithms.algorithm import reference_stage, with_reference
+from rlxf.config.schema import AlgorithmConfig
 from rlxf.core.errors import SyncError
 from rlxf.core.types import Batch, Examples, Pairs, Rollouts
 from rlxf.loop.collected import Collected
 from rlxf.loop.run import Online, Reference, Run
 from rlxf.observe.formulas import data_metrics, pair_metrics, rollout_metrics
-from rlxf.pair import PAIRINGS
+from rlxf.pair import PAIRINGS, PairingSettings
 from rlxf.schedule.lookahead import Stage
 from rlxf.score.penalty import with_scores
 
@@ -69,8 +70,20 @@ def _require_version(rollouts: Rollouts, collected: Collected) -> None:
         )
 
 
+def pairing_settings(config: AlgorithmConfig, *, seed: int, step: int) -> PairingSettings:
+    """What the recipe says of pairs, for one driver step."""
+    return PairingSettings(
+        min_score_margin=config.min_score_margin,
+        max_pairs_per_prompt=config.max_pairs_per_prompt,
+        max_length_ratio=config.max_length_ratio,
+        threshold=config.score_threshold,
+        seed=seed,
+        step=step,
+    )
+
+
 def _score_and_pair(run: Run, collected: Collected) -> None:
-    """``raw_scores`` [B] unless they are known, then N <= P pairs."""
+    """``raw_scores`` [B] unless they are known, then N pairs."""
     source, config, rollouts = _online(run), run.config, collected.rollouts
     assert rollouts is not None  # the stage before
     with run.working(collected, "adv"):
@@ -81,6 +94,7 @@ def _score_and_pair(run: Run, collected: Collected) -> None:
             collected.raw_scores = raw_scores
         penalty = config.actor_rollout.missing_eos_penalty
         scored = with_scores(rollouts, collected.raw_scores, eos_ids=source.eos_ids, missing_eos_penalty=penalty)
-        pairing = PAIRINGS[config.algorithm.pairing](scored, min_score_margin=config.algorithm.min_score_margin)
+        settings = pairing_settings(config.algorithm, seed=config.training.seed, step=collected.step)
+        pairing = PAIRINGS[config.algorithm.pairing](scored, settings)
     collected.metrics |= rollout_metrics(scored, collected.seconds["gen"]) | pair_metrics(pairing)
     collected.scored, collected.pairing, collected.data = scored, pairing, pairing.pairs

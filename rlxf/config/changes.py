@@ -52,7 +52,13 @@ _NOT_HELD = {"vocab_size", "untie_embeddings_and_output_weights"}
 
 
 # Keys that earlier versions did not have, with the value that says what they did.
-SINCE = {"rollout.lookahead": 0}
+SINCE = {
+    "rollout.lookahead": 0,
+    "algorithm.score_threshold": None,
+    "algorithm.max_pairs_per_prompt": None,
+    "algorithm.max_length_ratio": None,
+    "algorithm.margin_weight": 0.0,
+}
 
 SHAPE_FROM = ("shape_from", "folder")  # key and value in driver.json
 

@@ -54,13 +54,15 @@ def best_minus_worst(scored: ScoredRollouts) -> Tensor:
 
 
 def pair_metrics(pairing: PairingResult) -> Metrics:
-    """How many prompts gave a pair, and how far apart its two scores are."""
+    """How many pairs there are, why others are not, and how far apart the two sides are."""
+    lengths = {} if pairing.too_different is None else {"pair/too_different": float(pairing.too_different)}
     return {
         "pair/kept": float(len(pairing.pairs)),
         "pair/dropped": float(pairing.dropped),
         "pair/missing": float(pairing.missing),
-        "pair/tie_rate": pairing.ties / max(pairing.num_prompts, 1),
+        "pair/tie_rate": pairing.ties / max(pairing.num_asked, 1),
         "pair/margin": _mean(pairing.pairs.margin.double()),
+        **lengths,
     }
 
 
