@@ -106,8 +106,8 @@ def skip(run: Run, collected: Collected) -> None:
     if state.empty_steps + 1 >= limit:
         raise TrainingError(
             f"step {state.step + 1}: {limit} steps in a row gave no pair: the scores of every prompt are tied, missing "
-            "or closer than algorithm.min_score_margin; look at the scores in rollouts.jsonl (log.rollouts=true), or "
-            f"raise algorithm.max_empty_steps = {limit}"
+            "or closer than algorithm.min_score_margin, or lengths differ too much (algorithm.max_length_ratio); see "
+            f"the scores in rollouts.jsonl (log.rollouts=true), or raise algorithm.max_empty_steps = {limit}"
         )
     state.empty_steps += 1
     state.complete(collected, collected.metrics, WITHOUT_UPDATE)

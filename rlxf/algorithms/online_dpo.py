@@ -8,13 +8,14 @@ from dataclasses import replace
 from torch import Tensor
 
 from rlxf.algorithms.algorithm import reference_stage, with_reference
+from rlxf.config.schema import AlgorithmConfig
 from rlxf.core.errors import SyncError
-from rlxf.core.types import Batch, Examples, Pairs, Rollouts
+from rlxf.core.types import Batch, Comparisons, Examples, Pairs, Rollouts
 from rlxf.loop.collected import Collected
 from rlxf.loop.run import Online, Reference, Run
 from rlxf.observe.formulas import data_metrics, pair_metrics, rollout_metrics
 from rlxf.observe.record import plain
-from rlxf.pair import PAIRINGS
+from rlxf.pair import PAIRINGS, PairingSettings
 from rlxf.schedule.lookahead import Stage
 from rlxf.score.combine import Term
 from rlxf.score.penalty import with_scores
@@ -76,8 +77,20 @@ def _require_version(rollouts: Rollouts, collected: Collected) -> None:
         )
 
 
+def pairing_settings(config: AlgorithmConfig, *, seed: int, step: int) -> PairingSettings:
+    """What the recipe says of pairs, for one driver step."""
+    return PairingSettings(
+        min_score_margin=config.min_score_margin,
+        max_pairs_per_prompt=config.max_pairs_per_prompt,
+        max_length_ratio=config.max_length_ratio,
+        threshold=config.score_threshold,
+        seed=seed,
+        step=step,
+    )
+
+
 def _score_and_pair(run: Run, collected: Collected) -> None:
-    """``raw_scores`` [B] unless they are known, then N <= P pairs."""
+    """``raw_scores`` [B] unless they are known, then N pairs."""
     source, config, rollouts = _online(run), run.config, collected.rollouts
     assert rollouts is not None  # the stage before
     with run.working(collected, "adv"):
@@ -86,8 +99,11 @@ def _score_and_pair(run: Run, collected: Collected) -> None:
         penalty = config.actor_rollout.missing_eos_penalty
         scored = with_scores(rollouts, collected.raw_scores, eos_ids=source.eos_ids, missing_eos_penalty=penalty)
         scored = replace(scored, sources=_by_name(source.rewards.terms, collected.table), extra=collected.extra)
-        pairing = PAIRINGS[config.algorithm.pairing](scored, min_score_margin=config.algorithm.min_score_margin)
-    collected.metrics |= rollout_metrics(scored, collected.seconds["gen"]) | pair_metrics(pairing)
+        settings = pairing_settings(config.algorithm, seed=config.training.seed, step=collected.step)
+        pairing = PAIRINGS[config.algorithm.pairing](scored, settings, _judged(run, collected, rollouts))
+    has_scores = bool(source.rewards.terms)
+    metrics = rollout_metrics(scored, collected.seconds["gen"], has_scores=has_scores)
+    collected.metrics |= metrics | pair_metrics(pairing)
     collected.scored, collected.pairing, collected.data = scored, pairing, pairing.pairs
 
 
@@ -104,6 +120,19 @@ def _score(run: Run, collected: Collected, rollouts: Rollouts) -> None:
     if collected.table is not None and collected.table.shape[1] == len(source.rewards.terms):
         sums, collected.running = source.scales.add(collected.table)
         collected.raw_scores = known if known is not None else sums
+
+
+def _judged(run: Run, collected: Collected, rollouts: Rollouts) -> Comparisons | None:
+    """What a judge says of the step's completions; None without a judge."""
+    source = _online(run)
+    if source.judge is None:
+        return None
+    if collected.comparisons is None:
+        assert source.tokenizer is not None  # who has a judge has it
+        texts = source.tokenizer.batch_decode(rollouts.sequences.completion_rows(), skip_special_tokens=True)
+        collected.comparisons, metrics = source.judge(rollouts, texts)
+        collected.metrics |= metrics
+    return collected.comparisons
 
 
 def _by_name(terms: Sequence[Term], table: Tensor | None) -> dict[str, Tensor]:

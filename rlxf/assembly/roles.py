@@ -65,7 +65,12 @@ def objective_settings(config: RunConfig) -> ObjectiveSettings:
     """What an objective must know of its run."""
     from rlxf.update.objective import ObjectiveSettings
 
-    return ObjectiveSettings(config=config.actor_rollout, offline=config.offline, has_reference=config.needs_reference)
+    return ObjectiveSettings(
+        config=config.actor_rollout,
+        offline=config.offline,
+        has_reference=config.needs_reference,
+        margin_weight=config.algorithm.margin_weight,
+    )
 
 
 def build_reference(config: RunConfig, platform: Platform, process: Process) -> FrozenReference:

@@ -58,6 +58,10 @@ SINCE: dict[str, Any] = {
     "rollout.lookahead": 0,
     "reward.sources": [],
     **dict.fromkeys(("judge.load", "judge.function", "judge.base_url")),
+    "algorithm.score_threshold": None,
+    "algorithm.max_pairs_per_prompt": None,
+    "algorithm.max_length_ratio": None,
+    "algorithm.margin_weight": 0.0,
 }
 
 SHAPE_FROM = ("shape_from", "folder")  # key and value in driver.json

@@ -14,6 +14,7 @@ from rlxf.config.folders import folder_problems
 from rlxf.config.judging import judge_problems, warn_of_judge
 from rlxf.config.lora import lora_problems, say_which_reference, warn_of_unused
 from rlxf.config.losses import loss_problems, warn_of_other_stages
+from rlxf.config.pairs import pair_problems
 from rlxf.config.parallel import layout_problems, rollout_layout_problems
 from rlxf.config.placement import placement_problems
 from rlxf.config.problems import Problem, show, wrong
@@ -338,6 +339,7 @@ _GROUPS: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _batches,
     _optimizer,
     loss_problems,
+    pair_problems,
     evaluation_problems,
     tracker_problems,
     lora_problems,

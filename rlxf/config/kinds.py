@@ -108,7 +108,7 @@ DataFormat = Literal["auto", "standard", "messages", "alpaca", "sharegpt"]
 ReadAt = Literal["auto", "end_of_turn", "last_token"]
 
 
-PairingName = Literal["best_worst"]
+PairingName = Literal["best_worst", "all", "random", "threshold"]
 
 
 ReaderName = Literal["function", "http", "rule"]

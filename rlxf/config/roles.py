@@ -68,8 +68,8 @@ class MicroBatchConfig(Strict):
     """Micro-batches: how many rows one forward and backward pass takes."""
 
     micro_batch_size: Positive = 1
-    """Pairs (sft: examples) per forward and backward pass on one data-parallel rank. Changes memory and speed, not the
-    result."""
+    """Pairs (sft: examples) per forward and backward pass on one data-parallel rank. A pass takes twice as many
+    completions; pairs that share completions can be more. Changes memory and speed, not the result."""
     max_tokens_per_micro_batch: Positive | None = None
     """Token budget of a forward and backward pass, instead of `micro_batch_size`. Bounds the memory whatever the
     lengths are."""

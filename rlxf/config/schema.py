@@ -182,9 +182,22 @@ class AlgorithmConfig(Strict):
     """How scores become pairs."""
 
     pairing: PairingName = "best_worst"
-    """How the scored completions of a prompt become a pair. `best_worst`: the best is chosen, the worst is rejected."""
+    """How the completions of a prompt become pairs. `best_worst`: the best is chosen, the worst is rejected. `all`:
+    every two of them. `random`: two of them, drawn. `threshold`: every one above `score_threshold` against every other
+    one. The better one is always chosen, and the weights of a prompt's pairs add up to 1."""
     min_score_margin: Rate = 0.0
     """Pairs whose score margin is at or below this value are dropped and counted. 0 drops ties only."""
+    score_threshold: Finite | None = None
+    """For `pairing=threshold`: completions with a higher score are good, the others are bad."""
+    max_pairs_per_prompt: Positive | None = None
+    """For `pairing=all` and `threshold`: the number of pairs kept of each prompt, those with the largest margins. If
+    unset, all are kept."""
+    max_length_ratio: Annotated[Finite, Field(ge=1)] | None = None
+    """A pair is dropped and counted if its longer completion has more than this many times the tokens of the other one.
+    Unset: lengths are not compared."""
+    margin_weight: Rate = 0.0
+    """The pair's score margin times this value is subtracted from the logit of the loss, so that a completion that is
+    better by more must become more probable by more. For losses that have a margin: see docs/losses.md."""
     max_empty_steps: Positive = 3
     """Number of consecutive steps without a pair after which the run ends with an error."""
 

@@ -18,6 +18,7 @@ from rlxf.core.errors import ConfigError
 from rlxf.core.types import Pairs, PairValues, Sequences
 from rlxf.models.batching import MicroBatchLimits, my_batches, pair_groups, shared_prompt_groups
 from rlxf.models.megatron.parallel import ParallelSizes, init_parallel, reduce_over_data_parallel
+from rlxf.models.sharing import completions_of
 from rlxf.platform.base import Platform, Process
 
 if TYPE_CHECKING:
@@ -89,19 +90,21 @@ def token_logps(model: MegatronModel, sequences: Sequences, limits: MicroBatchLi
 def pair_logps(model: MegatronModel, pairs: Pairs, limits: MicroBatchLimits) -> PairValues:
     """Log-probabilities of both sides, summed over the completion tokens; on the CPU and on every rank.
 
-    The same pairs in the same order and with the same limits give the same numbers as a training pass, to the bit.
+    The same pairs in the same order and with the same limits give the same numbers as a training pass, to the bit; to
+    float tolerance where a completion is in several pairs, which is computed once here.
     """
     from rlxf.models.megatron.packing import pack_for_logps
 
-    both = Sequences.concat([pairs.chosen, pairs.rejected])
+    completions = completions_of(pairs)
+    sequences = completions.sequences
+    groups = shared_prompt_groups(sequences, limits) if completions.are_shared else pair_groups(len(pairs))
 
     def sums(hidden: Tensor, packed: Packed) -> Tensor:
         return sum_rows(model.logps(hidden, packed), packed.lengths)
 
-    ones = torch.ones(len(both), dtype=torch.int64)
-    values = _over_rows(model, both, pair_groups(len(pairs)), limits, pack_for_logps, sums, ones)
-    chosen, rejected = torch.cat(values).chunk(2)
-    return PairValues(chosen=chosen, rejected=rejected)
+    ones = torch.ones(len(sequences), dtype=torch.int64)
+    values = _over_rows(model, sequences, groups, limits, pack_for_logps, sums, ones)
+    return completions.of_pairs(torch.cat(values))
 
 
 def pair_scores(model: MegatronModel, pairs: Pairs, limits: MicroBatchLimits) -> PairValues:

@@ -100,7 +100,7 @@ class Rewards:
     A failed call leaves its completions without a score, up to a number of them in the whole run.
 
     Args:
-        sources: at least one.
+        sources: none where a judge alone compares.
         tokenizer: the policy's.
         tally: counts failed scores, for all that score in the run; each source counts by itself.
         limit: ``reward.max_failures``.
@@ -133,7 +133,9 @@ class Rewards:
         for answer in answers:
             self._count(answer)
         return Scores(
-            table=torch.stack([answer.scores for answer in answers], dim=1),
+            table=torch.stack([answer.scores for answer in answers], dim=1)
+            if answers
+            else torch.empty(len(rollouts), 0),
             extra={name: values for answer in answers for name, values in answer.extra.items()},
             metrics={
                 f"rewards/{term.name}/{name}": value
