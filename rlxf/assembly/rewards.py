@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from rlxf.assembly.data import needs_scorer
-from rlxf.assembly.roles import build_models, build_scorer, policy_tokenizer
+from rlxf.assembly.roles import build_models, build_scorer, policy_tokenizer, sampled_by
 from rlxf.config.rewards import RewardSource
 from rlxf.config.schema import RunConfig
 from rlxf.core.stop import Stop
@@ -36,6 +37,7 @@ def open_readers(config: RunConfig, stop: Stop) -> Iterator[dict[str, TextSource
                 workers=config.reward_workers,
                 timeout_s=config.reward.timeout_s,
                 stop=stop,
+                policy=partial(sampled_by, config),
             )
             with stop.interruptible():
                 reader = READERS[source.kind](parts)

@@ -25,11 +25,13 @@ from yarl import URL
 
 from rlxf.core.addresses import is_link_local, refusal, short_url, url_problem
 from rlxf.core.errors import ConfigError
+from rlxf.core.stop import Stop
 from rlxf.core.waiting import in_thread
 
 PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the second try, and at most; `Retry-After` is honoured up to the latter
 KEEP_ALIVE_S = 1.0  # shorter than any server's, so that no request meets a connection that the server is closing
 CLOSE_S = 5.0
+_TICK_S = 0.2  # how often a wait looks at the stop request
 _SAID_BYTES, _SAID_CHARS = 4096, 200  # what is read and told of an answer that is an error
 
 
@@ -90,12 +92,13 @@ class HttpClient:
     Args:
         url: of the service, http or https.
         settings: how it is asked.
+        stop: ends a wait early in whichever thread it is, when the user asked for it.
 
     Raises:
         ConfigError: the address is none, or may not be called; or the variable of ``token_env`` cannot be used.
     """
 
-    def __init__(self, url: str, settings: HttpSettings) -> None:
+    def __init__(self, url: str, settings: HttpSettings, *, stop: Stop | None = None) -> None:
         problem = url_problem(url, allow_link_local=settings.allow_link_local)
         if problem is not None:
             raise ConfigError(f"url: {problem}")
@@ -103,7 +106,7 @@ class HttpClient:
         host = self._url.raw_host or ""  # digits of other scripts have become ASCII ones
         if not settings.allow_link_local and is_link_local(host):
             raise ConfigError(f"url: {refusal(host)}")
-        self._name = short_url(url)
+        self._name, self._stop = short_url(url), stop
         self._token = _token(settings.token_env)
         self._lock = threading.Lock()
         self._loop: _Loop | None = None
@@ -124,6 +127,7 @@ class HttpClient:
 
         Raises:
             TypeError, ValueError: a body is no JSON; nothing was sent.
+            StopRequested: by ``stop``.
         """
         payloads = [json.dumps(body, allow_nan=False).encode() for body in bodies]
         if not payloads:
@@ -134,7 +138,7 @@ class HttpClient:
         replies: dict[int, Reply] = {}
         task = self._start(work)
         try:
-            while (found := arrived.get()) is not None:
+            while (found := self._next(arrived)) is not None:
                 replies[found[0]] = found[1]
                 done(*found)
             with contextlib.suppress(CancelledError):
@@ -144,6 +148,14 @@ class HttpClient:
             raise
         closed = Reply(problem=f"{self._name}: the client was closed before an answer came", tries=0)
         return [replies.get(index, closed) for index in range(len(payloads))]
+
+    def _next(self, arrived: _Arrived) -> tuple[int, Reply] | None:
+        while True:
+            try:
+                return arrived.get(timeout=_TICK_S)
+            except queue.Empty:
+                if self._stop is not None and self._stop.must_give_up():
+                    raise self._stop.error(f"stopped while waiting for {self._name}") from None
 
     def close(self) -> None:
         """Drop what is under way and end the thread. Whoever waits for replies gets those that have come."""

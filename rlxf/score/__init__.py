@@ -46,6 +46,26 @@ def _function(parts: ReaderParts) -> TextSource:
     return _in_process(partial(FunctionSource.from_file, path, parts.key), f"{parts.key}={path}", parts)
 
 
+def _http(parts: ReaderParts) -> TextSource:
+    from rlxf.score.http import HttpSource, HttpSourceSettings
+
+    source = parts.source
+    settings = HttpSourceSettings(
+        url=str(source.url),
+        form=source.form,
+        batch_size=source.batch_size,
+        concurrency=source.concurrency,
+        timeout_s=source.timeout_s,
+        tries=source.tries,
+        deadline_s=parts.timeout_s,
+        token_env=source.token_env,
+        label_column=source.label_column,
+        allow_link_local=source.allow_link_local,
+    )
+    eos_ids = parts.policy().eos_ids if source.form == "rlxf" else ()
+    return HttpSource(settings, key=parts.key.removesuffix(".url"), eos_ids=eos_ids, stop=parts.stop)
+
+
 def _in_process(make: Callable[[], FunctionSource], name: str, parts: ReaderParts) -> TextSource:
     """In ``parts.workers`` processes; with 0 of them in this one."""
     from rlxf.score.processes import ProcessSource
@@ -55,5 +75,5 @@ def _in_process(make: Callable[[], FunctionSource], name: str, parts: ReaderPart
     return ProcessSource(make, name, workers=parts.workers, timeout_s=parts.timeout_s, stop=parts.stop)
 
 
-READERS: dict[ReaderName, Callable[[ReaderParts], TextSource]] = {"function": _function}
+READERS: dict[ReaderName, Callable[[ReaderParts], TextSource]] = {"function": _function, "http": _http}
 """Who scores the texts of completions, by the kind of an entry of ``reward.sources``."""

@@ -6,17 +6,18 @@ import datetime
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
+from rlxf.config.rewards import HttpForm
 from rlxf.core.addresses import short_url
 from rlxf.core.errors import ConfigError
 from rlxf.core.http import HttpClient, HttpSettings, Reply
+from rlxf.core.stop import Stop
 from rlxf.score.texts import Answered, Asked
 
 if TYPE_CHECKING:
     from rlxf.core.types import Text
 
-HttpForm = Literal["rlxf", "openrlhf", "slime"]
 GIVEN = ("prompts", "completions", "completion_ids", "ended")  # what a request of our form holds besides columns
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
@@ -44,26 +45,34 @@ class HttpSource:
 
     Args:
         settings: the service.
+        key: of the recipe that describes it, for messages.
         eos_ids: what ends a completion; with them our form tells the service which completions have ended.
+        stop: ends a wait early when the user asked for it.
 
     Raises:
         ConfigError: the address or the token cannot be used.
     """
 
-    def __init__(self, settings: HttpSourceSettings, *, eos_ids: Collection[int] = ()) -> None:
-        if settings.form not in get_args(HttpForm):
-            raise ConfigError(f"form={settings.form}: expected one of {', '.join(get_args(HttpForm))}")
-        self._settings, self._eos_ids = settings, frozenset(eos_ids)
-        self._client = HttpClient(
-            settings.url,
-            HttpSettings(
-                timeout_s=settings.timeout_s,
-                tries=settings.tries,
-                concurrency=settings.concurrency,
-                token_env=settings.token_env,
-                allow_link_local=settings.allow_link_local,
-            ),
+    def __init__(
+        self,
+        settings: HttpSourceSettings,
+        *,
+        key: str = "reward",
+        eos_ids: Collection[int] = (),
+        stop: Stop | None = None,
+    ) -> None:
+        self._settings, self._key, self._eos_ids = settings, key, frozenset(eos_ids)
+        http = HttpSettings(
+            timeout_s=settings.timeout_s,
+            tries=settings.tries,
+            concurrency=settings.concurrency,
+            token_env=settings.token_env,
+            allow_link_local=settings.allow_link_local,
         )
+        try:
+            self._client = HttpClient(settings.url, http, stop=stop)
+        except ConfigError as error:
+            raise ConfigError(f"{key}.{error}") from error
 
     def ask(self, asked: Asked) -> Answered:
         """The service's scores, None where it has none or did not answer.
@@ -133,7 +142,7 @@ class HttpSource:
             return None
         if name not in asked.columns:
             known = ", ".join(sorted(asked.columns)) or "no further columns"
-            raise ConfigError(f"label_column={name}: expected a column of the data, which has {known}")
+            raise ConfigError(f"{self._key}.label_column={name}: expected a column of the data, which has {known}")
         return [as_json(value) for value in asked.columns[name]]
 
     def _scores(self, reply: Reply, count: int) -> list[float | None]:
@@ -150,10 +159,8 @@ class HttpSource:
         key = "scores" if self._settings.form == "rlxf" else "rewards"
         values = reply.value.get(key) if isinstance(reply.value, dict) else None
         if not isinstance(values, list):
-            found = f"the keys {', '.join(map(repr, reply.value))}"[:200] if isinstance(reply.value, dict) else ""
-            raise ValueError(
-                f'{where}: expected {{"{key}": [...]}} with a number per completion, got {found or _kind(reply.value)}'
-            )
+            found = "an object without that list" if isinstance(reply.value, dict) else _kind(reply.value)
+            raise ValueError(f'{where}: expected {{"{key}": [...]}} with a number per completion, got {found}')
         if len(values) != count:
             raise ValueError(f"{where}: expected {count} {key}, one per completion, got {len(values)}")
         return [_score(value, where, f"{key}[{index}]") for index, value in enumerate(values)]

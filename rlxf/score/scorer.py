@@ -64,3 +64,4 @@ class ReaderParts:
     workers: int  # processes that run a function; 0: it runs in this one
     timeout_s: float  # of the completions of a step
     stop: Stop  # ends a wait early
+    policy: Callable[[], SampledBy]
