@@ -1,4 +1,4 @@
-"""Giving a completion a score: reward model, Python function, recorded score; and the missing-EOS penalty."""
+"""Giving a completion a score: reward model, Python function, recorded score; and the penalties."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ WHOLE = {"rlxf.config.schema.RunConfig", "rlxf.config.roles.ActorConfig"}
 WHOLE_MODULES = {"rlxf.config", "rlxf.config.schema", "rlxf.config.roles"}  # by which everything in them is reached
 
 # What runs without a check of the recipe: the modules of rlxf.config that each part may import.
-VALUES = {"schema", "roles", "kinds", "devices", "stages"}  # the sections, and the words for their values
+VALUES = {"schema", "roles", "kinds", "devices", "stages", "rules"}  # the sections, and the words for their values
 CONFIG_MODULES: dict[str, set[str]] = {
     **dict.fromkeys(ROOMS | {"models", "platform", "observe", "loop", "algorithms", "evaluate"}, VALUES),
     "checkpointing": VALUES | {"changes", "curve"},  # what a change of the recipe does to a run that goes on
