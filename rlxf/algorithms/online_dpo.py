@@ -10,7 +10,7 @@ from rlxf.loop.run import Online, Reference, Run
 from rlxf.observe.formulas import data_metrics, pair_metrics, rollout_metrics
 from rlxf.pair import PAIRINGS
 from rlxf.schedule.lookahead import Stage
-from rlxf.score.penalty import with_scores
+from rlxf.score.penalty import Shaping, with_scores
 
 
 class OnlineDpo:
@@ -79,8 +79,8 @@ def _score_and_pair(run: Run, collected: Collected) -> None:
             raw_scores = source.scorer.score(rollouts)
             collected.failed = run.state.all_failed_scores - before
             collected.raw_scores = raw_scores
-        penalty = config.actor_rollout.missing_eos_penalty
-        scored = with_scores(rollouts, collected.raw_scores, eos_ids=source.eos_ids, missing_eos_penalty=penalty)
+        shaping = Shaping.of(config.actor_rollout, max_new_tokens=config.max_new_tokens)
+        scored = with_scores(rollouts, collected.raw_scores, eos_ids=source.eos_ids, shaping=shaping)
         pairing = PAIRINGS[config.algorithm.pairing](scored, min_score_margin=config.algorithm.min_score_margin)
     collected.metrics |= rollout_metrics(scored, collected.seconds["gen"]) | pair_metrics(pairing)
     collected.scored, collected.pairing, collected.data = scored, pairing, pairing.pairs

@@ -52,7 +52,12 @@ _NOT_HELD = {"vocab_size", "untie_embeddings_and_output_weights"}
 
 
 # Keys that earlier versions did not have, with the value that says what they did.
-SINCE = {"rollout.lookahead": 0}
+SINCE = {
+    "rollout.lookahead": 0,
+    "actor_rollout.length_penalty": 0.0,
+    "actor_rollout.overlong_tokens": 0,
+    "actor_rollout.overlong_penalty": 0.0,
+}
 
 SHAPE_FROM = ("shape_from", "folder")  # key and value in driver.json
 

@@ -205,7 +205,7 @@ class ScoredRollouts:
 
     rollouts: Rollouts
     raw_scores: Tensor  # [B] float32, as the scorer gave them
-    scores: Tensor  # [B] float32, after the missing-EOS penalty
+    scores: Tensor  # [B] float32, after the penalties for a missing EOS and for length
     contains_eos: Tensor  # [B] bool
 
     def __post_init__(self) -> None:
