@@ -18,7 +18,7 @@ from rlxf.observe.record import plain
 from rlxf.pair import PAIRINGS, PairingSettings
 from rlxf.schedule.lookahead import Stage
 from rlxf.score.combine import Term
-from rlxf.score.penalty import with_scores
+from rlxf.score.penalty import Shaping, with_scores
 
 
 class OnlineDpo:
@@ -96,8 +96,8 @@ def _score_and_pair(run: Run, collected: Collected) -> None:
     with run.working(collected, "adv"):
         _score(run, collected, rollouts)
         assert collected.raw_scores is not None
-        penalty = config.actor_rollout.missing_eos_penalty
-        scored = with_scores(rollouts, collected.raw_scores, eos_ids=source.eos_ids, missing_eos_penalty=penalty)
+        shaping = Shaping.of(config.actor_rollout, max_new_tokens=config.max_new_tokens)
+        scored = with_scores(rollouts, collected.raw_scores, eos_ids=source.eos_ids, shaping=shaping)
         scored = replace(scored, sources=_by_name(source.rewards.terms, collected.table), extra=collected.extra)
         settings = pairing_settings(config.algorithm, seed=config.training.seed, step=collected.step)
         pairing = PAIRINGS[config.algorithm.pairing](scored, settings, _judged(run, collected, rollouts))

@@ -41,6 +41,7 @@ from rlxf.reference.cached import CachedReference, cache_folder
 from rlxf.rollout.replay import ReplayEngine
 from rlxf.schedule.lanes import Lanes
 from rlxf.score.combine import RunningScales
+from rlxf.score.penalty import Shaping
 from rlxf.score.scorer import Scorer
 from rlxf.score.sources import Unscaled
 from rlxf.score.texts import TextSource
@@ -324,7 +325,7 @@ def _evaluation(
 
 def report_settings(config: RunConfig) -> ReportSettings:
     """What a run's report must know of it."""
-    has_penalty = config.actor_rollout.missing_eos_penalty > 0
+    has_penalty = Shaping.of(config.actor_rollout, max_new_tokens=config.max_new_tokens).changes_scores
     return ReportSettings(training=config.training, log=config.log, has_penalty=has_penalty, recipe=config.dump())
 
 
@@ -334,6 +335,6 @@ def evaluation_settings(config: RunConfig, eos_ids: tuple[int, ...]) -> Evaluati
         config=config.eval,
         training=config.training,
         max_new_tokens=config.max_new_tokens,
-        missing_eos_penalty=config.actor_rollout.missing_eos_penalty,
+        shaping=Shaping.of(config.actor_rollout, max_new_tokens=config.max_new_tokens),
         eos_ids=eos_ids,
     )

@@ -62,6 +62,9 @@ SINCE: dict[str, Any] = {
     "algorithm.max_pairs_per_prompt": None,
     "algorithm.max_length_ratio": None,
     "algorithm.margin_weight": 0.0,
+    "actor_rollout.length_penalty": 0.0,
+    "actor_rollout.overlong_tokens": 0,
+    "actor_rollout.overlong_penalty": 0.0,
 }
 
 SHAPE_FROM = ("shape_from", "folder")  # key and value in driver.json

@@ -112,6 +112,24 @@ def _sampling(config: RunConfig) -> Iterator[Problem]:
         yield wrong("rollout.top_k", rollout.top_k, expected)
 
 
+def _shaping(config: RunConfig) -> Iterator[Problem]:
+    """The soft penalty of long completions needs its two keys, and room before the limit."""
+    actor = config.actor_rollout
+    tokens_key, penalty_key = "actor_rollout.overlong_tokens", "actor_rollout.overlong_penalty"
+    if config.offline:
+        return
+    if actor.overlong_penalty and not actor.overlong_tokens:
+        expected = f"expected 0 without {tokens_key}, the number of tokens over which it sets in; set that, too"
+        yield wrong(penalty_key, actor.overlong_penalty, expected, tokens_key)
+    elif actor.overlong_tokens and not actor.overlong_penalty:
+        expected = f"expected 0 without {penalty_key}, the number that is subtracted; set that, too"
+        yield wrong(tokens_key, actor.overlong_tokens, expected, penalty_key)
+    elif actor.overlong_tokens > config.max_new_tokens > 0:
+        expected = f"expected at most {config.max_new_tokens}, the longest completion (actor_rollout.max_new_tokens)"
+        keys = ("actor_rollout.max_new_tokens", "actor_rollout.seq_length", "actor_rollout.max_prompt_length")
+        yield wrong(tokens_key, actor.overlong_tokens, expected, *keys)
+
+
 def _lookahead(config: RunConfig) -> Iterator[Problem]:
     """Sampling beside training needs something that samples, on devices that do not train."""
     ahead, key = config.rollout.lookahead, "rollout.lookahead"
@@ -332,6 +350,7 @@ _GROUPS: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     folder_problems,
     _lengths,
     _sampling,
+    _shaping,
     _lookahead,
     _devices,
     _placement,

@@ -152,6 +152,8 @@ _SYNONYMS: dict[str, str] = {
     "truncation_mode": "actor_rollout.prompt_overflow",
     "max_completion_length": "actor_rollout.max_new_tokens",
     "max_response_length": "actor_rollout.max_new_tokens",
+    "soft_punish_cache": "actor_rollout.overlong_tokens",
+    "overlong_buffer": "actor_rollout.overlong_tokens",
     "rpo_alpha": "actor_rollout.dpo_loss_weights",
     "gamma_beta_ratio": "actor_rollout.simpo_gamma",
     "sync_ref_model": "ref.ref_update_interval",

@@ -153,6 +153,13 @@ class SamplingConfig(Strict):
     """Sample randomly. false (greedy) is an error online, because all completions of a prompt would be equal."""
     missing_eos_penalty: Rate = 0.0
     """Number that is subtracted from the score of a completion that did not end with EOS."""
+    length_penalty: Rate = 0.0
+    """Number that is subtracted from the score for each token of a completion."""
+    overlong_tokens: int = Field(0, ge=0)
+    """Length of the zone before `max_new_tokens` in which `overlong_penalty` sets in, in tokens (DAPO). 0: no zone."""
+    overlong_penalty: Rate = 0.0
+    """Number that is subtracted from the score of a completion of `max_new_tokens`; in the zone of `overlong_tokens` it
+    grows linearly from 0 to this number."""
 
 
 class LossConfig(Strict):

@@ -205,7 +205,7 @@ class ScoredRollouts:
 
     rollouts: Rollouts
     raw_scores: Tensor  # [B] float32, as the scorer gave them
-    scores: Tensor  # [B] float32, after the missing-EOS penalty
+    scores: Tensor  # [B] float32, after the penalties for a missing EOS and for length
     contains_eos: Tensor  # [B] bool
     sources: dict[str, Tensor] = field(default_factory=dict)  # [B] float32 each, by the name of a source of rewards
     extra: dict[str, list[Any]] = field(default_factory=dict)  # columns that reward functions logged, B values each

@@ -24,7 +24,7 @@ from rlxf.judge.judged import wins as judged_wins
 from rlxf.loop.due import evaluation_is_due
 from rlxf.loop.run import Actor, Reference, Rollout
 from rlxf.rollout.engine import Purpose, Sampling
-from rlxf.score.penalty import with_scores
+from rlxf.score.penalty import Shaping, with_scores
 from rlxf.score.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class EvaluationSettings:
     config: EvalConfig
     training: TrainingConfig  # when it is due, and the run's seed
     max_new_tokens: int
-    missing_eos_penalty: float  # subtracted from the score of a completion without EOS
+    shaping: Shaping  # what is subtracted from a score
     eos_ids: tuple[int, ...]  # what ends a completion
 
 
@@ -184,10 +184,9 @@ class Evaluation:
             step=step,
         )
         rollouts = self._rooms.rollout.generate(self._prompts, sampling)
-        penalty = settings.missing_eos_penalty
         scorer = self._rooms.scorer
         raw_scores = scorer.score(rollouts) if scorer is not None else torch.full((len(rollouts),), math.nan)
-        scored = with_scores(rollouts, raw_scores, eos_ids=settings.eos_ids, missing_eos_penalty=penalty)
+        scored = with_scores(rollouts, raw_scores, eos_ids=settings.eos_ids, shaping=settings.shaping)
         texts = self._tokenizer.batch_decode(rollouts.sequences.completion_rows(), skip_special_tokens=True)
         return Samples(scored, texts)
 
@@ -233,7 +232,7 @@ def _scores(samples: Samples | None) -> Tensor | None:
 
 
 def _rewards(samples: Samples, prefix: str) -> Metrics:
-    """Mean scores after the EOS penalty and before it, missing ones left out."""
+    """Mean scores after the penalties and before them, missing ones left out."""
     scored = samples.scored
     metrics: Metrics = {}
     for name, scores in (("reward", scored.scores), ("raw_reward", scored.raw_scores)):

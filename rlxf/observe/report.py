@@ -24,8 +24,8 @@ from rlxf.observe.trackers import Recipe, TrackerSink
 EVAL_ROWS = (
     ("reward score", "eval/reward"),
     ("reward score, greedy", "eval/greedy_reward"),
-    ("reward score before the EOS penalty", "eval/raw_reward"),
-    ("reward score before the EOS penalty, greedy", "eval/greedy_raw_reward"),
+    ("reward score before penalties", "eval/raw_reward"),
+    ("reward score before penalties, greedy", "eval/greedy_raw_reward"),
     ("win rate against the initial policy", "eval/win_rate"),
     ("win rate against the initial policy, greedy", "eval/greedy_win_rate"),
     ("win rate against the previous evaluation", "eval/win_rate_previous"),
@@ -77,7 +77,7 @@ class ReportSettings:
 
     training: TrainingConfig
     log: LogConfig
-    has_penalty: bool  # completions without EOS lose some of their score
+    has_penalty: bool  # completions can lose some of their score, such as those without EOS
     recipe: Recipe  # for trackers
 
 

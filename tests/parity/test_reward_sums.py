@@ -83,10 +83,10 @@ def test_each_function_the_weighted_sum_and_the_metrics_are_trls(
     (row,) = [row for row in trainer.state.log_history if "reward" in row]
     assert float(sums.mean()) == pytest.approx(row["reward"], abs=1e-6)
 
-    from rlxf.score.penalty import with_scores  # a step with these scores, for its metrics
+    from rlxf.score.penalty import Shaping, with_scores  # a step with these scores, for its metrics
 
     rollouts = make_rollouts(prompt_batch([[5]] * NUM_PROMPTS), [seen[i : i + NUM_SAMPLES] for i in range(0, 12, 4)])
-    scored = with_scores(rollouts, sums, eos_ids=(), missing_eos_penalty=0.0)
+    scored = with_scores(rollouts, sums, eos_ids=(), shaping=Shaping())
     sources = {term.name: column for term, column in zip(terms, table.unbind(1), strict=True)}
     object.__setattr__(scored, "sources", sources)
     for name, value in source_metrics(scored).items():

@@ -75,7 +75,8 @@ WHOLE = {"rlxf.config.schema.RunConfig", "rlxf.config.roles.ActorConfig"}
 WHOLE_MODULES = {"rlxf.config", "rlxf.config.schema", "rlxf.config.roles"}  # by which everything in them is reached
 
 # What runs without a check of the recipe: the modules of rlxf.config that each part may import.
-VALUES = {"schema", "roles", "rewards", "judge", "kinds", "devices", "stages"}  # the sections, and their words
+# The sections, and the words for their values.
+VALUES = {"schema", "roles", "rewards", "rules", "judge", "kinds", "devices", "stages"}
 CONFIG_MODULES: dict[str, set[str]] = {
     **dict.fromkeys(ROOMS | {"models", "platform", "observe", "loop", "algorithms", "evaluate"}, VALUES),
     "checkpointing": VALUES | {"changes", "curve"},  # what a change of the recipe does to a run that goes on

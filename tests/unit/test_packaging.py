@@ -131,7 +131,7 @@ def test_pythons_are_those_of_the_installer(project: dict[str, Any]) -> None:
     assert f"| cpu | Linux, Python 3.{minors[0]} to 3.{minors[-1]} |" in page
 
 
-@pytest.mark.parametrize("extra", ["hub", "qlora", "wandb", "mlflow", "swanlab"])
+@pytest.mark.parametrize("extra", ["hub", "math", "qlora", "wandb", "mlflow", "swanlab"])
 def test_extras_beside_a_lane_are_what_the_tests_run_with(project: dict[str, Any], extra: str) -> None:
     pins = lock("cpu") | lock("dev")
     for wish in (Requirement(line) for line in project["optional-dependencies"][extra]):

@@ -27,7 +27,7 @@ from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.platform import Platform, get_platform
 from rlxf.rollout.engine import Sampling
-from rlxf.score.penalty import with_scores
+from rlxf.score.penalty import Shaping, with_scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,11 +209,9 @@ def answer(config: RunConfig, prompts: PromptBatch, settings: Settings, platform
     rollouts = sample(config, parts, sampling, platform.name)
     tokenizer = policy_tokenizer(config)
     eos_ids = eos_token_ids(str(config.actor_rollout.load), tokenizer)
-    penalty = settings.missing_eos_penalty
+    shaping = Shaping(missing_eos_penalty=settings.missing_eos_penalty)
     with open_scorer(config, platform) as scorer:
-        scored = [
-            with_scores(part, scorer.score(part), eos_ids=eos_ids, missing_eos_penalty=penalty) for part in rollouts
-        ]
+        scored = [with_scores(part, scorer.score(part), eos_ids=eos_ids, shaping=shaping) for part in rollouts]
     rows = [row for part in rollouts for row in part.sequences.completion_rows()]
     return Generations(
         texts=tokenizer.batch_decode(rows, skip_special_tokens=True),

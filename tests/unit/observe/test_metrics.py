@@ -14,7 +14,7 @@ from rlxf.observe.formulas import num_tokens, pair_metrics, read_jsonl, rollout_
 from rlxf.observe.sinks import JsonlSink, TensorBoardSink
 from rlxf.pair import PairingSettings
 from rlxf.pair.strategies import best_worst
-from rlxf.score.penalty import with_scores
+from rlxf.score.penalty import Shaping, with_scores
 
 EOS = 9
 
@@ -39,7 +39,7 @@ def scored(scores: list[float], completions: list[list[int]], versions: list[int
         engine_logps=torch.zeros(int(sequences.completion_lengths.sum())),
         policy_version=torch.tensor(versions or [0] * len(scores)),
     )
-    return with_scores(rollouts, torch.tensor(scores), eos_ids=(EOS,), missing_eos_penalty=0.0)
+    return with_scores(rollouts, torch.tensor(scores), eos_ids=(EOS,), shaping=Shaping())
 
 
 def test_rollout_metrics_count_what_was_sampled() -> None:
