@@ -79,8 +79,13 @@ def _score_and_pair(run: Run, collected: Collected) -> None:
             raw_scores = source.scorer.score(rollouts)
             collected.failed = run.state.all_failed_scores - before
             collected.raw_scores = raw_scores
-        penalty = config.actor_rollout.missing_eos_penalty
-        scored = with_scores(rollouts, collected.raw_scores, eos_ids=source.eos_ids, missing_eos_penalty=penalty)
+        scored = with_scores(
+            rollouts,
+            collected.raw_scores,
+            eos_ids=source.eos_ids,
+            missing_eos_penalty=config.actor_rollout.missing_eos_penalty,
+            stopped=source.stopped,
+        )
         pairing = PAIRINGS[config.algorithm.pairing](scored, min_score_margin=config.algorithm.min_score_margin)
     collected.metrics |= rollout_metrics(scored, collected.seconds["gen"]) | pair_metrics(pairing)
     collected.scored, collected.pairing, collected.data = scored, pairing, pairing.pairs

@@ -29,6 +29,7 @@ from rlxf.data.prompts import PromptFile
 from rlxf.evaluate import EvalBackends, Evaluation, EvaluationSettings, OfflineEvaluation, no_evaluation
 from rlxf.loop.collected import Collected
 from rlxf.loop.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
+from rlxf.models.stop_strings import StopStrings
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.observe.record import Recorders, RolloutRecorder, SampleRecorder
 from rlxf.observe.report import ReportSettings, RunReport
@@ -172,7 +173,8 @@ def _reference(config: RunConfig, data: Data, roles: Roles, stop: Stop, platform
         return roles.reference
     assert isinstance(data.training, PreferenceFile)
     root = Path(config.ref.cache) if config.ref.cache else Path.home() / ".cache" / "rlxf" / "ref_logps"
-    folder = cache_folder(root, Path(str(config.ref.load)), config.ref.precision, platform.name)
+    alpha = config.actor_rollout.ld_alpha
+    folder = cache_folder(root, Path(str(config.ref.load)), config.ref.precision, platform.name, alpha)
     cached = CachedReference(roles.reference, folder)
     with stop.interruptible():
         count = cached.fill(_one_pass(data.training))
@@ -250,8 +252,14 @@ def _source(
         SampleRecorder(run_dir / "samples.jsonl", data.tokenizer, after=after) if samples else None,
         logs.samples_interval,
     )
-    eos_ids = _eos_ids(config, data)
-    return Online(prompts=data.training, rollout=rollout, scorer=scorer, eos_ids=eos_ids, recorder=recorder)
+    return Online(
+        prompts=data.training,
+        rollout=rollout,
+        scorer=scorer,
+        eos_ids=_eos_ids(config, data),
+        recorder=recorder,
+        stopped=StopStrings(data.tokenizer, config.rollout.stop).completed if config.rollout.stop else None,
+    )
 
 
 def _eos_ids(config: RunConfig, data: Data) -> tuple[int, ...]:
@@ -277,7 +285,11 @@ def build_probe(config: RunConfig, platform: Platform, prompts: Tokens) -> Probe
 def _evaluation(config: RunConfig, data: Data, roles: Roles, reference: Reference, state: State) -> Evaluate | None:
     if config.offline and data.evaluation:
         assert not isinstance(data.evaluation, PromptBatch)
-        return OfflineEvaluation(config.training, data.evaluation, roles.actor, reference)
+
+        def beta() -> float:
+            return config.actor_rollout.beta_after(state.epoch)
+
+        return OfflineEvaluation(config.training, data.evaluation, roles.actor, reference, beta=beta)
     if not isinstance(data.evaluation, PromptBatch) or roles.rollout is None or roles.scorer is None:
         return None
     limit, place = config.reward.max_failures, lambda: f"the evaluation after {state.step} steps"
@@ -301,4 +313,6 @@ def evaluation_settings(config: RunConfig, eos_ids: tuple[int, ...]) -> Evaluati
         max_new_tokens=config.max_new_tokens,
         missing_eos_penalty=config.actor_rollout.missing_eos_penalty,
         eos_ids=eos_ids,
+        stop=config.rollout.stop,
+        structured_outputs=config.rollout.structured_outputs,
     )

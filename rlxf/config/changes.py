@@ -52,7 +52,15 @@ _NOT_HELD = {"vocab_size", "untie_embeddings_and_output_weights"}
 
 
 # Keys that earlier versions did not have, with the value that says what they did.
-SINCE = {"rollout.lookahead": 0}
+SINCE: dict[str, Any] = {
+    "rollout.lookahead": 0,
+    "rollout.min_p": 0.0,
+    "rollout.repetition_penalty": 1.0,
+    "rollout.stop": [],
+    "rollout.structured_outputs": None,
+    "actor_rollout.ld_alpha": None,
+    "actor_rollout.dpo_weighting": "none",
+}
 
 SHAPE_FROM = ("shape_from", "folder")  # key and value in driver.json
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -206,7 +206,7 @@ class ScoredRollouts:
     rollouts: Rollouts
     raw_scores: Tensor  # [B] float32, as the scorer gave them
     scores: Tensor  # [B] float32, after the missing-EOS penalty
-    contains_eos: Tensor  # [B] bool
+    contains_eos: Tensor  # [B] bool: whether it ended, by an EOS or by a stop string
 
     def __post_init__(self) -> None:
         for name in ("raw_scores", "scores", "contains_eos"):
@@ -355,6 +355,7 @@ class ReferencedPairs:
 
     pairs: Pairs
     reference: PairValues
+    beta: float | None = None  # of the step that they are trained in; None: not known yet
 
     def __post_init__(self) -> None:
         _require(
@@ -365,7 +366,7 @@ class ReferencedPairs:
         return len(self.pairs)
 
     def select(self, index: Tensor) -> ReferencedPairs:
-        return ReferencedPairs(pairs=self.pairs.select(index), reference=self.reference.select(index))
+        return replace(self, pairs=self.pairs.select(index), reference=self.reference.select(index))
 
 
 Batch = ReferencedPairs | Examples | RewardPairs

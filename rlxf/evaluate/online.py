@@ -18,6 +18,7 @@ from rlxf.evaluate.answers import Scores, mean, measured, standard_error, wins
 from rlxf.evaluate.user import call_metrics, load_metrics
 from rlxf.loop.due import evaluation_is_due
 from rlxf.loop.run import Actor, Reference, Rollout
+from rlxf.models.stop_strings import StopStrings
 from rlxf.rollout.engine import Purpose, Sampling
 from rlxf.score.penalty import with_scores
 from rlxf.score.scorer import Scorer
@@ -47,6 +48,8 @@ class EvaluationSettings:
     max_new_tokens: int
     missing_eos_penalty: float  # subtracted from the score of a completion without EOS
     eos_ids: tuple[int, ...]  # what ends a completion
+    stop: tuple[str, ...] = ()  # texts that end it, too
+    structured_outputs: Mapping[str, Any] | None = None  # form of completions
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,7 @@ class Evaluation:
         self._prompts = prompts
         self._rooms = rooms
         self._tokenizer = tokenizer
+        self._stopped = StopStrings(tokenizer, settings.stop).completed if settings.stop else None
         self._user_metrics = load_metrics(settings.config.metrics) if settings.config.metrics else None
         self._baseline: Scores | None = None  # the initial policy's
         self._initial_texts: list[str] = []  # and its completions
@@ -162,6 +166,8 @@ class Evaluation:
             num_samples=1,
             max_new_tokens=settings.max_new_tokens,
             temperature=0.0 if purpose == "greedy" else 1.0,
+            stop=settings.stop,
+            structured_outputs=settings.structured_outputs,
             seed=self._training.seed,
             purpose=purpose,
             step=step,
@@ -169,7 +175,9 @@ class Evaluation:
         rollouts = self._rooms.rollout.generate(self._prompts, sampling)
         penalty = settings.missing_eos_penalty
         raw_scores = self._rooms.scorer.score(rollouts)
-        scored = with_scores(rollouts, raw_scores, eos_ids=settings.eos_ids, missing_eos_penalty=penalty)
+        scored = with_scores(
+            rollouts, raw_scores, eos_ids=settings.eos_ids, missing_eos_penalty=penalty, stopped=self._stopped
+        )
         texts = self._tokenizer.batch_decode(rollouts.sequences.completion_rows(), skip_special_tokens=True)
         return Samples(scored, texts)
 

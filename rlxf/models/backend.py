@@ -86,20 +86,64 @@ def token_logps(model: MegatronModel, sequences: Sequences, limits: MicroBatchLi
     return torch.cat(values) if values else torch.zeros(0)
 
 
-def pair_logps(model: MegatronModel, pairs: Pairs, limits: MicroBatchLimits) -> PairValues:
+def pair_logps(
+    model: MegatronModel, pairs: Pairs, limits: MicroBatchLimits, *, ld_alpha: float | None = None
+) -> PairValues:
     """Log-probabilities of both sides, summed over the completion tokens; on the CPU and on every rank.
 
     The same pairs in the same order and with the same limits give the same numbers as a training pass, to the bit.
+    ``ld_alpha``: as ``sum_sides`` has it.
     """
-    from rlxf.models.megatron.packing import pack_for_logps
-
     both = Sequences.concat([pairs.chosen, pairs.rejected])
 
     def sums(hidden: Tensor, packed: Packed) -> Tensor:
-        return sum_rows(model.logps(hidden, packed), packed.lengths)
+        return sum_sides(model.logps(hidden, packed), packed.lengths, ld_alpha)
+
+    return _pair_values(model, both, limits, sums)
+
+
+def pair_wpo_weights(model: MegatronModel, pairs: Pairs, limits: MicroBatchLimits) -> Tensor:
+    """[N] float32 ``wpo_weights`` of pairs, on the CPU and on every rank."""
+    both = Sequences.concat([pairs.chosen, pairs.rejected])
+
+    def means(hidden: Tensor, packed: Packed) -> Tensor:
+        return _aligned(model, hidden, packed, model.logps(hidden, packed))
+
+    found = _pair_values(model, both, limits, means)
+    return (found.chosen + found.rejected).exp()
+
+
+def wpo_weights(model: MegatronModel, hidden: Tensor, packed: Packed, token_logps: Tensor) -> Tensor:
+    """[N] float32 weights of pairs under the model (WPO, Zhou et al. 2024, eq. 2), without gradient.
+
+    A completion's weight is the geometric mean over its tokens of ``p(token) / sum of p(v)**2`` over the vocabulary: 1
+    for a token that is as probable as one that the model samples is on average. A pair's weight is the product of both.
+
+    Args:
+        model: the one that is trained.
+        hidden: hidden states of the last stage.
+        packed: chosen sides, then rejected sides.
+        token_logps: [sum completion tokens] what ``model.logps`` gives of them.
+    """
+    chosen, rejected = _aligned(model, hidden, packed, token_logps).chunk(2)
+    return (chosen + rejected).exp()
+
+
+@torch.no_grad()
+def _aligned(model: MegatronModel, hidden: Tensor, packed: Packed, token_logps: Tensor) -> Tensor:
+    """[B] mean over each completion's tokens of ``log p(token) - log sum of p(v)**2``."""
+    values = token_logps.detach() - model.log_collisions(hidden, packed)
+    return sum_rows(values, packed.lengths) / packed.lengths.to(values)
+
+
+def _pair_values(
+    model: MegatronModel, both: Sequences, limits: MicroBatchLimits, compute: Callable[[Tensor, Packed], Tensor]
+) -> PairValues:
+    """One number for each side of pairs; ``both``: chosen sides, then rejected sides."""
+    from rlxf.models.megatron.packing import pack_for_logps
 
     ones = torch.ones(len(both), dtype=torch.int64)
-    values = _over_rows(model, both, pair_groups(len(pairs)), limits, pack_for_logps, sums, ones)
+    values = _over_rows(model, both, pair_groups(len(both) // 2), limits, pack_for_logps, compute, ones)
     chosen, rejected = torch.cat(values).chunk(2)
     return PairValues(chosen=chosen, rejected=rejected)
 
@@ -158,6 +202,24 @@ def rows_of(groups: Sequence[Tensor], batch: Sequence[int]) -> Tensor:
     """The rows of some groups: all first members, then all second ones, so that a pass sees chosen before rejected."""
     longest = max(len(groups[i]) for i in batch)
     return torch.tensor([int(groups[i][k]) for k in range(longest) for i in batch if k < len(groups[i])])
+
+
+def sum_sides(values: Tensor, lengths: Tensor, ld_alpha: float | None = None) -> Tensor:
+    """[2N] sums over the tokens of both sides of pairs: chosen sides, then rejected sides.
+
+    Args:
+        values: [sum of lengths] one per completion token.
+        lengths: [2N] completion tokens.
+        ld_alpha: weight of the tokens by which the longer side of a pair exceeds the shorter one (LD-DPO, Liu et al.
+            2024, eq. 12); None: all tokens count the same.
+    """
+    if ld_alpha is None:
+        return sum_rows(values, lengths)
+    lengths = lengths.to(values.device)
+    shared = torch.minimum(*lengths.chunk(2)).repeat(2)
+    column = torch.arange(len(values), device=values.device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    is_public = column < shared.repeat_interleave(lengths)
+    return sum_rows(torch.where(is_public, values, ld_alpha * values), lengths)
 
 
 def sum_rows(values: Tensor, lengths: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -12,15 +12,21 @@ from rlxf.core.types import Rollouts, ScoredRollouts, Sequences
 
 
 def with_scores(
-    rollouts: Rollouts, raw_scores: Tensor, *, eos_ids: Collection[int], missing_eos_penalty: float
+    rollouts: Rollouts,
+    raw_scores: Tensor,
+    *,
+    eos_ids: Collection[int],
+    missing_eos_penalty: float,
+    stopped: Callable[[Sequences], Tensor] | None = None,
 ) -> ScoredRollouts:
-    """Rollouts with their scores, lower by ``missing_eos_penalty`` where a completion does not end with an EOS.
+    """Rollouts with their scores, lower by ``missing_eos_penalty`` where a completion has no end.
 
     Args:
         rollouts: B completions.
         raw_scores: [B] float32, NaN where a score is missing (it stays NaN).
         eos_ids: every id that ends a completion.
         missing_eos_penalty: subtracted from the score.
+        stopped: [B] bool: which completions end with a stop string, an end as good as an EOS.
 
     Raises:
         TrainingError: a score is infinite.
@@ -37,6 +43,8 @@ def with_scores(
             f"{int(rollouts.sample_index[row])}; a scorer must give finite scores, or NaN where it has none"
         )
     contains_eos = _ends_with(rollouts.sequences, eos_ids)
+    if stopped is not None:
+        contains_eos |= stopped(rollouts.sequences)
     scores = torch.where(contains_eos, raw_scores, raw_scores - missing_eos_penalty)
     return ScoredRollouts(rollouts=rollouts, raw_scores=raw_scores, scores=scores, contains_eos=contains_eos)
 

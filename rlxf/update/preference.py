@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from rlxf.config.roles import LossConfig
 from rlxf.core.types import Metrics, OnlinePairs, PairValues, ReferencedPairs, Sequences
-from rlxf.models.backend import pair_logps, sum_rows
+from rlxf.models.backend import pair_logps, pair_wpo_weights, sum_sides, wpo_weights
 from rlxf.models.batching import pair_groups
 from rlxf.update.losses import LossSettings, WeightedLoss, gradients
 from rlxf.update.objective import Loss, MicroBatch, MiniBatch, ObjectiveContext, moments, report
@@ -33,12 +34,12 @@ _MEANS = (
 
 
 def make_loss(config: LossConfig, *, offline: bool) -> WeightedLoss:
-    """The loss that a recipe describes; ``offline``: the pairs come from a file."""
+    """The loss that a recipe describes, with the beta of its first epoch; ``offline``: the pairs come from a file."""
     return WeightedLoss(
         names=config.dpo_loss_type,
         weights=config.loss_weights,
         settings=LossSettings(
-            beta=config.dpo_beta,
+            beta=config.beta_after(0),
             label_smoothing=config.dpo_label_smoothing,
             divergence=config.f_divergence_type,
             alpha=config.f_alpha_divergence_coef,
@@ -58,12 +59,22 @@ class PreferenceObjective:
     maxima: tuple[str, ...] = ("drift/max",)
 
     def __init__(self, config: LossConfig, context: ObjectiveContext, *, offline: bool, has_reference: bool) -> None:
-        self._beta = config.dpo_beta
         self._has_reference = has_reference
         self._loss = make_loss(config, offline=offline)
+        self._ld_alpha, self._weighs = config.ld_alpha, config.dpo_weighting == "wpo"
         self._context = context
 
+    @property
+    def _beta(self) -> float:
+        return self._loss.settings.beta
+
+    def _take_beta(self, batch: ReferencedPairs) -> None:
+        """From now on the loss has the beta of this batch's step."""
+        if batch.beta is not None and batch.beta != self._beta:
+            self._loss = replace(self._loss, settings=replace(self._loss.settings, beta=batch.beta))
+
     def mini_batch(self, batch: ReferencedPairs, rows: Tensor, *, first_pass: bool) -> MiniBatch:
+        self._take_beta(batch)
         picked = batch.select(rows)
         sequences = Sequences.concat([picked.pairs.chosen, picked.pairs.rejected])
         mean_length = float(picked.pairs.chosen.completion_lengths.double().mean())
@@ -98,9 +109,11 @@ class PreferenceObjective:
         def loss(hidden: Tensor) -> Loss:
             """Megatron's schedule calls it on the last stage, with the hidden states of this micro-batch."""
             token_logps = context.model.logps(hidden, packed)
-            sides = sum_rows(token_logps, sequences.completion_lengths).chunk(2)
+            sides = sum_sides(token_logps, sequences.completion_lengths, self._ld_alpha).chunk(2)
             actor = PairValues(chosen=sides[0], rejected=sides[1])
             values = losses(actor)  # [n]
+            if self._weighs:
+                values = values * wpo_weights(context.model, hidden, packed, token_logps)
             log_ratios = None if engine is None else token_logps.detach().cpu().double() - engine
             difference = _difference(log_ratios)
             columns = [*self._columns(part, values, actor), difference, _ones(difference)]
@@ -118,7 +131,7 @@ class PreferenceObjective:
 
     def _whole(self, picked: ReferencedPairs, mean_length: float) -> tuple[Tensor, PairValues]:
         """Losses and gradients over all pairs of the mini-batch, from a first pass of the model without gradient."""
-        actor = pair_logps(self._context.model, picked.pairs, self._context.limits)
+        actor = pair_logps(self._context.model, picked.pairs, self._context.limits, ld_alpha=self._ld_alpha)
         return gradients(partial(self._losses, picked, mean_length), actor)
 
     def _columns(self, part: ReferencedPairs, losses: Tensor, actor: PairValues) -> list[Tensor]:
@@ -156,9 +169,13 @@ class PreferenceObjective:
         return {**means, **drift, **off_policy, "beta": self._beta}
 
     def evaluate(self, batch: ReferencedPairs) -> Metrics:
-        actor = pair_logps(self._context.model, batch.pairs, self._context.limits)
+        self._take_beta(batch)
+        model, limits = self._context.model, self._context.limits
+        actor = pair_logps(model, batch.pairs, limits, ld_alpha=self._ld_alpha)
         mean_length = float(batch.pairs.chosen.completion_lengths.double().mean())
         losses = self._losses(batch, mean_length, actor)
+        if self._weighs:
+            losses = losses * pair_wpo_weights(model, batch.pairs, limits)
         nothing = torch.zeros(0)
         columns = [*self._columns(batch, losses, actor), nothing, nothing]
         found = report(columns, [], counted=True, totals=off_policy_sums(None, nothing))
