@@ -97,7 +97,9 @@ def _score_and_pair(run: Run, collected: Collected) -> None:
         _score(run, collected, rollouts)
         assert collected.raw_scores is not None
         shaping = Shaping.of(config.actor_rollout, max_new_tokens=config.max_new_tokens)
-        scored = with_scores(rollouts, collected.raw_scores, eos_ids=source.eos_ids, shaping=shaping)
+        scored = with_scores(
+            rollouts, collected.raw_scores, eos_ids=source.eos_ids, shaping=shaping, stopped=source.stopped
+        )
         scored = replace(scored, sources=_by_name(source.rewards.terms, collected.table), extra=collected.extra)
         settings = pairing_settings(config.algorithm, seed=config.training.seed, step=collected.step)
         pairing = PAIRINGS[config.algorithm.pairing](scored, settings, _judged(run, collected, rollouts))

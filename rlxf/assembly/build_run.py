@@ -33,6 +33,7 @@ from rlxf.judge import Judge
 from rlxf.judge.judged import Judging
 from rlxf.loop.collected import Collected
 from rlxf.loop.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
+from rlxf.models.stop_strings import StopStrings
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.observe.record import Recorders, RolloutRecorder, SampleRecorder
 from rlxf.observe.report import ReportSettings, RunReport
@@ -182,7 +183,8 @@ def _reference(config: RunConfig, data: Data, roles: Roles, stop: Stop, platform
         return roles.reference
     assert isinstance(data.training, PreferenceFile)
     root = Path(config.ref.cache) if config.ref.cache else Path.home() / ".cache" / "rlxf" / "ref_logps"
-    folder = cache_folder(root, Path(str(config.ref.load)), config.ref.precision, platform.name)
+    alpha = config.actor_rollout.ld_alpha
+    folder = cache_folder(root, Path(str(config.ref.load)), config.ref.precision, platform.name, alpha)
     cached = CachedReference(roles.reference, folder)
     with stop.interruptible():
         count = cached.fill(_one_pass(data.training))
@@ -262,7 +264,6 @@ def _source(
         SampleRecorder(run_dir / "samples.jsonl", data.tokenizer, after=after) if samples else None,
         logs.samples_interval,
     )
-    eos_ids = _eos_ids(config, data)
     return Online(
         prompts=data.training,
         rollout=rollout,
@@ -270,8 +271,9 @@ def _source(
         scales=RunningScales(rewards.terms, state.running),
         judge=judging,
         tokenizer=data.tokenizer,
-        eos_ids=eos_ids,
+        eos_ids=_eos_ids(config, data),
         recorder=recorder,
+        stopped=StopStrings(data.tokenizer, config.rollout.stop).completed if config.rollout.stop else None,
     )
 
 
@@ -307,7 +309,11 @@ def _evaluation(
 ) -> Evaluate | None:
     if config.offline and data.evaluation:
         assert not isinstance(data.evaluation, PromptBatch)
-        return OfflineEvaluation(config.training, data.evaluation, roles.actor, reference)
+
+        def beta() -> float:
+            return config.actor_rollout.beta_after(state.epoch)
+
+        return OfflineEvaluation(config.training, data.evaluation, roles.actor, reference, beta=beta)
     if not isinstance(data.evaluation, PromptBatch) or roles.rollout is None or config.replays_scores:
         return None
     place = lambda: f"the evaluation after {state.step} steps"  # noqa: E731
@@ -337,4 +343,6 @@ def evaluation_settings(config: RunConfig, eos_ids: tuple[int, ...]) -> Evaluati
         max_new_tokens=config.max_new_tokens,
         shaping=Shaping.of(config.actor_rollout, max_new_tokens=config.max_new_tokens),
         eos_ids=eos_ids,
+        stop=config.rollout.stop,
+        structured_outputs=config.rollout.structured_outputs,
     )

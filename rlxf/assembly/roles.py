@@ -54,6 +54,7 @@ def build_actor(config: RunConfig, platform: Platform, process: Process) -> Mega
         num_steps=training.train_iters,
         seed=training.seed,
         bucket_bytes=config.sync.bucket_mb * 2**20,
+        ld_alpha=actor.ld_alpha,
     )
     own = actor.tokenizer_name_or_path or actor.prompt_type or actor.eos_tokens
     return MegatronActor(
@@ -82,7 +83,8 @@ def build_reference(config: RunConfig, platform: Platform, process: Process) -> 
     from rlxf.reference.frozen import FrozenReference
 
     model = load_role(config, "ref", platform, process)
-    return FrozenReference(model, limits_of(config.ref), moves=config.ref.ref_update_interval > 0)
+    moves = config.ref.ref_update_interval > 0
+    return FrozenReference(model, limits_of(config.ref), moves=moves, ld_alpha=config.actor_rollout.ld_alpha)
 
 
 def build_models(config: RunConfig, platform: Platform, process: Process) -> dict[str, Scorer]:

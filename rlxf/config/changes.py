@@ -65,6 +65,12 @@ SINCE: dict[str, Any] = {
     "actor_rollout.length_penalty": 0.0,
     "actor_rollout.overlong_tokens": 0,
     "actor_rollout.overlong_penalty": 0.0,
+    "rollout.min_p": 0.0,
+    "rollout.repetition_penalty": 1.0,
+    "rollout.stop": [],
+    "rollout.structured_outputs": None,
+    "actor_rollout.ld_alpha": None,
+    "actor_rollout.dpo_weighting": "none",
 }
 
 SHAPE_FROM = ("shape_from", "folder")  # key and value in driver.json

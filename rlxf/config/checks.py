@@ -110,6 +110,9 @@ def _sampling(config: RunConfig) -> Iterator[Problem]:
     if rollout.top_k == 1:
         expected = "expected -1 (off) or at least 2: with 1 the completions of a prompt are all equal"
         yield wrong("rollout.top_k", rollout.top_k, expected)
+    if rollout.structured_outputs is not None and config.engine == "hf":
+        expected = "expected none with rollout.engine=hf, which cannot force a form; set rollout.engine=vllm"
+        yield wrong("rollout.structured_outputs", rollout.structured_outputs, expected, "rollout.engine")
 
 
 def _shaping(config: RunConfig) -> Iterator[Problem]:

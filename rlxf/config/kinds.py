@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from rlxf.config.fields import (
     LocalPath,
+    as_beta,
     as_map_keys,
     as_paths,
     as_pool,
     as_shares,
+    as_stops,
+    as_structure,
     as_tuple,
     finite,
 )
@@ -50,6 +53,15 @@ Weights = Annotated[tuple[Annotated[Finite, Field(gt=0)], ...], BeforeValidator(
 
 
 MapKeys = Annotated[dict[str, str], BeforeValidator(as_map_keys)]
+
+
+Beta = Annotated[float | tuple[float, ...], BeforeValidator(as_beta)]
+
+
+Stops = Annotated[tuple[str, ...], BeforeValidator(as_stops)]
+
+
+Structure = Annotated[dict[str, Any], BeforeValidator(as_structure)]
 
 
 Shares = Annotated[tuple[float, float, float], BeforeValidator(as_shares)]

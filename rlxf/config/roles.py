@@ -18,6 +18,7 @@ from rlxf.config.fields import (
 )
 from rlxf.config.kinds import (
     BelowOne,
+    Beta,
     DataFormat,
     DataPaths,
     Finite,
@@ -169,9 +170,9 @@ class LossConfig(Strict):
     """Name of the loss, or a list of losses that are added up. See docs/losses.md."""
     dpo_loss_weights: Annotated[tuple[Rate, ...], BeforeValidator(as_tuple)] | None = None
     """Weight of each loss in `dpo_loss_type`. Unset: 1 for each."""
-    dpo_beta: Finite = Field(0.1, gt=0)
+    dpo_beta: Beta = 0.1
     """DPO beta (KL strength): a larger value keeps the policy closer to the reference. orpo: the lambda of its
-    paper."""
+    paper. A list holds the value of each epoch, and its last value is that of all later epochs."""
     dpo_label_smoothing: Finite = Field(0.0, ge=0, lt=0.5)
     """Share of pairs whose label is assumed to be swapped. 0 trusts all labels."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
@@ -189,11 +190,23 @@ class LossConfig(Strict):
     dpo_logp_reduction: Literal["auto", "sum", "mean"] = "auto"
     """Whether log-probabilities are summed (`sum`) or averaged (`mean`) over the tokens of a completion. `auto`: `mean`
     for offline ipo, else `sum`."""
+    ld_alpha: Share | None = None
+    """LD-DPO: weight of the log-probabilities of those tokens by which one completion of a pair is longer than the
+    other one. 0 leaves them out; unset, as 1, counts them like all others. See docs/losses.md."""
+    dpo_weighting: Literal["none", "wpo"] = "none"
+    """Weight of each pair in the loss. `wpo`: how probable both completions are under the policy that is trained
+    (WPO). See docs/losses.md."""
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
         """One weight for each loss of ``dpo_loss_type``."""
         return self.dpo_loss_weights or (1.0,) * len(self.dpo_loss_type)
+
+    def beta_after(self, epochs: float) -> float:
+        """``dpo_beta`` of a step that begins after ``epochs`` passes over the data."""
+        if isinstance(self.dpo_beta, tuple):
+            return self.dpo_beta[min(int(epochs), len(self.dpo_beta) - 1)]
+        return self.dpo_beta
 
 
 class OptimizerConfig(Strict):

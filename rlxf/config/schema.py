@@ -18,6 +18,7 @@ from rlxf.config.fields import (
 from rlxf.config.judge import JUDGE_MODEL, JudgeConfig
 from rlxf.config.kinds import (
     REFERENCE_FREE,
+    BelowOne,
     Checkpoint,
     CpuLinear,
     DataPaths,
@@ -32,7 +33,9 @@ from rlxf.config.kinds import (
     Role,
     ScorerName,
     Stage,
+    Stops,
     Strict,
+    Structure,
     Tracker,
 )
 from rlxf.config.recording import holds_scores
@@ -148,6 +151,18 @@ class RolloutConfig(Strict):
     """Sample from the smallest set of tokens whose probabilities add up to this value. 1 samples from all tokens."""
     top_k: int = Field(-1, ge=-1)
     """Sample from this many most probable tokens. -1 or 0 samples from all tokens."""
+    min_p: BelowOne = 0.0
+    """Sample from the tokens whose probability is at least this share of the most probable token's. 0 samples from all
+    tokens."""
+    repetition_penalty: Finite = Field(1.0, gt=0)
+    """Lower the logits of tokens that the prompt or the completion so far holds: positive ones are divided by this
+    value, negative ones multiplied. 1 changes nothing; a value below 1 raises them."""
+    stop: Stops = ()
+    """Texts that end a completion, in training and in evaluations. The token that completes one is the last of the
+    completion, and counts as its end like an EOS. See docs/stages.md."""
+    structured_outputs: Structure | None = None
+    """Form that each completion must have, in training and in evaluations (engine vllm only): a mapping with one of
+    `regex`, `json` (a JSON schema, or a file that holds one), `choice` (a list of texts) and `grammar`."""
     replay_path: File | None = None
     """Recorded completions (`rollouts.jsonl` of an earlier run) for `engine=replay`. Scores in the file are used as
     well."""

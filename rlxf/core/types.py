@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -206,7 +206,7 @@ class ScoredRollouts:
     rollouts: Rollouts
     raw_scores: Tensor  # [B] float32, as the scorer gave them
     scores: Tensor  # [B] float32, after the penalties for a missing EOS and for length
-    contains_eos: Tensor  # [B] bool
+    contains_eos: Tensor  # [B] bool: whether it ended, by an EOS or by a stop string
     sources: dict[str, Tensor] = field(default_factory=dict)  # [B] float32 each, by the name of a source of rewards
     extra: dict[str, list[Any]] = field(default_factory=dict)  # columns that reward functions logged, B values each
 
@@ -373,6 +373,7 @@ class ReferencedPairs:
 
     pairs: Pairs
     reference: PairValues
+    beta: float | None = None  # of the step that they are trained in; None: not known yet
 
     def __post_init__(self) -> None:
         _require(
@@ -383,7 +384,7 @@ class ReferencedPairs:
         return len(self.pairs)
 
     def select(self, index: Tensor) -> ReferencedPairs:
-        return ReferencedPairs(pairs=self.pairs.select(index), reference=self.reference.select(index))
+        return replace(self, pairs=self.pairs.select(index), reference=self.reference.select(index))
 
 
 Batch = ReferencedPairs | Examples | RewardPairs

@@ -23,6 +23,7 @@ from rlxf.judge.judged import Judging
 from rlxf.judge.judged import wins as judged_wins
 from rlxf.loop.due import evaluation_is_due
 from rlxf.loop.run import Actor, Reference, Rollout
+from rlxf.models.stop_strings import StopStrings
 from rlxf.rollout.engine import Purpose, Sampling
 from rlxf.score.penalty import Shaping, with_scores
 from rlxf.score.scorer import Scorer
@@ -53,6 +54,8 @@ class EvaluationSettings:
     max_new_tokens: int
     shaping: Shaping  # what is subtracted from a score
     eos_ids: tuple[int, ...]  # what ends a completion
+    stop: tuple[str, ...] = ()  # texts that end it, too
+    structured_outputs: Mapping[str, Any] | None = None  # form of completions
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ class Evaluation:
         answers = reference_answers(settings.config, prompts) if rooms.judge is not None else None
         nothing = torch.full((len(prompts),), math.nan)
         self._reference = None if answers is None else Scores(nothing, nothing, answers, answers)
+        self._stopped = StopStrings(tokenizer, settings.stop).completed if settings.stop else None
         self._user_metrics = load_metrics(settings.config.metrics) if settings.config.metrics else None
         self._baseline: Scores | None = None  # the initial policy's
         self._initial_texts: list[str] = []  # and its completions
@@ -179,6 +183,8 @@ class Evaluation:
             num_samples=1,
             max_new_tokens=settings.max_new_tokens,
             temperature=0.0 if purpose == "greedy" else 1.0,
+            stop=settings.stop,
+            structured_outputs=settings.structured_outputs,
             seed=self._training.seed,
             purpose=purpose,
             step=step,
@@ -186,7 +192,9 @@ class Evaluation:
         rollouts = self._rooms.rollout.generate(self._prompts, sampling)
         scorer = self._rooms.scorer
         raw_scores = scorer.score(rollouts) if scorer is not None else torch.full((len(rollouts),), math.nan)
-        scored = with_scores(rollouts, raw_scores, eos_ids=settings.eos_ids, shaping=settings.shaping)
+        scored = with_scores(
+            rollouts, raw_scores, eos_ids=settings.eos_ids, shaping=settings.shaping, stopped=self._stopped
+        )
         texts = self._tokenizer.batch_decode(rollouts.sequences.completion_rows(), skip_special_tokens=True)
         return Samples(scored, texts)
 

@@ -65,8 +65,7 @@ def completions_of(pairs: Pairs) -> Completions:
     number = len(pairs)
     both = Sequences.concat([pairs.chosen, pairs.rejected])
     if not isinstance(pairs, OnlinePairs):
-        every = torch.arange(2 * number)
-        return Completions(sequences=both, sources=every, chosen=every[:number], rejected=every[number:])
+        return sides_of(pairs)
     places: dict[int, int] = {}
     sources: list[int] = []
     found: list[int] = []
@@ -79,6 +78,14 @@ def completions_of(pairs: Pairs) -> Completions:
     index = torch.tensor(sources, dtype=torch.int64)
     sequences = both if len(sources) == 2 * number else both.select(index)
     return Completions(sequences=sequences, sources=index, chosen=chosen, rejected=rejected)
+
+
+def sides_of(pairs: Pairs) -> Completions:
+    """Both sides of each pair, every one a completion of its own."""
+    number = len(pairs)
+    every = torch.arange(2 * number)
+    both = Sequences.concat([pairs.chosen, pairs.rejected])
+    return Completions(sequences=both, sources=every, chosen=every[:number], rejected=every[number:])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

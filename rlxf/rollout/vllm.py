@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ from rlxf.core.errors import ConfigError, RlxfError, SyncError
 from rlxf.core.model_folder import assets_folder, megatron_checkpoint
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.models.hf_folder import load_hf_config
+from rlxf.models.stop_strings import StopStrings
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform.base import Platform
 from rlxf.platform.environment import is_needed
@@ -45,12 +48,15 @@ class VllmEngine:
         positions = load_hf_config(folder, trust_remote_code=trust).get_text_config().max_position_embeddings
         tokenizer = load_tokenizer(settings.tokenizer, trust_remote_code=trust)
         self._eos_ids = eos_token_ids(folder, tokenizer, settings.eos_tokens)
+        self._tokenizer = tokenizer
         self._prompts_per_call = settings.prompts_per_call
         self._state = WeightState()
         if megatron_checkpoint(Path(folder)) is not None:
             self._state.begin()  # the first push brings the weights
         probe_length = _BLOCKS_FOR_PROBE * platform.kv_block_size
         self._llm = _start(settings, platform, max_model_len=min(positions, max(settings.max_length, probe_length)))
+        if settings.rollout.structured_outputs is not None:
+            _check_structure(self._llm, settings.rollout.structured_outputs)
         _check_block_size(self._llm, platform.kv_block_size)
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
@@ -97,18 +103,25 @@ class VllmEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": max(sampling.top_k, 0),  # vLLM's "off" is 0
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": list(eos_ids),
             "ignore_eos": True,  # the stop ids above are the only ones
             "logprobs": 0,  # of the sampled token alone
             "detokenize": False,
         }
+        stops = StopStrings(self._tokenizer, sampling.stop)
+        if stops:  # vLLM ends a request there; where exactly, our own look decides
+            shared |= {"stop": list(stops.stop), "include_stop_str_in_output": True}
+            shared |= {"detokenize": True, "skip_special_tokens": False, "spaces_between_special_tokens": False}
         outputs = self._llm.generate(
             [{"prompt_token_ids": row} for row, _ in requests],
-            [SamplingParams(**shared, seed=seed) for _, seed in requests],
+            [SamplingParams(**shared, seed=seed, **_structure(sampling.structured_outputs)) for _, seed in requests],
             use_tqdm=False,
         )
-        return [_completion(output.outputs[0]) for output in outputs]
+        is_raw = sampling.structured_outputs is None
+        return [_completion(output.outputs[0], stops, is_raw=is_raw) for output in outputs]
 
 
 def prepare_environment(expected: Mapping[str, str]) -> None:
@@ -139,7 +152,7 @@ def _start(settings: EngineSettings, platform: Platform, *, max_model_len: int) 
     folder, ranks = Path(settings.model), settings.num_devices
     return LLM(
         str(assets_folder(folder)),
-        skip_tokenizer_init=True,
+        **_tokenizer_arguments(settings),
         load_format="auto" if megatron_checkpoint(folder) is None else "dummy",  # the first push fills it
         trust_remote_code=settings.trust_remote_code,
         dtype=settings.dtype,
@@ -166,7 +179,44 @@ def _check_block_size(llm: Any, expected: int) -> None:
         )
 
 
-def _completion(output: Any) -> Completion:
+def _tokenizer_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """vLLM gets token ids, and needs a tokenizer only to see stop strings and to follow a form."""
+    if not settings.rollout.stop and settings.rollout.structured_outputs is None:
+        return {"skip_tokenizer_init": True}
+    return {"tokenizer": str(assets_folder(Path(settings.tokenizer)))}
+
+
+def _structure(wanted: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The argument of one request: vLLM notes in it what it makes of the form."""
+    if wanted is None:
+        return {}
+    from vllm.sampling_params import StructuredOutputsParams
+
+    return {"structured_outputs": StructuredOutputsParams(**wanted)}
+
+
+def _check_structure(llm: Any, wanted: Mapping[str, Any]) -> None:
+    """Have vLLM read the form at the start, and not in the first request.
+
+    Raises:
+        ConfigError: vLLM cannot follow it.
+    """
+    from vllm import SamplingParams
+
+    params, config = SamplingParams(**_structure(wanted)), llm.llm_engine.vllm_config
+    try:
+        params._validate_structured_outputs(config.model_config, config.structured_outputs_config, llm.get_tokenizer())
+    except ValueError as error:
+        raise ConfigError(
+            f"rollout.structured_outputs = {json.dumps(dict(wanted))[:200]}: vLLM cannot follow it "
+            f"({' '.join(str(error).split())[:300]}); change it, or remove it"
+        ) from error
+
+
+def _completion(output: Any, stops: StopStrings, *, is_raw: bool) -> Completion:
+    """``is_raw``: the log-probs are those of the model; else what a form forbids was taken out before."""
     tokens = list(output.token_ids)
-    logps = [step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)]
+    tokens = tokens[: stops.end(tokens)]
+    steps = zip(tokens, output.logprobs, strict=False)  # none of the tokens that were cut off
+    logps = [step[token].logprob if is_raw else math.nan for token, step in steps]
     return Completion(tokens=tokens, logps=logps)

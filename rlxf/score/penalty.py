@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,12 @@ class Shaping:
 
 
 def with_scores(
-    rollouts: Rollouts, raw_scores: Tensor, *, eos_ids: Collection[int], shaping: Shaping
+    rollouts: Rollouts,
+    raw_scores: Tensor,
+    *,
+    eos_ids: Collection[int],
+    shaping: Shaping,
+    stopped: Callable[[Sequences], Tensor] | None = None,
 ) -> ScoredRollouts:
     """Rollouts with their scores: the raw scores, lower by what ``shaping`` says.
 
@@ -62,6 +67,7 @@ def with_scores(
         raw_scores: [B] float32, NaN where a score is missing (it stays NaN).
         eos_ids: every id that ends a completion.
         shaping: the penalties.
+        stopped: [B] bool: which completions end with a stop string, an end as good as an EOS.
 
     Raises:
         TrainingError: a score is infinite.
@@ -78,6 +84,8 @@ def with_scores(
             f"{int(rollouts.sample_index[row])}; a scorer must give finite scores, or NaN where it has none"
         )
     contains_eos = _ends_with(rollouts.sequences, eos_ids)
+    if stopped is not None:
+        contains_eos |= stopped(rollouts.sequences)
     scores = torch.where(contains_eos, raw_scores, raw_scores - shaping.missing_eos_penalty)
     if shaping.length_penalty or shaping.overlong_tokens:
         scores = scores - shaping.for_length(rollouts.sequences.completion_lengths)

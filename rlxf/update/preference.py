@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from rlxf.config.roles import LossConfig
 from rlxf.core.errors import ShapeError
 from rlxf.core.types import Metrics, OnlinePairs, Pairs, PairValues, ReferencedPairs
-from rlxf.models.backend import pair_logps, sum_rows
+from rlxf.models.backend import log_alignment, pair_logps, pair_wpo_weights, side_sums, wpo_weights
 from rlxf.models.sharing import completions_of, pair_units
 from rlxf.update.losses import LossSettings, WeightedLoss, gradients
 from rlxf.update.objective import Loss, MicroBatch, MiniBatch, ObjectiveContext, moments, report
@@ -34,7 +35,7 @@ _MEANS = (
 
 
 def make_loss(config: LossConfig, *, offline: bool, margin_weight: float = 0.0) -> WeightedLoss:
-    """The loss that a recipe describes.
+    """The loss that a recipe describes, with the beta of its first epoch.
 
     Args:
         config: its keys.
@@ -45,7 +46,7 @@ def make_loss(config: LossConfig, *, offline: bool, margin_weight: float = 0.0) 
         names=config.dpo_loss_type,
         weights=config.loss_weights,
         settings=LossSettings(
-            beta=config.dpo_beta,
+            beta=config.beta_after(0),
             label_smoothing=config.dpo_label_smoothing,
             divergence=config.f_divergence_type,
             alpha=config.f_alpha_divergence_coef,
@@ -78,12 +79,22 @@ class PreferenceObjective:
         has_reference: bool,
         margin_weight: float = 0.0,
     ) -> None:
-        self._beta = config.dpo_beta
         self._has_reference = has_reference
         self._loss = make_loss(config, offline=offline, margin_weight=margin_weight)
+        self._ld_alpha, self._weighs = config.ld_alpha, config.dpo_weighting == "wpo"
         self._context = context
 
+    @property
+    def _beta(self) -> float:
+        return self._loss.settings.beta
+
+    def _take_beta(self, batch: ReferencedPairs) -> None:
+        """From now on the loss has the beta of this batch's step."""
+        if batch.beta is not None and batch.beta != self._beta:
+            self._loss = replace(self._loss, settings=replace(self._loss.settings, beta=batch.beta))
+
     def mini_batch(self, batch: ReferencedPairs, rows: Tensor, *, first_pass: bool) -> MiniBatch:
+        self._take_beta(batch)
         picked = batch.select(rows)
         mean_length = _mean_length(picked.pairs)
         known = self._whole(picked, mean_length) if self._loss.needs_whole_batch else None
@@ -125,8 +136,11 @@ class PreferenceObjective:
         def loss(hidden: Tensor) -> Loss:
             """Megatron's schedule calls it on the last stage, with the hidden states of this micro-batch."""
             token_logps = context.model.logps(hidden, packed)
-            actor = completions.of_pairs(sum_rows(token_logps, sequences.completion_lengths))
+            actor = side_sums(completions, token_logps, self._ld_alpha)
             values = losses(actor)  # [n]
+            if self._weighs:
+                alignment = log_alignment(context.model, hidden, packed, token_logps)
+                values = values * wpo_weights(completions.of_pairs(alignment))
             log_ratios = None if engine is None else token_logps.detach().cpu().double() - engine
             difference, times = _difference(log_ratios, counts.repeat_interleave(sequences.completion_lengths))
             columns = [*self._columns(part, values, actor), times * difference, times]
@@ -146,7 +160,7 @@ class PreferenceObjective:
         """Losses and gradients over all pairs of the mini-batch, from a first pass of the model without gradient."""
         if len(set(_weights(picked.pairs).tolist())) > 1:
             raise ShapeError("a loss of all pairs at once is not defined for pairs of different weights")
-        actor = pair_logps(self._context.model, picked.pairs, self._context.limits)
+        actor = pair_logps(self._context.model, picked.pairs, self._context.limits, ld_alpha=self._ld_alpha)
         return gradients(partial(self._losses, picked, mean_length), actor)
 
     def _columns(self, part: ReferencedPairs, losses: Tensor, actor: PairValues) -> list[Tensor]:
@@ -188,8 +202,12 @@ class PreferenceObjective:
         return {**means, **drift, **off_policy, "beta": self._beta}
 
     def evaluate(self, batch: ReferencedPairs) -> Metrics:
-        actor = pair_logps(self._context.model, batch.pairs, self._context.limits)
+        self._take_beta(batch)
+        model, limits = self._context.model, self._context.limits
+        actor = pair_logps(model, batch.pairs, limits, ld_alpha=self._ld_alpha)
         losses, weights = self._losses(batch, _mean_length(batch.pairs), actor), _weights(batch.pairs)
+        if self._weighs:
+            losses = losses * pair_wpo_weights(model, batch.pairs, limits)
         nothing = torch.zeros(0)
         columns = [*self._columns(batch, losses, actor), nothing, nothing]
         found = report(columns, [], counted=True, totals=off_policy_sums(None, nothing))

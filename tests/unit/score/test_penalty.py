@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from rlxf.config.roles import SamplingConfig
 from rlxf.core.errors import ShapeError, TrainingError
+from rlxf.models.stop_strings import StopStrings
 from rlxf.score.penalty import Shaping, with_scores
 from tests.data_world import make_rollouts, prompt_batch
+from tests.tiny_models import byte_tokenizer
 
 EOS, OTHER_EOS = 2, 7
 # The prompts hold both EOS ids, the completions end with one, the other, none, or have it in the middle only.
@@ -34,6 +36,18 @@ def test_only_completions_without_an_eos_at_the_end_pay() -> None:
 def test_every_eos_id_counts() -> None:
     scored = with_scores(ROLLOUTS, torch.zeros(4), eos_ids=(EOS,), shaping=Shaping(missing_eos_penalty=1.0))
     assert scored.contains_eos.tolist() == [True, False, False, False]
+
+
+def test_a_completion_that_ends_with_a_stop_string_has_ended() -> None:
+    stops = StopStrings(byte_tokenizer(), ["##"])
+    texts = ("ok##", "ok#", "o##k", "k##")
+    prompts = prompt_batch([[5], [5]])
+    rows = [byte_tokenizer()(text)["input_ids"] for text in texts]
+    rollouts = make_rollouts(prompts, [rows[:2], rows[2:]])
+    shaping = Shaping(missing_eos_penalty=1.0)
+    scored = with_scores(rollouts, torch.zeros(4), eos_ids=(EOS,), shaping=shaping, stopped=stops.completed)
+    assert scored.contains_eos.tolist() == [True, False, False, True]
+    assert scored.scores.tolist() == [0.0, -1.0, -1.0, 0.0]
 
 
 def test_an_eos_of_the_prompt_is_not_the_completions() -> None:
