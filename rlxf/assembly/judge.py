@@ -15,7 +15,7 @@ from rlxf.judge.verdicts import NAME
 
 def build_judge(
     config: RunConfig,
-    run_dir: Path,
+    run_dir: Path | None,
     *,
     score: Callable[[], ScoreTexts] | None = None,
     function: Callable[..., Any] | None = None,
@@ -24,7 +24,7 @@ def build_judge(
 
     Args:
         config: the recipe.
-        run_dir: the run's folder.
+        run_dir: the run's folder; None: verdicts are kept only where ``judge.verdicts`` says.
         score: gives what scores texts by the reward model of ``judge.load``.
         function: the function of ``judge.function``; None: it is loaded into this process.
 
@@ -39,6 +39,7 @@ def build_judge(
     return build_judging(parts, verdicts_file(config, run_dir))
 
 
-def verdicts_file(config: RunConfig, run_dir: Path) -> Path:
+def verdicts_file(config: RunConfig, run_dir: Path | None) -> Path | None:
     """Where verdicts are kept: a run that goes on in another folder finds them beside its checkpoints."""
-    return Path(config.judge.verdicts or config.actor_rollout.save or run_dir) / NAME
+    folder = config.judge.verdicts or config.actor_rollout.save or run_dir
+    return None if folder is None else Path(folder) / NAME
