@@ -128,13 +128,13 @@ class ClassifierJudge:
         self._template = template
         self._first_label = first_label
         self._batch_size = batch_size
+        self._model, self._tokenizer = _load(folder, trust_remote_code=trust_remote_code)
         self._identity = {
             "kind": "pair_classifier",
             "folder": folder_digest(folder),
             "template": template,
             "first_label": first_label,
         }
-        self._model, self._tokenizer = _load(folder, trust_remote_code=trust_remote_code)
         labels = int(self._model.config.num_labels)
         if labels not in (1, 2):
             raise ModelError(f"judge.load = {folder}: has {labels} labels; expected one or two")
