@@ -344,7 +344,7 @@ def rule_problems(key: str, name: str, options: Mapping[str, Any] | None, *, fil
         yield from _file_problems(key, valid)
 
 
-def rule_options(name: RuleName, options: Mapping[str, Any] | None) -> Strict:
+def rule_options(name: str, options: Mapping[str, Any] | None) -> Strict:
     """The checked options of a rule, its defaults filled in, paths absolute.
 
     Raises:
@@ -353,7 +353,7 @@ def rule_options(name: RuleName, options: Mapping[str, Any] | None) -> Strict:
     problems = [problem.text for problem in rule_problems(f"options of rule {name}", name, options, files=False)]
     if problems:
         raise ConfigError(*problems)
-    return RULE_OPTIONS[name].model_validate(dict(options or {}))
+    return RULE_OPTIONS[as_rule(name)].model_validate(dict(options or {}))
 
 
 def _problem(key: str, rule: str, model: type[Strict], error: ErrorDetails, options: Mapping[str, Any]) -> Problem:

@@ -106,10 +106,11 @@ RULES: dict[options.RuleName, Callable[[Any], RewardFunction]] = {
 }
 
 
-def make_rule(name: options.RuleName, given: Mapping[str, Any] | None = None) -> RewardFunction:
-    """The reward function of a rule with these options.
+def make_rule(name: str, given: Mapping[str, Any] | None = None) -> RewardFunction:
+    """The reward function of a rule, by its name or a short one, with these options.
 
     Raises:
-        ConfigError: an option is wrong, or a file that it names.
+        ConfigError: there is no such rule, an option is wrong, or a file that it names, or a package is missing.
     """
-    return RULES[name](options.rule_options(name, given))
+    checked = options.rule_options(name, given)
+    return RULES[options.as_rule(name)](checked)

@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 # As TRL has them, in seconds.
 _READ_S, _COMPARE_S = 10, 5
 
+# Characters of a completion that the rule math reads: math-verify's searches take the square of a text's length, and
+# a policy that repeats numbers up to its limit would need seconds a completion.
+_MOST_READ = 2000
+
 Parsed = list[Any]  # what math-verify makes of a text: sympy's expressions, and the text that it took
 
 
@@ -116,7 +120,7 @@ class Math:
         answer = _behind(text, self._options.after)
         if answer is None:
             return 0.0
-        return float(self._verifier.equal(right, self._verifier.answer(answer, latex_only=False)))
+        return float(self._verifier.equal(right, self._verifier.answer(_end(answer), latex_only=False)))
 
 
 class Accuracy:
@@ -180,6 +184,14 @@ def _each_once(values: Any, parse: Callable[[str], Parsed]) -> list[Parsed]:
             known[text] = parse(text) if text else []
         found.append(known[text])
     return found
+
+
+def _end(text: str) -> str:
+    """Of a long text what follows its last box, or else its end."""
+    if len(text) <= _MOST_READ:
+        return text
+    box = text.rfind("\\boxed")
+    return text[-_MOST_READ:] if box < 0 else text[box : box + _MOST_READ]
 
 
 def _behind(text: str, mark: str | None) -> str | None:

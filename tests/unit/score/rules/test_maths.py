@@ -57,6 +57,24 @@ def test_what_stands_before_the_marks_is_not_read() -> None:
     assert score({"after": "</think>"}, "<think>42", "42") == 0.0
 
 
+def test_of_a_long_completion_the_last_box_or_the_end_is_read() -> None:
+    words = "so we go on " * 1000
+    assert score({}, f"{words} it is 42.", "42") == 1.0
+    assert score({}, f"it is 42. {words}", "42") == 0.0
+    assert score({}, rf"\boxed{{41}} {words} \boxed{{42}} {words}", "42") == 1.0
+
+
+def test_a_policy_that_repeats_itself_costs_little_time() -> None:
+    """Read as a whole, each would need a minute: the searches take the square of the length."""
+    begin = time.monotonic()
+    rule = make_rule("math", {"timeout_s": 60})
+    assert (
+        rule(["p"] * 4, ["1 " * 10_000, "1\n" * 10_000, "1," * 10_000, "7" * 20_000], [[1]] * 4, answer=["3"] * 4)
+        == [0.0] * 4
+    )
+    assert time.monotonic() - begin < 30
+
+
 def test_an_answer_that_takes_too_long_is_wrong() -> None:
     begin = time.monotonic()
     assert score({"timeout_s": 1}, r"\boxed{9^{9^{9^{9}}}}", "7") == 0.0
