@@ -6,10 +6,13 @@ No rule runs code from a completion.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlxf.config import rules as options
 from rlxf.score.rules.rule import RewardFunction
+
+if TYPE_CHECKING:
+    from rlxf.score.functions import FunctionSource
 
 __all__ = ["RULES", "RewardFunction", "make_rule"]
 
@@ -114,3 +117,14 @@ def make_rule(name: str, given: Mapping[str, Any] | None = None) -> RewardFuncti
     """
     checked = options.rule_options(name, given)
     return RULES[options.as_rule(name)](checked)
+
+
+def rule_source(name: str, given: Mapping[str, Any] | None, shown: str) -> FunctionSource:
+    """The rule as a source of scores; ``shown``: how messages name it.
+
+    Raises:
+        ConfigError: an option is wrong, or a file that it names.
+    """
+    from rlxf.score.functions import FunctionSource
+
+    return FunctionSource(make_rule(options.as_rule(name), given), shown)

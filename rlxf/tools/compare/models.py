@@ -21,7 +21,7 @@ from torch import Tensor
 from rlxf.assembly.data import eval_prompts
 from rlxf.assembly.judge import build_judge
 from rlxf.assembly.rewards import open_scorer
-from rlxf.assembly.roles import build_engine, policy_tokenizer
+from rlxf.assembly.roles import build_engine, build_models, policy_tokenizer
 from rlxf.config.judging import judge_problems
 from rlxf.config.kinds import ReadAt
 from rlxf.config.problems import Problem, expectation, lines, show
@@ -33,7 +33,7 @@ from rlxf.core.waiting import own_children
 from rlxf.judge.both_orders import Compared
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
-from rlxf.platform import Platform, get_platform
+from rlxf.platform import Platform, Process, get_platform
 from rlxf.rollout.engine import Sampling
 from rlxf.score.penalty import Shaping, with_scores
 from rlxf.tools.compare.formats import Format, Question, read_questions, write_prompts
@@ -116,8 +116,9 @@ def _compare(first: Path, second: Path, questions: list[Question] | None, each: 
     if problems:
         raise ConfigError(*lines(problems))
     warn_of_read_position(configs[0])
-    judging = build_judge(configs[0], settings.verdicts)
     platform = get_platform(settings.device)
+    models = build_models(configs[0], platform, Process()) if configs[0].judges else {}
+    judging = build_judge(configs[0], settings.verdicts, models=models)
     prompts = [eval_prompts(config, policy_tokenizer(config)) for config in configs]
     common = set.intersection(*(set(batch.row_ids.tolist()) for batch in prompts))
     if not common:
