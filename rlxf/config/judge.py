@@ -37,10 +37,7 @@ OWN_KEYS: dict[str, tuple[str, ...]] = {
 
 
 class JudgeConfig(Strict):
-    """What compares two answers to a prompt: a model (``load``), a Python function (``function``) or a language model
-    behind an OpenAI-compatible endpoint (``base_url`` and ``model``). Without one of them nothing is judged. See
-    docs/judges.md.
-    """
+    """What compares two answers: a model (``load``), a Python function, or a language model at a ``base_url``."""
 
     load: Folder | None = None
     """Folder of a model that judges. `load_as` says what it is."""

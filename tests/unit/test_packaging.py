@@ -165,6 +165,7 @@ def test_the_wheel_holds_the_library_its_data_and_the_launcher_and_no_more(wheel
     places = [
         ("rlxf", "rlxf", "*.py"),
         ("rlxf/data/templates", "rlxf/data/templates", "*.jinja"),
+        ("rlxf/judge/templates", "rlxf/judge/templates", "*.txt"),
         ("configs/rlxf", "rlxf/recipes", "*.yaml"),
         ("workers", "rlxf_workers", "*.py"),
     ]
