@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from rlxf.algorithms.algorithm import reference_stage, with_reference
 from rlxf.config.schema import AlgorithmConfig
-from rlxf.core.errors import SyncError
+from rlxf.core.errors import ScoreError, SyncError
 from rlxf.core.types import Batch, Comparisons, Examples, Pairs, Rollouts
 from rlxf.loop.collected import Collected
 from rlxf.loop.run import Online, Reference, Run
@@ -94,7 +95,10 @@ def _score_and_pair(run: Run, collected: Collected) -> None:
     source, config, rollouts = _online(run), run.config, collected.rollouts
     assert rollouts is not None  # the stage before
     with run.working(collected, "adv"):
+        before = run.state.all_failed_scores
         _score(run, collected, rollouts)
+        comparisons = _judged(run, collected, rollouts)
+        collected.failed += run.state.all_failed_scores - before
         assert collected.raw_scores is not None
         shaping = Shaping.of(config.actor_rollout, max_new_tokens=config.max_new_tokens)
         scored = with_scores(
@@ -102,7 +106,7 @@ def _score_and_pair(run: Run, collected: Collected) -> None:
         )
         scored = replace(scored, sources=_by_name(source.rewards.terms, collected.table), extra=collected.extra)
         settings = pairing_settings(config.algorithm, seed=config.training.seed, step=collected.step)
-        pairing = PAIRINGS[config.algorithm.pairing](scored, settings, _judged(run, collected, rollouts))
+        pairing = PAIRINGS[config.algorithm.pairing](scored, settings, comparisons)
     has_scores = bool(source.rewards.terms)
     metrics = rollout_metrics(scored, collected.seconds["gen"], has_scores=has_scores)
     collected.metrics |= metrics | pair_metrics(pairing)
@@ -113,9 +117,7 @@ def _score(run: Run, collected: Collected, rollouts: Rollouts) -> None:
     """``table`` [B, S] and its sums. Steps come here in their order: a running scale has seen all before this one."""
     source, known = _online(run), collected.raw_scores
     if known is None:
-        before = run.state.all_failed_scores
         found = source.rewards.score(rollouts)
-        collected.failed = run.state.all_failed_scores - before
         collected.table = found.table
         collected.extra = {name: [plain(value) for value in values] for name, values in found.extra.items()}
         collected.metrics |= found.metrics
@@ -132,8 +134,13 @@ def _judged(run: Run, collected: Collected, rollouts: Rollouts) -> Comparisons |
     if collected.comparisons is None:
         assert source.tokenizer is not None  # who has a judge has it
         texts = source.tokenizer.batch_decode(rollouts.sequences.completion_rows(), skip_special_tokens=True)
-        collected.comparisons, metrics = source.judge(rollouts, texts)
-        collected.metrics |= metrics
+        try:
+            collected.comparisons, metrics = source.judge(rollouts, texts)
+            collected.metrics |= metrics
+        except ScoreError as error:
+            source.rewards.tolerate(len(rollouts), str(error), error)
+            none = torch.zeros(0, dtype=torch.int64)
+            collected.comparisons = Comparisons(first=none, second=none, probability=torch.zeros(0))
     return collected.comparisons
 
 
