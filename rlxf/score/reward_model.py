@@ -76,7 +76,20 @@ class RewardModelScorer:
         texts = [rollouts.prompts.texts[row] for row in rollouts.prompt_index.tolist()]
         sequences = self._sampled(rollouts.sequences, texts) if self._same else self._encoded(rollouts.sequences, texts)
         # In another tokenizer's tokens the end of a prompt is not known, so no prompt can be shared.
-        limits = self._limits if self._same else replace(self._limits, share_prompts=False)
+        return self._scored(sequences, self._limits if self._same else replace(self._limits, share_prompts=False))
+
+    def score_texts(self, prompts: Sequence[Text], answers: Sequence[str], ended: Sequence[bool]) -> Tensor:
+        """[B] float32 scores of texts, as those of a policy with another tokenizer; NaN for one that is too long.
+
+        Args:
+            prompts: strings, or chat messages.
+            answers: one to each prompt.
+            ended: the answer is whole; else it was cut and gets no EOS.
+        """
+        rows = [self._encode(*text) for text in zip(prompts, answers, ended, strict=True)]
+        return self._scored(_split_anywhere(rows), replace(self._limits, share_prompts=False))
+
+    def _scored(self, sequences: Sequences, limits: MicroBatchLimits) -> Tensor:
         fits = sequences.lengths <= self._max_tokens
         if bool(fits.all()):
             return sequence_scores(self.model, sequences, limits)
@@ -101,16 +114,15 @@ class RewardModelScorer:
         return completion[: place + 1] + self._endings.tail
 
     def _encoded(self, sequences: Sequences, texts: Sequence[Text]) -> Sequences:
-        rows = [
-            self._encode(text, completion) for text, completion in zip(texts, sequences.completion_rows(), strict=True)
-        ]
-        # Any split will do: a score is read at the last token, wherever the prompt ends.
-        return Sequences.from_rows([row[:1] for row in rows], [row[1:] for row in rows])
+        rows = []
+        for prompt, completion in zip(texts, sequences.completion_rows(), strict=True):
+            ended = bool(completion) and completion[-1] in self._eos_ids
+            answer = self._policy.decode(completion[:-1] if ended else completion, skip_special_tokens=True)
+            rows.append(self._encode(prompt, answer, ended))
+        return _split_anywhere(rows)
 
-    def _encode(self, prompt: Text, completion: list[int]) -> list[int]:
-        """The same in the reward model's own tokens."""
-        ended = bool(completion) and completion[-1] in self._eos_ids
-        answer = self._policy.decode(completion[:-1] if ended else completion, skip_special_tokens=True)
+    def _encode(self, prompt: Text, answer: str, ended: bool) -> list[int]:
+        """Prompt and answer in the reward model's own tokens."""
         if isinstance(prompt, str):
             text, eos = prompt + answer, self._own.eos_token
             return encode_string(self._own, with_eos(text, eos) if ended and eos is not None else text)
@@ -141,3 +153,8 @@ class RewardModelScorer:
                 int(sequences.lengths.max()),
                 self._max_tokens,
             )
+
+
+def _split_anywhere(rows: Sequence[list[int]]) -> Sequences:
+    """Rows of which it does not matter where the prompt ends: a score is read at the last token."""
+    return Sequences.from_rows([row[:1] for row in rows], [row[1:] for row in rows])

@@ -46,7 +46,7 @@ def asked(folder: Path) -> list[str]:
 
 
 def test_a_judge_alone_decides_pairs_and_the_best_checkpoint(world: World, tmp_path: Path) -> None:
-    training = {"eval_interval": 2, "keep_best": 1, "keep_latest": 1}
+    training = {"eval_interval": 2, "save_interval": 2, "keep_best": 1, "keep_latest": 1}
     done = run(judged(world, tmp_path, training=training), tmp_path / "run")
     for row in done.rows:
         assert row["judge/position_flip"] == 0

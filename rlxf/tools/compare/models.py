@@ -31,12 +31,12 @@ from rlxf.core.errors import ConfigError, ModelError, StageTimeout, WorkerLost
 from rlxf.core.types import Metrics, PromptBatch, Rollouts, Text, Tokens
 from rlxf.core.waiting import own_children
 from rlxf.judge.both_orders import Compared
-from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform import Platform, Process, get_platform
 from rlxf.rollout.engine import Sampling
 from rlxf.score.penalty import Shaping, with_scores
 from rlxf.tools.compare.formats import Format, Question, read_questions, write_prompts
+from rlxf.tools.model_shape import model_shape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,13 +174,14 @@ def model_folder(folder: Path) -> Path:
 def recipe(folder: Path, settings: Settings) -> RunConfig:
     """A recipe with all that the rooms read to sample from ``folder`` and to score the answers."""
     reward_model, function = settings.reward_model, settings.reward_function
-    models = {"policy": _shape(folder, settings)}
+    trust = settings.trust_remote_code
+    models = {"policy": model_shape(folder, trust_remote_code=trust)}
     reward: dict[str, Any] = {"function": str(function) if function else None}
     if reward_model is not None:
-        models["reward"] = _shape(reward_model, settings)
+        models["reward"] = model_shape(reward_model, trust_remote_code=trust)
         reward |= {"model": "reward", "load": str(reward_model.absolute()), "read_at": settings.read_at}
         # The options count the policies' tokens, not the reward model's: it may use all of its positions.
-        reward |= _lengths(settings) | {"seq_length": models["reward"]["max_position_embeddings"]}
+        reward |= _lengths(settings) | {"seq_length": models["reward"].max_position_embeddings}
     return _checked(
         {
             "runtime": "local",
@@ -188,7 +189,7 @@ def recipe(folder: Path, settings: Settings) -> RunConfig:
                 "stage": "ray_online_dpo",
                 "device": settings.device,
                 "seed": settings.seed,
-                "trust_remote_code": settings.trust_remote_code,
+                "trust_remote_code": trust,
             },
             "model": models,
             "actor_rollout": {
@@ -232,24 +233,6 @@ def _lengths(settings: Settings) -> dict[str, int]:
         "seq_length": settings.max_prompt_length + settings.max_new_tokens,
         "micro_batch_size": settings.prompts_per_call,
     }
-
-
-def _shape(folder: Path, settings: Settings) -> dict[str, Any]:
-    """The model section of a recipe, from the folder's ``config.json``."""
-    found = load_hf_config(folder, trust_remote_code=settings.trust_remote_code)
-    try:
-        return {
-            "num_layers": found.num_hidden_layers,
-            "hidden_size": found.hidden_size,
-            "ffn_hidden_size": found.intermediate_size,
-            "num_attention_heads": found.num_attention_heads,
-            "num_query_groups": getattr(found, "num_key_value_heads", None),
-            "kv_channels": getattr(found, "head_dim", None),
-            "vocab_size": found.vocab_size,
-            "max_position_embeddings": found.max_position_embeddings,
-        }
-    except AttributeError as error:
-        raise ModelError(f"{folder}: {found.model_type} is no decoder-only language model ({error})") from error
 
 
 def _only(prompts: PromptBatch, wanted: set[int]) -> PromptBatch:

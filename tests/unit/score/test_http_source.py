@@ -246,12 +246,12 @@ def test_a_stop_request_ends_the_wait_where_signals_raise_nothing() -> None:
 
 def test_what_cannot_be_asked_is_told_with_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_TOKEN", raising=False)
-    for keys, said in (
-        ({"url": "localhost"}, r"^reward\.sources\[1\]\.url: expected an http or https address"),
-        ({"url": "http://h/", "token_env": "NO_TOKEN"}, r"^reward\.sources\[1\]\.token_env=NO_TOKEN: expected"),
+    for settings, said in (
+        (HttpSourceSettings(url="localhost"), "url: expected an http or https address"),
+        (HttpSourceSettings(url="http://h/", token_env="NO_TOKEN"), "token_env=NO_TOKEN: expected"),
     ):
-        with pytest.raises(ConfigError, match=said):
-            HttpSource(HttpSourceSettings(**keys), key="reward.sources[1]")
+        with pytest.raises(ConfigError, match=rf"^reward\.sources\[1\]\.{said}"):
+            HttpSource(settings, key="reward.sources[1]")
     with pytest.raises(ConfigError, match=r"label_column=gold: expected a column of the data, which has silver"):
         ask("http://h/", asked(1, silver=["x"]), form="slime", label_column="gold")
     with pytest.raises(ConfigError, match="rename column 'ended'"):

@@ -1,0 +1,1 @@
+"""A reward model or a reward function as an HTTP service."""
