@@ -43,7 +43,7 @@ from rlxf.rollout.replay import ReplayEngine
 from rlxf.schedule.lanes import Lanes
 from rlxf.score.combine import RunningScales
 from rlxf.score.penalty import Shaping
-from rlxf.score.scorer import Scorer
+from rlxf.score.scorer import ModelScorer
 from rlxf.score.sources import Unscaled
 from rlxf.score.texts import TextSource
 from rlxf.sync.probe import Probe, make_probe
@@ -63,7 +63,7 @@ class Roles:
 
     actor: SyncedActor
     reference: Reference
-    models: Mapping[str, Scorer] = field(default_factory=dict)  # reward models, by the name of their source
+    models: Mapping[str, ModelScorer] = field(default_factory=dict)  # reward models, by the name of their source
     readers: Mapping[str, TextSource] = field(default_factory=dict)  # what scores texts, by name
     judge: Judge | None = None  # one that is a Python function
     rollout: Rollout | None = None  # None: offline or replay

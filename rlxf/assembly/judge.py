@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlxf.assembly.roles import policy_folder, policy_tokenizer
 from rlxf.config.judge import JUDGE_MODEL
 from rlxf.config.schema import RunConfig
 from rlxf.core.stop import Stop
@@ -19,9 +18,7 @@ from rlxf.judge import JUDGES, Judge, JudgeParts, build_judging
 from rlxf.judge.judged import Judging
 from rlxf.judge.model import ScoreTexts
 from rlxf.judge.verdicts import NAME
-from rlxf.models.tokenizer import eos_token_ids
-from rlxf.score.encoded import as_rollouts
-from rlxf.score.scorer import Scorer
+from rlxf.score.scorer import ModelScorer
 
 
 @contextmanager
@@ -50,7 +47,7 @@ def build_judge(
     config: RunConfig,
     run_dir: Path | None,
     *,
-    models: Mapping[str, Scorer] | None = None,
+    models: Mapping[str, ModelScorer] | None = None,
     function: Judge | None = None,
 ) -> Judging | None:
     """The judge that the recipe describes; None if it has none.
@@ -67,21 +64,17 @@ def build_judge(
     if not config.judges:
         return None
     scorer = (models or {}).get(JUDGE_MODEL)
-    score = None if scorer is None else partial(scoring_texts, config, scorer)
+    score = None if scorer is None else partial(scoring_texts, scorer)
     trust = config.training.trust_remote_code
     parts = JudgeParts(config=config.judge, trust_remote_code=trust, score=score, judge=function)
     return build_judging(parts, verdicts_file(config, run_dir))
 
 
-def scoring_texts(config: RunConfig, scorer: Scorer) -> ScoreTexts:
-    """A reward model that is asked about texts: answers count as ended."""
-    tokenizer = policy_tokenizer(config)
-    eos_id = eos_token_ids(policy_folder(config), tokenizer, config.actor_rollout.eos_tokens)[0]
+def scoring_texts(scorer: ModelScorer) -> ScoreTexts:
+    """A reward model that is asked about texts: answers count as whole."""
 
     def score(prompts: Sequence[Text], answers: Sequence[str]) -> Tensor:
-        if not prompts:
-            return torch.zeros(0)
-        return scorer.score(as_rollouts(prompts, answers, tokenizer, eos_id=eos_id))
+        return scorer.score_texts(prompts, answers, [True] * len(prompts)) if prompts else torch.zeros(0)
 
     return score
 

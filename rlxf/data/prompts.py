@@ -14,9 +14,8 @@ from rlxf.core.types import PromptBatch, Tokens
 from rlxf.data.batches import DropReason
 from rlxf.data.formats import Layout
 from rlxf.data.source import DataSource
-from rlxf.data.text import shorten_left
+from rlxf.data.text import encode_prompt, shorten_left
 from rlxf.data.tokenized import Content, TokenIds
-from rlxf.models.encoding import encode_prompt
 
 
 class PromptRecord(NamedTuple):

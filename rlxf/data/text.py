@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from rlxf.core.errors import ModelError
 from rlxf.core.jsonl import describe
-from rlxf.core.types import Messages
+from rlxf.core.types import Messages, Text
+from rlxf.models.encoding import encode_chat, encode_string
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,6 +53,15 @@ def _messages_problem(messages: list[Any], name: str) -> str | None:
             if problem:
                 return problem
     return None
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
+    """Token ids that an engine continues. A chat that ends with an assistant message has that message continued."""
+    if isinstance(prompt, str):
+        return encode_string(tokenizer, prompt)
+    if prompt[-1]["role"] == "assistant":
+        return encode_chat(tokenizer, prompt, add_generation_prompt=False, continue_final_message=True)
+    return encode_chat(tokenizer, prompt, add_generation_prompt=True)
 
 
 def shorten_left(ids: list[int], length: int, bos: int | None) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlxf.core.errors import DataError, RlxfError
-from rlxf.core.types import Messages, Text
+from rlxf.core.types import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,12 +54,3 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Messages | list
         raise  # a stop that the user asked for, among others
     except Exception as error:  # a template is a program: it may raise anything on a conversation that it refuses
         raise DataError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from error
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
-    """Token ids that an engine continues. A chat that ends with an assistant message has that message continued."""
-    if isinstance(prompt, str):
-        return encode_string(tokenizer, prompt)
-    if prompt[-1]["role"] == "assistant":
-        return encode_chat(tokenizer, prompt, add_generation_prompt=False, continue_final_message=True)
-    return encode_chat(tokenizer, prompt, add_generation_prompt=True)
