@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +112,20 @@ class VllmEngine:
             "logprobs": 0,  # of the sampled token alone
             "detokenize": False,
         }
+        prompts = [{"prompt_token_ids": row} for row, _ in requests]
+        params = [
+            SamplingParams(**shared, seed=seed, **_structure(sampling.structured_outputs)) for _, seed in requests
+        ]
         stops = StopStrings(self._tokenizer, sampling.stop)
-        if stops:  # vLLM ends a request there; where exactly, our own look decides
-            shared |= {"stop": list(stops.stop), "include_stop_str_in_output": True}
-            shared |= {"detokenize": True, "skip_special_tokens": False, "spaces_between_special_tokens": False}
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": row} for row, _ in requests],
-            [SamplingParams(**shared, seed=seed, **_structure(sampling.structured_outputs)) for _, seed in requests],
-            use_tqdm=False,
-        )
-        is_raw = sampling.structured_outputs is None
-        return [_completion(output.outputs[0], stops, is_raw=is_raw) for output in outputs]
+        if stops:
+            found = _until_stop(self._llm.llm_engine, prompts, params, stops)
+        else:
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            found = [_completion(output.outputs[0]) for output in outputs]
+        if sampling.structured_outputs is None:
+            return found
+        # vLLM takes out what a form forbids before it looks at the log-probs, so these are not the model's.
+        return [replace(completion, logps=[math.nan] * len(completion.logps)) for completion in found]
 
 
 def prepare_environment(expected: Mapping[str, str]) -> None:
@@ -180,8 +184,8 @@ def _check_block_size(llm: Any, expected: int) -> None:
 
 
 def _tokenizer_arguments(settings: EngineSettings) -> dict[str, Any]:
-    """vLLM gets token ids, and needs a tokenizer only to see stop strings and to follow a form."""
-    if not settings.rollout.stop and settings.rollout.structured_outputs is None:
+    """vLLM gets and gives token ids; it needs a tokenizer only to follow a form."""
+    if settings.rollout.structured_outputs is None:
         return {"skip_tokenizer_init": True}
     return {"tokenizer": str(assets_folder(Path(settings.tokenizer)))}
 
@@ -202,21 +206,56 @@ def _check_structure(llm: Any, wanted: Mapping[str, Any]) -> None:
         ConfigError: vLLM cannot follow it.
     """
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     params, config = SamplingParams(**_structure(wanted)), llm.llm_engine.vllm_config
     try:
         params._validate_structured_outputs(config.model_config, config.structured_outputs_config, llm.get_tokenizer())
-    except ValueError as error:
+    except ImportError as error:  # vLLM 0.32 imports all of its libraries for forms, also those that it does not use
+        raise ConfigError(
+            f"rollout.structured_outputs: vLLM needs a package that is not installed ({error}); install what your vLLM "
+            "requires for it (0.32: lm-format-enforcer, xgrammar, llguidance), or remove the key"
+        ) from error
+    except (VLLMValidationError, ValueError) as error:
         raise ConfigError(
             f"rollout.structured_outputs = {json.dumps(dict(wanted))[:200]}: vLLM cannot follow it "
             f"({' '.join(str(error).split())[:300]}); change it, or remove it"
         ) from error
 
 
-def _completion(output: Any, stops: StopStrings, *, is_raw: bool) -> Completion:
-    """``is_raw``: the log-probs are those of the model; else what a form forbids was taken out before."""
+def _completion(output: Any) -> Completion:
+    """The tokens of an output and their log-probs."""
     tokens = list(output.token_ids)
-    tokens = tokens[: stops.end(tokens)]
-    steps = zip(tokens, output.logprobs, strict=False)  # none of the tokens that were cut off
-    logps = [step[token].logprob if is_raw else math.nan for token, step in steps]
+    logps = [step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)]
     return Completion(tokens=tokens, logps=logps)
+
+
+def _until_stop(engine: Any, prompts: Sequence[Any], params: Sequence[Any], stops: StopStrings) -> list[Completion]:
+    """A completion of each prompt, up to its end or the token that completes a stop string.
+
+    Each token is looked at as it comes, and a request that has ended is taken back. vLLM's own stop strings would be
+    another rule: it decodes the end of the prompt along with the completion.
+    """
+    from vllm.sampling_params import RequestOutputKind
+
+    found = [Completion(tokens=[], logps=[]) for _ in prompts]
+    readers, names = [stops.reader() for _ in prompts], [f"stop-{number}" for number in range(len(prompts))]
+    numbers = {name: number for number, name in enumerate(names)}
+    try:
+        for name, prompt, wanted in zip(names, prompts, params, strict=True):
+            wanted.output_kind = RequestOutputKind.DELTA
+            engine.add_request(name, prompt, wanted)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                number = numbers[output.request_id]
+                new = _completion(output.outputs[0])
+                for token, logp in zip(new.tokens, new.logps, strict=True):
+                    found[number].tokens.append(token)
+                    found[number].logps.append(logp)
+                    if readers[number].add(token):
+                        engine.abort_request([output.request_id])
+                        break
+    except BaseException:  # a stop that the user asked for, among others: nothing may run on
+        engine.abort_request(names)
+        raise
+    return found
