@@ -69,10 +69,10 @@ def test_a_policy_that_repeats_itself_costs_little_time() -> None:
     begin = time.monotonic()
     rule = make_rule("math", {"timeout_s": 60})
     assert (
-        rule(["p"] * 4, ["1 " * 10_000, "1\n" * 10_000, "1," * 10_000, "7" * 20_000], [[1]] * 4, answer=["3"] * 4)
+        rule(["p"] * 4, ["1 " * 20_000, "1\n" * 20_000, "1," * 20_000, "7" * 40_000], [[1]] * 4, answer=["3"] * 4)
         == [0.0] * 4
     )
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 15
 
 
 def test_an_answer_that_takes_too_long_is_wrong() -> None:
