@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlxf.algorithms import ALGORITHMS, Algorithm
+from rlxf.algorithms import ALGORITHMS, Algorithm, with_beta
 from rlxf.core.errors import TrainingError
 from rlxf.core.types import Metrics
 from rlxf.loop.collected import Collected
@@ -80,9 +80,10 @@ def sample_again(run: Run, schedule: Schedule) -> None:
 
 def learn(run: Run, schedule: Schedule, collected: Collected) -> None:
     """One update on the step's data: all its mini-batches and passes. Then the step is complete."""
-    state, data, batch = run.state, collected.data, collected.batch
+    state, data = run.state, collected.data
     assert data is not None
-    assert batch is not None
+    assert collected.batch is not None
+    batch = with_beta(collected.batch, run.config.actor_rollout.beta_after(state.epoch))
 
     def update() -> Metrics:
         state.updating = True
@@ -106,8 +107,8 @@ def skip(run: Run, collected: Collected) -> None:
     if state.empty_steps + 1 >= limit:
         raise TrainingError(
             f"step {state.step + 1}: {limit} steps in a row gave no pair: the scores of every prompt are tied, missing "
-            "or closer than algorithm.min_score_margin; look at the scores in rollouts.jsonl (log.rollouts=true), or "
-            f"raise algorithm.max_empty_steps = {limit}"
+            "or closer than algorithm.min_score_margin, or lengths differ too much (algorithm.max_length_ratio); see "
+            f"the scores in rollouts.jsonl (log.rollouts=true), or raise algorithm.max_empty_steps = {limit}"
         )
     state.empty_steps += 1
     state.complete(collected, collected.metrics, WITHOUT_UPDATE)

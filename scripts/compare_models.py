@@ -1,17 +1,19 @@
-"""Which of two models answers better, by a reward model or a reward function.
+"""Which of two models answers better, by a reward model, a reward function or a judge.
 
 python scripts/compare_models.py A B --data prompts.jsonl --reward-model DIR [--sample] [--out FOLDER]
+python scripts/compare_models.py A B --data alpaca_eval.json --format alpaca_eval --judge-url URL --judge-model NAME
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # also without an installed package
@@ -47,16 +49,33 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parser.add_argument("a", metavar="A", type=Path, help="Hugging Face folder, or a run folder (its policy)")
     parser.add_argument("b", metavar="B", type=Path, help="the same; a model against itself is even")
     parser.add_argument("--data", type=Path, required=True, help="file of prompts, as actor_rollout.data_path")
+    parser.add_argument(
+        "--format",
+        choices=("prompts", "alpaca_eval", "arena_hard"),
+        default="prompts",
+        help="what the data is: prompts, or the questions of a benchmark, whose files --out then gets (prompts)",
+    )
     judge = parser.add_mutually_exclusive_group(required=True)
     judge.add_argument("--reward-model", type=Path, help="folder of a reward model that scores the answers")
     judge.add_argument("--reward-function", type=Path, help="Python file with `reward`, as reward.function")
+    judge.add_argument("--judge-function", type=Path, help="Python file with `judge`, as judge.function")
+    judge.add_argument("--judge-url", help="OpenAI-compatible server that judges, as judge.base_url")
+    judge.add_argument("--judge-load", type=Path, help="folder of a classifier over two answers, as judge.load")
+    parser.add_argument("--judge-model", help="name of the model of --judge-url")
+    parser.add_argument(
+        "--judge-set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another key of the section judge (docs/config.md), such as token_env=OPENAI_API_KEY; may be repeated",
+    )
     parser.add_argument(
         "--read-at",
         choices=get_args(ReadAt),
         default="auto",
         help="where the reward model's score is read, as reward.read_at (auto)",
     )
-    parser.add_argument("--num-prompts", type=positive, default=256, help="the first ones of the data (256)")
+    parser.add_argument("--num-prompts", type=positive, help="the first ones of the data (256; all of a benchmark's)")
     parser.add_argument("--prompt-key", default="prompt", help="column with the prompt (prompt)")
     parser.add_argument(
         "--max-prompt-length", type=positive, default=512, help="tokens; longer ones are left out (512)"
@@ -85,7 +104,52 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     for name in ("temperature", "top_p"):
         if getattr(found, name) is not None and not found.sample:
             parser.error(f"--{name.replace('_', '-')} needs --sample: without it answers are the likeliest tokens")
+    if found.judge_model is not None and found.judge_url is None:
+        parser.error("--judge-model needs --judge-url")
+    has_judge = found.judge_function or found.judge_url or found.judge_load
+    if found.judge_set and not has_judge:
+        parser.error("--judge-set needs --judge-function, --judge-url or --judge-load")
+    if found.format != "prompts" and not has_judge:
+        parser.error(f"--format {found.format} needs a judge: --judge-function, --judge-url or --judge-load")
+    if has_judge and found.missing_eos_penalty:
+        parser.error("--missing-eos-penalty needs a reward: a judge gives no scores")
+    if found.num_prompts is None:
+        found.num_prompts = 256 if found.format == "prompts" else sys.maxsize
     return found
+
+
+def judge_section(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The section judge of a recipe; empty if a reward judges."""
+    import yaml
+
+    named = {"function": arguments.judge_function, "base_url": arguments.judge_url, "load": arguments.judge_load}
+    section: dict[str, Any] = {key: str(value) for key, value in named.items() if value is not None}
+    if not section:
+        return {}
+    if arguments.judge_model is not None:
+        section["model"] = arguments.judge_model
+    if "load" in section:
+        section["load_as"] = "pair_classifier"  # a reward model is named with --reward-model
+    for setting in arguments.judge_set:
+        key, equals, text = setting.partition("=")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--judge-set {setting}: the value cannot be read: {error}") from error
+        if not equals or key in named:
+            raise ConfigError(f"--judge-set {setting}: expected a key of the section judge, such as max_calls=100")
+        section[key] = value
+    return section
+
+
+def names_of(arguments: argparse.Namespace) -> tuple[str, str]:
+    """What both models are called in a benchmark's files: their folders, told apart if they have the same name."""
+    one, two = (_name(path) for path in (arguments.a, arguments.b))
+    return (one, two) if one != two else (f"{one}_a", f"{two}_b")
+
+
+def _name(path: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", path.absolute().name) or "model"
 
 
 def require_writable(folder: Path | None) -> None:
@@ -108,11 +172,14 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from rlxf.tools.compare.models import Settings, compare
-    from rlxf.tools.compare.report import judge, summary, table, write
+    from rlxf.tools.compare.report import judge, judge_name, summary, table, write, write_files
 
     settings = Settings(
         data_path=arguments.data,
         num_prompts=arguments.num_prompts,
+        data_format=arguments.format,
+        judge=judge_section(arguments),
+        verdicts=arguments.out,
         reward_model=arguments.reward_model,
         reward_function=arguments.reward_function,
         read_at=arguments.read_at,
@@ -136,6 +203,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         write(arguments.out, found, summary(found, rate, confidence=confidence))
         print(f"pairs and summary: {arguments.out}")
+        if settings.data_format != "prompts":
+            name = judge_name(settings.judge)
+            for path in write_files(arguments.out, settings.data_format, found, names_of(arguments), name):
+                print(path)
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined  # noqa: E402
 
 from rlxf.config import keys, rewards, roles, schema  # noqa: E402
 from rlxf.config.fields import LocalPath  # noqa: E402
-from rlxf.config.kinds import Strict  # noqa: E402
+from rlxf.config.kinds import Beta, Strict  # noqa: E402
 
 PAGE = ROOT / "docs" / "config.md"
 INTRO = """# Configuration
@@ -54,6 +54,8 @@ python ray_gpt.py --config-name online_dpo_trainer_tiny training.seed=2 actor_ro
 
 def kind(annotation: Any, metadata: list[Any]) -> str:
     """A field's type and bounds in words."""
+    if annotation == get_args(Beta)[0]:
+        return "float or list of float, > 0"
     marks = [mark for mark in metadata if isinstance(mark, LocalPath)]
     inner = get_args(annotation)
     if hasattr(annotation, "__metadata__"):
@@ -134,7 +136,7 @@ def page() -> str:
     parts.append(section("ref", roles.ReferenceConfig, above=roles.RoleConfig))
     parts.append(section("reward", roles.RewardConfig, above=roles.RoleConfig))
     parts.append(section("reward.sources[]", rewards.RewardSource))
-    for name in ("rollout", "sync", "algorithm", "resource_pool", "eval", "log"):
+    for name in ("rollout", "sync", "algorithm", "judge", "resource_pool", "eval", "log"):
         parts.append(section(name, keys.SECTIONS[name]))
     parts.append(section("model.<name>", schema.ModelConfig))
     return "".join([*parts, older_names()])

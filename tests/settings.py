@@ -6,10 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlxf.config.roles import ActorConfig, ReferenceConfig, RewardConfig, RoleConfig
 from rlxf.config.schema import ModelConfig, RunConfig, TrainingConfig
-from rlxf.core.types import Examples, Metrics, Pairs, PairValues, ReferencedPairs, RewardPairs, Sequences
+from rlxf.core.types import (
+    Examples,
+    Metrics,
+    OnlinePairs,
+    Pairs,
+    PairValues,
+    ReferencedPairs,
+    RewardPairs,
+    Sequences,
+)
 from rlxf.update.objective import MOMENTS
 from tests.tiny_models import VOCAB
 
@@ -56,6 +66,24 @@ def random_pairs(count: int, seed: int = 0) -> Pairs:
     prompts = random_rows(count, 2, 12, generator)
     sides = [Sequences.from_rows(prompts, random_rows(count, 1, 30, generator)) for _ in range(2)]
     return Pairs(chosen=sides[0], rejected=sides[1])
+
+
+def online_pairs(pairs: Pairs, chosen_engine_logps: Tensor, rejected_engine_logps: Tensor) -> OnlinePairs:
+    """The pairs as an engine with these log-probs would have sampled them, each of a prompt of its own."""
+    number = len(pairs)
+    return OnlinePairs(
+        chosen=pairs.chosen,
+        rejected=pairs.rejected,
+        row_ids=torch.arange(number),
+        margin=torch.ones(number),
+        policy_version=torch.zeros(number, dtype=torch.int64),
+        chosen_engine_logps=chosen_engine_logps,
+        rejected_engine_logps=rejected_engine_logps,
+        prompt_index=torch.arange(number),
+        chosen_rows=2 * torch.arange(number),
+        rejected_rows=2 * torch.arange(number) + 1,
+        weight=torch.ones(number),
+    )
 
 
 def referenced(pairs: Pairs, seed: int = 0) -> ReferencedPairs:

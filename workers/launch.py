@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from rlxf.assembly.build_run import Roles
-from rlxf.assembly.data import needs_scorer
+from rlxf.assembly.judge import open_function_judge
 from rlxf.assembly.rewards import open_readers
 from rlxf.assembly.start import clocked, prepared, run_prepared
 from rlxf.config.kinds import Role
@@ -66,6 +66,7 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
         plan = make_plan(config)
         with (
             open_readers(config, stop) as readers,
+            open_function_judge(config, stop) as judge,
             clocked(found) as clock,
             connected(plan, platform, stop) as cluster,
         ):
@@ -73,7 +74,7 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
             with stop.interruptible():
                 groups, loading = start_workers(config, plan, platform, waiter)
                 waiter.gather(loading, config.training.start_timeout_s)
-            roles = replace(make_roles(config, platform, groups), readers=readers)
+            roles = replace(make_roles(config, platform, groups), readers=readers, judge=judge)
             # Without lookahead the stages of a step follow each other anyway.
             lanes = InThreads(stop) if config.rollout.lookahead else OneAfterTheOther()
             run_prepared(found, roles, platform=platform, clock=clock, stop=stop, lanes=lanes)
@@ -100,8 +101,6 @@ def start_workers(
     groups: dict[Role, WorkerGroup] = {}
     loading: list[Pending] = []
     for role in plan.roles:
-        if role.role == "reward" and not needs_scorer(config):
-            continue
         slots = [(slot.options(), slot.node) for slot in pools.slots(role)]
         groups[role.role] = _start_group(config, role.role, slots, platform, waiter)
     _say_who_is_where(groups)
@@ -167,12 +166,12 @@ def _say_exports(config: RunConfig, roles: Iterable[Role], platform: Platform) -
 
 def make_roles(config: RunConfig, platform: Platform, groups: dict[Role, WorkerGroup]) -> Roles:
     """The roles as the driver sees them."""
-    actor, scores = RemoteActor(groups["train"]), "reward" in groups
+    actor = RemoteActor(groups["train"])
     engines = _connect(config, platform, RemoteEngines(groups["infer"], actor)) if "infer" in groups else None
     return Roles(
         actor=actor,
         reference=_reference(config, groups, actor),
-        models={name: RemoteScorer(groups["reward"], name) for name in config.reward.models} if scores else {},
+        models={name: RemoteScorer(groups["reward"], name) for name in config.reward_models},
         rollout=engines,
         sink=engines,
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from rlxf.assembly.roles import build_models
-from rlxf.core.types import Rollouts
-from rlxf.score.scorer import Scorer
+from rlxf.core.types import Rollouts, Text
+from rlxf.score.scorer import ModelScorer
 
 from .group import WorkerGroup
 from .worker import Worker
@@ -16,10 +18,15 @@ class RewardWorker(Worker):
     """One rank of each reward model."""
 
     make = staticmethod(build_models)
-    room: dict[str, Scorer]
+    room: dict[str, ModelScorer]
 
     def score(self, name: str, rollouts: Rollouts) -> Tensor | None:
         return self.answer(self.room[name].score(rollouts))
+
+    def score_texts(
+        self, name: str, prompts: Sequence[Text], answers: Sequence[str], ended: Sequence[bool]
+    ) -> Tensor | None:
+        return self.answer(self.room[name].score_texts(prompts, answers, ended))
 
 
 class RemoteScorer:
@@ -30,4 +37,8 @@ class RemoteScorer:
 
     def score(self, rollouts: Rollouts) -> Tensor:
         scores: Tensor = self._group.call("score", self._name, rollouts)
+        return scores
+
+    def score_texts(self, prompts: Sequence[Text], answers: Sequence[str], ended: Sequence[bool]) -> Tensor:
+        scores: Tensor = self._group.call("score_texts", self._name, prompts, answers, ended)
         return scores

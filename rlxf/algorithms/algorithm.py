@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from rlxf.core.types import Batch, Examples, Pairs, ReferencedPairs
@@ -36,6 +37,11 @@ class Algorithm(Protocol):
 def with_reference(pairs: Pairs, reference: Reference) -> ReferencedPairs:
     """Pairs with the reference's log-probabilities: what the preference objective takes."""
     return ReferencedPairs(pairs=pairs, reference=reference.logps(pairs))
+
+
+def with_beta(batch: Batch, beta: float) -> Batch:
+    """Pairs that are trained on, or evaluated, with this beta; other batches as they are."""
+    return replace(batch, beta=beta) if isinstance(batch, ReferencedPairs) else batch
 
 
 def reference_stage(run: Run, algorithm: Algorithm) -> Stage[Collected]:

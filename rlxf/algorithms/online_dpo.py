@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from rlxf.algorithms.algorithm import reference_stage, with_reference
-from rlxf.core.errors import SyncError
-from rlxf.core.types import Batch, Examples, Pairs, Rollouts
+from rlxf.config.schema import AlgorithmConfig
+from rlxf.core.errors import ScoreError, SyncError
+from rlxf.core.types import Batch, Comparisons, Examples, Pairs, Rollouts
 from rlxf.loop.collected import Collected
 from rlxf.loop.run import Online, Reference, Run
 from rlxf.observe.formulas import data_metrics, pair_metrics, rollout_metrics
 from rlxf.observe.record import plain
-from rlxf.pair import PAIRINGS
+from rlxf.pair import PAIRINGS, PairingSettings
 from rlxf.schedule.lookahead import Stage
 from rlxf.score.combine import Term
-from rlxf.score.penalty import with_scores
+from rlxf.score.penalty import Shaping, with_scores
 
 
 class OnlineDpo:
@@ -76,18 +78,38 @@ def _require_version(rollouts: Rollouts, collected: Collected) -> None:
         )
 
 
+def pairing_settings(config: AlgorithmConfig, *, seed: int, step: int) -> PairingSettings:
+    """What the recipe says of pairs, for one driver step."""
+    return PairingSettings(
+        min_score_margin=config.min_score_margin,
+        max_pairs_per_prompt=config.max_pairs_per_prompt,
+        max_length_ratio=config.max_length_ratio,
+        threshold=config.score_threshold,
+        seed=seed,
+        step=step,
+    )
+
+
 def _score_and_pair(run: Run, collected: Collected) -> None:
-    """``raw_scores`` [B] unless they are known, then N <= P pairs."""
+    """``raw_scores`` [B] unless they are known, then N pairs."""
     source, config, rollouts = _online(run), run.config, collected.rollouts
     assert rollouts is not None  # the stage before
     with run.working(collected, "adv"):
+        before = run.state.all_failed_scores
         _score(run, collected, rollouts)
+        comparisons = _judged(run, collected, rollouts)
+        collected.failed += run.state.all_failed_scores - before
         assert collected.raw_scores is not None
-        penalty = config.actor_rollout.missing_eos_penalty
-        scored = with_scores(rollouts, collected.raw_scores, eos_ids=source.eos_ids, missing_eos_penalty=penalty)
+        shaping = Shaping.of(config.actor_rollout, max_new_tokens=config.max_new_tokens)
+        scored = with_scores(
+            rollouts, collected.raw_scores, eos_ids=source.eos_ids, shaping=shaping, stopped=source.stopped
+        )
         scored = replace(scored, sources=_by_name(source.rewards.terms, collected.table), extra=collected.extra)
-        pairing = PAIRINGS[config.algorithm.pairing](scored, min_score_margin=config.algorithm.min_score_margin)
-    collected.metrics |= rollout_metrics(scored, collected.seconds["gen"]) | pair_metrics(pairing)
+        settings = pairing_settings(config.algorithm, seed=config.training.seed, step=collected.step)
+        pairing = PAIRINGS[config.algorithm.pairing](scored, settings, comparisons)
+    has_scores = bool(source.rewards.terms)
+    metrics = rollout_metrics(scored, collected.seconds["gen"], has_scores=has_scores)
+    collected.metrics |= metrics | pair_metrics(pairing)
     collected.scored, collected.pairing, collected.data = scored, pairing, pairing.pairs
 
 
@@ -95,15 +117,31 @@ def _score(run: Run, collected: Collected, rollouts: Rollouts) -> None:
     """``table`` [B, S] and its sums. Steps come here in their order: a running scale has seen all before this one."""
     source, known = _online(run), collected.raw_scores
     if known is None:
-        before = run.state.all_failed_scores
         found = source.rewards.score(rollouts)
-        collected.failed = run.state.all_failed_scores - before
         collected.table = found.table
         collected.extra = {name: [plain(value) for value in values] for name, values in found.extra.items()}
         collected.metrics |= found.metrics
     if collected.table is not None and collected.table.shape[1] == len(source.rewards.terms):
         sums, collected.running = source.scales.add(collected.table)
         collected.raw_scores = known if known is not None else sums
+
+
+def _judged(run: Run, collected: Collected, rollouts: Rollouts) -> Comparisons | None:
+    """What a judge says of the step's completions; None without a judge."""
+    source = _online(run)
+    if source.judge is None:
+        return None
+    if collected.comparisons is None:
+        assert source.tokenizer is not None  # who has a judge has it
+        texts = source.tokenizer.batch_decode(rollouts.sequences.completion_rows(), skip_special_tokens=True)
+        try:
+            collected.comparisons, metrics = source.judge(rollouts, texts)
+            collected.metrics |= metrics
+        except ScoreError as error:
+            source.rewards.tolerate(len(rollouts), str(error), error)
+            none = torch.zeros(0, dtype=torch.int64)
+            collected.comparisons = Comparisons(first=none, second=none, probability=torch.zeros(0))
+    return collected.comparisons
 
 
 def _by_name(terms: Sequence[Term], table: Tensor | None) -> dict[str, Tensor]:

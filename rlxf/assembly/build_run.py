@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from rlxf.assembly.data import Data
+from rlxf.assembly.judge import build_judge
 from rlxf.assembly.rewards import make_rewards
 from rlxf.assembly.roles import policy_folder
 from rlxf.checkpointing.resume import Resume, initial_policy
@@ -28,8 +29,11 @@ from rlxf.data.examples import ExampleFile
 from rlxf.data.preferences import PreferenceFile
 from rlxf.data.prompts import PromptFile
 from rlxf.evaluate import EvalBackends, Evaluation, EvaluationSettings, OfflineEvaluation, no_evaluation
+from rlxf.judge import Judge
+from rlxf.judge.judged import Judging
 from rlxf.loop.collected import Collected
 from rlxf.loop.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
+from rlxf.models.stop_strings import StopStrings
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.observe.record import Recorders, RolloutRecorder, SampleRecorder
 from rlxf.observe.report import ReportSettings, RunReport
@@ -38,7 +42,8 @@ from rlxf.reference.cached import CachedReference, cache_folder
 from rlxf.rollout.replay import ReplayEngine
 from rlxf.schedule.lanes import Lanes
 from rlxf.score.combine import RunningScales
-from rlxf.score.scorer import Scorer
+from rlxf.score.penalty import Shaping
+from rlxf.score.scorer import ModelScorer
 from rlxf.score.sources import Unscaled
 from rlxf.score.texts import TextSource
 from rlxf.sync.probe import Probe, make_probe
@@ -58,8 +63,9 @@ class Roles:
 
     actor: SyncedActor
     reference: Reference
-    models: Mapping[str, Scorer] = field(default_factory=dict)  # reward models, by the name of their source
+    models: Mapping[str, ModelScorer] = field(default_factory=dict)  # reward models, by the name of their source
     readers: Mapping[str, TextSource] = field(default_factory=dict)  # what scores texts, by name
+    judge: Judge | None = None  # one that is a Python function
     rollout: Rollout | None = None  # None: offline or replay
     sink: WeightSink | None = None  # the rollout engines, as far as weights are concerned
 
@@ -94,7 +100,8 @@ def build_run(
     state = resume.state if resume else State()
     steps = deque(resume.waiting if resume else ())
     reference = _reference(config, data, roles, stop, platform)
-    evaluation = _evaluation(config, data, roles, reference, state, platform, stop)
+    judging = build_judge(config, run_dir, models=roles.models, function=roles.judge)
+    evaluation = _evaluation(config, data, roles, reference, state, platform, stop, judging)
     refresh = _refresh(config, roles)
     sync = _sync(config, data, roles, platform)
 
@@ -136,7 +143,7 @@ def build_run(
             folder.prune(resume.state.step)
     return Run(
         config=config,
-        source=_source(config, run_dir, data, roles, platform, state, clock, stop, resume),
+        source=_source(config, run_dir, data, roles, platform, state, clock, stop, resume, judging),
         reference=reference,
         actor=roles.actor,
         sync=sync,
@@ -176,7 +183,8 @@ def _reference(config: RunConfig, data: Data, roles: Roles, stop: Stop, platform
         return roles.reference
     assert isinstance(data.training, PreferenceFile)
     root = Path(config.ref.cache) if config.ref.cache else Path.home() / ".cache" / "rlxf" / "ref_logps"
-    folder = cache_folder(root, Path(str(config.ref.load)), config.ref.precision, platform.name)
+    alpha = config.actor_rollout.ld_alpha
+    folder = cache_folder(root, Path(str(config.ref.load)), config.ref.precision, platform.name, alpha)
     cached = CachedReference(roles.reference, folder)
     with stop.interruptible():
         count = cached.fill(_one_pass(data.training))
@@ -240,6 +248,7 @@ def _source(
     clock: Clock,
     stop: Stop,
     resume: Resume | None,
+    judging: Judging | None,
 ) -> Online | FileSource:
     if isinstance(data.training, PreferenceFile | ExampleFile):
         return data.training
@@ -255,14 +264,16 @@ def _source(
         SampleRecorder(run_dir / "samples.jsonl", data.tokenizer, after=after) if samples else None,
         logs.samples_interval,
     )
-    eos_ids = _eos_ids(config, data)
     return Online(
         prompts=data.training,
         rollout=rollout,
         rewards=rewards,
         scales=RunningScales(rewards.terms, state.running),
-        eos_ids=eos_ids,
+        judge=judging,
+        tokenizer=data.tokenizer,
+        eos_ids=_eos_ids(config, data),
         recorder=recorder,
+        stopped=StopStrings(data.tokenizer, config.rollout.stop).completed if config.rollout.stop else None,
     )
 
 
@@ -294,23 +305,33 @@ def _evaluation(
     state: State,
     platform: Platform,
     stop: Stop,
+    judging: Judging | None,
 ) -> Evaluate | None:
     if config.offline and data.evaluation:
         assert not isinstance(data.evaluation, PromptBatch)
-        return OfflineEvaluation(config.training, data.evaluation, roles.actor, reference)
+
+        def beta() -> float:
+            return config.actor_rollout.beta_after(state.epoch)
+
+        return OfflineEvaluation(config.training, data.evaluation, roles.actor, reference, beta=beta)
     if not isinstance(data.evaluation, PromptBatch) or roles.rollout is None or config.replays_scores:
         return None
     place = lambda: f"the evaluation after {state.step} steps"  # noqa: E731
     rewards = make_rewards(config, roles.models, roles.readers, platform=platform, tally=state, place=place, stop=stop)
-    scorer = Unscaled(rewards)
-    rooms = EvalBackends(rollout=roles.rollout, scorer=scorer, actor=roles.actor, reference=roles.reference)
+    rooms = EvalBackends(
+        rollout=roles.rollout,
+        scorer=Unscaled(rewards) if rewards.terms else None,
+        actor=roles.actor,
+        reference=roles.reference,
+        judge=judging,
+    )
     eos_ids = _eos_ids(config, data)
     return Evaluation(evaluation_settings(config, eos_ids), data.evaluation, rooms, tokenizer=data.tokenizer)
 
 
 def report_settings(config: RunConfig) -> ReportSettings:
     """What a run's report must know of it."""
-    has_penalty = config.actor_rollout.missing_eos_penalty > 0
+    has_penalty = Shaping.of(config.actor_rollout, max_new_tokens=config.max_new_tokens).changes_scores
     return ReportSettings(training=config.training, log=config.log, has_penalty=has_penalty, recipe=config.dump())
 
 
@@ -320,6 +341,8 @@ def evaluation_settings(config: RunConfig, eos_ids: tuple[int, ...]) -> Evaluati
         config=config.eval,
         training=config.training,
         max_new_tokens=config.max_new_tokens,
-        missing_eos_penalty=config.actor_rollout.missing_eos_penalty,
+        shaping=Shaping.of(config.actor_rollout, max_new_tokens=config.max_new_tokens),
         eos_ids=eos_ids,
+        stop=config.rollout.stop,
+        structured_outputs=config.rollout.structured_outputs,
     )

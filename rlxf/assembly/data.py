@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 
 
 def needs_scorer(config: RunConfig) -> bool:
-    """Whether a reward model or function has to score: not offline, and not when the replayed file holds scores."""
-    return not config.offline and not config.replays_scores
+    """Whether a reward model or function has to score: not offline, not when the replayed file holds scores, and not
+    when a judge alone compares."""
+    return not config.offline and not config.replays_scores and not config.judges_alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

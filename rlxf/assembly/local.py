@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from rlxf.assembly.build_run import Roles
-from rlxf.assembly.data import needs_scorer
+from rlxf.assembly.judge import open_function_judge
 from rlxf.assembly.rewards import open_readers
 from rlxf.assembly.roles import build_actor, build_engine, build_models, build_reference
 from rlxf.assembly.start import clocked, prepared, run_prepared
@@ -38,17 +38,21 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
     with prepared(config, run_dir, stop, typed) as found:
         if found is None:
             return
-        with open_readers(found.config, stop) as readers, clocked(found, role_rows=True) as clock:
+        with (
+            open_readers(found.config, stop) as readers,
+            open_function_judge(found.config, stop) as judge,
+            clocked(found, role_rows=True) as clock,
+        ):
             with stop.interruptible():
                 platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
-                roles = replace(build_roles(found.config, platform), readers=readers)
+                roles = replace(build_roles(found.config, platform), readers=readers, judge=judge)
             run_prepared(found, roles, platform=platform, clock=clock, stop=stop, lanes=OneAfterTheOther())
 
 
 def build_roles(config: RunConfig, platform: Platform) -> Roles:
     """Every role of the recipe as one rank in this process."""
     process = Process()
-    models = build_models(config, platform, process) if needs_scorer(config) else {}
+    models = build_models(config, platform, process)
     engine = build_engine(config, platform) if config.samples else None
     actor = build_actor(config, platform, process)
     return Roles(

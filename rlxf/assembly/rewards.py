@@ -93,7 +93,7 @@ def open_scorer(config: RunConfig, platform: Platform, stop: Stop | None = None)
         ModelError: a folder does not hold a reward model. ConfigError: a function cannot be loaded.
     """
     stop = stop or Stop()
-    models = build_models(config, platform, Process()) if needs_scorer(config) else {}
+    models = build_models(config, platform, Process()) if config.reward.listed else {}
     with open_readers(config, stop) as readers:
         yield Unscaled(
             make_rewards(config, models, readers, platform=platform, tally=_Count(), place=lambda: "scoring", stop=stop)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rlxf.models.megatron.model import MegatronModel
     from rlxf.reference.frozen import FrozenReference
     from rlxf.rollout.engine import EngineSettings, RolloutEngine
-    from rlxf.score.scorer import SampledBy, Scorer
+    from rlxf.score.scorer import ModelScorer, SampledBy, Scorer, ScorerParts
     from rlxf.update.actor import MegatronActor
     from rlxf.update.objective import ObjectiveSettings
 
@@ -54,6 +54,7 @@ def build_actor(config: RunConfig, platform: Platform, process: Process) -> Mega
         num_steps=training.train_iters,
         seed=training.seed,
         bucket_bytes=config.sync.bucket_mb * 2**20,
+        ld_alpha=actor.ld_alpha,
     )
     own = actor.tokenizer_name_or_path or actor.prompt_type or actor.eos_tokens
     return MegatronActor(
@@ -65,7 +66,12 @@ def objective_settings(config: RunConfig) -> ObjectiveSettings:
     """What an objective must know of its run."""
     from rlxf.update.objective import ObjectiveSettings
 
-    return ObjectiveSettings(config=config.actor_rollout, offline=config.offline, has_reference=config.needs_reference)
+    return ObjectiveSettings(
+        config=config.actor_rollout,
+        offline=config.offline,
+        has_reference=config.needs_reference,
+        margin_weight=config.algorithm.margin_weight,
+    )
 
 
 def build_reference(config: RunConfig, platform: Platform, process: Process) -> FrozenReference:
@@ -77,35 +83,41 @@ def build_reference(config: RunConfig, platform: Platform, process: Process) -> 
     from rlxf.reference.frozen import FrozenReference
 
     model = load_role(config, "ref", platform, process)
-    return FrozenReference(model, limits_of(config.ref), moves=config.ref.ref_update_interval > 0)
+    moves = config.ref.ref_update_interval > 0
+    return FrozenReference(model, limits_of(config.ref), moves=moves, ld_alpha=config.actor_rollout.ld_alpha)
 
 
-def build_models(config: RunConfig, platform: Platform, process: Process) -> dict[str, Scorer]:
+def build_models(config: RunConfig, platform: Platform, process: Process) -> dict[str, ModelScorer]:
     """One rank of each reward model, by the name of its source.
 
     Raises:
         ModelError: a folder does not hold a reward model.
     """
+    from rlxf.score.reward_model import RewardModelScorer
+
     return {
-        name: build_scorer(config, platform, process, section=section) for name, section in config.reward.models.items()
+        name: RewardModelScorer.of(_scorer_parts(config, section, platform, process))
+        for name, section in config.reward_models.items()
     }
 
 
-def build_scorer(
-    config: RunConfig, platform: Platform, process: Process, *, section: RewardConfig | None = None
-) -> Scorer:
-    """One rank of a reward model, or the scores of a replay.
-
-    ``section``: of the model; without it the recipe's ``reward``.
+def build_scorer(config: RunConfig, platform: Platform, process: Process) -> Scorer:
+    """One rank of the reward model of ``reward.load``, or the scores of a replay.
 
     Raises:
         ModelError: ``reward.load`` does not hold a reward model.
     """
-    from rlxf.models.tokenizer import load_tokenizer
-    from rlxf.score import SCORERS, ScorerParts
+    from rlxf.score import SCORERS
 
-    reward, trust = section or config.reward, config.training.trust_remote_code
-    parts = ScorerParts(
+    return SCORERS[config.scorer](_scorer_parts(config, config.reward, platform, process))
+
+
+def _scorer_parts(config: RunConfig, reward: RewardConfig, platform: Platform, process: Process) -> ScorerParts:
+    from rlxf.models.tokenizer import load_tokenizer
+    from rlxf.score import ScorerParts
+
+    trust = config.training.trust_remote_code
+    return ScorerParts(
         config=reward,
         limits=limits_of(reward),
         recording=config.rollout.replay_path,
@@ -113,7 +125,6 @@ def build_scorer(
         load_model=partial(load_role, config, "reward", platform, process, section=reward),
         load_tokenizer=lambda: load_tokenizer(_tokenizer_folder(reward, "reward"), trust_remote_code=trust),
     )
-    return SCORERS[config.scorer](parts)
 
 
 def sampled_by(config: RunConfig) -> SampledBy:

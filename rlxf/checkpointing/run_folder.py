@@ -234,7 +234,7 @@ class RunFolder:
     def prune(self, step: int) -> None:
         """Delete the checkpoints up to ``step`` that are not kept; at the start those that a killed run did not."""
         training, root = self._config.training, self._checkpoints
-        metric, largest = training.best_metric
+        metric, largest = self._config.best_metric
         rolling = rolling_steps(root)
         try:
             if training.keep_latest:

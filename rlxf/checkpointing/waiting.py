@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlxf.core.errors import CheckpointError
 from rlxf.core.jsonl import finite_or_null, from_json
-from rlxf.core.types import PairValues, PromptBatch, Rollouts, Sequences, Tokens
+from rlxf.core.types import Comparisons, PairValues, PromptBatch, Rollouts, Sequences, Tokens
 from rlxf.loop.collected import Collected
 
 FOLDER = "waiting"  # in a checkpoint
@@ -81,6 +81,9 @@ def _tensors(step: Collected, rollouts: Rollouts) -> dict[str, Tensor]:
         found["raw_scores"] = step.raw_scores
     if step.table is not None:
         found["table"] = step.table
+    if step.comparisons is not None:
+        judged = step.comparisons
+        found |= {"judged.first": judged.first, "judged.second": judged.second, "judged": judged.probability}
     if step.reference is not None:
         found |= {"reference.chosen": step.reference.chosen, "reference.rejected": step.reference.rejected}
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in found.items()}
@@ -143,6 +146,10 @@ def _fill(step: Collected, tensors: dict[str, Tensor], texts: list[Any], columns
         policy_version=tensors["policy_version"],
     )
     step.raw_scores, step.table = tensors.get("raw_scores"), tensors.get("table")
+    if "judged" in tensors:
+        step.comparisons = Comparisons(
+            first=tensors["judged.first"], second=tensors["judged.second"], probability=tensors["judged"]
+        )
     if "reference.chosen" in tensors:
         step.reference = PairValues(chosen=tensors["reference.chosen"], rejected=tensors["reference.rejected"])
 

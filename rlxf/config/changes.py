@@ -25,6 +25,8 @@ _HARMLESS = {
     *("actor_rollout.data_path", "rollout.replay_path"),  # their content is compared instead
     *("runtime", "dry_run", "rollout.engine"),  # the resulting engine is compared instead
     *("training.train_iters", "actor_rollout.ppo_mini_batch_size"),  # compared with what they depend on
+    *(f"judge.{key}" for key in ("token_env", "concurrency", "tries", "timeout_s", "allow_link_local", "batch_size")),
+    *(f"judge.{key}" for key in ("max_calls", "max_cost", "prompt_price", "completion_price", "verdicts")),
     *(f"{role}.model" for role in ROLES),  # a name; the shapes are compared
 }
 # Keys that only change how sums are split: the numbers are equal to float tolerance, but not bit for bit.
@@ -52,7 +54,24 @@ _NOT_HELD = {"vocab_size", "untie_embeddings_and_output_weights"}
 
 
 # Keys that earlier versions did not have, with the value that says what they did.
-SINCE: dict[str, Any] = {"rollout.lookahead": 0, "reward.sources": []}
+SINCE: dict[str, Any] = {
+    "rollout.lookahead": 0,
+    "reward.sources": [],
+    **dict.fromkeys(("judge.load", "judge.function", "judge.base_url")),
+    "algorithm.score_threshold": None,
+    "algorithm.max_pairs_per_prompt": None,
+    "algorithm.max_length_ratio": None,
+    "algorithm.margin_weight": 0.0,
+    "actor_rollout.length_penalty": 0.0,
+    "actor_rollout.overlong_tokens": 0,
+    "actor_rollout.overlong_penalty": 0.0,
+    "rollout.min_p": 0.0,
+    "rollout.repetition_penalty": 1.0,
+    "rollout.stop": [],
+    "rollout.structured_outputs": None,
+    "actor_rollout.ld_alpha": None,
+    "actor_rollout.dpo_weighting": "none",
+}
 
 SHAPE_FROM = ("shape_from", "folder")  # key and value in driver.json
 

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from rlxf.config.devices import DEVICES, find_device
 from rlxf.config.evaluation import evaluation_problems, say_what_is_not_evaluated
 from rlxf.config.folders import folder_problems
+from rlxf.config.judging import judge_problems, warn_of_judge
 from rlxf.config.lora import lora_problems, say_which_reference, warn_of_unused
 from rlxf.config.losses import loss_problems, warn_of_other_stages
+from rlxf.config.pairs import pair_problems
 from rlxf.config.parallel import layout_problems, rollout_layout_problems
 from rlxf.config.placement import placement_problems
 from rlxf.config.problems import Problem, show, wrong
@@ -108,6 +110,27 @@ def _sampling(config: RunConfig) -> Iterator[Problem]:
     if rollout.top_k == 1:
         expected = "expected -1 (off) or at least 2: with 1 the completions of a prompt are all equal"
         yield wrong("rollout.top_k", rollout.top_k, expected)
+    if rollout.structured_outputs is not None and config.engine == "hf":
+        expected = "expected none with rollout.engine=hf, which cannot force a form; set rollout.engine=vllm"
+        yield wrong("rollout.structured_outputs", rollout.structured_outputs, expected, "rollout.engine")
+
+
+def _shaping(config: RunConfig) -> Iterator[Problem]:
+    """The soft penalty of long completions needs its two keys, and room before the limit."""
+    actor = config.actor_rollout
+    tokens_key, penalty_key = "actor_rollout.overlong_tokens", "actor_rollout.overlong_penalty"
+    if config.offline:
+        return
+    if actor.overlong_penalty and not actor.overlong_tokens:
+        expected = f"expected 0 without {tokens_key}, the number of tokens over which it sets in; set that, too"
+        yield wrong(penalty_key, actor.overlong_penalty, expected, tokens_key)
+    elif actor.overlong_tokens and not actor.overlong_penalty:
+        expected = f"expected 0 without {penalty_key}, the number that is subtracted; set that, too"
+        yield wrong(tokens_key, actor.overlong_tokens, expected, penalty_key)
+    elif actor.overlong_tokens > config.max_new_tokens > 0:
+        expected = f"expected at most {config.max_new_tokens}, the longest completion (actor_rollout.max_new_tokens)"
+        keys = ("actor_rollout.max_new_tokens", "actor_rollout.seq_length", "actor_rollout.max_prompt_length")
+        yield wrong(tokens_key, actor.overlong_tokens, expected, *keys)
 
 
 def _lookahead(config: RunConfig) -> Iterator[Problem]:
@@ -213,11 +236,11 @@ def _reward(config: RunConfig) -> Iterator[Problem]:
     if reward.load is not None and reward.function is not None:
         text = "reward.load and reward.function are both set: completions are scored by one of them; remove the other"
         yield Problem(("reward.load", "reward.function"), text)
-    if reward.load is not None or reward.function is not None:
+    if reward.load is not None or reward.function is not None or config.judge.kind is not None:
         return
     text = (
-        "reward.load is required: a reward model's folder; or give reward.function, a Python file that scores, or "
-        "reward.sources"
+        "reward.load is required: a reward model's folder; or give reward.function, a Python file that scores, "
+        "reward.sources, or a judge"
     )
     path = config.rollout.replay_path
     if config.samples:
@@ -312,6 +335,7 @@ def _warn(config: RunConfig) -> None:
         keys = "reward.sources has" if config.reward.sources else "reward.load and reward.function have"
         logger.warning("%s no effect: the scores in rollout.replay_path are used", keys)
     warn_of_unused(config)
+    warn_of_judge(config)
     warn_of_other_stages(config)
     warn_of_read_position(config)
     say_which_reference(config)
@@ -329,6 +353,7 @@ _GROUPS: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     folder_problems,
     _lengths,
     _sampling,
+    _shaping,
     _lookahead,
     _devices,
     _placement,
@@ -336,10 +361,12 @@ _GROUPS: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _batches,
     _optimizer,
     loss_problems,
+    pair_problems,
     evaluation_problems,
     tracker_problems,
     lora_problems,
     _reward,
+    judge_problems,
     _engine,
     _local,
 )

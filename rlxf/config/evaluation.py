@@ -26,7 +26,7 @@ def _best(config: RunConfig) -> Iterator[Problem]:
         expected = "expected 0 with training.keep_latest = 0, which keeps every checkpoint; set training.keep_latest"
         yield wrong(key, training.keep_best, expected, "training.keep_latest")
         return
-    name, _ = training.best_metric
+    name, _ = config.best_metric
     evaluated = name.startswith("eval/")
     if evaluated and not (config.evaluates and training.eval_interval):
         expected = "nothing is evaluated in this run; set training.eval_interval, or judge by a metric of every step"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from rlxf.config.problems import unquoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,80 @@ def as_tuple(value: Any) -> Any:
 def as_list(value: Any) -> Any:
     """One name, or a list of names, as a tuple."""
     return (value,) if isinstance(value, str) else as_tuple(value)
+
+
+def as_beta(value: Any) -> Any:
+    """One number above 0, or a tuple of them; a list of one is that number."""
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError("a number, or a list of numbers: one for each epoch, the last one for all later epochs")
+        numbers = tuple(_beta(number) for number in value)
+        return numbers[0] if len(numbers) == 1 else numbers
+    return _beta(value)
+
+
+def _beta(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        hint = f", got text{unquoted(value)}" if isinstance(value, str) else ""
+        raise ValueError(f"a number, or a list of numbers{hint}")
+    number: float = finite(value)
+    if number <= 0:
+        raise ValueError("greater than 0")
+    return number
+
+
+def as_stops(value: Any) -> Any:
+    """One text or a list of them as a tuple, none of which is empty."""
+    texts = as_list(value)
+    if isinstance(texts, tuple) and any(not isinstance(text, str) or not text for text in texts):
+        raise ValueError('a list of texts that are not empty, such as ["###"]')
+    return texts
+
+
+STRUCTURES = ("regex", "json", "choice", "grammar")
+
+
+def as_structure(value: Any) -> Any:
+    """One of ``STRUCTURES`` with its value; of ``json`` the schema itself, also where a file was named."""
+    expected = f"a mapping with one of {', '.join(STRUCTURES)}, such as {{regex: '[0-9]+'}}"
+    if value is None:
+        return None
+    if not isinstance(value, dict) or len(value) != 1 or (kind := next(iter(value))) not in STRUCTURES:
+        raise ValueError(expected)
+    content = value[kind]
+    if kind == "json":
+        return {kind: _json_schema(content)}
+    if kind == "choice":
+        texts = list(content) if isinstance(content, list | tuple) else []
+        if not texts or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError("choice to be a list of texts, of which a completion is one; numbers need quotes")
+        return {kind: texts}
+    if not isinstance(content, str) or not content.strip():
+        raise ValueError(f"{kind} to be a text that is not empty")
+    if kind == "regex" and "\\p" not in content:  # which Python's module does not know
+        try:
+            re.compile(content)
+        except re.error as error:
+            raise ValueError(f"regex to be a regular expression: {error}") from None
+    return {kind: content}
+
+
+def _json_schema(content: Any) -> dict[str, Any]:
+    """A JSON schema: as a mapping, as text, or in a file."""
+    where = "json"
+    if isinstance(content, str) and not content.lstrip().startswith("{"):
+        where = content
+        try:
+            content = Path(content).expanduser().read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"json to be a JSON schema, or a file that holds one: {where}: {error.strerror}") from None
+    try:
+        schema = json.loads(content) if isinstance(content, str) else content
+    except ValueError as error:
+        raise ValueError(f"{where} to hold a JSON schema: {error}") from None
+    if not isinstance(schema, dict) or not schema:
+        raise ValueError(f"{where} to hold a JSON schema: a mapping that is not empty")
+    return schema
 
 
 def as_stage(value: Any) -> Any:
@@ -103,4 +181,19 @@ def as_map_keys(value: Any) -> Any:
         raise ValueError(f"a mapping from {', '.join(MAP_KEYS)} to names of columns; {unknown[0]!r} is none of them")
     if mapping.get("prompt") == "":
         raise ValueError("a column for 'prompt', which cannot be empty")
+    return mapping
+
+
+def as_options(value: Any) -> Any:
+    """A mapping, or one in JSON."""
+    try:
+        mapping = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"a mapping, or one in JSON: {error}") from None
+    if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
+        raise ValueError("a mapping, or one in JSON")
+    try:
+        json.dumps(mapping, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError("values that JSON has: text, finite numbers, true, false, null, lists and mappings") from None
     return mapping

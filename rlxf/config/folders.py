@@ -52,7 +52,7 @@ def shown(path: Path) -> str:
 
 def named_paths(config: RunConfig) -> list[NamedPath]:
     """What this run reads; a key that its mode does not use is left out."""
-    actor, reward = config.actor_rollout, config.reward
+    actor, reward, judge = config.actor_rollout, config.reward, config.judge
     live, evaluates = config.samples, config.evaluates
     folders: dict[str, str | None] = {
         "actor_rollout.load": actor.load,
@@ -61,12 +61,16 @@ def named_paths(config: RunConfig) -> list[NamedPath]:
         "ref.load": config.ref.load,
         "reward.load": reward.load if config.scores else None,
         "reward.tokenizer_name_or_path": reward.tokenizer_name_or_path if config.scores else None,
+        "judge.load": judge.load if config.judges else None,
         "training.resume": None if config.training.resume in RESUME_WORDS else config.training.resume,
     }
     files: dict[str, tuple[str | None, tuple[str, ...]]] = {
         **{key: (path, _PYTHON) for key, path in _functions(config)},
+        "judge.function": (judge.function if config.judges else None, _PYTHON),
+        "judge.template": (judge.template if config.judges else None, ()),
         "rollout.replay_path": (config.rollout.replay_path if config.engine == "replay" else None, (".jsonl",)),
         "eval.metrics": (config.eval.metrics if evaluates else None, _PYTHON),
+        "eval.reference_answers": (config.eval.reference_answers if evaluates else None, (".jsonl",)),
     }
     if config.scores:
         for number, source in enumerate(reward.sources):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from rlxf.config.judge import JudgeConfig
 from rlxf.config.kinds import Strict
 from rlxf.config.roles import ActorConfig, ReferenceConfig, RewardConfig
 from rlxf.config.schema import (
@@ -29,6 +30,7 @@ SECTIONS: dict[str, type[Strict]] = {
     "rollout": RolloutConfig,
     "sync": SyncConfig,
     "algorithm": AlgorithmConfig,
+    "judge": JudgeConfig,
     "resource_pool": ResourcePoolConfig,
     "eval": EvalConfig,
     "log": LogConfig,
@@ -139,7 +141,8 @@ _SYNONYMS: dict[str, str] = {
     "grad_clip": "actor_rollout.clip_grad",
     "model_name_or_path": "actor_rollout.load",
     "reward_model_path": "reward.load",
-    "reward_weights": "reward.function",
+    "reward_weights": "reward.sources",
+    "reward_funcs": "reward.sources",
     "use_vllm": "rollout.engine",
     "vllm_mode": "resource_pool.colocate",
     "vllm_tensor_parallel_size": "actor_rollout.inference_tensor_model_parallel_size",
@@ -150,6 +153,15 @@ _SYNONYMS: dict[str, str] = {
     "truncation_mode": "actor_rollout.prompt_overflow",
     "max_completion_length": "actor_rollout.max_new_tokens",
     "max_response_length": "actor_rollout.max_new_tokens",
+    "soft_punish_cache": "actor_rollout.overlong_tokens",
+    "overlong_buffer": "actor_rollout.overlong_tokens",
+    "use_weighting": "actor_rollout.dpo_weighting",
+    "stop_strings": "rollout.stop",
+    "stop_sequences": "rollout.stop",
+    "guided_decoding_regex": "rollout.structured_outputs",
+    "vllm_guided_decoding_regex": "rollout.structured_outputs",
+    "vllm_structured_outputs_regex": "rollout.structured_outputs",
+    "structured_outputs_regex": "rollout.structured_outputs",
     "rpo_alpha": "actor_rollout.dpo_loss_weights",
     "gamma_beta_ratio": "actor_rollout.simpo_gamma",
     "sync_ref_model": "ref.ref_update_interval",
@@ -271,6 +283,7 @@ def _places() -> Mapping[str, str]:
     """Each key -> its full name; a key of several roles is the actor's."""
     places = {key: f"model.<name>.{key}" for key in ModelConfig.model_fields}
     for section in (
+        "judge",
         "log",
         "eval",
         "resource_pool",

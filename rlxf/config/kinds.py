@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from rlxf.config.fields import (
     LocalPath,
+    as_beta,
     as_map_keys,
     as_paths,
     as_pool,
     as_shares,
+    as_stops,
+    as_structure,
     as_tuple,
     finite,
 )
@@ -50,6 +53,15 @@ Weights = Annotated[tuple[Annotated[Finite, Field(gt=0)], ...], BeforeValidator(
 
 
 MapKeys = Annotated[dict[str, str], BeforeValidator(as_map_keys)]
+
+
+Beta = Annotated[float | tuple[float, ...], BeforeValidator(as_beta)]
+
+
+Stops = Annotated[tuple[str, ...], BeforeValidator(as_stops)]
+
+
+Structure = Annotated[dict[str, Any], BeforeValidator(as_structure)]
 
 
 Shares = Annotated[tuple[float, float, float], BeforeValidator(as_shares)]
@@ -108,7 +120,7 @@ DataFormat = Literal["auto", "standard", "messages", "alpaca", "sharegpt"]
 ReadAt = Literal["auto", "end_of_turn", "last_token"]
 
 
-PairingName = Literal["best_worst"]
+PairingName = Literal["best_worst", "all", "random", "threshold"]
 
 
 ReaderName = Literal["function", "http", "rule"]
@@ -118,6 +130,18 @@ SourceKind = Literal["model", "function", "http", "rule"]
 
 
 ScorerName = Literal["model", "recorded"]
+
+
+JudgeName = Literal["model", "llm", "function"]
+
+
+JudgeLoadAs = Literal["reward_model", "pair_classifier"]
+
+
+JudgeAnswer = Literal["json", "arena"]
+
+
+TournamentName = Literal["knockout", "all"]
 
 
 Role = Literal["train", "infer", "ref", "reward"]

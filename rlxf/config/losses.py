@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from rlxf.config.kinds import REFERENCE_FREE
 from rlxf.config.problems import Problem, wrong
 from rlxf.config.roles import ActorConfig
 from rlxf.config.schema import RunConfig
 
 logger = logging.getLogger(__name__)
 
-_PREFERENCE = ("dpo_", "f_", "discopop_", "simpo_", "pref_")  # keys of the preference losses begin so
+_PREFERENCE = ("dpo_", "f_", "discopop_", "simpo_", "pref_", "ld_")  # keys of the preference losses begin so
 _REWARD = ("margin_key", "center_rewards_coefficient")
 _SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo")
 # Losses of the difference of two scores. Only for these are f-divergences and length normalisation defined.
 _DIVERGENCE = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm")
 _AVERAGED = ("sigmoid_norm", "simpo", "orpo", "sft")  # divide by the length by definition
+_WHOLE = ("aot", "aot_unpaired", "kto_pair")  # of a pair they depend on the other pairs of its mini-batch
 _TYPE = "actor_rollout.dpo_loss_type"
 
 
@@ -48,6 +50,29 @@ def loss_problems(config: RunConfig) -> Iterator[Problem]:
     if actor.dpo_logp_reduction == "mean" and summed:
         expected = f"expected auto with {', '.join(summed)}, which reads log-probabilities of whole completions"
         yield wrong("actor_rollout.dpo_logp_reduction", "mean", expected, _TYPE)
+    yield from _variants(actor)
+
+
+def _variants(actor: ActorConfig) -> Iterator[Problem]:
+    """LD-DPO and WPO are defined for losses of whole pairs that read log-probabilities of actor and reference."""
+    names, alpha = actor.dpo_loss_type, actor.ld_alpha
+    key, free = "actor_rollout.ld_alpha", [name for name in names if name in REFERENCE_FREE]
+    if alpha is not None and free:
+        expected = f"expected none with {', '.join(free)}: LD-DPO is defined for losses that have a reference"
+        yield wrong(key, alpha, expected, _TYPE)
+    elif alpha is not None and actor.pref_ftx:
+        expected = f"expected none with pref_ftx = {actor.pref_ftx:g}, whose SFT term counts every token"
+        yield wrong(key, alpha, expected, "actor_rollout.pref_ftx")
+    key = "actor_rollout.dpo_weighting"
+    if actor.dpo_weighting == "none":
+        return
+    if whole := [name for name in names if name in _WHOLE]:
+        expected = f"expected none with {', '.join(whole)}: the loss of a pair depends on other pairs there"
+        yield wrong(key, actor.dpo_weighting, expected, _TYPE)
+    elif "sft" in names or actor.pref_ftx:
+        why, also = ("dpo_loss_type sft", _TYPE) if "sft" in names else ("pref_ftx", "actor_rollout.pref_ftx")
+        expected = f"expected none with {why}: WPO weighs preferences, and an SFT term is none"
+        yield wrong(key, actor.dpo_weighting, expected, also)
 
 
 def warn_of_other_stages(config: RunConfig) -> None:

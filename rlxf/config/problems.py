@@ -72,13 +72,14 @@ def expectation(error: ErrorDetails) -> str:
         return f"expected {context['error']}"
     expected = f"expected {_KINDS[kind]}" if kind in _KINDS else error["msg"]
     if kind in ("int_type", "float_type") and isinstance(value, str):
-        return f"{expected}, got text{_unquoted(value)}"
+        return f"{expected}, got text{unquoted(value)}"
     if kind in ("int_type", "float_type") and isinstance(value, bool):
         return f"{expected}, got {show(value)}"
     return expected
 
 
-def _unquoted(value: str) -> str:
+def unquoted(value: str) -> str:
+    """What is said of a number in quotes."""
     try:
         float(value)
     except ValueError:

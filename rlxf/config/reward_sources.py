@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 from rlxf.config.problems import Problem, wrong
 from rlxf.config.rewards import TAKEN_NAMES, RewardSource
+from rlxf.config.rules import rule_problems
 from rlxf.config.schema import RunConfig
+from rlxf.core.addresses import url_problem
 
 _WHOLE = "reward.sources"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -31,7 +32,7 @@ def source_problems(config: RunConfig) -> Iterator[Problem]:
         text = "reward.load and reward.sources are both set: list the model as a source, {load: ...}"
         yield Problem(("reward.load", _WHOLE), text)
     for number, source in enumerate(reward.sources):
-        yield from _source(f"{_WHOLE}[{number}]", source)
+        yield from _source(f"{_WHOLE}[{number}]", source, files=not config.dry_run)
     if any(len(source.given) != 1 for source in reward.sources):
         return
     for name, count in Counter(source.name for source in reward.sources if source.name).items():
@@ -41,7 +42,7 @@ def source_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem((_WHOLE,), f"{_WHOLE}: every weight is 0, so all completions tie; give one another weight")
 
 
-def _source(key: str, source: RewardSource) -> Iterator[Problem]:
+def _source(key: str, source: RewardSource, *, files: bool) -> Iterator[Problem]:
     given, keys = source.given, (_WHOLE,)
     if len(given) != 1:
         found = f"{' and '.join(given)} are set" if given else "none of them is set"
@@ -66,23 +67,17 @@ def _source(key: str, source: RewardSource) -> Iterator[Problem]:
                     yield wrong(f"{key}.{name}", getattr(source, name), expected, _WHOLE)
     if source.options and kind != "rule":
         yield wrong(f"{key}.options", source.options, f"only a rule reads them, and this source is a {kind}", _WHOLE)
+    if source.rule is not None:
+        for problem in rule_problems(f"{key}.options", source.rule, source.options, files=files):
+            yield Problem((_WHOLE,), problem.text)
     if source.url is not None:
         yield from _service(key, source, source.url)
 
 
 def _service(key: str, source: RewardSource, url: str) -> Iterator[Problem]:
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        yield wrong(f"{key}.url", url, f"cannot be read ({error}); expected http://host:port/path", _WHOLE)
-        return
-    if parts.scheme not in ("http", "https") or not host:
-        yield wrong(f"{key}.url", url, "expected an address that begins with http:// or https://", _WHOLE)
-    elif parts.username or parts.password:
-        shown = url.replace(parts.netloc.rpartition("@")[0] + "@", "***@")
-        expected = "holds a password, which would be written into logs; name an environment variable in token_env"
-        yield wrong(f"{key}.url", shown, expected, _WHOLE)
+    problem = url_problem(url, allow_link_local=source.allow_link_local)
+    if problem is not None:  # it does not show the address if that may hold a secret
+        yield Problem((_WHOLE,), f"{key}.url: {problem}")
     if source.form == "rlxf" and source.label_column is not None:
         expected = "only the forms openrlhf and slime send a label; the form rlxf sends all columns"
         yield wrong(f"{key}.label_column", source.label_column, expected, _WHOLE)

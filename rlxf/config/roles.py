@@ -18,6 +18,7 @@ from rlxf.config.fields import (
 )
 from rlxf.config.kinds import (
     BelowOne,
+    Beta,
     DataFormat,
     DataPaths,
     Finite,
@@ -68,8 +69,8 @@ class MicroBatchConfig(Strict):
     """Micro-batches: how many rows one forward and backward pass takes."""
 
     micro_batch_size: Positive = 1
-    """Pairs (sft: examples) per forward and backward pass on one data-parallel rank. Changes memory and speed, not the
-    result."""
+    """Pairs (sft: examples) per forward and backward pass on one data-parallel rank. A pass takes twice as many
+    completions; pairs that share completions can be more. Changes memory and speed, not the result."""
     max_tokens_per_micro_batch: Positive | None = None
     """Token budget of a forward and backward pass, instead of `micro_batch_size`. Bounds the memory whatever the
     lengths are."""
@@ -153,6 +154,13 @@ class SamplingConfig(Strict):
     """Sample randomly. false (greedy) is an error online, because all completions of a prompt would be equal."""
     missing_eos_penalty: Rate = 0.0
     """Number that is subtracted from the score of a completion that did not end with EOS."""
+    length_penalty: Rate = 0.0
+    """Number that is subtracted from the score for each token of a completion."""
+    overlong_tokens: int = Field(0, ge=0)
+    """Length of the zone before `max_new_tokens` in which `overlong_penalty` sets in, in tokens (DAPO). 0: no zone."""
+    overlong_penalty: Rate = 0.0
+    """Number that is subtracted from the score of a completion of `max_new_tokens`; in the zone of `overlong_tokens` it
+    grows linearly from 0 to this number."""
 
 
 class LossConfig(Strict):
@@ -162,9 +170,9 @@ class LossConfig(Strict):
     """Name of the loss, or a list of losses that are added up. See docs/losses.md."""
     dpo_loss_weights: Annotated[tuple[Rate, ...], BeforeValidator(as_tuple)] | None = None
     """Weight of each loss in `dpo_loss_type`. Unset: 1 for each."""
-    dpo_beta: Finite = Field(0.1, gt=0)
+    dpo_beta: Beta = 0.1
     """DPO beta (KL strength): a larger value keeps the policy closer to the reference. orpo: the lambda of its
-    paper."""
+    paper. A list holds the value of each epoch, and its last value is that of all later epochs."""
     dpo_label_smoothing: Finite = Field(0.0, ge=0, lt=0.5)
     """Share of pairs whose label is assumed to be swapped. 0 trusts all labels."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
@@ -182,11 +190,23 @@ class LossConfig(Strict):
     dpo_logp_reduction: Literal["auto", "sum", "mean"] = "auto"
     """Whether log-probabilities are summed (`sum`) or averaged (`mean`) over the tokens of a completion. `auto`: `mean`
     for offline ipo, else `sum`."""
+    ld_alpha: Share | None = None
+    """LD-DPO: weight of the log-probabilities of those tokens by which one completion of a pair is longer than the
+    other one. 0 leaves them out; unset, as 1, counts them like all others. See docs/losses.md."""
+    dpo_weighting: Literal["none", "wpo"] = "none"
+    """Weight of each pair in the loss. `wpo`: how probable both completions are under the policy that is trained
+    (WPO). See docs/losses.md."""
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
         """One weight for each loss of ``dpo_loss_type``."""
         return self.dpo_loss_weights or (1.0,) * len(self.dpo_loss_type)
+
+    def beta_after(self, epochs: float) -> float:
+        """``dpo_beta`` of a step that begins after ``epochs`` passes over the data."""
+        if isinstance(self.dpo_beta, tuple):
+            return self.dpo_beta[min(int(epochs), len(self.dpo_beta) - 1)]
+        return self.dpo_beta
 
 
 class OptimizerConfig(Strict):

@@ -15,8 +15,10 @@ from rlxf.config.fields import (
     as_stage,
     as_tuple,
 )
+from rlxf.config.judge import JUDGE_MODEL, JudgeConfig
 from rlxf.config.kinds import (
     REFERENCE_FREE,
+    BelowOne,
     Checkpoint,
     CpuLinear,
     DataPaths,
@@ -31,7 +33,9 @@ from rlxf.config.kinds import (
     Role,
     ScorerName,
     Stage,
+    Stops,
     Strict,
+    Structure,
     Tracker,
 )
 from rlxf.config.recording import holds_scores
@@ -78,8 +82,8 @@ class TrainingConfig(Strict):
     keep_best: int = Field(0, ge=0)
     """Number of best checkpoints to keep in addition to the newest. 0 keeps none for being best."""
     keep_best_metric: str | None = None
-    """Metric that decides which checkpoint is best, read at the step of the checkpoint. Unset: `eval/reward` online,
-    `eval/loss` offline."""
+    """Metric that decides which checkpoint is best, read at the step of the checkpoint. Unset: `eval/reward` online
+    (`eval/win_rate` with a judge and no reward), `eval/loss` offline."""
     keep_best_mode: Literal["max", "min"] | None = None
     """Whether a larger (`max`) or a smaller (`min`) metric is better. Unset: `min` if the metric's name ends in loss,
     else `max`."""
@@ -102,13 +106,6 @@ class TrainingConfig(Strict):
     def offline(self) -> bool:
         """Whether what is trained on comes from a file."""
         return not STAGES[self.stage].online
-
-    @property
-    def best_metric(self) -> tuple[str, bool]:
-        """The metric that decides which checkpoint is best, and whether a larger value is better."""
-        name = self.keep_best_metric or ("eval/loss" if self.offline else "eval/reward")
-        mode = self.keep_best_mode or ("min" if name.endswith("loss") else "max")
-        return name, mode == "max"
 
 
 class ModelConfig(Strict):
@@ -154,6 +151,18 @@ class RolloutConfig(Strict):
     """Sample from the smallest set of tokens whose probabilities add up to this value. 1 samples from all tokens."""
     top_k: int = Field(-1, ge=-1)
     """Sample from this many most probable tokens. -1 or 0 samples from all tokens."""
+    min_p: BelowOne = 0.0
+    """Sample from the tokens whose probability is at least this share of the most probable token's. 0 samples from all
+    tokens."""
+    repetition_penalty: Finite = Field(1.0, gt=0)
+    """Lower the logits of tokens that the prompt or the completion so far holds: positive ones are divided by this
+    value, negative ones multiplied. 1 changes nothing; a value below 1 raises them."""
+    stop: Stops = ()
+    """Texts that end a completion, in training and in evaluations. The token that completes one is the last of the
+    completion, and counts as its end like an EOS. See docs/stages.md."""
+    structured_outputs: Structure | None = None
+    """Form that each completion must have, in training and in evaluations (engine vllm only): a mapping with one of
+    `regex`, `json` (a JSON schema, or a file that holds one), `choice` (a list of texts) and `grammar`."""
     replay_path: File | None = None
     """Recorded completions (`rollouts.jsonl` of an earlier run) for `engine=replay`. Scores in the file are used as
     well."""
@@ -188,9 +197,22 @@ class AlgorithmConfig(Strict):
     """How scores become pairs."""
 
     pairing: PairingName = "best_worst"
-    """How the scored completions of a prompt become a pair. `best_worst`: the best is chosen, the worst is rejected."""
+    """How the completions of a prompt become pairs. `best_worst`: the best is chosen, the worst is rejected. `all`:
+    every two of them. `random`: two of them, drawn. `threshold`: every one above `score_threshold` against every other
+    one. The better one is always chosen, and the weights of a prompt's pairs add up to 1."""
     min_score_margin: Rate = 0.0
     """Pairs whose score margin is at or below this value are dropped and counted. 0 drops ties only."""
+    score_threshold: Finite | None = None
+    """For `pairing=threshold`: completions with a higher score are good, the others are bad."""
+    max_pairs_per_prompt: Positive | None = None
+    """For `pairing=all` and `threshold`: the number of pairs kept of each prompt, those with the largest margins. If
+    unset, all are kept."""
+    max_length_ratio: Annotated[Finite, Field(ge=1)] | None = None
+    """A pair is dropped and counted if its longer completion has more than this many times the tokens of the other one.
+    Unset: lengths are not compared."""
+    margin_weight: Rate = 0.0
+    """The pair's score margin times this value is subtracted from the logit of the loss, so that a completion that is
+    better by more must become more probable by more. For losses that have a margin: see docs/losses.md."""
     max_empty_steps: Positive = 3
     """Number of consecutive steps without a pair after which the run ends with an error."""
 
@@ -222,6 +244,11 @@ class EvalConfig(Strict):
     metrics: PythonFile | None = None
     """Path or module of a Python file that defines `evaluate(prompts, completions, initial_completions)`. Its results
     appear as `eval/<name>`."""
+    reference_answers: File | None = None
+    """With a judge: a .jsonl file of answers to compare with, found by their prompts (`prompt` and `answer`). The
+    result is `eval/win_rate_reference`."""
+    reference_column: str | None = None
+    """With a judge: the column of the evaluation data that holds such answers, instead of a file."""
 
 
 class LogConfig(Strict):
@@ -262,6 +289,7 @@ class RunConfig(Strict):
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    judge: JudgeConfig = JudgeConfig()
     resource_pool: ResourcePoolConfig = ResourcePoolConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
@@ -323,8 +351,36 @@ class RunConfig(Strict):
 
     @property
     def scores(self) -> bool:
-        """Whether a reward model, which needs devices, scores this run's completions."""
-        return not self.offline and self.reward.load is not None and not self.replays_scores
+        """Whether a reward model, which needs devices, scores this run's completions, or judges them."""
+        return bool(self.reward_models)
+
+    @property
+    def reward_models(self) -> dict[str, RewardConfig]:
+        """The section of each reward model that this run loads, by the name of its source; `JUDGE_MODEL` is a judge."""
+        found = {} if self.offline or self.replays_scores else dict(self.reward.models)
+        if self.judges and self.judge.load is not None and self.judge.load_as == "reward_model":
+            own = {"load": self.judge.load, "tokenizer_name_or_path": None, "read_at": "auto", "model": ""}
+            found[JUDGE_MODEL] = self.reward.model_copy(update=own)
+        return found
+
+    @property
+    def judges(self) -> bool:
+        """Whether a judge compares this run's completions."""
+        return not self.offline and self.judge.kind is not None
+
+    @property
+    def judges_alone(self) -> bool:
+        """Whether completions have no score: a judge compares them, and there is no reward."""
+        return self.judges and not self.replays_scores and not self.reward.listed
+
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """The metric that decides which checkpoint is best, and whether a larger value is better."""
+        training = self.training
+        online = "eval/win_rate" if self.judges_alone else "eval/reward"
+        name = training.keep_best_metric or ("eval/loss" if self.offline else online)
+        mode = training.keep_best_mode or ("min" if name.endswith("loss") else "max")
+        return name, mode == "max"
 
     @property
     def sharing(self) -> set[Role]:

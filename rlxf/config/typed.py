@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from rlxf.config.judge import OWN_KEYS
 from rlxf.config.normalise import Section
 from rlxf.config.stages import stage_names
 from rlxf.core.data_files import indexed_files
@@ -12,7 +13,7 @@ from rlxf.core.data_files import indexed_files
 
 def make_room(recipe: Section, typed: Collection[str]) -> list[str]:
     """Remove replaced keys from ``recipe``. Returns a note for each, to log once the recipe has passed its checks."""
-    return [*_scorer(recipe, typed), *_evaluation(recipe, typed), *_lookahead(recipe, typed)]
+    return [*_scorer(recipe, typed), *_judge(recipe, typed), *_evaluation(recipe, typed), *_lookahead(recipe, typed)]
 
 
 def _lookahead(recipe: Section, typed: Collection[str]) -> list[str]:
@@ -44,6 +45,21 @@ def _scorer(recipe: Section, typed: Collection[str]) -> list[str]:
         reward.pop("model", None)
     left = " and ".join(f"reward.{other}" for other in others)
     return [f"reward.{given[0]} is on the command line: {left} of the recipe is left out"]
+
+
+def _judge(recipe: Section, typed: Collection[str]) -> list[str]:
+    """A typed ``judge.load``, ``judge.function`` or ``judge.base_url`` replaces the others, and what only they read."""
+    judge = recipe.get("judge", {})
+    given = [key for key in OWN_KEYS if f"judge.{key}" in typed and key in judge]
+    others = [key for key in OWN_KEYS if key in judge and key not in given]
+    if len(given) != 1 or not others:
+        return []
+    for other in others:
+        for key in (other, *OWN_KEYS[other]):
+            if key == other or f"judge.{key}" not in typed:
+                judge.pop(key, None)
+    left = " and ".join(f"judge.{other}" for other in others)
+    return [f"judge.{given[0]} is on the command line: {left} of the recipe is left out"]
 
 
 def _evaluation(recipe: Section, typed: Collection[str]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -205,8 +205,8 @@ class ScoredRollouts:
 
     rollouts: Rollouts
     raw_scores: Tensor  # [B] float32, as the scorer gave them
-    scores: Tensor  # [B] float32, after the missing-EOS penalty
-    contains_eos: Tensor  # [B] bool
+    scores: Tensor  # [B] float32, after the penalties for a missing EOS and for length
+    contains_eos: Tensor  # [B] bool: whether it ended, by an EOS or by a stop string
     sources: dict[str, Tensor] = field(default_factory=dict)  # [B] float32 each, by the name of a source of rewards
     extra: dict[str, list[Any]] = field(default_factory=dict)  # columns that reward functions logged, B values each
 
@@ -250,17 +250,29 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnlinePairs(Pairs):
-    """Pairs made from scored rollouts.
+    """Pairs made from scored or judged rollouts; a prompt may have several, and a completion may be in several.
 
     Two pairs of the prompts of rows 12 and 3: ``row_ids = [12, 3]``, ``margin = [4.5, 0.2]``,
-    ``policy_version = [3, 3]``.
+    ``policy_version = [3, 3]``. Two pairs of one prompt that share the chosen completion: ``prompt_index = [0, 0]``,
+    ``chosen_rows = [2, 2]``, ``rejected_rows = [0, 1]``, ``weight = [0.5, 0.5]``.
     """
 
     row_ids: Tensor  # [N] int64
-    margin: Tensor  # [N] float32, score(chosen) - score(rejected), > 0
+    margin: Tensor  # [N] float32, > 0: score(chosen) - score(rejected), or what a judge's verdict says
     policy_version: Tensor  # [N] int64, number of updates in the weights that sampled
     chosen_engine_logps: Tensor  # [sum chosen completion tokens] float32
     rejected_engine_logps: Tensor  # [sum rejected completion tokens] float32
+    prompt_index: Tensor  # [N] int64, row of the step's prompts
+    chosen_rows: Tensor  # [N] int64, row of the step's rollouts: equal rows are one completion
+    rejected_rows: Tensor  # [N] int64
+    weight: Tensor  # [N] float32, share in the loss; the weights of a prompt sum to 1
+
+    def __post_init__(self) -> None:
+        Pairs.__post_init__(self)
+        rows = ("prompt_index", "chosen_rows", "rejected_rows")
+        for name in ("row_ids", "margin", "policy_version", "weight", *rows):
+            found = getattr(self, name).numel()
+            _require(found == len(self), f"{len(self)} pairs but {name} has {found} entries")
 
     def all_engine_logps(self) -> Tensor:
         """[sum completion tokens] float32: the chosen sides, then the rejected."""
@@ -279,6 +291,10 @@ class OnlinePairs(Pairs):
             policy_version=self.policy_version[index],
             chosen_engine_logps=chosen,
             rejected_engine_logps=rejected,
+            prompt_index=self.prompt_index[index],
+            chosen_rows=self.chosen_rows[index],
+            rejected_rows=self.rejected_rows[index],
+            weight=self.weight[index],
         )
 
 
@@ -357,6 +373,7 @@ class ReferencedPairs:
 
     pairs: Pairs
     reference: PairValues
+    beta: float | None = None  # of the step that they are trained in; None: not known yet
 
     def __post_init__(self) -> None:
         _require(
@@ -367,7 +384,7 @@ class ReferencedPairs:
         return len(self.pairs)
 
     def select(self, index: Tensor) -> ReferencedPairs:
-        return ReferencedPairs(pairs=self.pairs.select(index), reference=self.reference.select(index))
+        return replace(self, pairs=self.pairs.select(index), reference=self.reference.select(index))
 
 
 Batch = ReferencedPairs | Examples | RewardPairs
@@ -378,13 +395,43 @@ Metrics = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PairingResult:
-    """Pairs, and why the other prompts have none. ``len(pairs) + dropped == num_prompts``."""
+class Comparisons:
+    """Judged pairs of completions, each pair of one prompt and there once.
 
-    pairs: OnlinePairs  # N, at most one per prompt, in the order of the prompts
-    chosen_rows: Tensor  # [N] int64, rows of the scored rollouts
-    rejected_rows: Tensor  # [N] int64
+    A judge prefers row 1 to row 0, and has no verdict on rows 2 and 3: ``first = [0, 2]``, ``second = [1, 3]``,
+    ``probability = [0.1, NaN]``.
+    """
+
+    first: Tensor  # [M] int64, rows of the rollouts
+    second: Tensor  # [M] int64
+    probability: Tensor  # [M] float32 that ``first`` is better, in [0, 1]; 0.5 is a tie, NaN no verdict
+
+    def __post_init__(self) -> None:
+        found = (self.first.numel(), self.second.numel(), self.probability.numel())
+        _require(len(set(found)) == 1, f"{found[0]} first, {found[1]} second, {found[2]} probabilities")
+        outside = (self.probability < 0) | (self.probability > 1)  # false for NaN
+        _require(not bool(outside.any()), "a probability is not in [0, 1]")
+
+    def __len__(self) -> int:
+        return self.first.numel()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairingResult:
+    """Pairs, and why other prompts and completions have none."""
+
+    pairs: OnlinePairs  # N, in the order of the prompts
     dropped: int  # prompts without a pair, whatever the reason
-    ties: int  # of those: all scores equal
-    missing: int  # of those: fewer than two completions have a score
+    ties: int  # prompts whose scores are all equal; with a judge, verdicts of 0.5
+    missing: int  # prompts of fewer than two scores; with a judge, comparisons without a verdict
+    num_asked: int  # what ``ties`` and ``missing`` are of: all prompts; with a judge, all comparisons
     num_prompts: int
+    too_different: int | None  # pairs dropped because the lengths of their sides differ too much; None: not asked
+
+    @property
+    def chosen_rows(self) -> Tensor:
+        return self.pairs.chosen_rows  # [N] int64, rows of the scored rollouts
+
+    @property
+    def rejected_rows(self) -> Tensor:
+        return self.pairs.rejected_rows  # [N] int64

@@ -14,20 +14,28 @@ from rlxf.core.types import Metrics
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Scores of a policy's answers, one per evaluation prompt; NaN where missing."""
+    """A policy's answers, one per evaluation prompt: their scores, NaN where missing; with a judge their texts, too."""
 
     sampled: Tensor  # [num_prompts] float32
     greedy: Tensor | None  # the same of its most probable answers; None: eval.greedy is off
+    texts: list[str] | None = None  # None: no judge compares them
+    greedy_texts: list[str] | None = None
 
     def describe(self) -> dict[str, Any]:
-        """The scores as JSON data."""
-        return {"scores": _to_json(self.sampled), "greedy": None if self.greedy is None else _to_json(self.greedy)}
+        """The answers as JSON data."""
+        texts = {"texts": self.texts, "greedy_texts": self.greedy_texts}
+        return {
+            "scores": _to_json(self.sampled),
+            "greedy": None if self.greedy is None else _to_json(self.greedy),
+            **{name: value for name, value in texts.items() if value is not None},
+        }
 
     @staticmethod
     def read(found: dict[str, Any]) -> Scores:
-        """The scores that ``describe`` gave."""
+        """The answers that ``describe`` gave."""
         greedy = found.get("greedy")
-        return Scores(_from_json(found["scores"]), None if greedy is None else _from_json(greedy))
+        scores = _from_json(found["scores"]), None if greedy is None else _from_json(greedy)
+        return Scores(*scores, found.get("texts"), found.get("greedy_texts"))
 
 
 def _to_json(scores: Tensor) -> list[float | None]:

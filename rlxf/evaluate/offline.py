@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from rlxf.algorithms import ALGORITHMS
+from rlxf.algorithms import ALGORITHMS, with_beta
 from rlxf.config.schema import TrainingConfig
 from rlxf.core.types import Batch, Examples, Metrics, Pairs
 from rlxf.loop.due import evaluation_is_due
@@ -35,15 +35,23 @@ class OfflineEvaluation:
         batches: what is held out, the same in every evaluation.
         actor: the model that is trained.
         reference: gives DPO's pairs their reference log-probs; the other stages do not ask it.
+        beta: gives the beta of the next step; None: the loss has only one.
     """
 
     def __init__(
-        self, config: TrainingConfig, batches: Sequence[Pairs | Examples], actor: Evaluates, reference: Reference
+        self,
+        config: TrainingConfig,
+        batches: Sequence[Pairs | Examples],
+        actor: Evaluates,
+        reference: Reference,
+        *,
+        beta: Callable[[], float] | None = None,
     ) -> None:
         self._training = config
         self._batches = batches
         self._actor = actor
         self._reference = reference
+        self._beta = beta
         self._algorithm = ALGORITHMS[config.stage]
 
     def __call__(self, step: int) -> Metrics:
@@ -63,7 +71,8 @@ class OfflineEvaluation:
         return {f"eval/{name}": value for name, value in (kept | errors).items()}
 
     def _measure(self, batch: Pairs | Examples) -> Metrics:
-        return self._actor.evaluate(self._algorithm.batch(batch, self._reference))
+        found = self._algorithm.batch(batch, self._reference)
+        return self._actor.evaluate(found if self._beta is None else with_beta(found, self._beta()))
 
 
 def _weight(batch: Pairs | Examples) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,16 @@ from torch import Tensor
 from rlxf.config.schema import EvalConfig, TrainingConfig
 from rlxf.core.types import Metrics, PromptBatch, ScoredRollouts, Sequences
 from rlxf.evaluate.answers import Scores, mean, measured, standard_error, wins
+from rlxf.evaluate.reference_answers import reference_answers
 from rlxf.evaluate.user import call_metrics, load_metrics
+from rlxf.judge.both_orders import Counts
+from rlxf.judge.judged import Judging
+from rlxf.judge.judged import wins as judged_wins
 from rlxf.loop.due import evaluation_is_due
 from rlxf.loop.run import Actor, Reference, Rollout
+from rlxf.models.stop_strings import StopStrings
 from rlxf.rollout.engine import Purpose, Sampling
-from rlxf.score.penalty import with_scores
+from rlxf.score.penalty import Shaping, with_scores
 from rlxf.score.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -33,9 +39,10 @@ class EvalBackends:
     """The members of a run that an evaluation uses."""
 
     rollout: Rollout
-    scorer: Scorer
+    scorer: Scorer | None  # None: a judge alone compares
     actor: Actor
     reference: Reference
+    judge: Judging | None = None  # None: win rates are those of the scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +52,10 @@ class EvaluationSettings:
     config: EvalConfig
     training: TrainingConfig  # when it is due, and the run's seed
     max_new_tokens: int
-    missing_eos_penalty: float  # subtracted from the score of a completion without EOS
+    shaping: Shaping  # what is subtracted from a score
     eos_ids: tuple[int, ...]  # what ends a completion
+    stop: tuple[str, ...] = ()  # texts that end it, too
+    structured_outputs: Mapping[str, Any] | None = None  # form of completions
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +90,10 @@ class Evaluation:
         self._prompts = prompts
         self._rooms = rooms
         self._tokenizer = tokenizer
+        answers = reference_answers(settings.config, prompts) if rooms.judge is not None else None
+        nothing = torch.full((len(prompts),), math.nan)
+        self._reference = None if answers is None else Scores(nothing, nothing, answers, answers)
+        self._stopped = StopStrings(tokenizer, settings.stop).completed if settings.stop else None
         self._user_metrics = load_metrics(settings.config.metrics) if settings.config.metrics else None
         self._baseline: Scores | None = None  # the initial policy's
         self._initial_texts: list[str] = []  # and its completions
@@ -102,10 +115,13 @@ class Evaluation:
             self._start(self._greedy(0))
             return
         self._baseline, self._initial_texts = Scores.read(found), found["texts"]
-        if self._config.greedy and self._baseline.greedy is None:
+        judged = self._rooms.judge is not None
+        if self._config.greedy and (self._baseline.greedy is None or (judged and self._baseline.greedy_texts is None)):
             log.warning("the checkpoint has no greedy answers: the initial policy answers again")
             push_initial()
-            self._baseline = Scores(self._baseline.sampled, _scores(self._greedy(0)))
+            greedy = self._greedy(0)
+            texts = greedy.texts if greedy is not None and judged else None
+            self._baseline = Scores(self._baseline.sampled, _scores(greedy), self._baseline.texts, texts)
         previous = found.get("previous")
         self._previous = Scores.read(previous) if previous else self._baseline
 
@@ -136,22 +152,27 @@ class Evaluation:
             others = {"win_rate": self._baseline, "win_rate_previous": self._previous}
         samples = self._sample("eval", step)
         metrics = {
-            **_rewards(samples, ""),
-            **_win_rates(samples, greedy, others),
+            **self._rewards(samples, ""),
+            **self._win_rates(samples, greedy, others),
             **self._kl(samples.scored.rollouts.sequences),
             **_lengths(samples, ""),
         }
         if greedy is not None:
-            metrics |= {**_rewards(greedy, "greedy_"), **_lengths(greedy, "greedy_")}
+            metrics |= {**self._rewards(greedy, "greedy_"), **_lengths(greedy, "greedy_")}
         metrics |= self._from_user(samples.texts, self._initial_texts)
-        self._previous = Scores(samples.scores, _scores(greedy))  # last: this one is complete
+        self._previous = self._answers(samples, greedy)  # last: this one is complete
         return metrics
 
     def _start(self, greedy: Samples | None) -> None:
         """Keep the initial policy's completions."""
         samples = self._sample("initial", 0)
-        self._baseline = self._previous = Scores(samples.scores, _scores(greedy))
+        self._baseline = self._previous = self._answers(samples, greedy)
         self._initial_texts = samples.texts
+
+    def _answers(self, samples: Samples, greedy: Samples | None) -> Scores:
+        if self._rooms.judge is None:
+            return Scores(samples.scores, _scores(greedy))
+        return Scores(samples.scores, _scores(greedy), samples.texts, None if greedy is None else greedy.texts)
 
     def _greedy(self, step: int) -> Samples | None:
         return self._sample("greedy", step) if self._config.greedy else None
@@ -162,16 +183,43 @@ class Evaluation:
             num_samples=1,
             max_new_tokens=settings.max_new_tokens,
             temperature=0.0 if purpose == "greedy" else 1.0,
+            stop=settings.stop,
+            structured_outputs=settings.structured_outputs,
             seed=self._training.seed,
             purpose=purpose,
             step=step,
         )
         rollouts = self._rooms.rollout.generate(self._prompts, sampling)
-        penalty = settings.missing_eos_penalty
-        raw_scores = self._rooms.scorer.score(rollouts)
-        scored = with_scores(rollouts, raw_scores, eos_ids=settings.eos_ids, missing_eos_penalty=penalty)
+        scorer = self._rooms.scorer
+        raw_scores = scorer.score(rollouts) if scorer is not None else torch.full((len(rollouts),), math.nan)
+        scored = with_scores(
+            rollouts, raw_scores, eos_ids=settings.eos_ids, shaping=settings.shaping, stopped=self._stopped
+        )
         texts = self._tokenizer.batch_decode(rollouts.sequences.completion_rows(), skip_special_tokens=True)
         return Samples(scored, texts)
+
+    def _rewards(self, samples: Samples, prefix: str) -> Metrics:
+        return _rewards(samples, prefix) if self._rooms.scorer is not None else {}
+
+    def _win_rates(self, sampled: Samples, greedy: Samples | None, others: Mapping[str, Scores | None]) -> Metrics:
+        """Win rates by the judge, or by the scores without one, against those of ``others`` that exist."""
+        judge = self._rooms.judge
+        if judge is None:
+            return _win_rates(sampled, greedy, others)
+        metrics: Metrics = {}
+        counts = Counts()
+        for name, other in {**others, "win_rate_reference": self._reference}.items():
+            if other is None:
+                continue
+            sides = {name: (sampled.texts, other.texts)}
+            if greedy is not None:
+                sides[f"greedy_{name}"] = greedy.texts, other.greedy_texts
+            for side, (ours, theirs) in sides.items():
+                if theirs is not None:
+                    found = judge.answers(self._prompts, ours, theirs)
+                    counts.add(found.counts)
+                    metrics |= measured(side, judged_wins(found.probability))
+        return metrics | judge.metrics(counts, prefix="eval/judge/")
 
     def _kl(self, sequences: Sequences) -> Metrics:
         """Mean over completions of the summed log-ratio: an estimate of the KL of whole completions, nats."""
@@ -192,7 +240,7 @@ def _scores(samples: Samples | None) -> Tensor | None:
 
 
 def _rewards(samples: Samples, prefix: str) -> Metrics:
-    """Mean scores after the EOS penalty and before it, missing ones left out."""
+    """Mean scores after the penalties and before them, missing ones left out."""
     scored = samples.scored
     metrics: Metrics = {}
     for name, scores in (("reward", scored.scores), ("raw_reward", scored.raw_scores)):

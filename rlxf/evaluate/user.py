@@ -12,10 +12,13 @@ from rlxf.core.user_file import describe, load_function
 
 UserMetrics = Callable[[list[Any], list[str], list[str]], dict[str, float]]
 _SIGNATURE = "def evaluate(prompts, completions, initial_completions) -> dict[str, float]"
-_WITH_ERRORS = ("reward", "raw_reward", "win_rate", "win_rate_previous")
+_WITH_ERRORS = ("reward", "raw_reward", "win_rate", "win_rate_previous", "win_rate_reference")
 _SAMPLED = (*_WITH_ERRORS, *(f"{name}_se" for name in _WITH_ERRORS), "length", "eos_rate")
 # What an evaluation measures by itself, without ``eval/``.
-BUILT_IN = frozenset({*_SAMPLED, *(f"greedy_{name}" for name in _SAMPLED), "kl", "kl_se"})
+_JUDGED = ("asked", "cached", "missing", "ties", "position_flip", "calls", "prompt_tokens", "completion_tokens", "cost")
+BUILT_IN = frozenset(
+    {*_SAMPLED, *(f"greedy_{name}" for name in _SAMPLED), "kl", "kl_se", *(f"judge/{name}" for name in _JUDGED)}
+)
 
 
 def load_metrics(path: str) -> UserMetrics:

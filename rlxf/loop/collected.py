@@ -7,7 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from rlxf.core.types import Batch, Examples, Metrics, PairingResult, Pairs, PairValues, Rollouts, ScoredRollouts
+from rlxf.core.types import (
+    Batch,
+    Comparisons,
+    Examples,
+    Metrics,
+    PairingResult,
+    Pairs,
+    PairValues,
+    Rollouts,
+    ScoredRollouts,
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,6 +35,7 @@ class Collected:
     table: Tensor | None = None  # [B, S] float32, as the S sources of rewards gave them
     extra: dict[str, list[Any]] = field(default_factory=dict)  # columns that reward functions logged, B values each
     raw_scores: Tensor | None = None  # [B] float32, the weighted sums of the table
+    comparisons: Comparisons | None = None  # what a judge said of pairs of completions
     running: dict[str, list[float]] = field(default_factory=dict)  # moments of running scales, after this step
     failed: int = 0  # scores that are missing because a call failed
     scored: ScoredRollouts | None = None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from rlxf.core.clock import Clock
 from rlxf.core.stop import Stop
 from rlxf.core.types import (
     Batch,
+    Comparisons,
     Examples,
     Metrics,
     PairingResult,
@@ -34,6 +35,9 @@ from rlxf.schedule.lookahead import Lookahead
 from rlxf.score.combine import RunningScales
 from rlxf.score.sources import Rewards
 from rlxf.sync.push import SyncReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class PromptSource(Protocol):
@@ -69,6 +73,14 @@ class Rollout(Protocol):
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         """``B = P * K`` completions, those of a prompt side by side and in the order of the prompts."""
+        ...
+
+
+class Judge(Protocol):
+    """Compares completions of a prompt."""
+
+    def __call__(self, rollouts: Rollouts, texts: Sequence[str]) -> tuple[Comparisons, Metrics]:
+        """The judged pairs of ``B`` completions, whose texts are given, and ``judge/*``."""
         ...
 
 
@@ -212,6 +224,11 @@ class State:
         return self.step - 1 if "row" in self.owed else self.step
 
     @property
+    def epoch(self) -> float:
+        """Passes over the data that the complete steps have made."""
+        return self.metrics.get("epoch", 0.0)
+
+    @property
     def failing_scores(self) -> int:
         """Failed scores of what is not complete, which a resumed run asks for again."""
         return self.all_failed_scores - self.failed_scores
@@ -282,8 +299,12 @@ class Online:
     rollout: Rollout
     rewards: Rewards
     scales: RunningScales  # of the sources, step by step
+    judge: Judge | None = None  # compares completions; then it decides about pairs, and not their scores
+    tokenizer: PreTrainedTokenizerBase | None = None  # the policy's, for a judge
     eos_ids: tuple[int, ...]
     recorder: Recorder
+    # [B] bool: which completions end with a stop string; None: the recipe has none
+    stopped: Callable[[Sequences], Tensor] | None = None
 
     def epoch(self, step: int) -> float:
         return self.prompts.epoch(step)
@@ -302,6 +323,9 @@ class _Asked:
 
     def logps(self, pairs: Pairs) -> PairValues:
         known, referred = self.collected.reference, pairs.digest()
+        alpha = self.run.config.actor_rollout.ld_alpha
+        if alpha is not None:  # the answer depends on it
+            referred = f"{referred} ld_alpha {alpha!r}"
         if known is None or referred != self.collected.referred:  # a resumed run may pair what waited in another way
             with self.run.working(self.collected, "ref"):
                 known = self.run.reference.logps(pairs)
@@ -357,5 +381,9 @@ class Run:
             temperature=rollout.temperature if actor.do_sample else 0.0,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
+            min_p=rollout.min_p,
+            repetition_penalty=rollout.repetition_penalty,
+            stop=rollout.stop,
+            structured_outputs=rollout.structured_outputs,
             seed=self.config.training.seed,
         )

@@ -18,6 +18,7 @@ from rlxf.core.errors import ConfigError
 from rlxf.core.types import Pairs, PairValues, Sequences
 from rlxf.models.batching import MicroBatchLimits, my_batches, pair_groups, shared_prompt_groups
 from rlxf.models.megatron.parallel import ParallelSizes, init_parallel, reduce_over_data_parallel
+from rlxf.models.sharing import Completions, completions_of, sides_of
 from rlxf.platform.base import Platform, Process
 
 if TYPE_CHECKING:
@@ -86,22 +87,74 @@ def token_logps(model: MegatronModel, sequences: Sequences, limits: MicroBatchLi
     return torch.cat(values) if values else torch.zeros(0)
 
 
-def pair_logps(model: MegatronModel, pairs: Pairs, limits: MicroBatchLimits) -> PairValues:
+def pair_logps(
+    model: MegatronModel, pairs: Pairs, limits: MicroBatchLimits, *, ld_alpha: float | None = None
+) -> PairValues:
     """Log-probabilities of both sides, summed over the completion tokens; on the CPU and on every rank.
 
-    The same pairs in the same order and with the same limits give the same numbers as a training pass, to the bit.
+    The same pairs in the same order and with the same limits give the same numbers as a training pass, to the bit; to
+    float tolerance where a completion is in several pairs, which is computed once here. ``ld_alpha``: as ``sum_sides``
+    has it.
     """
-    from rlxf.models.megatron.packing import pack_for_logps
-
-    both = Sequences.concat([pairs.chosen, pairs.rejected])
+    # With ``ld_alpha`` a completion's sum depends on its partner.
+    completions = completions_of(pairs) if ld_alpha is None else sides_of(pairs)
 
     def sums(hidden: Tensor, packed: Packed) -> Tensor:
-        return sum_rows(model.logps(hidden, packed), packed.lengths)
+        return sum_sides(model.logps(hidden, packed), packed.lengths, ld_alpha)
 
-    ones = torch.ones(len(both), dtype=torch.int64)
-    values = _over_rows(model, both, pair_groups(len(pairs)), limits, pack_for_logps, sums, ones)
-    chosen, rejected = torch.cat(values).chunk(2)
-    return PairValues(chosen=chosen, rejected=rejected)
+    return _pair_values(model, completions, limits, sums)
+
+
+def pair_wpo_weights(model: MegatronModel, pairs: Pairs, limits: MicroBatchLimits) -> Tensor:
+    """[N] float32 ``wpo_weights`` of pairs, on the CPU and on every rank."""
+
+    def means(hidden: Tensor, packed: Packed) -> Tensor:
+        return log_alignment(model, hidden, packed, model.logps(hidden, packed))
+
+    return wpo_weights(_pair_values(model, completions_of(pairs), limits, means))
+
+
+def wpo_weights(alignment: PairValues) -> Tensor:
+    """[N] float32 weights of pairs under the model (WPO, Zhou et al. 2024, eq. 2), without gradient.
+
+    A completion's weight is the geometric mean over its tokens of ``p(token) / sum of p(v)**2`` over the vocabulary: 1
+    for a token that is as probable as one that the model samples is on average. A pair's weight is the product of both.
+
+    Args:
+        alignment: ``log_alignment`` of each side.
+    """
+    return (alignment.chosen + alignment.rejected).exp()
+
+
+@torch.no_grad()
+def log_alignment(model: MegatronModel, hidden: Tensor, packed: Packed, token_logps: Tensor) -> Tensor:
+    """[B] mean over each completion's tokens of ``log p(token) - log sum of p(v)**2``.
+
+    Args:
+        model: the one that is trained.
+        hidden: hidden states of the last stage.
+        packed: the completions.
+        token_logps: [sum completion tokens] what ``model.logps`` gives of them.
+    """
+    values = token_logps.detach() - model.log_collisions(hidden, packed)
+    return sum_rows(values, packed.lengths) / packed.lengths.to(values)
+
+
+def _pair_values(
+    model: MegatronModel,
+    completions: Completions,
+    limits: MicroBatchLimits,
+    compute: Callable[[Tensor, Packed], Tensor],
+) -> PairValues:
+    """One number for each side of pairs, from one for each completion."""
+    from rlxf.models.megatron.packing import pack_for_logps
+
+    sequences = completions.sequences
+    shared = completions.are_shared
+    groups = shared_prompt_groups(sequences, limits) if shared else pair_groups(len(completions.chosen))
+    ones = torch.ones(len(sequences), dtype=torch.int64)
+    values = _over_rows(model, sequences, groups, limits, pack_for_logps, compute, ones)
+    return completions.of_pairs(torch.cat(values))
 
 
 def pair_scores(model: MegatronModel, pairs: Pairs, limits: MicroBatchLimits) -> PairValues:
@@ -158,6 +211,35 @@ def rows_of(groups: Sequence[Tensor], batch: Sequence[int]) -> Tensor:
     """The rows of some groups: all first members, then all second ones, so that a pass sees chosen before rejected."""
     longest = max(len(groups[i]) for i in batch)
     return torch.tensor([int(groups[i][k]) for k in range(longest) for i in batch if k < len(groups[i])])
+
+
+def side_sums(completions: Completions, values: Tensor, ld_alpha: float | None = None) -> PairValues:
+    """[N] sums over the tokens of each side of pairs, of ``values`` of the completions' tokens; as ``sum_sides``."""
+    lengths = completions.sequences.completion_lengths
+    if ld_alpha is None:
+        return completions.of_pairs(sum_rows(values, lengths))
+    sides = torch.cat([completions.chosen, completions.rejected])
+    rows = torch.split(values, lengths.tolist())
+    chosen, rejected = sum_sides(torch.cat([rows[side] for side in sides.tolist()]), lengths[sides], ld_alpha).chunk(2)
+    return PairValues(chosen=chosen, rejected=rejected)
+
+
+def sum_sides(values: Tensor, lengths: Tensor, ld_alpha: float | None = None) -> Tensor:
+    """[2N] sums over the tokens of both sides of pairs: chosen sides, then rejected sides.
+
+    Args:
+        values: [sum of lengths] one per completion token.
+        lengths: [2N] completion tokens.
+        ld_alpha: weight of the tokens by which the longer side of a pair exceeds the shorter one (LD-DPO, Liu et al.
+            2024, eq. 12); None: all tokens count the same.
+    """
+    if ld_alpha is None:
+        return sum_rows(values, lengths)
+    lengths = lengths.to(values.device)
+    shared = torch.minimum(*lengths.chunk(2)).repeat(2)
+    column = torch.arange(len(values), device=values.device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    is_public = column < shared.repeat_interleave(lengths)
+    return sum_rows(torch.where(is_public, values, ld_alpha * values), lengths)
 
 
 def sum_rows(values: Tensor, lengths: Tensor) -> Tensor:

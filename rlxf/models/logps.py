@@ -53,6 +53,40 @@ def target_logps(
     return result
 
 
+@torch.no_grad()
+def log_collisions(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    linear: Linear | None = None,
+) -> Tensor:
+    """Log of the probability that two tokens drawn from the softmax of ``hidden @ weight.T`` are the same one.
+
+    That is the log of the sum of squared probabilities. Arguments and memory as for ``target_logps``; no gradient.
+
+    Returns:
+        [R] float32.
+    """
+    first = 0 if group is None else dist.get_rank(group) * len(weight)
+    num_real = len(weight) if vocab_size is None else min(max(vocab_size - first, 0), len(weight))
+    linear = linear or Linear()
+    top = torch.full((len(hidden),), -torch.inf, dtype=torch.float32, device=hidden.device)
+    total, squares = torch.zeros_like(top), torch.zeros_like(top)
+    for part in _vocabulary_chunks(num_real, len(hidden), chunk_elements):
+        for rows in _row_chunks(len(hidden), chunk_elements):
+            logits = linear.output(hidden[rows], weight[part]).float()  # [rows, part]
+            highest = torch.maximum(top[rows], logits.amax(dim=1))
+            shrink = (top[rows] - highest).exp_()
+            exponentials = logits.sub_(highest[:, None]).exp_()
+            total[rows] = total[rows] * shrink + exponentials.sum(dim=1)
+            squares[rows] = squares[rows] * shrink.square() + exponentials.square_().sum(dim=1)
+            top[rows] = highest
+    return _log_of_sum(2 * top, squares, group) - 2 * _log_of_sum(top, total, group)
+
+
 class _TargetLogps(torch.autograd.Function):
     """``columns``: each target's row of this rank's ``weight``; outside ``[0, num_real)``, another rank holds it."""
 

@@ -26,20 +26,29 @@ def data_metrics(source: Source, step: int) -> Metrics:
     return {"epoch": source.epoch(step), "data/dropped": float(source.num_dropped)}
 
 
-def rollout_metrics(scored: ScoredRollouts, generate_s: float) -> Metrics:
-    """Lengths, scores and EOS over all completions of a step, dropped ones included; missing scores are left out."""
+def rollout_metrics(scored: ScoredRollouts, generate_s: float, *, has_scores: bool = True) -> Metrics:
+    """Lengths, scores and EOS over all completions of a step, dropped ones included; missing scores are left out.
+
+    ``has_scores``: False where a judge alone compares.
+    """
     sequences = scored.rollouts.sequences
+    return {
+        **(_score_metrics(scored) if has_scores else {}),
+        "val/contain_eos_token": _mean(scored.contains_eos.double()),
+        **_spread("response_length", sequences.completion_lengths.double()),
+        **_spread("prompt_length", scored.rollouts.prompts.prompts.lengths.double()),
+        "rollout/tokens_per_s": float(sequences.completion_lengths.sum()) / max(generate_s, 1e-9),
+    }
+
+
+def _score_metrics(scored: ScoredRollouts) -> Metrics:
     scores = scored.scores[scored.scores.isfinite()].double()
     return {
         "objective/scores": _mean(scores),
         "objective/scores_margin": _mean(best_minus_worst(scored)),
         "score/missing": float(len(scored) - len(scores)),
-        "val/contain_eos_token": _mean(scored.contains_eos.double()),
         **source_metrics(scored),
         **_spread("reward/score", scores),
-        **_spread("response_length", sequences.completion_lengths.double()),
-        **_spread("prompt_length", scored.rollouts.prompts.prompts.lengths.double()),
-        "rollout/tokens_per_s": float(sequences.completion_lengths.sum()) / max(generate_s, 1e-9),
     }
 
 
@@ -66,13 +75,15 @@ def best_minus_worst(scored: ScoredRollouts) -> Tensor:
 
 
 def pair_metrics(pairing: PairingResult) -> Metrics:
-    """How many prompts gave a pair, and how far apart its two scores are."""
+    """How many pairs there are, why others are not, and how far apart the two sides are."""
+    lengths = {} if pairing.too_different is None else {"pair/too_different": float(pairing.too_different)}
     return {
         "pair/kept": float(len(pairing.pairs)),
         "pair/dropped": float(pairing.dropped),
         "pair/missing": float(pairing.missing),
-        "pair/tie_rate": pairing.ties / max(pairing.num_prompts, 1),
+        "pair/tie_rate": pairing.ties / max(pairing.num_asked, 1),
         "pair/margin": _mean(pairing.pairs.margin.double()),
+        **lengths,
     }
 
 

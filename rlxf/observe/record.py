@@ -245,4 +245,18 @@ class Recorders:
         if self._rollouts is not None:
             self._rollouts.write(step, scored)
         if self._samples is not None and (step == 1 or step % self._interval == 0):
-            self._samples.write(step, scored, pairing.chosen_rows, pairing.rejected_rows)
+            order = _prompts_in_turn(pairing.pairs.prompt_index)
+            self._samples.write(step, scored, pairing.chosen_rows[order], pairing.rejected_rows[order])
+
+
+def _prompts_in_turn(prompt_index: Tensor) -> Tensor:
+    """[N] int64: the first pair of every prompt, then the second ones, and so on, so that few pairs show many prompts.
+
+    ``prompt_index`` [N] int64: the prompt of each pair.
+    """
+    met: dict[int, int] = {}
+    place: list[int] = []
+    for prompt in prompt_index.tolist():
+        met[prompt] = met.get(prompt, -1) + 1
+        place.append(met[prompt])
+    return torch.argsort(torch.tensor(place, dtype=torch.int64), stable=True)

@@ -24,11 +24,14 @@ from rlxf.observe.trackers import Recipe, TrackerSink
 EVAL_ROWS = (
     ("reward score", "eval/reward"),
     ("reward score, greedy", "eval/greedy_reward"),
-    ("reward score before the EOS penalty", "eval/raw_reward"),
-    ("reward score before the EOS penalty, greedy", "eval/greedy_raw_reward"),
+    ("reward score before penalties", "eval/raw_reward"),
+    ("reward score before penalties, greedy", "eval/greedy_raw_reward"),
     ("win rate against the initial policy", "eval/win_rate"),
     ("win rate against the initial policy, greedy", "eval/greedy_win_rate"),
     ("win rate against the previous evaluation", "eval/win_rate_previous"),
+    ("win rate against the reference answers", "eval/win_rate_reference"),
+    ("win rate against the reference answers, greedy", "eval/greedy_win_rate_reference"),
+    ("verdicts that change with the order", "eval/judge/position_flip"),
     ("KL to the reference, nats", "eval/kl"),
     ("completion length, tokens", "eval/length"),
     ("EOS rate", "eval/eos_rate"),
@@ -50,7 +53,11 @@ TRAINING_ROWS = (
     ("KL on the training pairs, nats", "objective/kl"),
 )
 # These metrics are in files only; the final table leaves them out.
-_UNSHOWN = ("eval/greedy_win_rate_previous", "eval/greedy_length", "eval/greedy_eos_rate")
+_JUDGED = ("asked", "cached", "missing", "ties", "calls", "prompt_tokens", "completion_tokens", "cost")
+_UNSHOWN = (
+    *("eval/greedy_win_rate_previous", "eval/greedy_length", "eval/greedy_eos_rate"),
+    *(f"eval/judge/{name}" for name in _JUDGED),
+)
 _BEFORE_PENALTY = ("eval/raw_reward", "eval/greedy_raw_reward")  # equal to the rewards where there is no penalty
 # Of pairs that the policy did not sample: no estimate of the KL.
 _OFFLINE_TITLES = {"objective/kl": "mean log-ratio on the pairs, nats"}
@@ -77,7 +84,7 @@ class ReportSettings:
 
     training: TrainingConfig
     log: LogConfig
-    has_penalty: bool  # completions without EOS lose some of their score
+    has_penalty: bool  # completions can lose some of their score, such as those without EOS
     recipe: Recipe  # for trackers
 
 

@@ -1,73 +1,153 @@
-"""From scored completions to preference pairs. Pure functions: no device, no model."""
+"""From scored or judged completions to preference pairs. Pure functions: no device, no model.
+
+Each strategy chooses among the candidates; what follows is the same for all: a pair stays if its margin is large enough
+and its lengths are near enough, at most so many of a prompt, and each prompt's weights sum to 1.
+"""
 
 from __future__ import annotations
 
-import math
+import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlxf.core.errors import ShapeError
-from rlxf.core.types import OnlinePairs, PairingResult, Rollouts, ScoredRollouts
+from rlxf.core.types import Comparisons, OnlinePairs, PairingResult, Rollouts, ScoredRollouts
+from rlxf.pair.candidates import Candidates, Extremes, Verdicts, extremes, scored_pairs, verdicts_of
+from rlxf.pair.judged import best_against_worst
+from rlxf.pair.pairing import PairingSettings
 
 
-def best_worst(scored: ScoredRollouts, *, min_score_margin: float) -> PairingResult:
+def best_worst(
+    scored: ScoredRollouts, settings: PairingSettings, comparisons: Comparisons | None = None
+) -> PairingResult:
     """Best against worst completion of each prompt.
 
-    Among equal scores the smallest sample index counts, so the order of the rows changes nothing. A completion without
-    a score is never chosen nor rejected.
-
-    Args:
-        scored: completions with scores; NaN marks a missing one.
-        min_score_margin: a pair is dropped unless its margin is larger; 0 drops ties only.
+    Among equal scores the smallest sample index counts. ``rlxf/pair/judged.py`` says what best and worst are by a
+    judge's verdicts.
     """
-    rollouts = scored.rollouts
-    order = _by_prompt_and_sample(rollouts)
-    prompt, scores = rollouts.prompt_index[order], scored.scores[order]  # [B]
-    num_prompts = len(rollouts.prompts)
-    best = _first_extreme(scores, prompt, num_prompts)
-    worst = _first_extreme(-scores, prompt, num_prompts)
+    if comparisons is not None:
+        verdicts = verdicts_of(scored.rollouts, comparisons)
+        return _judged(scored, settings, verdicts, best_against_worst(scored.rollouts, verdicts))
+    found = extremes(scored)
+    known = ~found.missing
+    widest = Candidates(chosen=found.best[known], rejected=found.worst[known], margin=found.margin[known])
+    return _scored(scored, settings, found, widest)
 
-    num_scored = prompt[~scores.isnan()].bincount(minlength=num_prompts)  # [P]
-    missing = num_scored < 2
-    margin = torch.full((num_prompts,), math.nan)
-    margin[~missing] = scores[best[~missing]] - scores[worst[~missing]]
-    kept = margin > min_score_margin  # false for NaN
-    chosen_rows, rejected_rows = order[best[kept]], order[worst[kept]]
+
+def all_pairs(
+    scored: ScoredRollouts, settings: PairingSettings, comparisons: Comparisons | None = None
+) -> PairingResult:
+    """Every two completions of a prompt, the better one chosen; with a judge every two that it compared."""
+    if comparisons is not None:
+        verdicts = verdicts_of(scored.rollouts, comparisons)
+        return _judged(scored, settings, verdicts, verdicts.candidates())
+    return _scored(scored, settings, extremes(scored), scored_pairs(scored))
+
+
+def random_pair(
+    scored: ScoredRollouts, settings: PairingSettings, comparisons: Comparisons | None = None
+) -> PairingResult:
+    """One of the pairs that ``all_pairs`` would keep of each prompt, each as likely as the others.
+
+    Which one depends on the seed, the step, the prompt's position in the run and the sample indices only.
+    """
+    if comparisons is not None:
+        verdicts = verdicts_of(scored.rollouts, comparisons)
+        return _judged(scored, settings, verdicts, verdicts.candidates(), draw=True)
+    return _scored(scored, settings, extremes(scored), scored_pairs(scored), draw=True)
+
+
+def threshold_pairs(
+    scored: ScoredRollouts, settings: PairingSettings, comparisons: Comparisons | None = None
+) -> PairingResult:
+    """Every completion with a score above the threshold against every one of the prompt with a score not above it."""
+    if comparisons is not None or settings.threshold is None:
+        raise ShapeError("pairing by a threshold needs scores and settings.threshold")  # the recipe's check comes first
+    found = scored_pairs(scored)
+    above, below = scored.scores[found.chosen] > settings.threshold, scored.scores[found.rejected] <= settings.threshold
+    return _scored(scored, settings, extremes(scored), found.where(above & below))
+
+
+def _scored(
+    scored: ScoredRollouts, settings: PairingSettings, found: Extremes, candidates: Candidates, *, draw: bool = False
+) -> PairingResult:
+    ties, missing = int((found.margin == 0).sum()), int(found.missing.sum())
+    num_prompts = len(scored.rollouts.prompts)
+    return _result(scored, settings, candidates, ties=ties, missing=missing, num_asked=num_prompts, draw=draw)
+
+
+def _judged(
+    scored: ScoredRollouts, settings: PairingSettings, verdicts: Verdicts, candidates: Candidates, *, draw: bool = False
+) -> PairingResult:
+    ties, missing = int((verdicts.margin == 0).sum()), int(verdicts.margin.isnan().sum())
+    return _result(scored, settings, candidates, ties=ties, missing=missing, num_asked=len(verdicts.low), draw=draw)
+
+
+def _result(
+    scored: ScoredRollouts,
+    settings: PairingSettings,
+    candidates: Candidates,
+    *,
+    ties: int,
+    missing: int,
+    num_asked: int,
+    draw: bool,
+) -> PairingResult:
+    rollouts, num_prompts = scored.rollouts, len(scored.rollouts.prompts)
+    kept = candidates.where(candidates.margin > settings.min_score_margin)  # false for NaN
+    too_different = None
+    if settings.max_length_ratio is not None:
+        before, kept = len(kept), _near_lengths(rollouts, kept, settings.max_length_ratio)
+        too_different = before - len(kept)
+    if draw:
+        kept = _drawn(rollouts, kept, settings)
+    if settings.max_pairs_per_prompt is not None:
+        kept = _widest(rollouts, kept, settings.max_pairs_per_prompt)
+    pairs = _pairs(rollouts, kept)
     return PairingResult(
-        pairs=_pairs(rollouts, chosen_rows, rejected_rows, margin[kept]),
-        chosen_rows=chosen_rows,
-        rejected_rows=rejected_rows,
-        dropped=num_prompts - int(kept.sum()),
-        ties=int((margin == 0).sum()),
-        missing=int(missing.sum()),
+        pairs=pairs,
+        dropped=num_prompts - len(set(pairs.prompt_index.tolist())),
+        ties=ties,
+        missing=missing,
+        num_asked=num_asked,
         num_prompts=num_prompts,
+        too_different=too_different,
     )
 
 
-def _by_prompt_and_sample(rollouts: Rollouts) -> Tensor:
-    """[B] int64: the rows, sorted by prompt and then by sample index."""
-    by_sample = torch.argsort(rollouts.sample_index, stable=True)
-    order = by_sample[torch.argsort(rollouts.prompt_index[by_sample], stable=True)]
-    prompt, sample = rollouts.prompt_index[order], rollouts.sample_index[order]
-    twice = (prompt[1:] == prompt[:-1]) & (sample[1:] == sample[:-1])
-    if twice.any():
-        row = int(twice.nonzero()[0])
-        raise ShapeError(f"sample {int(sample[row])} of prompt row {int(prompt[row])} occurs more than once")
-    return order
+def _near_lengths(rollouts: Rollouts, candidates: Candidates, ratio: float) -> Candidates:
+    lengths = rollouts.sequences.completion_lengths.double()
+    chosen, rejected = lengths[candidates.chosen], lengths[candidates.rejected]
+    return candidates.where(torch.maximum(chosen, rejected) <= ratio * torch.minimum(chosen, rejected))
 
 
-def _first_extreme(scores: Tensor, prompt: Tensor, num_prompts: int) -> Tensor:
-    """[P] int64: of each prompt the first row with its largest score; meaningless where a prompt has no score."""
-    known = ~scores.isnan()
-    position = torch.arange(len(scores))
-    largest = torch.full((num_prompts,), -math.inf).scatter_reduce(0, prompt[known], scores[known], "amax")
-    is_largest = known & (scores == largest[prompt])
-    first = torch.zeros(num_prompts, dtype=torch.int64)
-    return first.scatter_reduce(0, prompt[is_largest], position[is_largest], "amin", include_self=False)
+def _widest(rollouts: Rollouts, candidates: Candidates, limit: int) -> Candidates:
+    """Of each prompt the pairs with the largest margins; of equal ones those of the smallest sample indices."""
+    prompt, sample = rollouts.prompt_index[candidates.chosen], rollouts.sample_index
+    keys = (sample[candidates.rejected], sample[candidates.chosen], -candidates.margin, prompt)  # the last counts most
+    order = torch.from_numpy(np.lexsort([key.numpy() for key in keys]))
+    counts = prompt.bincount(minlength=len(rollouts.prompts))
+    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[prompt[order]]  # in its prompt
+    return candidates.where(order[place < limit].sort().values)
 
 
-def _pairs(rollouts: Rollouts, chosen_rows: Tensor, rejected_rows: Tensor, margin: Tensor) -> OnlinePairs:
+def _drawn(rollouts: Rollouts, candidates: Candidates, settings: PairingSettings) -> Candidates:
+    """One pair of each prompt: the one with the smallest hash, so that no generator's order matters."""
+    positions = rollouts.prompts.positions[rollouts.prompt_index[candidates.chosen]].tolist()
+    samples = torch.stack([rollouts.sample_index[side] for side in (candidates.chosen, candidates.rejected)], dim=1)
+    prompts = rollouts.prompt_index[candidates.chosen].tolist()
+    least: dict[int, tuple[bytes, int]] = {}
+    for place, (prompt, position, pair) in enumerate(zip(prompts, positions, samples.tolist(), strict=True)):
+        key = f"{settings.seed} {settings.step} {position} {min(pair)} {max(pair)}".encode()
+        drawn = (hashlib.blake2b(key, digest_size=16).digest(), place)
+        least[prompt] = min(drawn, least.get(prompt, drawn))
+    return candidates.where(torch.tensor(sorted(place for _, place in least.values()), dtype=torch.int64))
+
+
+def _pairs(rollouts: Rollouts, kept: Candidates) -> OnlinePairs:
+    chosen_rows, rejected_rows = kept.chosen, kept.rejected
     chosen, rejected = rollouts.sequences.select(chosen_rows), rollouts.sequences.select(rejected_rows)
     if chosen.prompt_rows() != rejected.prompt_rows():
         raise ShapeError("two completions of one prompt row do not start with the same prompt tokens")
@@ -77,12 +157,18 @@ def _pairs(rollouts: Rollouts, chosen_rows: Tensor, rejected_rows: Tensor, margi
         picked = [by_row[row] for row in rows.tolist()]
         return torch.cat(picked) if picked else rollouts.engine_logps.new_empty(0)
 
+    prompt_index = rollouts.prompt_index[chosen_rows]
+    counts = prompt_index.bincount(minlength=len(rollouts.prompts))  # pairs of each prompt
     return OnlinePairs(
         chosen=chosen,
         rejected=rejected,
-        row_ids=rollouts.prompts.row_ids[rollouts.prompt_index[chosen_rows]],
-        margin=margin,
+        row_ids=rollouts.prompts.row_ids[prompt_index],
+        margin=kept.margin,
         policy_version=torch.minimum(rollouts.policy_version[chosen_rows], rollouts.policy_version[rejected_rows]),
         chosen_engine_logps=engine_logps(chosen_rows),
         rejected_engine_logps=engine_logps(rejected_rows),
+        prompt_index=prompt_index,
+        chosen_rows=chosen_rows,
+        rejected_rows=rejected_rows,
+        weight=1.0 / counts[prompt_index].float(),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlxf.config.devices import DEVICES, DeviceFacts, find_device
 from rlxf.config.folders import missing_paths, shown
+from rlxf.config.judge import JUDGE_MODEL
 from rlxf.config.roles import ActorConfig, RoleConfig
 from rlxf.config.schema import ModelConfig, RunConfig
 from rlxf.placement.plan import NodeResources, Plan, RolePlan
@@ -63,6 +64,10 @@ def _rows(config: RunConfig, plan: Plan) -> Iterator[tuple[str, ...]]:
         yield (role.role, role.model, role.group, devices, str(per_node), _layout(role), memory)
     if config.reference_is_base:
         yield ("ref", config.ref.model, "actor_rollout", "0", "[]", "", "none: the actor with its adapters off")
+    judge = config.judge
+    if config.judges and JUDGE_MODEL not in config.reward_models:
+        what = Path(judge.function or judge.load or "").name or f"{judge.model} at {judge.base_url}"
+        yield ("judge", judge.kind or "", "none", "0", "[]", "", what)
     for source in config.reward.listed if not config.offline else ():
         if source.load is None:
             what = Path(source.function).name if source.function else source.url or source.rule or ""

@@ -133,11 +133,11 @@ def _as_array(keys: Iterable[bytes]) -> NDArray[np.bytes_]:
     return np.array(list(keys), dtype=f"S{_DIGEST_BYTES}")
 
 
-def cache_folder(root: Path, model: Path, dtype: str, device: str) -> Path:
+def cache_folder(root: Path, model: Path, dtype: str, device: str, ld_alpha: float | None = None) -> Path:
     """The folder of one model below ``root``.
 
-    Its name is a hash of the model's weights and config, the dtype and kind of device that it computes with, and the
-    version of this program.
+    Its name is a hash of the model's weights and config, the dtype and kind of device that it computes with, the weight
+    of the tokens by which one side is longer (if they have one), and the version of this program.
     """
     checkpoint = megatron_checkpoint(model)
     weights = model.glob("*.safetensors") if checkpoint is None else checkpoint.glob("*.distcp")
@@ -145,7 +145,8 @@ def cache_folder(root: Path, model: Path, dtype: str, device: str) -> Path:
     earlier = root / f"{_name(dtype, *files)}.logps"  # of version 1, which knew neither device nor version
     if earlier.is_file():
         log.info("%s was written by an earlier version and is not used; you can delete it", earlier)
-    return root / _name(f"{rlxf.__version__} {VERSION} {device} {dtype} ", *files)
+    weighted = "" if ld_alpha is None else f"ld_alpha {ld_alpha!r} "
+    return root / _name(f"{rlxf.__version__} {VERSION} {device} {dtype} {weighted}", *files)
 
 
 def _name(*parts: str) -> str:

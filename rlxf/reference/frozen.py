@@ -30,12 +30,20 @@ class FrozenReference:
         model: this rank's share of it.
         limits: of one forward pass.
         moves: whether the run moves it.
+        ld_alpha: weight of the tokens by which one side of a pair is longer; None: all count the same.
     """
 
-    def __init__(self, model: MegatronModel, limits: MicroBatchLimits, *, moves: bool = False) -> None:
+    def __init__(
+        self,
+        model: MegatronModel,
+        limits: MicroBatchLimits,
+        *,
+        moves: bool = False,
+        ld_alpha: float | None = None,
+    ) -> None:
         self.model = model
         self.model.requires_grad_(False)
-        self._limits = limits
+        self._limits, self._ld_alpha = limits, ld_alpha
         if moves:
             _ = self._moving  # allocate its memory at the start, not after hours
 
@@ -54,7 +62,7 @@ class FrozenReference:
 
         An untrained actor that forms the same micro-batches has a margin of exactly 0.
         """
-        return pair_logps(self.model, pairs, self._limits)
+        return pair_logps(self.model, pairs, self._limits, ld_alpha=self._ld_alpha)
 
     def mix(self, bucket: Bucket, payload: Tensor, alpha: float) -> None:
         """Move the bucket's parameters: ``alpha`` times what it holds, plus ``1 - alpha`` times what they were.

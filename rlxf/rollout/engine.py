@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1  # -1 or 0: off
+    min_p: float = 0.0  # 0: off
+    repetition_penalty: float = 1.0  # 1: off
+    stop: tuple[str, ...] = ()  # texts that end a completion (rlxf/models/stop_strings.py)
+    structured_outputs: Mapping[str, Any] | None = None  # as the recipe has them; one entry
     seed: int = 0  # the run's seed
     purpose: Purpose = "train"
     step: int = 0  # complete driver steps before an evaluation; 0 in training, where positions tell the steps apart

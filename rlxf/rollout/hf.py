@@ -14,6 +14,7 @@ from rlxf.core.model_folder import megatron_checkpoint
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.megatron.families import family_of
+from rlxf.models.stop_strings import StopStrings
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform.base import Platform
 from rlxf.rollout.engine import (
@@ -42,6 +43,7 @@ class HfEngine:
         self._platform = platform
         tokenizer = load_tokenizer(settings.tokenizer, trust_remote_code=trust)
         self._eos_ids = eos_token_ids(folder, tokenizer, settings.eos_tokens)
+        self._tokenizer = tokenizer
         self._prompts_per_call = settings.prompts_per_call
         self._parameters = dict(model.named_parameters())  # a tied head is in it once, as the embedding
         self._missing: set[str] = set()
@@ -95,9 +97,10 @@ class HfEngine:
         return sample_completions(
             self._decoder,
             rows,
-            Sampler(seeds, sampling),
+            Sampler(seeds, sampling, rows),
             max_new_tokens=sampling.max_new_tokens,
             eos_ids=eos_ids,
+            stops=StopStrings(self._tokenizer, sampling.stop),
             platform=self._platform,
             device=self._device,
         )

@@ -13,8 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from rlxf.models.stop_strings import StopStrings
 from rlxf.platform.base import Platform
 from rlxf.rollout.engine import Completion, Sampling
 from rlxf.rollout.hf_decoder import Decoder
@@ -83,17 +90,32 @@ class Sampler:
     """Decides the next token of each row: argmax(logits / temperature + Gumbel noise).
 
     The noise of a row comes from that row's own generator, so its completion does not depend on the rest of the batch.
+
+    Args:
+        seeds: of each row.
+        sampling: what changes the logits before a token is drawn.
+        prompts: of each row; a repetition penalty counts their tokens.
     """
 
-    def __init__(self, seeds: Sequence[int], sampling: Sampling) -> None:
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, prompts: Sequence[Sequence[int]] = ()) -> None:
         self._warpers = warpers(sampling)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds] if sampling.temperature > 0 else []
+        self._seen = _padded(prompts) if sampling.repetition_penalty != 1 else None
 
     def choose(self, logits: Tensor, rows: list[int]) -> Tensor:
         """[n] int64 tokens of ``rows``, from their [n, V] float32 logits."""
+        chosen = self._choose(logits, rows)
+        if self._seen is not None:  # a row that is not asked about any more has ended
+            column = self._seen[:, :1].clone()
+            column[rows] = chosen[:, None].cpu()
+            self._seen = torch.cat([self._seen, column], dim=1)
+        return chosen
+
+    def _choose(self, logits: Tensor, rows: list[int]) -> Tensor:
         scores = logits
+        seen = None if self._seen is None else self._seen[rows].to(logits.device)
         for warper in self._warpers:
-            scores = warper(None, scores)
+            scores = warper(seen, scores)
         if self._generators:
             noise = torch.empty(scores.shape)
             for place, row in zip(noise, rows, strict=True):
@@ -104,16 +126,26 @@ class Sampler:
 
 def warpers(sampling: Sampling) -> list[Any]:
     """What changes the logits before a token is drawn, in the order of ``transformers``."""
-    if sampling.temperature == 0:
-        return []
     found: list[Any] = []
+    if sampling.repetition_penalty != 1:
+        found.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    if sampling.temperature == 0:
+        return found
     if sampling.temperature != 1:
         found.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_k > 0:
         found.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         found.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        found.append(MinPLogitsWarper(float(sampling.min_p)))
     return found
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """[B, longest] int64: rows of tokens, filled up with their own first token, which counts once however often."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[row[0]] * (longest - len(row))] for row in rows])
 
 
 @torch.inference_mode()
@@ -124,10 +156,14 @@ def sample_completions(
     *,
     max_new_tokens: int,
     eos_ids: Sequence[int],
+    stops: StopStrings,
     platform: Platform,
     device: torch.device,
 ) -> list[Completion]:
-    """A completion of each prompt, up to its first EOS or ``max_new_tokens``; equal prompts are computed once."""
+    """A completion of each prompt, up to its first EOS, the end of its first stop string or ``max_new_tokens``.
+
+    Equal prompts are computed once.
+    """
     distinct = {row: number for number, row in enumerate(dict.fromkeys(map(tuple, prompts)))}
     source = torch.tensor([distinct[tuple(row)] for row in prompts], device=device)  # [B] distinct prompt of each row
     positions = torch.tensor([len(row) for row in prompts], device=device)  # [B] of the next token
@@ -138,12 +174,16 @@ def sample_completions(
     logps = torch.zeros(len(prompts), max_new_tokens, device=device)
     counts = torch.zeros(len(prompts), dtype=torch.int64, device=device)
     eos = torch.tensor(list(eos_ids), dtype=torch.int64, device=device)
+    readers = [stops.reader() for _ in prompts] if stops else []
     for index in range(max_new_tokens):
         chosen = sampler.choose(logits, rows.tolist())  # [n]
         tokens[rows, index] = chosen
         logps[rows, index] = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1)
         counts[rows] = index + 1
         ended = torch.isin(chosen, eos)
+        if readers:
+            pairs = zip(rows.tolist(), chosen.tolist(), strict=True)
+            ended |= torch.tensor([readers[row].add(token) for row, token in pairs], device=device)
         if bool(ended.any()):
             order = cache.drop(ended)
             rows, positions, chosen = rows[order], positions[order], chosen[order]

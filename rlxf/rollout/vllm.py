@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from rlxf.core.errors import ConfigError, RlxfError, SyncError
 from rlxf.core.model_folder import assets_folder, megatron_checkpoint
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.models.hf_folder import load_hf_config
+from rlxf.models.stop_strings import StopStrings
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform.base import Platform
 from rlxf.platform.environment import is_needed
@@ -45,12 +49,15 @@ class VllmEngine:
         positions = load_hf_config(folder, trust_remote_code=trust).get_text_config().max_position_embeddings
         tokenizer = load_tokenizer(settings.tokenizer, trust_remote_code=trust)
         self._eos_ids = eos_token_ids(folder, tokenizer, settings.eos_tokens)
+        self._tokenizer = tokenizer
         self._prompts_per_call = settings.prompts_per_call
         self._state = WeightState()
         if megatron_checkpoint(Path(folder)) is not None:
             self._state.begin()  # the first push brings the weights
         probe_length = _BLOCKS_FOR_PROBE * platform.kv_block_size
         self._llm = _start(settings, platform, max_model_len=min(positions, max(settings.max_length, probe_length)))
+        if settings.rollout.structured_outputs is not None:
+            _check_structure(self._llm, settings.rollout.structured_outputs)
         _check_block_size(self._llm, platform.kv_block_size)
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
@@ -97,18 +104,28 @@ class VllmEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": max(sampling.top_k, 0),  # vLLM's "off" is 0
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": list(eos_ids),
             "ignore_eos": True,  # the stop ids above are the only ones
             "logprobs": 0,  # of the sampled token alone
             "detokenize": False,
         }
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": row} for row, _ in requests],
-            [SamplingParams(**shared, seed=seed) for _, seed in requests],
-            use_tqdm=False,
-        )
-        return [_completion(output.outputs[0]) for output in outputs]
+        prompts = [{"prompt_token_ids": row} for row, _ in requests]
+        params = [
+            SamplingParams(**shared, seed=seed, **_structure(sampling.structured_outputs)) for _, seed in requests
+        ]
+        stops = StopStrings(self._tokenizer, sampling.stop)
+        if stops:
+            found = _until_stop(self._llm.llm_engine, prompts, params, stops)
+        else:
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            found = [_completion(output.outputs[0]) for output in outputs]
+        if sampling.structured_outputs is None:
+            return found
+        # vLLM takes out what a form forbids before it looks at the log-probs, so these are not the model's.
+        return [replace(completion, logps=[math.nan] * len(completion.logps)) for completion in found]
 
 
 def prepare_environment(expected: Mapping[str, str]) -> None:
@@ -139,7 +156,7 @@ def _start(settings: EngineSettings, platform: Platform, *, max_model_len: int) 
     folder, ranks = Path(settings.model), settings.num_devices
     return LLM(
         str(assets_folder(folder)),
-        skip_tokenizer_init=True,
+        **_tokenizer_arguments(settings),
         load_format="auto" if megatron_checkpoint(folder) is None else "dummy",  # the first push fills it
         trust_remote_code=settings.trust_remote_code,
         dtype=settings.dtype,
@@ -166,7 +183,79 @@ def _check_block_size(llm: Any, expected: int) -> None:
         )
 
 
+def _tokenizer_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """vLLM gets and gives token ids; it needs a tokenizer only to follow a form."""
+    if settings.rollout.structured_outputs is None:
+        return {"skip_tokenizer_init": True}
+    return {"tokenizer": str(assets_folder(Path(settings.tokenizer)))}
+
+
+def _structure(wanted: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The argument of one request: vLLM notes in it what it makes of the form."""
+    if wanted is None:
+        return {}
+    from vllm.sampling_params import StructuredOutputsParams
+
+    return {"structured_outputs": StructuredOutputsParams(**wanted)}
+
+
+def _check_structure(llm: Any, wanted: Mapping[str, Any]) -> None:
+    """Have vLLM read the form at the start, and not in the first request.
+
+    Raises:
+        ConfigError: vLLM cannot follow it.
+    """
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    params, config = SamplingParams(**_structure(wanted)), llm.llm_engine.vllm_config
+    try:
+        params._validate_structured_outputs(config.model_config, config.structured_outputs_config, llm.get_tokenizer())
+    except ImportError as error:  # vLLM 0.32 imports all of its libraries for forms, also those that it does not use
+        raise ConfigError(
+            f"rollout.structured_outputs: vLLM needs a package that is not installed ({error}); install what your vLLM "
+            "requires for it (0.32: lm-format-enforcer, xgrammar, llguidance), or remove the key"
+        ) from error
+    except (VLLMValidationError, ValueError) as error:
+        raise ConfigError(
+            f"rollout.structured_outputs = {json.dumps(dict(wanted))[:200]}: vLLM cannot follow it "
+            f"({' '.join(str(error).split())[:300]}); change it, or remove it"
+        ) from error
+
+
 def _completion(output: Any) -> Completion:
+    """The tokens of an output and their log-probs."""
     tokens = list(output.token_ids)
     logps = [step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)]
     return Completion(tokens=tokens, logps=logps)
+
+
+def _until_stop(engine: Any, prompts: Sequence[Any], params: Sequence[Any], stops: StopStrings) -> list[Completion]:
+    """A completion of each prompt, up to its end or the token that completes a stop string.
+
+    Each token is looked at as it comes, and a request that has ended is taken back. vLLM's own stop strings would be
+    another rule: it decodes the end of the prompt along with the completion.
+    """
+    from vllm.sampling_params import RequestOutputKind
+
+    found = [Completion(tokens=[], logps=[]) for _ in prompts]
+    readers, names = [stops.reader() for _ in prompts], [f"stop-{number}" for number in range(len(prompts))]
+    numbers = {name: number for number, name in enumerate(names)}
+    try:
+        for name, prompt, wanted in zip(names, prompts, params, strict=True):
+            wanted.output_kind = RequestOutputKind.DELTA
+            engine.add_request(name, prompt, wanted)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                number = numbers[output.request_id]
+                new = _completion(output.outputs[0])
+                for token, logp in zip(new.tokens, new.logps, strict=True):
+                    found[number].tokens.append(token)
+                    found[number].logps.append(logp)
+                    if readers[number].add(token):
+                        engine.abort_request([output.request_id])
+                        break
+    except BaseException:  # a stop that the user asked for, among others: nothing may run on
+        engine.abort_request(names)
+        raise
+    return found

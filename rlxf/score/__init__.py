@@ -20,7 +20,7 @@ __all__ = ["READERS", "SCORERS", "ReaderParts", "Scorer", "ScorerParts", "TextSo
 def _model(parts: ScorerParts) -> Scorer:
     from rlxf.score.reward_model import RewardModelScorer
 
-    return RewardModelScorer(parts.load_model(), parts.config, parts.limits, parts.load_tokenizer(), parts.policy())
+    return RewardModelScorer.of(parts)
 
 
 def _recorded(parts: ScorerParts) -> Scorer:
@@ -75,5 +75,15 @@ def _in_process(make: Callable[[], FunctionSource], name: str, parts: ReaderPart
     return ProcessSource(make, name, workers=parts.workers, timeout_s=parts.timeout_s, stop=parts.stop)
 
 
-READERS: dict[ReaderName, Callable[[ReaderParts], TextSource]] = {"function": _function, "http": _http}
+def _rule(parts: ReaderParts) -> TextSource:
+    from functools import partial
+
+    from rlxf.score.rules import rule_source
+
+    source = parts.source
+    name = f"{parts.key}={source.rule}"
+    return _in_process(partial(rule_source, str(source.rule), source.options, name), name, parts)
+
+
+READERS: dict[ReaderName, Callable[[ReaderParts], TextSource]] = {"function": _function, "http": _http, "rule": _rule}
 """Who scores the texts of completions, by the kind of an entry of ``reward.sources``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rlxf.config.rewards import RewardSource
     from rlxf.config.roles import RewardConfig
     from rlxf.core.stop import Stop
-    from rlxf.core.types import Rollouts
+    from rlxf.core.types import Rollouts, Text
     from rlxf.models.batching import MicroBatchLimits
     from rlxf.models.megatron.model import MegatronModel
 
@@ -32,6 +32,14 @@ class Scorer(Protocol):
             ScoreError: the call failed. Then none of its completions has a score; ``reward.max_failures`` decides
                 whether the run continues.
         """
+        ...
+
+
+class ModelScorer(Scorer, Protocol):
+    """A reward model, which also scores texts that nobody sampled here."""
+
+    def score_texts(self, prompts: Sequence[Text], answers: Sequence[str], ended: Sequence[bool]) -> Tensor:
+        """[B] float32 scores; NaN for a text that is longer than the model takes. ``ended``: the answer is whole."""
         ...
 
 

@@ -100,7 +100,7 @@ class Rewards:
     A failed call leaves its completions without a score, up to a number of them in the whole run.
 
     Args:
-        sources: at least one.
+        sources: none where a judge alone compares.
         tokenizer: the policy's.
         tally: counts failed scores, for all that score in the run; each source counts by itself.
         limit: ``reward.max_failures``.
@@ -131,9 +131,12 @@ class Rewards:
         """
         answers = self._ask(rollouts)
         for answer in answers:
-            self._count(answer)
+            if answer.failed:
+                self.tolerate(answer.failed, str(answer.problem), answer.error)
         return Scores(
-            table=torch.stack([answer.scores for answer in answers], dim=1),
+            table=torch.stack([answer.scores for answer in answers], dim=1)
+            if answers
+            else torch.empty(len(rollouts), 0),
             extra={name: values for answer in answers for name, values in answer.extra.items()},
             metrics={
                 f"rewards/{term.name}/{name}": value
@@ -173,19 +176,22 @@ class Rewards:
                 if future.done():
                     raise
 
-    def _count(self, answer: _Answer) -> None:
-        if not answer.failed:
-            return
-        count = self._tally.all_failed_scores + answer.failed
+    def tolerate(self, failed: int, problem: str, error: Exception | None = None) -> None:
+        """Count scores, or verdicts, that are missing because a call failed, and warn.
+
+        Raises:
+            ScoreError: with them the run has more than it may have.
+        """
+        count = self._tally.all_failed_scores + failed
         if count > self._limit:
             raise ScoreError(
-                f"{self._place()}: {answer.problem}; {answer.failed} completions have no score, {count} in this run, "
+                f"{self._place()}: {problem}; {failed} completions have no score, {count} in this run, "
                 f"and reward.max_failures = {self._limit} allows fewer"
-            ) from answer.error
-        self._tally.all_failed_scores += answer.failed
+            ) from error
+        self._tally.all_failed_scores += failed
         log.warning(
             "%s: %s; %d completions have no score, %d of reward.max_failures = %d in this run",
-            self._place(), answer.problem, answer.failed, count, self._limit,
+            self._place(), problem, failed, count, self._limit,
         )  # fmt: skip
 
 

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 def _preference(settings: ObjectiveSettings, context: ObjectiveContext) -> Objective[Any]:
     from rlxf.update.preference import PreferenceObjective
 
-    return PreferenceObjective(settings.config, context, offline=settings.offline, has_reference=settings.has_reference)
+    return PreferenceObjective(
+        settings.config,
+        context,
+        offline=settings.offline,
+        has_reference=settings.has_reference,
+        margin_weight=settings.margin_weight,
+    )
 
 
 def _reward(settings: ObjectiveSettings, context: ObjectiveContext) -> Objective[Any]:

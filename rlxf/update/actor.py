@@ -41,6 +41,7 @@ class ActorSettings:
     num_steps: int  # of the run: its learning-rate schedule ends there
     seed: int
     bucket_bytes: int  # largest message of a weight sync
+    ld_alpha: float | None = None  # weight of the tokens by which one side of a pair is longer; None: as all others
 
 
 class MegatronActor:
@@ -69,7 +70,7 @@ class MegatronActor:
         self.layout = model.layout
         self.schedule = make_schedule(settings.optimizer, settings.num_steps)
         self._optimizer, self._lora = settings.optimizer, settings.lora
-        self._seed, self._limits = settings.seed, settings.limits
+        self._seed, self._limits, self._ld_alpha = settings.seed, settings.limits, settings.ld_alpha
         self._save_tokenizer = save_tokenizer
         dtype = str(model.dtype).removeprefix("torch.")
         specs = [TensorSpec(name, shape, dtype) for name, shape in model.exported_shapes()]
@@ -190,7 +191,7 @@ class MegatronActor:
         from rlxf.models.megatron.lora import adapters_off
 
         with adapters_off(self.model.chunks):
-            return pair_logps(self.model, pairs, self._limits)
+            return pair_logps(self.model, pairs, self._limits, ld_alpha=self._ld_alpha)
 
     def sync_plan(self) -> tuple[Bucket, ...]:
         """The messages that carry all weights, by Hugging Face names; a tied head is not sent twice."""

@@ -46,6 +46,7 @@ class LossInputs:
     mean_chosen_length: float  # completion tokens of a chosen side, mean over the whole mini-batch
     settings: LossSettings
     average: bool = False  # scores are divided by the completion's length
+    offset: Tensor | None = None  # [N] float32, subtracted from the logit of losses in ``WITH_OFFSET``
 
     @property
     def ratios(self) -> tuple[Tensor, Tensor]:
@@ -64,6 +65,10 @@ class LossInputs:
         if self.average:
             return chosen / self.chosen_lengths - rejected / self.rejected_lengths
         return chosen - rejected
+
+    def shifted(self, logits: Tensor) -> Tensor:
+        """[N] logits minus the offset: chosen must be better by that much (ODPO, Amini et al. 2024)."""
+        return logits if self.offset is None else logits - self.offset
 
 
 def _score(ratio: Tensor, settings: LossSettings) -> Tensor:
@@ -87,17 +92,17 @@ def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
 
 def sigmoid_loss(inputs: LossInputs) -> Tensor:
     """``-log s(b d)`` (DPO, Rafailov et al. 2023, eq. 7), with label smoothing as in cDPO (Mitchell 2023)."""
-    return _smoothed(inputs.settings.beta * inputs.margin, inputs.settings.label_smoothing)
+    return _smoothed(inputs.shifted(inputs.settings.beta * inputs.margin), inputs.settings.label_smoothing)
 
 
 def sigmoid_norm_loss(inputs: LossInputs) -> Tensor:
     """The sigmoid loss of scores per token (length-normalised DPO, Lambert et al. 2024, Tulu 3)."""
-    return -F.logsigmoid(inputs.settings.beta * replace(inputs, average=True).margin)
+    return -F.logsigmoid(inputs.shifted(inputs.settings.beta * replace(inputs, average=True).margin))
 
 
 def hinge_loss(inputs: LossInputs) -> Tensor:
     """``max(0, 1 - b d)`` (SLiC, Zhao et al. 2023, as in RSO, Liu et al. 2024, eq. 10)."""
-    return F.relu(1 - inputs.settings.beta * inputs.margin)
+    return F.relu(1 - inputs.shifted(inputs.settings.beta * inputs.margin))
 
 
 def ipo_loss(inputs: LossInputs) -> Tensor:
@@ -107,7 +112,7 @@ def ipo_loss(inputs: LossInputs) -> Tensor:
 
 def robust_loss(inputs: LossInputs) -> Tensor:
     """The sigmoid loss without the bias of swapped labels (robust DPO, Chowdhury et al. 2024, eq. 3)."""
-    logits, rate = inputs.settings.beta * inputs.margin, inputs.settings.label_smoothing
+    logits, rate = inputs.shifted(inputs.settings.beta * inputs.margin), inputs.settings.label_smoothing
     return (-(1 - rate) * F.logsigmoid(logits) + rate * F.logsigmoid(-logits)) / (1 - 2 * rate)
 
 
@@ -189,7 +194,8 @@ def simpo_loss(inputs: LossInputs) -> Tensor:
     """``-log s(b (a_c - a_r) - gamma)`` of log-probabilities per token (SimPO, Meng et al. 2024, eq. 6)."""
     chosen, rejected = inputs.averages
     settings = inputs.settings
-    return _smoothed(settings.beta * (chosen - rejected) - settings.simpo_gamma, settings.label_smoothing)
+    logits = inputs.shifted(settings.beta * (chosen - rejected) - settings.simpo_gamma)
+    return _smoothed(logits, settings.label_smoothing)
 
 
 def orpo_loss(inputs: LossInputs) -> Tensor:
@@ -232,6 +238,8 @@ LOSSES: dict[str, PairLoss] = {
 }
 # Losses of a pair that depend on the other pairs of its mini-batch: no micro-batch can be computed alone.
 OF_WHOLE_BATCH = frozenset({"aot", "aot_unpaired", "kto_pair"})
+# Losses of a logit from which a pair's margin can be subtracted. rlxf/config/pairs.py refuses it for the others.
+WITH_OFFSET = frozenset({"sigmoid", "hinge", "robust", "sigmoid_norm", "simpo"})
 # Losses that define themselves how the length enters, or for which a score per token has no meaning.
 _OWN_REDUCTION = frozenset({"sigmoid_norm", "simpo", "orpo", "sft", "aot", "aot_unpaired", "kto_pair"})
 
@@ -246,19 +254,28 @@ class WeightedLoss:
     reduction: Literal["auto", "sum", "mean"] = "auto"  # of scores over a completion's tokens
     offline: bool = False  # auto: IPO divides by the length offline and does not online, as in TRL
     pref_ftx: float = 0.0
+    margin_weight: float = 0.0  # of a pair's score margin in the offset of losses in ``WITH_OFFSET``
 
     @property
     def needs_whole_batch(self) -> bool:
         return not OF_WHOLE_BATCH.isdisjoint(self.names)
 
-    def __call__(self, actor: PairValues, reference: PairValues, lengths: Tensor, mean_chosen_length: float) -> Tensor:
+    def __call__(
+        self,
+        actor: PairValues,
+        reference: PairValues,
+        lengths: Tensor,
+        mean_chosen_length: float,
+        margin: Tensor | None = None,
+    ) -> Tensor:
         """[N] float32 losses; ``lengths`` [2N]: completion tokens, chosen then rejected.
 
         Args:
             actor: log-probabilities under the model being trained, summed over the completion.
             reference: the same under the reference.
             lengths: completion tokens.
-            mean_chosen_length: mean over the chosen sides of the whole mini-batch.
+            mean_chosen_length: mean over the chosen sides of the whole mini-batch, by the weights of the pairs.
+            margin: [N] how much better chosen is by its score; None where nothing says so.
         """
         chosen, rejected = lengths.to(actor.chosen).chunk(2)
         inputs = LossInputs(
@@ -268,6 +285,7 @@ class WeightedLoss:
             rejected_lengths=rejected,
             mean_chosen_length=mean_chosen_length,
             settings=self.settings,
+            offset=self.margin_weight * margin.to(actor.chosen) if self.margin_weight and margin is not None else None,
         )
         total = torch.zeros_like(actor.chosen)
         for name, weight in zip(self.names, self.weights, strict=True):

@@ -38,7 +38,8 @@ class MiniBatch:
     """The rows of one optimizer step, the same on every rank."""
 
     sequences: Sequences
-    groups: Sequence[Tensor]  # rows of ``sequences`` that share a forward pass: the two sides of a pair, or one example
+    # Rows of ``sequences`` that share a forward pass: the two sides of a pair, all of a prompt's pairs, or one example.
+    groups: Sequence[Tensor]
     # Makes the micro-batch of some ``groups``, given by index. The second argument is False for a filler: a rank
     # without groups of its own computes one only to take part in the collective calls, and nothing of it counts.
     micro_batch: Callable[[Tensor, bool], MicroBatch]
@@ -75,6 +76,7 @@ class ObjectiveSettings:
 
     config: LossConfig
     offline: bool  # what is trained on comes from a file
+    margin_weight: float  # how much of a pair's margin is subtracted from the loss' logit
     has_reference: bool  # preference pairs come with a reference's log-probabilities
 
 

@@ -24,13 +24,14 @@ _SCALARS = ("offpolicy/sum", "offpolicy/tokens", "offpolicy/weights", "offpolicy
 SUMS = (*_SCALARS, *(f"offpolicy/point_{index}" for index in range(NUM_POINTS)))
 
 
-def off_policy_sums(log_ratios: Tensor | None, lengths: Tensor) -> Tensor:
+def off_policy_sums(log_ratios: Tensor | None, lengths: Tensor, counts: Tensor | None = None) -> Tensor:
     """What ``off_policy_metrics`` needs, of some completions.
 
     Args:
         log_ratios: [sum of lengths] float64, trainer's minus engine's log-prob of each token, nats; not finite where
             the engine's is unknown. None: all are unknown.
         lengths: [B] int64, tokens of each completion.
+        counts: [B] float64, how often each completion counts; None: once.
 
     Returns:
         [len(SUMS)] float64, all of them sums.
@@ -38,11 +39,14 @@ def off_policy_sums(log_ratios: Tensor | None, lengths: Tensor) -> Tensor:
     if log_ratios is None:
         return torch.zeros(len(SUMS), dtype=torch.float64)
     rows = sum_rows(log_ratios, lengths)
-    weights = rows[rows.isfinite()].clamp(-LARGEST, LARGEST).exp()  # a completion with an unknown token has none
-    known = log_ratios[log_ratios.isfinite()]
-    counts = torch.tensor([len(known), len(weights)], dtype=torch.float64)
-    scalars = torch.stack([known.sum(), counts[0], weights.sum(), weights.square().sum(), counts[1]])
-    return torch.cat([scalars, _histogram(known.abs())])
+    each = torch.ones(len(lengths), dtype=torch.float64) if counts is None else counts
+    complete, finite = rows.isfinite(), log_ratios.isfinite()
+    weights = rows[complete].clamp(-LARGEST, LARGEST).exp()  # a completion with an unknown token has none
+    of_rows, of_tokens = each[complete], each.repeat_interleave(lengths)[finite]
+    known = log_ratios[finite]
+    by_row, by_token = of_rows * weights, of_tokens * known
+    scalars = [by_token.sum(), of_tokens.sum(), by_row.sum(), (by_row * weights).sum(), of_rows.sum()]
+    return torch.cat([torch.stack(scalars), _histogram(known.abs(), of_tokens)])
 
 
 def off_policy_metrics(sums: Tensor) -> Metrics:
@@ -57,13 +61,13 @@ def off_policy_metrics(sums: Tensor) -> Metrics:
     return metrics
 
 
-def _histogram(values: Tensor) -> Tensor:
-    """[NUM_POINTS] float64: each value's 1 is shared by the two points beside it."""
+def _histogram(values: Tensor, counts: Tensor) -> Tensor:
+    """[NUM_POINTS] float64: each value's count is shared by the two points beside it."""
     places = (values.clamp(LOWEST, HIGHEST) / LOWEST).log10() * PER_DECADE
     left = places.floor().long().clamp(0, NUM_POINTS - 2)
     right_share = places - left
     points = torch.zeros(NUM_POINTS, dtype=torch.float64)
-    return points.index_add_(0, left, 1 - right_share).index_add_(0, left + 1, right_share)
+    return points.index_add_(0, left, counts * (1 - right_share)).index_add_(0, left + 1, counts * right_share)
 
 
 def _percentile(points: Tensor, share: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from rlxf.config.roles import LossConfig
-from rlxf.core.types import Metrics, OnlinePairs, PairValues, ReferencedPairs, Sequences
-from rlxf.models.backend import pair_logps, sum_rows
-from rlxf.models.batching import pair_groups
+from rlxf.core.errors import ShapeError
+from rlxf.core.types import Metrics, OnlinePairs, Pairs, PairValues, ReferencedPairs
+from rlxf.models.backend import log_alignment, pair_logps, pair_wpo_weights, side_sums, wpo_weights
+from rlxf.models.sharing import completions_of, pair_units
 from rlxf.update.losses import LossSettings, WeightedLoss, gradients
 from rlxf.update.objective import Loss, MicroBatch, MiniBatch, ObjectiveContext, moments, report
 from rlxf.update.off_policy import SUMS, off_policy_metrics, off_policy_sums
@@ -32,13 +34,19 @@ _MEANS = (
 )
 
 
-def make_loss(config: LossConfig, *, offline: bool) -> WeightedLoss:
-    """The loss that a recipe describes; ``offline``: the pairs come from a file."""
+def make_loss(config: LossConfig, *, offline: bool, margin_weight: float = 0.0) -> WeightedLoss:
+    """The loss that a recipe describes, with the beta of its first epoch.
+
+    Args:
+        config: its keys.
+        offline: the pairs come from a file.
+        margin_weight: how much of a pair's margin is subtracted from the loss' logit.
+    """
     return WeightedLoss(
         names=config.dpo_loss_type,
         weights=config.loss_weights,
         settings=LossSettings(
-            beta=config.dpo_beta,
+            beta=config.beta_after(0),
             label_smoothing=config.dpo_label_smoothing,
             divergence=config.f_divergence_type,
             alpha=config.f_alpha_divergence_coef,
@@ -48,46 +56,76 @@ def make_loss(config: LossConfig, *, offline: bool) -> WeightedLoss:
         reduction=config.dpo_logp_reduction,
         offline=offline,
         pref_ftx=config.pref_ftx,
+        margin_weight=margin_weight,
     )
 
 
 class PreferenceObjective:
-    """A loss of each pair, from the log-probabilities of its two sides under actor and reference."""
+    """A loss of each pair, from the log-probabilities of its two sides under actor and reference.
+
+    The loss of a mini-batch, and every mean that is reported, is one by the pairs' weights. A completion that is in
+    several pairs of a forward pass is computed once there.
+    """
 
     sums: tuple[str, ...] = ("count", *_MEANS, "drift/sum", "drift/count", *SUMS)
     maxima: tuple[str, ...] = ("drift/max",)
 
-    def __init__(self, config: LossConfig, context: ObjectiveContext, *, offline: bool, has_reference: bool) -> None:
-        self._beta = config.dpo_beta
+    def __init__(
+        self,
+        config: LossConfig,
+        context: ObjectiveContext,
+        *,
+        offline: bool,
+        has_reference: bool,
+        margin_weight: float = 0.0,
+    ) -> None:
         self._has_reference = has_reference
-        self._loss = make_loss(config, offline=offline)
+        self._loss = make_loss(config, offline=offline, margin_weight=margin_weight)
+        self._ld_alpha, self._weighs = config.ld_alpha, config.dpo_weighting == "wpo"
         self._context = context
 
+    @property
+    def _beta(self) -> float:
+        return self._loss.settings.beta
+
+    def _take_beta(self, batch: ReferencedPairs) -> None:
+        """From now on the loss has the beta of this batch's step."""
+        if batch.beta is not None and batch.beta != self._beta:
+            self._loss = replace(self._loss, settings=replace(self._loss.settings, beta=batch.beta))
+
     def mini_batch(self, batch: ReferencedPairs, rows: Tensor, *, first_pass: bool) -> MiniBatch:
+        self._take_beta(batch)
         picked = batch.select(rows)
-        sequences = Sequences.concat([picked.pairs.chosen, picked.pairs.rejected])
-        mean_length = float(picked.pairs.chosen.completion_lengths.double().mean())
+        mean_length = _mean_length(picked.pairs)
         known = self._whole(picked, mean_length) if self._loss.needs_whole_batch else None
+        completions = completions_of(picked.pairs)
+        units = pair_units(picked.pairs, completions, self._context.limits)
+        # The gradients of all ranks are divided by the number of pairs; the sum of their weights is meant.
+        scale = len(picked) / float(_weights(picked.pairs).sum())
 
         def micro_batch(groups: Tensor, counted: bool) -> MicroBatch:
-            """The pairs ``groups`` of ``picked``. The actor calls it before the schedule starts."""
-            part = picked.select(groups)
-            pairs = part.pairs
-            engine = pairs.all_engine_logps() if first_pass and isinstance(pairs, OnlinePairs) and counted else None
+            """The pairs of the units ``groups``. The actor calls it before the schedule starts."""
+            index = torch.cat([units[group].pairs for group in groups.tolist()])
+            part = picked.select(index)
             losses = partial(self._losses, part, mean_length)
             if known is not None:
-                losses = partial(_with_gradients, known[0][groups], known[1].select(groups))
-            return self._micro_batch(part, losses, engine, counted)
+                losses = partial(_with_gradients, known[0][index], known[1].select(index))
+            return self._micro_batch(part, losses, scale, first_pass=first_pass, counted=counted)
 
-        return MiniBatch(sequences=sequences, groups=pair_groups(len(rows)), micro_batch=micro_batch)
+        return MiniBatch(sequences=completions.sequences, groups=[unit.rows for unit in units], micro_batch=micro_batch)
 
     def _micro_batch(
-        self, part: ReferencedPairs, losses: partial[Tensor], engine: Tensor | None, counted: bool
+        self, part: ReferencedPairs, losses: partial[Tensor], scale: float, *, first_pass: bool, counted: bool
     ) -> MicroBatch:
         from rlxf.models.megatron.packing import pack_for_logps
 
-        context = self._context
-        sequences = Sequences.concat([part.pairs.chosen, part.pairs.rejected])
+        context, pairs = self._context, part.pairs
+        completions = completions_of(pairs)
+        sequences, weights = completions.sequences, _weights(pairs)
+        counts = completions.weights(weights)  # a completion counts as much as its pairs
+        engine = None
+        if first_pass and isinstance(pairs, OnlinePairs) and counted:
+            engine = completions.of_each(pairs.all_engine_logps(), _lengths(pairs))
         packed: Packed = pack_for_logps(
             sequences,
             context.model.layout,
@@ -98,31 +136,38 @@ class PreferenceObjective:
         def loss(hidden: Tensor) -> Loss:
             """Megatron's schedule calls it on the last stage, with the hidden states of this micro-batch."""
             token_logps = context.model.logps(hidden, packed)
-            sides = sum_rows(token_logps, sequences.completion_lengths).chunk(2)
-            actor = PairValues(chosen=sides[0], rejected=sides[1])
+            actor = side_sums(completions, token_logps, self._ld_alpha)
             values = losses(actor)  # [n]
+            if self._weighs:
+                alignment = log_alignment(context.model, hidden, packed, token_logps)
+                values = values * wpo_weights(completions.of_pairs(alignment))
             log_ratios = None if engine is None else token_logps.detach().cpu().double() - engine
-            difference = _difference(log_ratios)
-            columns = [*self._columns(part, values, actor), difference, _ones(difference)]
-            off_policy = off_policy_sums(log_ratios, sequences.completion_lengths)
+            difference, times = _difference(log_ratios, counts.repeat_interleave(sequences.completion_lengths))
+            columns = [*self._columns(part, values, actor), times * difference, times]
+            off_policy = off_policy_sums(log_ratios, sequences.completion_lengths, counts)
             found = report(columns, [_largest(difference)], counted, off_policy)
-            share = 1.0 if counted else 0.0
-            return values.sum() * share, context.count(len(part), counted), found
+            share = (scale * weights).to(values) if counted else torch.zeros_like(values)
+            return (share * values).sum(), context.count(len(part), counted), found
 
         return MicroBatch(packed=packed, loss=loss)
 
     def _losses(self, part: ReferencedPairs, mean_length: float, actor: PairValues) -> Tensor:
-        lengths = torch.cat([part.pairs.chosen.completion_lengths, part.pairs.rejected.completion_lengths])
         reference = part.reference.to(actor.chosen.device)
-        return self._loss(actor, reference, lengths, mean_length)
+        margin = part.pairs.margin if isinstance(part.pairs, OnlinePairs) else None
+        return self._loss(actor, reference, _lengths(part.pairs), mean_length, margin)
 
     def _whole(self, picked: ReferencedPairs, mean_length: float) -> tuple[Tensor, PairValues]:
         """Losses and gradients over all pairs of the mini-batch, from a first pass of the model without gradient."""
-        actor = pair_logps(self._context.model, picked.pairs, self._context.limits)
+        if len(set(_weights(picked.pairs).tolist())) > 1:
+            raise ShapeError("a loss of all pairs at once is not defined for pairs of different weights")
+        actor = pair_logps(self._context.model, picked.pairs, self._context.limits, ld_alpha=self._ld_alpha)
         return gradients(partial(self._losses, picked, mean_length), actor)
 
     def _columns(self, part: ReferencedPairs, losses: Tensor, actor: PairValues) -> list[Tensor]:
-        """[n] each: 1, then the values that ``_MEANS`` names. Log-probs are summed, even if the loss averages them."""
+        """[n] float64 each: the pairs' weights, then the values that ``_MEANS`` names, times the weights.
+
+        Log-probs are summed, even if the loss averages them.
+        """
         reference = part.reference.to(actor.chosen.device)
         chosen, rejected = actor.chosen - reference.chosen, actor.rejected - reference.rejected
         kl = (chosen + rejected) / 2
@@ -130,8 +175,8 @@ class PreferenceObjective:
             chosen = actor.chosen / part.pairs.chosen.completion_lengths.to(actor.chosen)
             rejected = actor.rejected / part.pairs.rejected.completion_lengths.to(actor.chosen)
         beta = self._beta
-        return [
-            torch.ones_like(losses),
+        weights = _weights(part.pairs).to(losses.device).double()
+        values = [
             losses,
             beta * chosen,
             beta * rejected,
@@ -142,6 +187,7 @@ class PreferenceObjective:
             kl,
             -(actor.chosen + actor.rejected) / 2,
         ]
+        return [weights, *(weights * value.detach().double() for value in values)]
 
     def metrics(self, sums: Tensor, maxima: Tensor) -> Metrics:
         found = dict(zip(self.sums, sums.tolist(), strict=True))
@@ -156,15 +202,34 @@ class PreferenceObjective:
         return {**means, **drift, **off_policy, "beta": self._beta}
 
     def evaluate(self, batch: ReferencedPairs) -> Metrics:
-        actor = pair_logps(self._context.model, batch.pairs, self._context.limits)
-        mean_length = float(batch.pairs.chosen.completion_lengths.double().mean())
-        losses = self._losses(batch, mean_length, actor)
+        self._take_beta(batch)
+        model, limits = self._context.model, self._context.limits
+        actor = pair_logps(model, batch.pairs, limits, ld_alpha=self._ld_alpha)
+        losses, weights = self._losses(batch, _mean_length(batch.pairs), actor), _weights(batch.pairs)
+        if self._weighs:
+            losses = losses * pair_wpo_weights(model, batch.pairs, limits)
         nothing = torch.zeros(0)
         columns = [*self._columns(batch, losses, actor), nothing, nothing]
         found = report(columns, [], counted=True, totals=off_policy_sums(None, nothing))
         metrics = self.metrics(found, torch.zeros(1))
         del metrics["beta"]
-        return metrics | moments(losses, torch.ones_like(losses))
+        return metrics | moments(weights * losses, weights)
+
+
+def _weights(pairs: Pairs) -> Tensor:
+    """[N] float32 weight of each pair in the loss and in the metrics: 1 of a pair from a file."""
+    return pairs.weight if isinstance(pairs, OnlinePairs) else torch.ones(len(pairs))
+
+
+def _mean_length(pairs: Pairs) -> float:
+    """Completion tokens of a chosen side, mean by the pairs' weights."""
+    weights = _weights(pairs).double()
+    return float((weights * pairs.chosen.completion_lengths).sum() / weights.sum())
+
+
+def _lengths(pairs: Pairs) -> Tensor:
+    """[2N] int64 completion tokens: the chosen sides, then the rejected."""
+    return torch.cat([pairs.chosen.completion_lengths, pairs.rejected.completion_lengths])
 
 
 def _with_gradients(losses: Tensor, grads: PairValues, actor: PairValues) -> Tensor:
@@ -174,16 +239,13 @@ def _with_gradients(losses: Tensor, grads: PairValues, actor: PairValues) -> Ten
     return losses.to(linear) + linear - linear.detach()
 
 
-def _difference(log_ratios: Tensor | None) -> Tensor:
-    """[m] float64: |trainer - engine| of the tokens whose log-probs the engine gave."""
+def _difference(log_ratios: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """[m] float64 each: |trainer - engine| of the tokens whose log-probs the engine gave, and how much each counts."""
     if log_ratios is None:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
     difference = log_ratios.abs()
-    return difference[difference.isfinite()]
-
-
-def _ones(values: Tensor) -> Tensor:
-    return torch.ones_like(values)
+    known = difference.isfinite()
+    return difference[known], counts[known]
 
 
 def _largest(values: Tensor) -> Tensor:

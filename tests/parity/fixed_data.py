@@ -61,7 +61,9 @@ class Settings:
     label_smoothing: float = 0.0
     divergence: str = "reverse_kl"
     alpha: float = 0.5
-    beta: float = 0.1
+    beta: float | tuple[float, ...] = 0.1
+    ld_alpha: float | None = None
+    weighting: str = "none"
     missing_eos_penalty: float = 0.0
     lr: float = 1e-5
     clip_grad: float = 1.0

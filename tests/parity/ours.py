@@ -61,6 +61,8 @@ def recipe(policy: Path, reference: Path, settings: Settings) -> dict[str, Any]:
             "f_divergence_type": settings.divergence,
             "f_alpha_divergence_coef": settings.alpha,
             "dpo_beta": settings.beta,
+            "ld_alpha": settings.ld_alpha,
+            "dpo_weighting": settings.weighting,
             "lr": settings.lr,
             "weight_decay": settings.weight_decay,
             "clip_grad": settings.clip_grad,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from trl import DPOTrainer
 
-from tests.parity import ours, trl_offline
+from tests.parity import ours, trl_offline, trl_online
 from tests.parity.compare import assert_parity, excess
 from tests.parity.fixed_data import FixedPrompt, Settings
 from tests.parity.oracle import Metrics
@@ -42,9 +42,19 @@ LOSSES = {
     "alpha_divergence-hinge": Settings(loss_type="hinge", divergence="alpha_divergence", alpha=0.8),
     "js_divergence-and-sft": Settings(loss_type=("sigmoid", "sft"), divergence="js_divergence"),
     "js_divergence-ipo": Settings(loss_type="ipo", divergence="js_divergence"),
+    "ld_alpha": Settings(ld_alpha=0.3),
+    "ld_alpha-none-of-the-tail": Settings(ld_alpha=0.0, micro_batch_size=2),
+    "ld_alpha-ipo": Settings(loss_type="ipo", ld_alpha=0.5),
+    "ld_alpha-aot": Settings(loss_type="aot", ld_alpha=0.5),
+    "ld_alpha-and-wpo": Settings(loss_type="sigmoid_norm", ld_alpha=0.5, weighting="wpo"),
+    "wpo": Settings(weighting="wpo", micro_batch_size=4),
+    "wpo-two-losses": Settings(loss_type=("sigmoid", "ipo"), loss_weights=(0.5, 0.01), weighting="wpo"),
 }
 # One per way in which a loss reads the batch: ratios, length, sorted batch, token mean, divergence.
-EVERY_TIME = ("exo_pair", "sigmoid_norm", "aot", "aot_unpaired", "sigmoid-and-sft", "js_divergence")
+EVERY_TIME = (
+    *("exo_pair", "sigmoid_norm", "aot", "aot_unpaired", "sigmoid-and-sft", "js_divergence"),
+    *("ld_alpha", "ld_alpha-aot", "wpo"),
+)
 PARAMETERS = [
     pytest.param(settings, id=name, marks=[] if name in EVERY_TIME else pytest.mark.slow)
     for name, settings in LOSSES.items()
@@ -122,6 +132,23 @@ def test_label_smoothing_of_the_sigmoid_loss_is_heard_here_and_ignored_by_trl(
     assert excess(mine["grad_norm"], theirs["grad_norm"]) <= 1
     # With nearly equal models the gradient is (1 - 2 * 0.2) of the plain one.
     assert mine_smoothed["grad_norm"] == pytest.approx(0.6 * mine["grad_norm"], rel=0.02)
+
+
+def test_a_beta_for_each_epoch_equals_trl(rows: list[FixedPrompt], folders: Folders, tmp_path: Path) -> None:
+    """Three steps an epoch. TRL has the list in its online trainer only, so its offline one is lent the rule."""
+    few, settings = rows[:24], Settings(beta=(0.1, 0.04))
+    mine = train_here(few, folders, settings, tmp_path)
+    theirs = trl_offline.train(few, *folders, settings, tmp_path, trainer_class=trl_offline.BetaOfEpoch)
+    assert [step["beta"] for step in mine] == [0.1] * 3 + [0.04] * 3
+    assert_parity(mine, theirs, steps=settings.num_steps)
+
+
+def test_trl_does_not_get_beyond_the_first_step_with_a_list_of_betas(
+    rows: list[FixedPrompt], folders: Folders, tmp_path: Path
+) -> None:
+    """Its epoch is a fraction, with which no list can be indexed."""
+    with pytest.raises(TypeError, match="list indices must be integers"):
+        trl_online.train(rows, *folders, Settings(beta=(0.3, 0.1)), tmp_path)
 
 
 def test_the_entry_point_on_a_preference_file_equals_trl(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import transformers
 from datasets import Dataset
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
+from trl.experimental.online_dpo import OnlineDPOTrainer
 
 from tests.parity.fixed_data import FixedPrompt, Settings, preference_records
 from tests.parity.oracle import Metrics
@@ -43,11 +45,31 @@ class RecordingDPOTrainer(Recording, DPOTrainer):
     pass
 
 
+class BetaOfEpoch(RecordingDPOTrainer):
+    """With the online trainer's rule for a list of betas, and a whole number as its epoch."""
+
+    @property
+    def beta(self) -> float:
+        epoch = int(self.state.epoch or 0)
+        listed = SimpleNamespace(_beta=list(self._betas), state=SimpleNamespace(epoch=epoch))
+        return OnlineDPOTrainer.beta.fget(listed)  # type: ignore[attr-defined]
+
+    @beta.setter
+    def beta(self, value: tuple[float, ...]) -> None:
+        self._betas = value
+
+
 def train(
-    rows: Sequence[FixedPrompt], policy: Path, reference: Path, settings: Settings, folder: Path
+    rows: Sequence[FixedPrompt],
+    policy: Path,
+    reference: Path,
+    settings: Settings,
+    folder: Path,
+    *,
+    trainer_class: type[RecordingDPOTrainer] = RecordingDPOTrainer,
 ) -> list[Metrics]:
     """Metrics of each optimizer step, as TRL computes them."""
-    trainer = RecordingDPOTrainer(
+    trainer = trainer_class(
         model=transformers.AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
         ref_model=transformers.AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32),
         args=DPOConfig(
@@ -59,6 +81,8 @@ def train(
             label_smoothing=settings.label_smoothing,
             f_divergence_type=settings.divergence,
             f_alpha_divergence_coef=settings.alpha,
+            ld_alpha=settings.ld_alpha,
+            use_weighting=settings.weighting == "wpo",
         ),
         train_dataset=Dataset.from_list(preference_records(rows)),
         processing_class=byte_tokenizer(),

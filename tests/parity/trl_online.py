@@ -128,7 +128,7 @@ def train(
         reward_funcs=RecordedScores(rows),
         args=OnlineDPOConfig(
             **arguments(folder, settings),
-            beta=settings.beta,
+            beta=list(settings.beta) if isinstance(settings.beta, tuple) else settings.beta,
             disable_dropout=True,
             loss_type=settings.loss_type,
             missing_eos_penalty=settings.missing_eos_penalty or None,

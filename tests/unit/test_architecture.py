@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("rlxf", "workers", "scripts", "benchmarks", "ray_gpt.py")
 
-ROOMS = {"data", "rollout", "score", "pair", "reference", "update", "sync"}
+ROOMS = {"data", "rollout", "score", "judge", "pair", "reference", "update", "sync"}
 BASE = {"core", "config"}
 BELOW_ROOMS = BASE | {"models", "observe", "platform"}
 
@@ -75,7 +75,8 @@ WHOLE = {"rlxf.config.schema.RunConfig", "rlxf.config.roles.ActorConfig"}
 WHOLE_MODULES = {"rlxf.config", "rlxf.config.schema", "rlxf.config.roles"}  # by which everything in them is reached
 
 # What runs without a check of the recipe: the modules of rlxf.config that each part may import.
-VALUES = {"schema", "roles", "rewards", "kinds", "devices", "stages"}  # the sections, and the words for their values
+# The sections, and the words for their values.
+VALUES = {"schema", "roles", "rewards", "rules", "judge", "kinds", "devices", "stages"}
 CONFIG_MODULES: dict[str, set[str]] = {
     **dict.fromkeys(ROOMS | {"models", "platform", "observe", "loop", "algorithms", "evaluate"}, VALUES),
     "checkpointing": VALUES | {"changes", "curve"},  # what a change of the recipe does to a run that goes on

@@ -131,7 +131,7 @@ def test_pythons_are_those_of_the_installer(project: dict[str, Any]) -> None:
     assert f"| cpu | Linux, Python 3.{minors[0]} to 3.{minors[-1]} |" in page
 
 
-@pytest.mark.parametrize("extra", ["hub", "qlora", "wandb", "mlflow", "swanlab"])
+@pytest.mark.parametrize("extra", ["hub", "math", "qlora", "wandb", "mlflow", "swanlab"])
 def test_extras_beside_a_lane_are_what_the_tests_run_with(project: dict[str, Any], extra: str) -> None:
     pins = lock("cpu") | lock("dev")
     for wish in (Requirement(line) for line in project["optional-dependencies"][extra]):
@@ -165,6 +165,7 @@ def test_the_wheel_holds_the_library_its_data_and_the_launcher_and_no_more(wheel
     places = [
         ("rlxf", "rlxf", "*.py"),
         ("rlxf/data/templates", "rlxf/data/templates", "*.jinja"),
+        ("rlxf/judge/templates", "rlxf/judge/templates", "*.txt"),
         ("configs/rlxf", "rlxf/recipes", "*.yaml"),
         ("workers", "rlxf_workers", "*.py"),
     ]

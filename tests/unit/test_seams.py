@@ -7,9 +7,10 @@ from typing import Any, get_args
 import pytest
 
 from rlxf.algorithms import ALGORITHMS
-from rlxf.config.kinds import PairingName, ScorerName, Stage
+from rlxf.config.kinds import JudgeName, PairingName, ScorerName, Stage
 from rlxf.config.schema import RolloutConfig, SyncConfig
 from rlxf.config.stages import STAGES, ObjectiveName
+from rlxf.judge import JUDGES
 from rlxf.pair import PAIRINGS
 from rlxf.rollout import ENGINES
 from rlxf.score import SCORERS
@@ -35,9 +36,10 @@ ENGINE_CHOICES = choices(RolloutConfig.model_fields["engine"].annotation) - {"re
         ({facts.objective for facts in STAGES.values()}, OBJECTIVES),
         (set(get_args(PairingName)), PAIRINGS),
         (set(get_args(ScorerName)), SCORERS),
+        (set(get_args(JudgeName)), JUDGES),
         (ENGINE_CHOICES, ENGINES),
     ],
-    ids=["stages", "algorithms", "objectives", "objectives of stages", "pairings", "scorers", "engines"],
+    ids=["stages", "algorithms", "objectives", "objectives of stages", "pairings", "scorers", "judges", "engines"],
 )
 def test_every_choice_has_an_entry_and_every_entry_is_a_choice(expected: set[str], entries: dict[str, Any]) -> None:
     assert expected == set(entries)

@@ -23,7 +23,7 @@ from torch import Tensor
 from rlxf.core.errors import ModelError
 from rlxf.core.read_position import READ_AT, TRAINED_AT
 from rlxf.models.hf_folder import load_hf_config
-from rlxf.models.logps import target_logps
+from rlxf.models.logps import log_collisions, target_logps
 from rlxf.models.megatron.dist_folder import open_weights
 from rlxf.models.megatron.families import family_of
 from rlxf.models.megatron.hf_config import check_head, rope_frequencies, transformer_config
@@ -225,6 +225,14 @@ class MegatronModel:
         values = target_logps(
             rows, self.head, packed.targets, group=group, vocab_size=self.hf_config.vocab_size, linear=self.linear
         )
+        return self._of_all(values, packed)
+
+    @torch.no_grad()
+    def log_collisions(self, hidden: Tensor, packed: Packed) -> Tensor:
+        """[packed.num_values] float32: log of the sum of all tokens' squared probabilities where a target stands."""
+        group = parallel_state.get_tensor_model_parallel_group() if self.layout.tp_size > 1 else None
+        rows = self._whole(hidden)[packed.rows, 0].to(self.dtype)
+        values = log_collisions(rows, self.head, group=group, vocab_size=self.hf_config.vocab_size, linear=self.linear)
         return self._of_all(values, packed)
 
     def scores(self, hidden: Tensor, packed: Packed) -> Tensor:

@@ -1,32 +1,41 @@
-"""The answers of two models to the same prompts, and their scores by one scorer."""
+"""The answers of two models to the same prompts, and their scores by one scorer, or the verdicts of a judge."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from torch import Tensor
 
 from rlxf.assembly.data import eval_prompts
+from rlxf.assembly.judge import build_judge
 from rlxf.assembly.rewards import open_scorer
-from rlxf.assembly.roles import build_engine, policy_tokenizer
+from rlxf.assembly.roles import build_engine, build_models, policy_tokenizer
+from rlxf.config.judging import judge_problems
 from rlxf.config.kinds import ReadAt
+from rlxf.config.problems import Problem, expectation, lines, show
 from rlxf.config.read_position import warn_of_read_position
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, ModelError, StageTimeout, WorkerLost
-from rlxf.core.types import PromptBatch, Rollouts, Text, Tokens
+from rlxf.core.types import Metrics, PromptBatch, Rollouts, Text, Tokens
 from rlxf.core.waiting import own_children
-from rlxf.models.tokenizer import eos_token_ids
-from rlxf.platform import Platform, get_platform
+from rlxf.judge.both_orders import Compared
+from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
+from rlxf.platform import Platform, Process, get_platform
 from rlxf.rollout.engine import Sampling
-from rlxf.score.penalty import with_scores
+from rlxf.score.penalty import Shaping, with_scores
+from rlxf.tools.compare.formats import Format, Question, read_questions, write_prompts
 from rlxf.tools.model_shape import model_shape
 
 
@@ -36,8 +45,11 @@ class Settings:
 
     data_path: Path
     num_prompts: int  # the first ones of the file
-    reward_model: Path | None = None  # this or reward_function
+    data_format: Format = "prompts"
+    reward_model: Path | None = None  # one of these three
     reward_function: Path | None = None
+    judge: dict[str, Any] = field(default_factory=dict)  # keys of the recipe's section
+    verdicts: Path | None = None  # folder for the judge's verdicts; None: they are not kept
     read_at: ReadAt = "auto"  # where the reward model's score is read
     prompt_key: str = "prompt"
     max_prompt_length: int = 512  # tokens; a longer prompt of either model is left out
@@ -58,7 +70,7 @@ class Generations:
     """One model's answers, one per prompt."""
 
     texts: list[str]
-    scores: Tensor  # [prompts] float32, NaN where missing
+    scores: Tensor  # [prompts] float32, NaN where missing; all of them if a judge compares
     contains_eos: Tensor  # [prompts] bool
 
     @property
@@ -75,6 +87,9 @@ class Comparison:
     row_ids: list[int]  # rows of the data
     first: Generations
     second: Generations
+    verdicts: Compared | None = None  # of a judge; the first answers are those of the first model
+    judged: Metrics = field(default_factory=dict)  # what the verdicts took
+    questions: list[Question] | None = None  # of a benchmark
 
 
 def compare(first: Path, second: Path, settings: Settings) -> Comparison:
@@ -89,9 +104,21 @@ def compare(first: Path, second: Path, settings: Settings) -> Comparison:
         ConfigError: a folder, the data or the scorer is wrong.
         WorkerLost, StageTimeout: the process of a vLLM engine died, or did not answer.
     """
-    configs = [recipe(model_folder(folder), settings) for folder in (first, second)]
+    with _questions((model_folder(first), model_folder(second)), settings) as (questions, each):
+        return _compare(first, second, questions, each)
+
+
+def _compare(first: Path, second: Path, questions: list[Question] | None, each: Sequence[Settings]) -> Comparison:
+    """``each``: the settings of both models, whose prompts may be written in different forms."""
+    settings = each[0]
+    configs = [recipe(model_folder(folder), own) for folder, own in zip((first, second), each, strict=True)]
+    problems = [found for config in configs[:1] for found in judge_problems(config)]
+    if problems:
+        raise ConfigError(*lines(problems))
     warn_of_read_position(configs[0])
     platform = get_platform(settings.device)
+    models = build_models(configs[0], platform, Process()) if configs[0].judges else {}
+    judging = build_judge(configs[0], settings.verdicts, models=models)
     prompts = [eval_prompts(config, policy_tokenizer(config)) for config in configs]
     common = set.intersection(*(set(batch.row_ids.tolist()) for batch in prompts))
     if not common:
@@ -100,7 +127,34 @@ def compare(first: Path, second: Path, settings: Settings) -> Comparison:
         answer(config, _only(batch, common), settings, platform) for config, batch in zip(configs, prompts, strict=True)
     ]
     asked = _only(prompts[0], common)
-    return Comparison(asked.texts, asked.row_ids.tolist(), said[0], said[1])
+    rows = asked.row_ids.tolist()
+    found = Comparison(asked.texts, rows, said[0], said[1], questions=questions and [questions[row] for row in rows])
+    if judging is None:
+        return found
+    verdicts = judging.answers(asked, said[0].texts, said[1].texts)
+    return replace(found, verdicts=verdicts, judged=judging.metrics(verdicts.counts, prefix=""))
+
+
+@contextmanager
+def _questions(
+    folders: tuple[Path, Path], settings: Settings
+) -> Iterator[tuple[list[Question] | None, tuple[Settings, Settings]]]:
+    """A benchmark's questions, and for each model the settings that name them as a file of prompts.
+
+    A model with a chat template gets them as messages of a user.
+    """
+    if settings.data_format == "prompts":
+        yield None, (settings, settings)
+        return
+    questions = read_questions(settings.data_path, settings.data_format)[: settings.num_prompts]
+    with tempfile.TemporaryDirectory() as scratch:
+        each = []
+        for number, folder in enumerate(folders):
+            tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+            path = Path(scratch) / f"questions_{number}.jsonl"
+            write_prompts(path, questions, chat=tokenizer.chat_template is not None)
+            each.append(replace(settings, data_path=path, prompt_key="prompt", num_prompts=len(questions)))
+        yield questions, (each[0], each[1])
 
 
 def model_folder(folder: Path) -> Path:
@@ -128,7 +182,7 @@ def recipe(folder: Path, settings: Settings) -> RunConfig:
         reward |= {"model": "reward", "load": str(reward_model.absolute()), "read_at": settings.read_at}
         # The options count the policies' tokens, not the reward model's: it may use all of its positions.
         reward |= _lengths(settings) | {"seq_length": models["reward"].max_position_embeddings}
-    return RunConfig.model_validate(
+    return _checked(
         {
             "runtime": "local",
             "training": {
@@ -150,10 +204,28 @@ def recipe(folder: Path, settings: Settings) -> RunConfig:
             },
             "ref": {"model": "policy"},
             "reward": reward,
+            "judge": settings.judge,
             "rollout": {"engine": settings.engine},
             "eval": {"num_prompts": settings.num_prompts, "data_path": str(settings.data_path)},
         }
     )
+
+
+def _checked(recipe: dict[str, Any]) -> RunConfig:
+    """The recipe as a config; a wrong key of the judge is the user's mistake."""
+    try:
+        return RunConfig.model_validate(recipe)
+    except ValidationError as error:
+        found = [said for said in error.errors(include_url=False) if said["loc"][0] == "judge"]
+        if not found:
+            raise
+    keys = [".".join(map(str, said["loc"][:2])) for said in found]
+    texts = [f"{key} = {show(said['input'])}: {_expected(said)}" for key, said in zip(keys, found, strict=True)]
+    raise ConfigError(*lines(Problem((key,), text) for key, text in zip(keys, texts, strict=True)))
+
+
+def _expected(error: ErrorDetails) -> str:
+    return "unknown key; docs/config.md lists them" if error["type"] == "extra_forbidden" else expectation(error)
 
 
 def _lengths(settings: Settings) -> dict[str, int]:
@@ -192,11 +264,9 @@ def answer(config: RunConfig, prompts: PromptBatch, settings: Settings, platform
     rollouts = sample(config, parts, sampling, platform.name)
     tokenizer = policy_tokenizer(config)
     eos_ids = eos_token_ids(str(config.actor_rollout.load), tokenizer)
-    penalty = settings.missing_eos_penalty
+    shaping = Shaping(missing_eos_penalty=settings.missing_eos_penalty)
     with open_scorer(config, platform) as scorer:
-        scored = [
-            with_scores(part, scorer.score(part), eos_ids=eos_ids, missing_eos_penalty=penalty) for part in rollouts
-        ]
+        scored = [with_scores(part, scorer.score(part), eos_ids=eos_ids, shaping=shaping) for part in rollouts]
     rows = [row for part in rollouts for row in part.sequences.completion_rows()]
     return Generations(
         texts=tokenizer.batch_decode(rows, skip_special_tokens=True),

@@ -66,7 +66,7 @@ def win_rate(
     """
     known = np.isfinite(scores) & np.isfinite(others)
     if not known.any():
-        raise ValueError("no prompt has a score for both models")
+        raise ValueError("no prompt has a score for both models, or a verdict of the judge")
     outcomes = np.where(scores == others, 0.5, (scores > others).astype(np.float64))[known]
     differences = length_term(lengths[known] - other_lengths[known])
     wins, ties = int((outcomes == 1).sum()), int((outcomes == 0.5).sum())

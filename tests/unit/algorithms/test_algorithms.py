@@ -14,7 +14,7 @@ from rlxf.core.types import Batch, Examples, OnlinePairs, Pairs, PairValues, Rew
 from rlxf.driver import train
 from rlxf.loop.collected import Collected
 from rlxf.loop.run import Reference, Run
-from rlxf.pair import PAIRINGS
+from rlxf.pair import PAIRINGS, PairingSettings
 from rlxf.schedule import Stage
 from tests.settings import random_examples, random_pairs, random_reward_pairs
 from tests.unit.small_run import Constant, small_config, small_run
@@ -149,14 +149,17 @@ def test_a_run_asks_the_algorithm_of_its_stage(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_pairs_are_made_as_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    margins: list[float] = []
-    made = PAIRINGS["best_worst"]
+    asked: list[PairingSettings] = []
+    made = PAIRINGS["all"]
 
-    def noted(scored, *, min_score_margin):  # type: ignore[no-untyped-def]
-        margins.append(min_score_margin)
-        return made(scored, min_score_margin=min_score_margin)
+    def noted(scored, settings, comparisons=None):  # type: ignore[no-untyped-def]
+        asked.append(settings)
+        return made(scored, settings, comparisons)
 
-    monkeypatch.setitem(PAIRINGS, "best_worst", noted)
-    small = small_run(small_config(training__train_iters=1, algorithm__min_score_margin=0.5))
+    monkeypatch.setitem(PAIRINGS, "all", noted)
+    keys = {"pairing": "all", "min_score_margin": 0.5, "max_pairs_per_prompt": 2, "max_length_ratio": 9.0}
+    changes = {f"algorithm__{key}": value for key, value in keys.items()}
+    small = small_run(small_config(training__train_iters=2, training__seed=7, **changes))
     train(small.run)
-    assert margins == [0.5]
+    del keys["pairing"]
+    assert asked == [PairingSettings(seed=7, step=step, **keys) for step in range(2)]

@@ -108,6 +108,13 @@ def test_the_raw_reward_is_the_score_before_the_penalty_for_a_missing_end() -> N
     )
 
 
+def test_the_penalties_for_length_count_in_an_evaluation() -> None:
+    plain = evaluation(small())(0)
+    metrics = evaluation(small(actor_rollout__length_penalty=0.5))(0)
+    assert metrics["eval/raw_reward"] == plain["eval/reward"]
+    assert metrics["eval/reward"] == pytest.approx(metrics["eval/raw_reward"] - 0.5 * metrics["eval/length"])
+
+
 def test_an_evaluation_alone_is_not_held_against_itself() -> None:
     run = small(training__eval_only=True)
     metrics = evaluation(run)(0)
@@ -313,7 +320,8 @@ def test_a_file_may_define_dataclasses(tmp_path: Path) -> None:
 
 
 def test_an_evaluations_own_names_are_those_that_a_file_may_not_take() -> None:
-    assert {f"eval/{name}" for name in BUILT_IN} == SAMPLED | GREEDY
+    judged = {name for name in BUILT_IN if name.startswith("judge/") or "win_rate_reference" in name}
+    assert {f"eval/{name}" for name in BUILT_IN - judged} == SAMPLED | GREEDY
 
 
 @pytest.mark.parametrize("greedy", [True, False])

@@ -199,3 +199,20 @@ def test_a_batch_without_a_counted_token_weighs_nothing() -> None:
 
     assert of(nothing, something) == of(something)
     assert math.isnan(of(nothing)["eval/loss"])
+
+
+def test_pairs_are_told_the_beta_that_holds_when_they_are_evaluated() -> None:
+    told: list[float | None] = []
+
+    class Noting(Learner):
+        def evaluate(self, batch: ReferencedPairs) -> Metrics:  # type: ignore[override]
+            told.append(batch.beta)
+            return super().evaluate(batch)
+
+    betas = iter([0.3, 0.1])
+    evaluate = OfflineEvaluation(
+        config().training, [pairs(3)], Noting(random_logits()), Bigram(), beta=lambda: next(betas)
+    )
+    evaluate(0)
+    evaluate(2)
+    assert told == [0.3, 0.1]

@@ -19,9 +19,9 @@ from rlxf.core.types import Metrics, ReferencedPairs, Rollouts
 from rlxf.driver import train
 from rlxf.loop.due import evaluation_is_due
 from rlxf.loop.run import State
-from rlxf.pair import PAIRINGS
+from rlxf.pair import PAIRINGS, PairingSettings
 from rlxf.schedule import InThreads, Lanes, OneAfterTheOther
-from rlxf.score.penalty import with_scores
+from rlxf.score.penalty import Shaping, with_scores
 from tests.unit.small_run import (
     EOS,
     SmallActor,
@@ -201,9 +201,10 @@ def by_hand(config: RunConfig, *, moves: int = 0) -> tuple[list[float | None], T
         engine.logits, engine.version = weights[boundary], versions[boundary]
         reference.logits = references[boundary]
         rollouts = engine.generate(prompts.next_batch(step), sampling)
-        penalty = config.actor_rollout.missing_eos_penalty
-        scored = with_scores(rollouts, scorer.score(rollouts), eos_ids=(EOS,), missing_eos_penalty=penalty)
-        pairs = PAIRINGS[config.algorithm.pairing](scored, min_score_margin=config.algorithm.min_score_margin).pairs
+        shaping = Shaping.of(config.actor_rollout, max_new_tokens=config.max_new_tokens)
+        scored = with_scores(rollouts, scorer.score(rollouts), eos_ids=(EOS,), shaping=shaping)
+        settings = PairingSettings(min_score_margin=config.algorithm.min_score_margin)
+        pairs = PAIRINGS[config.algorithm.pairing](scored, settings).pairs
         version, standing = versions[-1], references[-1]
         if len(pairs):
             batch = ReferencedPairs(pairs=pairs, reference=reference.logps(pairs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,20 @@ def test_the_missing_eos_penalty_reaches_the_scores() -> None:
     assert 0 < int(scored.contains_eos.sum()) < len(scored)  # max_new_tokens cuts some completions
     difference = scored.raw_scores - scored.scores
     assert difference.tolist() == [0.0 if has else 10.0 for has in scored.contains_eos.tolist()]
+
+
+def test_the_penalties_for_length_reach_the_scores() -> None:
+    plain = small_config(training__train_iters=1)
+    keys: dict[str, Any] = {"length_penalty": 0.25, "overlong_tokens": 2, "overlong_penalty": 8.0}
+    small = small_run(small_config(training__train_iters=1, **{f"actor_rollout__{k}": v for k, v in keys.items()}))
+    train(small.run)
+    scored = small.recorder.scored[0]
+    lengths = scored.rollouts.sequences.completion_lengths.tolist()
+    longest = plain.max_new_tokens
+    lost = [0.25 * length + 8.0 * max(0, length - (longest - 2)) / 2 for length in lengths]
+    assert longest in lengths
+    assert min(lengths) <= longest - 2
+    assert (scored.raw_scores - scored.scores).tolist() == pytest.approx(lost)
 
 
 class EvenPromptsTie(TokenCounter):

@@ -120,6 +120,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "sigmoid": {"stage": "dpo"},
     "aot": {"stage": "dpo", "dpo_loss_type": "aot"},
     "simpo": {"stage": "dpo", "dpo_loss_type": "simpo", "dpo_beta": 2.0},
+    "weighted": {"stage": "dpo", "ld_alpha": 0.4, "dpo_weighting": "wpo"},
     "sft": {"stage": "sft"},
     "rm": {"stage": "rm", "center_rewards_coefficient": 0.01},
 }
@@ -130,7 +131,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, DP2),
     "cp2": (2, CP2),
 }
-EVERY_TIME = {("sft", "tp2-sp"), ("rm", "pp2"), ("aot", "dp2")}
+EVERY_TIME = {("sft", "tp2-sp"), ("rm", "pp2"), ("aot", "dp2"), ("weighted", "tp2-sp")}
 STAGE_PARAMETERS = [
     pytest.param(stage, layout, id=f"{stage}-{layout}", marks=[] if (stage, layout) in EVERY_TIME else pytest.mark.slow)
     for stage in STAGES

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlxf.models.logps import target_logps
+from rlxf.models.logps import log_collisions, target_logps
 from rlxf.platform import get_platform, linear
 from tests.ranks import on_ranks
 
@@ -47,6 +47,15 @@ def test_chunks_of_any_size_equal_the_full_log_softmax(rows_at_a_time: int) -> N
     values.backward(grad)
     for found, wanted in zip((values.detach(), hidden.grad, weight.grad), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 7, ROWS])
+@pytest.mark.parametrize("real", [VOCABULARY, VOCABULARY - 5])
+def test_collisions_are_the_sum_of_squared_probabilities(rows_at_a_time: int, real: int) -> None:
+    hidden, weight, *_ = inputs()
+    expected = (hidden @ weight[:real].t()).softmax(-1).square().sum(-1).log()
+    found = log_collisions(hidden, weight, vocab_size=real, chunk_elements=rows_at_a_time * VOCABULARY // 2)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 
 def test_bf16_sums_in_fp32() -> None:

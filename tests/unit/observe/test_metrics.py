@@ -12,8 +12,9 @@ import torch
 from rlxf.core.types import OnlinePairs, PromptBatch, Rollouts, ScoredRollouts, Sequences, Tokens
 from rlxf.observe.formulas import num_tokens, pair_metrics, read_jsonl, rollout_metrics, version_lag
 from rlxf.observe.sinks import JsonlSink, TensorBoardSink
+from rlxf.pair import PairingSettings
 from rlxf.pair.strategies import best_worst
-from rlxf.score.penalty import with_scores
+from rlxf.score.penalty import Shaping, with_scores
 
 EOS = 9
 
@@ -38,7 +39,7 @@ def scored(scores: list[float], completions: list[list[int]], versions: list[int
         engine_logps=torch.zeros(int(sequences.completion_lengths.sum())),
         policy_version=torch.tensor(versions or [0] * len(scores)),
     )
-    return with_scores(rollouts, torch.tensor(scores), eos_ids=(EOS,), missing_eos_penalty=0.0)
+    return with_scores(rollouts, torch.tensor(scores), eos_ids=(EOS,), shaping=Shaping())
 
 
 def test_rollout_metrics_count_what_was_sampled() -> None:
@@ -81,22 +82,22 @@ def test_a_step_without_any_score_says_nan_not_a_number() -> None:
 
 def test_pair_metrics_tell_ties_from_other_drops() -> None:
     batch = scored([1.0, 4.0, 2.0, 2.0, math.nan, 0.0, 5.0, 0.0], [[EOS]] * 8)
-    metrics = pair_metrics(best_worst(batch, min_score_margin=0.0))
+    metrics = pair_metrics(best_worst(batch, PairingSettings()))
     expected = {"pair/kept": 2.0, "pair/dropped": 2.0, "pair/missing": 1.0, "pair/tie_rate": 0.25, "pair/margin": 4.0}
     assert metrics == expected
 
 
 def test_both_sides_of_a_pair_count_their_prompt() -> None:
-    pairs = best_worst(scored([1.0, 4.0], [[1, EOS], [1, 1, EOS]]), min_score_margin=0.0).pairs
+    pairs = best_worst(scored([1.0, 4.0], [[1, EOS], [1, 1, EOS]]), PairingSettings()).pairs
     assert num_tokens(pairs) == (1 + 2) + (1 + 3)
 
 
 def test_lag_is_the_mean_over_pairs_and_offline_has_none() -> None:
     batch = scored([1.0, 4.0, 0.0, 1.0], [[EOS]] * 4, versions=[3, 3, 5, 5])
-    pairs = best_worst(batch, min_score_margin=0.0).pairs
+    pairs = best_worst(batch, PairingSettings()).pairs
     assert isinstance(pairs, OnlinePairs)
     assert version_lag(pairs, policy_version=5) == {"sync/version_lag": 1.0}
-    plain = best_worst(scored([1.0, 1.0], [[EOS]] * 2), min_score_margin=0.0).pairs
+    plain = best_worst(scored([1.0, 1.0], [[EOS]] * 2), PairingSettings()).pairs
     assert version_lag(plain, policy_version=5) == {}
 
 

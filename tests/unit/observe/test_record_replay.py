@@ -17,14 +17,16 @@ from rlxf.assembly.data import open_replay
 from rlxf.config.recording import holds_scores
 from rlxf.core.errors import ConfigError, DataError, SyncError
 from rlxf.core.types import Rollouts, ScoredRollouts
-from rlxf.observe.record import RecordedRollouts, RolloutRecorder, SampleRecorder
-from rlxf.pair.strategies import best_worst
+from rlxf.observe.record import RecordedRollouts, Recorders, RolloutRecorder, SampleRecorder
+from rlxf.pair import PairingSettings
+from rlxf.pair.strategies import all_pairs, best_worst
 from rlxf.rollout.engine import Sampling
 from rlxf.rollout.replay import ReplayEngine
-from rlxf.score.penalty import with_scores
+from rlxf.score.penalty import Shaping, with_scores
 from rlxf.score.recorded import RecordedScorer
 from rlxf.sync.plan import Bucket
 from tests.data_world import chat_tokenizer, make_rollouts, prompt_batch, recipe, reorder, write_rows
+from tests.pair_world import scored as scored_of
 from tests.tiny_models import EOS
 
 SAMPLING = Sampling(num_samples=2, max_new_tokens=8)
@@ -47,7 +49,7 @@ def step_of(step: int, num_prompts: int = 4, samples: int = 3) -> ScoredRollouts
     rollouts = make_rollouts(prompts, [[ids(9) for _ in range(samples)] for _ in range(num_prompts)], version=step)
     raw_scores = torch.randn(len(rollouts), generator=draw)
     raw_scores[0] = math.nan
-    return with_scores(rollouts, raw_scores, eos_ids=(EOS,), missing_eos_penalty=0.3)
+    return with_scores(rollouts, raw_scores, eos_ids=(EOS,), shaping=Shaping(missing_eos_penalty=0.3))
 
 
 def record(path: Path, *steps: ScoredRollouts, after: int | None = None) -> Path:
@@ -82,10 +84,10 @@ def test_replay_gives_the_live_steps_bit_for_bit(tmp_path: Path) -> None:
     engine, scorer = replay(path), RecordedScorer(path)
     for step in (1, 0):  # in any order, as a resumed run may ask
         rollouts = engine.generate(engine.next_batch(step), SAMPLING)
-        again = with_scores(rollouts, scorer.score(rollouts), eos_ids=(EOS,), missing_eos_penalty=0.3)
+        again = with_scores(rollouts, scorer.score(rollouts), eos_ids=(EOS,), shaping=Shaping(missing_eos_penalty=0.3))
         assert_same(live[step], again)
         assert rollouts.engine_logps.isnan().all()
-        pairs = [best_worst(scored, min_score_margin=0.1).pairs for scored in (live[step], again)]
+        pairs = [best_worst(scored, PairingSettings(min_score_margin=0.1)).pairs for scored in (live[step], again)]
         assert pairs[0].chosen.rows() == pairs[1].chosen.rows()
         assert torch.equal(pairs[0].margin, pairs[1].margin)
 
@@ -93,7 +95,9 @@ def test_replay_gives_the_live_steps_bit_for_bit(tmp_path: Path) -> None:
 def test_the_file_is_as_documented(tmp_path: Path) -> None:
     prompts = prompt_batch([[5, 6], [7]])
     rollouts = make_rollouts(prompts, [[[8, EOS], [9]], [[10], [11, EOS]]], version=4)
-    scored = with_scores(rollouts, torch.tensor([0.5, math.nan, -1.0, 2.0]), eos_ids=(EOS,), missing_eos_penalty=9.0)
+    scored = with_scores(
+        rollouts, torch.tensor([0.5, math.nan, -1.0, 2.0]), eos_ids=(EOS,), shaping=Shaping(missing_eos_penalty=9.0)
+    )
     rows = [json.loads(line) for line in record(tmp_path / "rollouts.jsonl", scored).read_text().splitlines()]
     assert rows == [
         {
@@ -114,7 +118,9 @@ def test_the_file_is_as_documented(tmp_path: Path) -> None:
 def test_the_order_of_rows_in_memory_does_not_change_the_file(tmp_path: Path) -> None:
     live = step_of(0, num_prompts=2, samples=2)
     order = [3, 0, 2, 1]
-    mixed = with_scores(reorder(live.rollouts, order), live.raw_scores[order], eos_ids=(EOS,), missing_eos_penalty=0.3)
+    mixed = with_scores(
+        reorder(live.rollouts, order), live.raw_scores[order], eos_ids=(EOS,), shaping=Shaping(missing_eos_penalty=0.3)
+    )
     first, second = record(tmp_path / "a.jsonl", live), record(tmp_path / "b.jsonl", mixed)
     assert first.read_bytes() == second.read_bytes()
 
@@ -123,7 +129,7 @@ def test_the_order_of_rows_in_memory_does_not_change_the_file(tmp_path: Path) ->
 @given(scores=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=6))
 def test_scores_keep_every_bit(tmp_path_factory: pytest.TempPathFactory, scores: list[float]) -> None:
     rollouts = make_rollouts(prompt_batch([[5]]), [[[9]] * len(scores)])
-    scored = with_scores(rollouts, torch.tensor(scores), eos_ids=(), missing_eos_penalty=0.0)
+    scored = with_scores(rollouts, torch.tensor(scores), eos_ids=(), shaping=Shaping())
     path = record(tmp_path_factory.getbasetemp() / "bits.jsonl", scored)
     again = RecordedScorer(path).score(rollouts).tolist()
     assert [struct.pack("f", score) for score in again] == [struct.pack("f", score) for score in scores]
@@ -214,12 +220,22 @@ def test_scores_are_present_when_one_is(score: float | None, expected: bool, tmp
     assert holds_scores(tmp_path / "missing.jsonl") is None
 
 
+def test_samples_show_every_prompt_before_the_second_pair_of_any(tmp_path: Path) -> None:
+    made = scored_of([[2.0, 1.0, 0.0], [0.0, 0.0], [3.0, 4.0]])
+    samples = SampleRecorder(tmp_path / "samples.jsonl", chat_tokenizer(), max_rows=3)
+    Recorders(None, samples, 1).write(1, made, all_pairs(made, PairingSettings()))
+    samples.close()
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    found = [(row["prompt"], row["chosen_score"], row["rejected_score"]) for row in rows]
+    assert found == [("prompt 0", 2.0, 1.0), ("prompt 2", 4.0, 3.0), ("prompt 0", 2.0, 0.0)]
+
+
 def test_samples_show_text_and_scores(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer()
     answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("good", "bad")]
     rollouts: Rollouts = make_rollouts(prompt_batch([[5]], texts=["say é"]), [[[*answers[0], EOS], answers[1]]])
-    scored = with_scores(rollouts, torch.tensor([0.1, 0.2]), eos_ids=(EOS,), missing_eos_penalty=1.0)
-    result = best_worst(scored, min_score_margin=0.0)
+    scored = with_scores(rollouts, torch.tensor([0.1, 0.2]), eos_ids=(EOS,), shaping=Shaping(missing_eos_penalty=1.0))
+    result = best_worst(scored, PairingSettings())
     recorder = SampleRecorder(tmp_path / "samples.jsonl", tokenizer)
     table = recorder.write(6, scored, result.chosen_rows, result.rejected_rows)
     recorder.close()

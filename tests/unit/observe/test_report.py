@@ -135,7 +135,7 @@ def test_the_table_shows_standard_errors_beside_their_values(tmp_path: Path) -> 
     assert found["reward score"] == ["1.000", "5.506 ± 0.12"]
     assert found["mine"] == ["0.500", "0.750 ± 0.020"]
     assert found["odd_se"] == ["-", "3.000"]  # of the user's file: there is no `odd`
-    assert not [name for name in found if "reward_se" in name or "mine_se" in name or "before the EOS" in name]
+    assert not [name for name in found if "reward_se" in name or "mine_se" in name or "before penalties" in name]
 
 
 def test_with_a_penalty_the_score_before_it_is_a_row(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_with_a_penalty_the_score_before_it_is_a_row(tmp_path: Path) -> None:
         actor_rollout__missing_eos_penalty=0.5,
     )  # fmt: skip
     _, *rows = table_of(tmp_path, config, {"eval/reward": 1.0, "eval/raw_reward": 1.25})
-    assert ["reward score before the EOS penalty", "1.250", "1.250"] in rows
+    assert ["reward score before penalties", "1.250", "1.250"] in rows
 
 
 def test_an_evaluation_alone_has_one_column_of_what_it_measured(tmp_path: Path) -> None:

@@ -11,41 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlxf.core.errors import ShapeError
-from rlxf.core.types import PairingResult, Rollouts, ScoredRollouts
+from rlxf.core.types import PairingResult, Rollouts
+from rlxf.pair import PairingSettings
 from rlxf.pair.strategies import best_worst
-from tests.data_world import make_rollouts, prompt_batch, reorder
+from tests.data_world import reorder
+from tests.pair_world import picked, scored, with_flat
 
 NAN = math.nan
 
 
-def scored(scores: list[list[float]], order: list[int] | None = None) -> ScoredRollouts:
-    """``scores[p][k]`` of completion k of prompt p. The completion's tokens name both: 10 * p + k, k + 1 times."""
-    prompts = prompt_batch([[100 + p] * (p + 1) for p in range(len(scores))])
-    rollouts = make_rollouts(prompts, [[[10 * p + k] * (k + 1) for k in range(len(s))] for p, s in enumerate(scores)])
-    flat = torch.tensor([score for row in scores for score in row])
-    if order is not None:
-        rollouts, flat = reorder(rollouts, order), flat[order]
-    return with_flat(rollouts, flat)
-
-
-def with_flat(rollouts: Rollouts, flat: torch.Tensor) -> ScoredRollouts:
-    ends = torch.ones(len(rollouts), dtype=torch.bool)
-    return ScoredRollouts(rollouts=rollouts, raw_scores=flat, scores=flat, contains_eos=ends)
-
-
-def picked(result: PairingResult) -> list[tuple[int, int, int]]:
-    """Prompt id, chosen sample, rejected sample of each pair, read from the tokens."""
-    sides = zip(
-        result.pairs.row_ids.tolist(),
-        result.pairs.chosen.completion_rows(),
-        result.pairs.rejected.completion_rows(),
-        strict=True,
-    )
-    return [(p, chosen[0] - 10 * p, rejected[0] - 10 * p) for p, chosen, rejected in sides]
-
-
 def pair(scores: list[list[float]], margin: float = 0.0) -> PairingResult:
-    return best_worst(scored(scores), min_score_margin=margin)
+    return best_worst(scored(scores), PairingSettings(min_score_margin=margin))
 
 
 def counts(result: PairingResult) -> tuple[int, int, int, int, int]:
@@ -91,7 +67,7 @@ def test_no_pair_at_all_is_an_empty_result() -> None:
 
 def test_rows_of_a_pair_lead_back_to_the_scores() -> None:
     given = scored([[0.5, 2.0, -1.0], [3.0, 1.0, 2.0]], order=[5, 3, 0, 4, 2, 1])
-    result = best_worst(given, min_score_margin=0.0)
+    result = best_worst(given, PairingSettings())
     difference = given.scores[result.chosen_rows] - given.scores[result.rejected_rows]
     assert difference.tolist() == result.pairs.margin.tolist() == [3.0, 2.0]
 
@@ -108,13 +84,13 @@ def test_a_pair_over_two_prompts_is_refused() -> None:
     mixed: dict[str, Any] = {name: getattr(rollouts, name) for name in Rollouts.__dataclass_fields__}
     mixed |= {"prompt_index": torch.tensor([0, 1, 0, 1]), "sample_index": torch.tensor([0, 0, 1, 1])}
     with pytest.raises(ShapeError, match="same prompt tokens"):
-        best_worst(with_flat(Rollouts(**mixed), torch.tensor([1.0, 2.0, 3.0, 4.0])), min_score_margin=0.0)
+        best_worst(with_flat(Rollouts(**mixed), torch.tensor([1.0, 2.0, 3.0, 4.0])), PairingSettings())
 
 
 def test_a_sample_that_is_there_twice_is_refused() -> None:
     rollouts = reorder(scored([[1.0, 2.0]]).rollouts, [0, 1, 0])
     with pytest.raises(ShapeError, match="sample 0 of prompt row 0"):
-        best_worst(with_flat(rollouts, torch.tensor([1.0, 2.0, 3.0])), min_score_margin=0.0)
+        best_worst(with_flat(rollouts, torch.tensor([1.0, 2.0, 3.0])), PairingSettings())
 
 
 few_values = st.sampled_from([NAN, -1.5, 0.0, 0.25, 1.0, 1e30])  # few, so that ties happen
@@ -125,8 +101,8 @@ some_scores = st.lists(st.lists(few_values, min_size=1, max_size=5), min_size=1,
 @given(scores=some_scores, margin=st.sampled_from([0.0, 0.5, 2.0]), data=st.data())
 def test_the_order_of_rows_changes_nothing(scores: list[list[float]], margin: float, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(sum(map(len, scores)))))
-    straight = best_worst(scored(scores), min_score_margin=margin)
-    shuffled = best_worst(scored(scores, list(order)), min_score_margin=margin)
+    straight = best_worst(scored(scores), PairingSettings(min_score_margin=margin))
+    shuffled = best_worst(scored(scores, list(order)), PairingSettings(min_score_margin=margin))
     assert counts(straight) == counts(shuffled)
     for name in ("row_ids", "margin", "policy_version", "chosen_engine_logps", "rejected_engine_logps"):
         assert torch.equal(getattr(straight.pairs, name), getattr(shuffled.pairs, name))
@@ -137,7 +113,7 @@ def test_the_order_of_rows_changes_nothing(scores: list[list[float]], margin: fl
 @settings(max_examples=200, deadline=None)
 @given(scores=some_scores, margin=st.sampled_from([0.0, 0.5, 2.0]))
 def test_every_pair_is_the_widest_of_its_prompt(scores: list[list[float]], margin: float) -> None:
-    result = best_worst(scored(scores), min_score_margin=margin)
+    result = best_worst(scored(scores), PairingSettings(min_score_margin=margin))
     found = {p: (chosen, rejected) for p, chosen, rejected in picked(result)}
     for p, row in enumerate(scores):
         known = [s for s in row if not math.isnan(s)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +14,16 @@ import torch
 from rlxf.assembly.build_run import build_probe
 from rlxf.assembly.roles import engine_settings
 from rlxf.config.schema import RunConfig, SyncConfig
-from rlxf.core.errors import SyncError
+from rlxf.core.errors import ConfigError, SyncError
 from rlxf.core.types import Tokens
+from rlxf.models.stop_strings import StopStrings
 from rlxf.platform import get_platform
 from rlxf.rollout import HfEngine
 from rlxf.rollout.engine import Sampling
 from rlxf.sync.plan import Bucket, TensorSpec
 from rlxf.sync.push import LocalSink, WeightSync
 from tests.rollout_world import HfActor, greedy, load_model, prompt_batch, random_prompts, run_config
-from tests.tiny_models import EOS, randomize, save_causal_lm
+from tests.tiny_models import EOS, byte_tokenizer, randomize, save_causal_lm
 from tests.vllm_process import VllmProcess, VllmProxy
 
 pytestmark = pytest.mark.vllm
@@ -51,7 +53,8 @@ class World:
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VllmProcess, list[Path]]]:
     root = tmp_path_factory.mktemp("vllm")
     folders = [save_causal_lm(root / name, tied=name == "tied", seed=1) for name in ("tied", "untied")]
-    process = VllmProcess(*map(run_config, folders))
+    with_tokenizer = run_config(folders[0], stop=["#"], structured_outputs={"choice": ["yes", "no"]})
+    process = VllmProcess(*map(run_config, folders), with_tokenizer)
     yield process, folders
     process.close()
 
@@ -110,6 +113,68 @@ def test_the_same_batch_gives_the_same_samples_twice_and_in_other_chunks(world: 
     assert first.sequences.rows() == world.engine.generate(batch, RANDOM).sequences.rows()
     alone = world.engine.generate(batch.slice(1, 2), RANDOM).sequences.rows()
     assert alone == first.sequences.rows()[3:6]
+
+
+def test_a_repetition_penalty_is_that_of_the_hf_engine_and_min_p_bounds_what_is_drawn(world: World) -> None:
+    batch = prompt_batch(random_prompts(SHORT))
+    penalised = replace(GREEDY, repetition_penalty=1.8)
+    rows = world.engine.generate(batch, penalised).sequences.completion_rows()
+    twin = HfEngine(engine_settings(run_config(world.folder)), get_platform("cpu"))
+    assert rows == twin.generate(batch, penalised).sequences.completion_rows()
+    assert rows != world.engine.generate(batch, GREEDY).sequences.completion_rows()
+    sampled = world.engine.generate(batch, replace(RANDOM, num_samples=8, min_p=0.3))
+    torch.testing.assert_close(sampled.engine_logps, world.actor.token_logps(sampled.sequences), rtol=0, atol=1e-5)
+    for row, start in zip(sampled.sequences.rows(), sampled.sequences.prompt_lengths.tolist(), strict=True):
+        probabilities = world.actor.model(torch.tensor([row])).logits[0, start - 1 : -1].softmax(-1)
+        own = probabilities.gather(1, torch.tensor(row[start:])[:, None])[:, 0]
+        assert bool((own >= 0.299 * probabilities.amax(-1)).all())
+
+
+@pytest.fixture
+def formed(process: tuple[VllmProcess, list[Path]]) -> VllmProxy:
+    """An engine that has a tokenizer, because its recipe has a form."""
+    return process[0].engine(2)
+
+
+def test_stop_strings_cut_where_the_hf_engine_cuts(formed: VllmProxy, process: tuple[VllmProcess, list[Path]]) -> None:
+    batch = prompt_batch(random_prompts(SHORT * 4))
+    sampling = replace(GREEDY, max_new_tokens=20, stop=(*"abcdefghijklmnopqrst", "Q1"))
+    rollouts = formed.generate(batch, sampling)
+    twin = HfEngine(engine_settings(run_config(process[1][0])), get_platform("cpu")).generate(batch, sampling)
+    assert rollouts.sequences.completion_rows() == twin.sequences.completion_rows()
+    torch.testing.assert_close(rollouts.engine_logps, twin.engine_logps, rtol=0, atol=1e-5)
+    stopped = StopStrings(byte_tokenizer(), sampling.stop).completed(rollouts.sequences)
+    assert 0 < int(stopped.sum()) < len(stopped)
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        ({"regex": "[ab]{3}c"}, "[ab]{3}c"),
+        ({"choice": ["yes", "no"]}, "yes|no"),
+        (
+            {"json": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}},
+            r"(?s)\{\s*\"a\"\s*:\s*(true|false).*\}",
+        ),
+        ({"grammar": 'root ::= "x" [0-9]'}, "x[0-9]"),
+    ],
+    ids=["regex", "choice", "json", "grammar"],
+)
+def test_completions_have_the_form_and_end_with_eos(formed: VllmProxy, form: dict[str, Any], pattern: str) -> None:
+    """The engine's log-probs are those of what the form allows, so they count as unknown."""
+    sampling = replace(RANDOM, max_new_tokens=60, structured_outputs=form)
+    batch = prompt_batch(random_prompts(SHORT))
+    rollouts = formed.generate(batch, sampling)
+    rows = [row for row in rollouts.sequences.completion_rows() if row[-1] == EOS]
+    assert len(rows) == 12 or ("json" in form and rows)  # white space may go on
+    assert all(re.fullmatch(pattern, byte_tokenizer().decode(row[:-1])) for row in rows)
+    assert bool(rollouts.engine_logps.isnan().all())
+    assert formed.generate(batch, sampling).sequences.rows() == rollouts.sequences.rows()
+
+
+def test_a_form_that_vllm_cannot_follow_is_told_at_the_start(process: tuple[VllmProcess, list[Path]]) -> None:
+    with pytest.raises(ConfigError, match=r"rollout.structured_outputs = .*: vLLM cannot follow it"):
+        process[0].call(2, "check_form", {"grammar": "root ::= nothing"})
 
 
 def test_samples_of_a_prompt_differ_and_so_do_its_next_occurrence_and_evaluations(world: World) -> None:

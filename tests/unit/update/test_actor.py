@@ -15,11 +15,11 @@ from torch import Tensor
 
 from rlxf.assembly.roles import build_actor, build_reference
 from rlxf.core.errors import TrainingError
-from rlxf.core.types import Metrics, OnlinePairs, Pairs, PairValues, ReferencedPairs, Sequences
+from rlxf.core.types import Metrics, Pairs, PairValues, ReferencedPairs, Sequences
 from rlxf.models.hf_folder import HfWeights
 from rlxf.platform import Process, get_platform
 from rlxf.update.actor import MegatronActor
-from tests.settings import random_pairs, referenced, run_config
+from tests.settings import online_pairs, random_pairs, referenced, run_config
 from tests.tiny_models import save_causal_lm
 
 
@@ -153,16 +153,7 @@ def test_mean_reduction_divides_each_side_by_its_own_length(folder: Path, loss_t
 def test_engine_drift_is_measured_before_the_update(folder: Path) -> None:
     pairs = random_pairs(4)
     fresh = actor(folder)
-    sides = {"chosen_engine_logps": pairs.chosen, "rejected_engine_logps": pairs.rejected}
-    engine = {name: fresh.token_logps(sequences) + 0.25 for name, sequences in sides.items()}
-    online = OnlinePairs(
-        chosen=pairs.chosen,
-        rejected=pairs.rejected,
-        row_ids=torch.arange(4),
-        margin=torch.ones(4),
-        policy_version=torch.zeros(4, dtype=torch.int64),
-        **engine,
-    )
+    online = online_pairs(pairs, *(fresh.token_logps(side) + 0.25 for side in (pairs.chosen, pairs.rejected)))
     metrics = fresh.update(ReferencedPairs(pairs=online, reference=referenced(pairs).reference), 0)
     assert metrics["rollout/logp_diff_mean"] == pytest.approx(0.25, abs=1e-5)
     assert metrics["rollout/logp_diff_max"] == pytest.approx(0.25, abs=1e-5)

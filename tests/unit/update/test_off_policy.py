@@ -19,7 +19,7 @@ from rlxf.platform import Process, get_platform
 from rlxf.update.off_policy import HIGHEST, LOWEST, SUMS, off_policy_metrics, off_policy_sums
 from tests.actors import actor, one_step
 from tests.ranks import on_ranks
-from tests.settings import random_pairs, referenced, run_config
+from tests.settings import online_pairs, random_pairs, referenced, run_config
 from tests.tiny_models import save_causal_lm
 
 RESOLUTION = 0.08  # of the percentile, relative
@@ -96,15 +96,7 @@ def test_a_completion_with_an_unknown_token_has_no_weight() -> None:
 
 def sampled(pairs: Pairs, logps: dict[str, Tensor]) -> ReferencedPairs:
     """The pairs as an engine with these log-probs would have sampled them."""
-    online = OnlinePairs(
-        chosen=pairs.chosen,
-        rejected=pairs.rejected,
-        row_ids=torch.arange(len(pairs)),
-        margin=torch.ones(len(pairs)),
-        policy_version=torch.zeros(len(pairs), dtype=torch.int64),
-        chosen_engine_logps=logps["chosen"],
-        rejected_engine_logps=logps["rejected"],
-    )
+    online = online_pairs(pairs, logps["chosen"], logps["rejected"])
     return ReferencedPairs(pairs=online, reference=referenced(pairs).reference)
 
 

@@ -229,7 +229,11 @@ def test_prompts_without_a_score_are_told_and_do_not_count(
 
 def wrong_flags() -> list[tuple[str, dict[str, object], str]]:
     return [
-        ("no judge", {"reward_function": None}, "one of the arguments --reward-model --reward-function is required"),
+        (
+            "no judge",
+            {"reward_function": None},
+            "one of the arguments --reward-model --reward-function --judge-function --judge-url",
+        ),
         ("two judges", {"reward_model": "rm"}, "not allowed with argument"),
         ("no data", {"data": None}, "the following arguments are required: --data"),
         ("confidence", {"confidence": 95}, "--confidence: expected a number at least 0.5, at most 0.9999, got '95'"),

@@ -1,0 +1,1 @@
+"""What a language model that judges is asked; files of text with {prompt}, {first} and {second}."""

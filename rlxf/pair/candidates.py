@@ -1,0 +1,158 @@
+"""Pairs of completions that a pairing may choose from, made from scores or from a judge's verdicts. Pure functions.
+
+Everything here is sorted by prompt and sample index first, so that the order of the rows changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlxf.core.errors import ShapeError
+from rlxf.core.types import Comparisons, Rollouts, ScoredRollouts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """``M`` pairs of one prompt each, sorted by prompt and then by their two sample indices, the smaller one first."""
+
+    chosen: Tensor  # [M] int64, rows of the rollouts
+    rejected: Tensor  # [M] int64
+    margin: Tensor  # [M] float32, 0 for a tie
+
+    def __len__(self) -> int:
+        return self.margin.numel()
+
+    def where(self, kept: Tensor) -> Candidates:
+        """Those that ``kept`` marks ([M] bool) or names ([m] int64)."""
+        return Candidates(chosen=self.chosen[kept], rejected=self.rejected[kept], margin=self.margin[kept])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extremes:
+    """Best and worst completion of each of ``P`` prompts. Among equal scores the smallest sample index counts."""
+
+    best: Tensor  # [P] int64, rows of the rollouts; meaningless where ``missing``
+    worst: Tensor  # [P] int64
+    margin: Tensor  # [P] float32; NaN where ``missing``
+    missing: Tensor  # [P] bool: fewer than two completions have a score
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdicts:
+    """A judge's ``M`` comparisons in the order of ``Candidates``: of each, the completion with the smaller sample index
+    and the other one, as places in ``by_prompt_and_sample``.
+    """
+
+    order: Tensor  # [B] int64, row of the rollouts at each place
+    low: Tensor  # [M] int64, places
+    high: Tensor  # [M] int64
+    low_wins: Tensor  # [M] float64, probability that ``low`` is better; NaN: no verdict
+
+    @property
+    def margin(self) -> Tensor:
+        """[M] float64 ``|2 p - 1|``, NaN without a verdict."""
+        return (2 * self.low_wins - 1).abs()
+
+    def candidates(self) -> Candidates:
+        """The comparisons with a verdict: the better side is chosen. A tie has a margin of 0."""
+        known = ~self.low_wins.isnan()
+        low, high, low_wins = self.low[known], self.high[known], self.low_wins[known]
+        return Candidates(
+            chosen=self.order[torch.where(low_wins >= 0.5, low, high)],
+            rejected=self.order[torch.where(low_wins >= 0.5, high, low)],
+            margin=self.margin[known].float(),
+        )
+
+
+def by_prompt_and_sample(rollouts: Rollouts) -> Tensor:
+    """[B] int64: the rows, sorted by prompt and then by sample index."""
+    by_sample = torch.argsort(rollouts.sample_index, stable=True)
+    order = by_sample[torch.argsort(rollouts.prompt_index[by_sample], stable=True)]
+    prompt, sample = rollouts.prompt_index[order], rollouts.sample_index[order]
+    twice = (prompt[1:] == prompt[:-1]) & (sample[1:] == sample[:-1])
+    if twice.any():
+        row = int(twice.nonzero()[0])
+        raise ShapeError(f"sample {int(sample[row])} of prompt row {int(prompt[row])} occurs more than once")
+    return order
+
+
+def extremes(scored: ScoredRollouts) -> Extremes:
+    """Best and worst of each prompt."""
+    rollouts = scored.rollouts
+    order = by_prompt_and_sample(rollouts)
+    prompt, scores = rollouts.prompt_index[order], scored.scores[order]  # [B]
+    num_prompts = len(rollouts.prompts)
+    best = _first_extreme(scores, prompt, num_prompts)
+    worst = _first_extreme(-scores, prompt, num_prompts)
+    num_scored = prompt[~scores.isnan()].bincount(minlength=num_prompts)  # [P]
+    missing = num_scored < 2
+    margin = torch.full((num_prompts,), math.nan)
+    margin[~missing] = scores[best[~missing]] - scores[worst[~missing]]
+    if not len(order):  # prompts without any completion
+        return Extremes(best=best, worst=worst, margin=margin, missing=missing)
+    return Extremes(best=order[best], worst=order[worst], margin=margin, missing=missing)
+
+
+def scored_pairs(scored: ScoredRollouts) -> Candidates:
+    """Every two completions of a prompt that have scores: the one with the higher score is chosen."""
+    rollouts = scored.rollouts
+    order = by_prompt_and_sample(rollouts)
+    order = order[~scored.scores[order].isnan()]
+    prompt = rollouts.prompt_index[order]
+    largest = int(prompt.bincount().max()) if len(prompt) else 0
+    found = [(torch.zeros(0, dtype=torch.int64),) * 2]
+    for distance in range(1, largest):  # places of one prompt stand together
+        low = (prompt[distance:] == prompt[:-distance]).nonzero().flatten()
+        found.append((low, low + distance))
+    low, high = (torch.cat(side) for side in zip(*found, strict=True))
+    sort = torch.from_numpy(np.lexsort((high.numpy(), low.numpy())))
+    low, high = order[low[sort]], order[high[sort]]
+    low_is_better = scored.scores[low] >= scored.scores[high]
+    chosen, rejected = torch.where(low_is_better, low, high), torch.where(low_is_better, high, low)
+    return Candidates(chosen=chosen, rejected=rejected, margin=scored.scores[chosen] - scored.scores[rejected])
+
+
+def verdicts_of(rollouts: Rollouts, comparisons: Comparisons) -> Verdicts:
+    """The comparisons, sorted.
+
+    Raises:
+        ShapeError: a row is not there, two rows are of different prompts, or two rows were compared twice.
+    """
+    order = by_prompt_and_sample(rollouts)
+    rows = torch.cat([comparisons.first, comparisons.second])
+    outside = rows[(rows < 0) | (rows >= len(rollouts))]
+    if len(outside):
+        raise ShapeError(f"a comparison is of row {int(outside[0])}, but there are {len(rollouts)} completions")
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    first, second = place[comparisons.first], place[comparisons.second]
+    apart = rollouts.prompt_index[comparisons.first] != rollouts.prompt_index[comparisons.second]
+    if bool((apart | (first == second)).any()):
+        row = int((apart | (first == second)).nonzero()[0])
+        raise ShapeError(
+            f"comparison {row} is of rows {int(comparisons.first[row])} and {int(comparisons.second[row])}: expected "
+            "two completions of one prompt"
+        )
+    low, high = torch.minimum(first, second), torch.maximum(first, second)
+    probability = comparisons.probability.double()
+    low_wins = torch.where(first < second, probability, 1 - probability)
+    sort = torch.from_numpy(np.lexsort((high.numpy(), low.numpy())))
+    low, high, low_wins = low[sort], high[sort], low_wins[sort]
+    if bool(((low[1:] == low[:-1]) & (high[1:] == high[:-1])).any()):
+        raise ShapeError("two completions were compared more than once")
+    return Verdicts(order=order, low=low, high=high, low_wins=low_wins)
+
+
+def _first_extreme(scores: Tensor, prompt: Tensor, num_prompts: int) -> Tensor:
+    """[P] int64: of each prompt the first place with its largest score; meaningless where a prompt has no score."""
+    known = ~scores.isnan()
+    position = torch.arange(len(scores))
+    largest = torch.full((num_prompts,), -math.inf).scatter_reduce(0, prompt[known], scores[known], "amax")
+    is_largest = known & (scores == largest[prompt])
+    first = torch.zeros(num_prompts, dtype=torch.int64)
+    return first.scatter_reduce(0, prompt[is_largest], position[is_largest], "amin", include_self=False)
