@@ -157,7 +157,8 @@ def test_every_path_of_the_schema_is_known_as_one() -> None:
         *(f"{role}.{key}" for role in ROLES for key in ("load", "tokenizer_name_or_path")),
         *("actor_rollout.data_path", "actor_rollout.save", "actor_rollout.lora_load"),
         *("reward.function", "rollout.replay_path", "ref.cache"),
-        *("eval.data_path", "eval.metrics", "training.resume"),
+        *("eval.data_path", "eval.metrics", "eval.reference_answers", "training.resume"),
+        *("judge.load", "judge.function", "judge.template", "judge.verdicts"),
     }
 
 
