@@ -166,11 +166,11 @@ class ClassifierJudge:
         for start in range(0, len(fits), self._batch_size):
             batch = fits[start : start + self._batch_size]
             found[batch] = self._probabilities([rows[index] for index in batch])
-            heard({index: Verdict(probability=float(found[index])) for index in batch})
-        if long := sorted(set(range(len(texts))) - set(fits)):
-            heard({index: Verdict() for index in long})
+        # All at once: if a part of them was kept, a resumed run would form other batches, and the last bits differ.
+        heard({index: Verdict(probability=value) for index, value in enumerate(found.tolist())})
+        if long := len(texts) - len(fits):
             log.warning("judge.load: %d of %d questions are longer than the %d tokens that it reads; no verdict",
-                        len(long), len(texts), self._max_length)  # fmt: skip
+                        long, len(texts), self._max_length)  # fmt: skip
         return found
 
     @torch.no_grad()
