@@ -19,15 +19,23 @@ class ProcessSource:
         make: makes the source in its process.
         name: how messages name it.
         workers: processes; with several, each is asked about a part of the prompts.
-        timeout_s: ``reward.timeout_s``.
+        timeout_s: longest time of a call, in seconds.
         stop: ends a wait early when the user asked for it.
+        limit: what sets ``timeout_s``, for messages.
 
     Raises:
         ConfigError: the function cannot be loaded.
     """
 
     def __init__(
-        self, make: Callable[[], FunctionSource], name: str, *, workers: int, timeout_s: float, stop: Stop
+        self,
+        make: Callable[[], FunctionSource],
+        name: str,
+        *,
+        workers: int,
+        timeout_s: float,
+        stop: Stop,
+        limit: str = "reward.timeout_s",
     ) -> None:
         self._workers = workers
         self._process = UserProcess(
@@ -37,7 +45,7 @@ class ProcessSource:
             timeout_s=timeout_s,
             stop=stop,
             failed=ScoreError,
-            limit="reward.timeout_s",
+            limit=limit,
         )
         self._process.start()
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.runs.killed import Call, assert_same_run, run_in_child, undisturbed_run
-from tests.runs.small import Finished, Recipe, World, run
+from tests.runs.small import ROOT, Finished, Recipe, World, environment, run
 
 RULE = """
 def reward(prompts, completions, completion_ids, log_extra, log_metric, **columns):
@@ -173,3 +176,25 @@ def test_a_finished_run_is_resumed_from_its_own_recipe(world: World, service: Se
     done = run(recipe, tmp_path / "run")
     again = yaml.safe_load((done.folder / "config.yaml").read_text())
     assert Finished(run({**again, "runtime": "local"}, tmp_path / "again").folder).losses == done.losses
+
+
+def test_two_runs_on_one_reward_server(world: World, tmp_path: Path) -> None:
+    """``scripts/serve_reward.py`` scores for both of them at the same time, and each gets its own answers."""
+    options = ("--load", str(world.folder / "reward"), "--port", "0")
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "serve_reward.py"), *options],
+        env=environment(), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().split()[-1]
+        reward = {"load": None, "model": None, "sources": [{"name": "server", "url": url}]}
+        recipe = world.recipe(reward=reward, log={"rollouts": True})
+        with ThreadPoolExecutor(2) as pool:
+            ended = list(pool.map(lambda name: run_in_child(recipe, tmp_path / name), ("one", "two")))
+        assert [end.code for end in ended] == [0, 0], ended
+        one, two = (Finished(tmp_path / name) for name in ("one", "two"))
+        assert one.numbers == two.numbers
+    finally:
+        server.terminate()
+        assert server.wait(30) == 143

@@ -9,7 +9,7 @@ import socket
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlxf.config.kinds import ReadAt
 from rlxf.core.errors import ConfigError
@@ -27,8 +27,11 @@ GRACE_S = 30  # how long requests under way may take after SIGTERM
 class Settings:
     """What is served, and how."""
 
-    load: Path | None = None  # this or function
+    load: Path | None = None  # one of these three
     function: Path | None = None
+    rule: str | None = None
+    options: dict[str, Any] | None = None  # of the rule
+    timeout_s: float = 60.0  # longest time of a request to a function or rule
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
     batch_size: int = 64  # completions that a model scores together
@@ -56,6 +59,7 @@ def serve(settings: Settings) -> int:
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed; type: pip install 'rlxf[serve]'") from error
     from rlxf.tools.serve.batching import Batcher
+    from rlxf.tools.serve.scorers import FunctionScores
 
     with _listening(settings.host, settings.port) as place:  # before a model is loaded, which takes long
         score, kind, name = _scores(settings)
@@ -87,6 +91,8 @@ def serve(settings: Settings) -> int:
         finally:
             for number, handler in zip(SIGNALS, previous, strict=True):
                 signal.signal(number, handler)
+            if isinstance(score, FunctionScores):
+                score.close()
     counts = batcher.counts
     print(f"ended: {counts.requests} requests, {counts.completions} completions, {counts.failed} failed")  # noqa: T201
     return 128 + ended[0] if ended else 0
@@ -99,9 +105,13 @@ def _scores(settings: Settings) -> tuple[Score, str, str]:
     from rlxf.tools.serve.scorers import FunctionScores, ModelScores, ModelSettings
 
     if settings.function is not None:
-        return FunctionScores(settings.function), "function", settings.function.name
+        function = FunctionScores.from_file(settings.function, timeout_s=settings.timeout_s)
+        return function, "function", settings.function.name
+    if settings.rule is not None:
+        rule = FunctionScores.from_rule(settings.rule, settings.options, timeout_s=settings.timeout_s)
+        return rule, "rule", settings.rule
     if settings.load is None:
-        raise ConfigError("expected --load MODEL or --function FILE, got neither")
+        raise ConfigError("expected --load MODEL, --function FILE or --rule NAME, got none")
     model = ModelSettings(
         load=settings.load,
         read_at=settings.read_at,

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rlxf.config.kinds import ReadAt
+from rlxf.config.problems import lines
 from rlxf.config.roles import RewardConfig
+from rlxf.config.rules import rule_problems
+from rlxf.core.errors import ConfigError
 from rlxf.core.read_position import READ_AT, stored_position
+from rlxf.core.stop import Stop
 from rlxf.models.backend import LoadSettings, load_model
 from rlxf.models.batching import MicroBatchLimits
 from rlxf.models.tokenizer import load_tokenizer
 from rlxf.platform import Process, get_platform
 from rlxf.score.functions import FunctionSource
+from rlxf.score.processes import ProcessSource
 from rlxf.score.reward_model import RewardModelScorer
+from rlxf.score.rules import rule_source
 from rlxf.score.scorer import SampledBy
 from rlxf.tools.model_shape import model_shape
 from rlxf.tools.serve.forms import Scores, Wanted
@@ -84,10 +92,34 @@ class ModelScores:
 
 
 class FunctionScores:
-    """Scores of a reward function, called once for each request: two runs may have other columns."""
+    """Scores of a reward function or a rule, called once for each request: two runs may have other columns.
 
-    def __init__(self, path: Path) -> None:
-        self._source = FunctionSource.from_file(path, "--function")
+    It runs in a process of its own, which is ended when a request takes too long.
+
+    Raises:
+        ConfigError: the function or the rule is wrong.
+    """
+
+    def __init__(self, make: Callable[[], FunctionSource], name: str, *, timeout_s: float) -> None:
+        self._source = ProcessSource(make, name, workers=1, timeout_s=timeout_s, stop=Stop(), limit="--timeout-s")
+
+    @staticmethod
+    def from_file(path: Path, *, timeout_s: float) -> FunctionScores:
+        """``reward`` of a Python file."""
+        make = partial(FunctionSource.from_file, path, "--function")
+        return FunctionScores(make, f"--function={path}", timeout_s=timeout_s)
+
+    @staticmethod
+    def from_rule(rule: str, options: dict[str, Any] | None, *, timeout_s: float) -> FunctionScores:
+        """A rule that comes with the program."""
+        if problems := list(rule_problems("--options", rule, options)):
+            raise ConfigError(*lines(problems))
+        name = f"--rule={rule}"
+        return FunctionScores(partial(rule_source, rule, options, name), name, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """End the process."""
+        self._source.close()
 
     def __call__(self, requests: Sequence[Wanted]) -> Scores:
         """The scores of the requests' completions."""

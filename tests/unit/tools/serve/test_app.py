@@ -245,7 +245,12 @@ def test_one_served_function_scores_for_two_clients_and_ends_well(
 
 # Arguments, and what is said of them in one line.
 BAD_ARGUMENTS: list[tuple[tuple[str, ...], str]] = [
-    ((), "one of the arguments --load --function is required"),
+    ((), "one of the arguments --load --function --rule is required"),
+    (("--rule", "maths"), '"maths" is no rule; did you mean "math"?'),
+    (("--rule", "regex", "--options", "{}"), "--options"),
+    (("--rule", "regex", "--options", "[1]"), "argument --options: expected a JSON object, got '[1]'"),
+    (("--function", "a.py", "--options", "{}"), "--options is an option of --rule; a reward function does not read it"),
+    (("--load", "a", "--timeout-s", "5"), "--timeout-s is an option of --function and --rule; a reward model does not"),
     (("--load", "a", "--function", "b"), "not allowed with argument"),
     (("--function", "nowhere.py"), "--function=nowhere.py: no such file; expected a Python file with `def reward("),
     (("--function", "empty.py"), "empty.py: defines no function `reward`"),
