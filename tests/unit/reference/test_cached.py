@@ -143,6 +143,7 @@ def test_the_folder_belongs_to_weights_dtype_device_and_version(
     first = cache_folder(tmp_path, model, "fp32", "cpu")
     assert cache_folder(tmp_path, model, "fp32", "cpu") == first
     others = [cache_folder(tmp_path, model, "bf16", "cpu"), cache_folder(tmp_path, model, "fp32", "npu")]
+    others += [cache_folder(tmp_path, model, "fp32", "cpu", alpha) for alpha in (0.0, 0.5, 1.0)]
     monkeypatch.setattr(cached_module, "VERSION", 1 + cached_module.VERSION)
     others.append(cache_folder(tmp_path, model, "fp32", "cpu"))
     monkeypatch.undo()
@@ -154,7 +155,7 @@ def test_the_folder_belongs_to_weights_dtype_device_and_version(
     content[-1] ^= 1
     weights.write_bytes(content)
     others.append(cache_folder(tmp_path, model, "fp32", "cpu"))
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 9
     assert "earlier version" not in caplog.text
 
 
