@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 from collections.abc import Mapping
-from importlib.util import find_spec
 from multiprocessing.connection import Connection
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -94,7 +92,6 @@ class VllmProxy:
 def _serve(connection: Connection, configs: list[dict[str, Any]]) -> None:
     from rlxf.rollout.vllm import VllmEngine
 
-    _stand_in_for_lmformatenforcer()
     try:
         recipes = [RunConfig.model_validate(config, strict=False) for config in configs]
         engines = [VllmEngine(engine_settings(recipe), get_platform("cpu")) for recipe in recipes]
@@ -112,14 +109,6 @@ def _serve(connection: Connection, configs: list[dict[str, Any]]) -> None:
         except Exception as error:  # noqa: BLE001  handed to the test
             answer = error
         connection.send(answer)
-
-
-def _stand_in_for_lmformatenforcer() -> None:
-    """vLLM 0.32 imports the package for every form, and follows none with it unless it is told to."""
-    if find_spec("lmformatenforcer") is None:
-        module = ModuleType("lmformatenforcer")
-        module.TokenEnforcer = object  # type: ignore[attr-defined]
-        sys.modules[module.__name__] = module
 
 
 def _answer(engine: Any, method: str, args: tuple[Any, ...]) -> Any:

@@ -28,6 +28,11 @@ def pair_problems(config: RunConfig) -> Iterator[Problem]:
     if algorithm.pairing != "threshold" and cut is not None:
         expected = f"nothing reads it with {_PAIRING}={algorithm.pairing}; set {_PAIRING}=threshold, or remove it"
         yield wrong(key, cut, expected, _PAIRING)
+    if algorithm.pairing == "threshold" and config.judges:
+        expected = "expected best_worst, all or random with a judge, which compares completions and gives no score"
+        yield wrong(
+            _PAIRING, algorithm.pairing, expected, *(f"judge.{key}" for key in ("load", "function", "base_url"))
+        )
     several, limit = algorithm.pairing in _SEVERAL, algorithm.max_pairs_per_prompt
     if not several and limit is not None and limit > 1:
         expected = (

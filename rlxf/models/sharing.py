@@ -108,21 +108,20 @@ def pair_units(pairs: Pairs, completions: Completions, limits: MicroBatchLimits)
     units: list[_Unit] = []
     for pair, (prompt, rows) in enumerate(zip(prompts, sides, strict=True)):
         of_prompt = open_units.setdefault(prompt, [])
-        fitting = [unit for unit in of_prompt if costs.fit({*unit.rows, *rows})]
-        if not fitting:
-            fitting = [_Unit(pairs=[], rows={})]
-            of_prompt += fitting
-            units += fitting
-        least = min(fitting, key=lambda unit: len(set(rows) - unit.rows.keys()))
-        least.pairs.append(pair)
-        least.rows |= dict.fromkeys(rows)
+        unit = next((unit for unit in of_prompt if costs.fit({*unit.rows, *rows})), None)
+        if unit is None:
+            unit = _Unit(pairs=[], rows=set())
+            of_prompt.append(unit)
+            units.append(unit)
+        unit.pairs.append(pair)
+        unit.rows |= {*rows}
     return [_finished(unit, sides) for unit in units]
 
 
 @dataclass(kw_only=True, slots=True)
 class _Unit:
     pairs: list[int]
-    rows: dict[int, None]  # an ordered set
+    rows: set[int]
 
 
 class _Costs:

@@ -203,7 +203,7 @@ class SampleRecorder:
     def write(self, step: int, scored: ScoredRollouts, chosen_rows: Tensor, rejected_rows: Tensor) -> list[Row]:
         """Append pairs of one step and return them.
 
-        ``chosen_rows`` and ``rejected_rows``: [N] int64, rows of ``scored``, as `best_worst` gives them.
+        ``chosen_rows`` and ``rejected_rows``: [N] int64, rows of ``scored``, as a pairing gives them.
         """
         rollouts = scored.rollouts
         completions = rollouts.sequences.completion_rows()
