@@ -104,7 +104,8 @@ def _score_and_pair(run: Run, collected: Collected) -> None:
         scored = with_scores(
             rollouts, collected.raw_scores, eos_ids=source.eos_ids, shaping=shaping, stopped=source.stopped
         )
-        scored = replace(scored, sources=_by_name(source.rewards.terms, collected.table), extra=collected.extra)
+        if not config.replays_scores:  # what each source said is not recorded
+            scored = replace(scored, sources=_by_name(source.rewards.terms, collected.table), extra=collected.extra)
         settings = pairing_settings(config.algorithm, seed=config.training.seed, step=collected.step)
         pairing = PAIRINGS[config.algorithm.pairing](scored, settings, comparisons)
     has_scores = bool(source.rewards.terms)

@@ -32,7 +32,7 @@ PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the second try, and at most; `Ret
 KEEP_ALIVE_S = 1.0  # shorter than any server's, so that no request meets a connection that the server is closing
 CLOSE_S = 5.0
 _TICK_S = 0.2  # how often a wait looks at the stop request
-_SAID_BYTES, _SAID_CHARS = 4096, 200  # what is read and told of an answer that is an error
+_SAID_BYTES, _SAID_CHARS = 4096, 400  # what is read and told of an answer that is an error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,7 +59,7 @@ def source_metrics(scored: ScoredRollouts) -> Metrics:
         known = scores[scores.isfinite()].double()
         metrics[f"rewards/{name}/mean"] = _mean(known)
         metrics[f"rewards/{name}/std"] = float(known.std()) if len(known) > 1 else math.nan
-        metrics[f"score/missing/{name}"] = float(len(scores) - len(known))
+        metrics[f"rewards/{name}/missing"] = float(len(scores) - len(known))
     return metrics
 
 

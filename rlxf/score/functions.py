@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _SIGNATURE = "def reward(prompts, completions, completion_ids, **columns) -> list[float | None]"
 _FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 _GIVEN = ("prompts", "completions", "completion_ids")
+OWN_METRICS = ("mean", "std", "missing")  # what every source has, as ``rewards/<name>/mean``
 _LOGS = ("log_extra", "log_metric")
 
 RewardFunction = Callable[..., Any]
@@ -100,6 +101,9 @@ class FunctionSource:
 
     def _logger(self, metrics: dict[str, float]) -> Callable[[str, float], None]:
         def log_metric(name: str, value: float) -> None:
+            if str(name) in OWN_METRICS:
+                taken = ", ".join(OWN_METRICS)
+                raise ScoreError(f"{self._name}: log_metric({name!r}, ...): choose another name than {taken}")
             try:
                 metrics[str(name)] = float(value)
             except (TypeError, ValueError) as error:

@@ -106,6 +106,39 @@ def test_a_reward_function_and_a_replay_need_no_device(recipe: Recipe, tmp_path:
     assert losses[0] == losses[1]
 
 
+JUDGE = """
+def judge(prompts, first, second, **columns):
+    return [0.5 + (sum(map(ord, a)) % 7 - sum(map(ord, b)) % 7) / 20 for a, b in zip(first, second)]
+"""
+
+
+@pytest.mark.slow  # in one process: tests/runs/test_rewards.py and test_judged_run.py
+@pytest.mark.parametrize("judge", ["", "function", "load"])
+def test_sources_and_judges_on_ray_give_the_numbers_of_one_process(judge: str, recipe: Recipe, tmp_path: Path) -> None:
+    """Two reward models on the reward workers, a rule and a function beside the driver; or a judge in their place."""
+    (tmp_path / "reward.py").write_text(REWARD.replace('assert os.environ["TOKENIZERS_PARALLELISM"] == "true"', ""))
+    (tmp_path / "judge.py").write_text(JUDGE)
+    model = recipe.folder / "reward"
+    sources = (
+        f"[{{load: {model}, scale: running}}, {{load: {model}, weight: 0.5, scale: rank}}, "
+        f"{{function: {tmp_path / 'reward.py'}, missing: leave_out}}, {{rule: length, options: {{max: 9}}}}]"
+    )
+    choice = {
+        "": (f"reward.sources={sources}",),
+        "function": ("reward.load=null", "reward.model=null", f"judge.function={tmp_path / 'judge.py'}"),
+        "load": ("reward.load=null", "reward.model=null", f"judge.load={model}"),
+    }[judge]
+    common = (*choice, "training.eval_interval=2", "eval.num_prompts=4", "actor_rollout.n_samples_per_prompt=3")
+    text = succeed(recipe.run(tmp_path / "ray", *common))
+    assert f"with {3 if judge == 'function' else 4} logical CPU" in text
+    succeed(recipe.run(tmp_path / "local", "runtime=local", *common))
+    rows = numbers(tmp_path / "ray")
+    assert rows == numbers(tmp_path / "local")
+    assert ("judge/asked" in rows[0]) == bool(judge)
+    assert not judge or "eval/reward" not in rows[-1]
+    assert judge or {"rewards/reward/mean", "rewards/reward_2/mean", "rewards/length/mean"} <= rows[0].keys()
+
+
 def test_two_engines_draw_the_samples_of_one(recipe: Recipe, local: Path, tmp_path: Path) -> None:
     pools = ("resource_pool.actor_rollout=[3]", "actor_rollout.num_gpus_for_infer=2")
     text = succeed(recipe.run(tmp_path / "two", *ONLINE, *pools))

@@ -29,8 +29,10 @@ STEP_NAMES = {
     "reward/score/mean", "reward/score/max", "reward/score/min",
     "response_length/mean", "response_length/max", "response_length/min",
     "prompt_length/mean", "prompt_length/max", "prompt_length/min",
+    "rewards/reward/mean", "rewards/reward/std", "rewards/reward/missing",
 }  # fmt: skip
-EVAL_NAMES = {f"eval/{name}" for name in BUILT_IN}
+# Without a judge, and without answers to compare with.
+EVAL_NAMES = {f"eval/{name}" for name in BUILT_IN if not name.startswith("judge/") and "reference" not in name}
 PROBED = {"sync/probe_difference"}  # in the first two steps
 SAMPLE_FIELDS = [
     "step", "prompt", "chosen", "rejected", "chosen_score", "rejected_score", "chosen_eos", "rejected_eos",

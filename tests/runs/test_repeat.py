@@ -12,7 +12,10 @@ from tests.runs.small import COARSE_REWARD, Finished, Recipe, World, replay_of, 
 
 PENALTY = 0.25
 # Of a live run only: what its engine measured, what was pushed into it, and passes over a file that a replay has not.
-LIVE_ONLY = ("rollout/", "offpolicy/", "pipeline/", "sync/bytes", "sync/probe_difference", "epoch")
+LIVE_ONLY = (
+    *("rollout/", "offpolicy/", "pipeline/", "sync/bytes", "sync/probe_difference", "epoch"),
+    *("rewards/reward/", "rewards/recorded/"),  # by the name of the source, which a recording does not have
+)
 
 
 @pytest.fixture(scope="module")

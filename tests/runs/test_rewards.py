@@ -90,11 +90,11 @@ def test_what_each_source_says_is_in_the_metrics_and_the_records(
             known = [c["scores"][name] for c in said if c["scores"][name] is not None]
             assert row[f"rewards/{name}/mean"] == pytest.approx(statistics.fmean(known), abs=1e-5)
             assert row[f"rewards/{name}/std"] == pytest.approx(statistics.stdev(known), abs=1e-5)
-            assert row[f"score/missing/{name}"] == len(said) - len(known)
+            assert row[f"rewards/{name}/missing"] == len(said) - len(known)
         assert row["rewards/rule/longest"] == max(c["extra"]["tokens"] for c in said)
         assert all(c["extra"]["tokens"] == len(c["token_ids"]) for c in said)
         assert row["score/missing"] == 0  # what the rule does not score is left out of the sum
-    assert sum(row["score/missing/rule"] for row in done.rows) > 0
+    assert sum(row["rewards/rule/missing"] for row in done.rows) > 0
     first = [c for prompt in recorded if prompt["step"] == 1 for c in prompt["completions"]]
     assert [c["score"] for c in first] == pytest.approx(by_hand(first), abs=1e-5)
     samples = [json.loads(line) for line in (done.folder / "samples.jsonl").read_text().splitlines()]
@@ -153,7 +153,7 @@ def test_a_service_that_is_down_costs_scores_and_not_the_run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlxf.score.sources.Rewards.score", counted)
         done = run(recipe, tmp_path / "run")
-    assert [row["score/missing/service"] for row in done.rows] == [0, 12, 0, 0]
+    assert [row["rewards/service/missing"] for row in done.rows] == [0, 12, 0, 0]
     assert [row["score/missing"] for row in done.rows] == [0, 12, 0, 0]  # missing is no zero
     assert "loss" not in done.rows[1]
     assert all(math.isfinite(row["loss"]) for row in (done.rows[0], *done.rows[2:]))

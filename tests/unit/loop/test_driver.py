@@ -19,7 +19,7 @@ from tests.unit.small_run import EOS, LIKED, Constant, SmallRun, TokenCounter, s
 
 # docs/metrics.md, without what the real actor adds (tests/unit/update) and the evaluation's (test_evaluate.py).
 ONLINE_NAMES = {
-    *("rewards/one/mean", "rewards/one/std", "score/missing/one"),
+    *("rewards/one/mean", "rewards/one/std", "rewards/one/missing"),
     "loss", "epoch", "data/dropped", "num_tokens", "objective/scores", "objective/scores_margin",
     "val/contain_eos_token", "score/missing",
     "pair/kept", "pair/dropped", "pair/missing", "pair/tie_rate", "pair/margin", "rollout/tokens_per_s",
