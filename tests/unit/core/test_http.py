@@ -108,7 +108,7 @@ FAULTS: dict[str, tuple[Behaviour, str, int]] = {
     "hangs up": (hang_up, "the connection was cut before the answer was complete (3 tries)", 3),
     "400": (status(400, "no\nbatch \x1b[31m"), "answered 400 Bad Request: no batch [31m", 1),
     "401": (status(401), "answered 401 Unauthorized; it wants a token, so set token_env", 1),
-    "404": (status(404, "x" * 1000), f"answered 404 Not Found: {'x' * 200}...", 1),
+    "404": (status(404, "x" * 1000), f"answered 404 Not Found: {'x' * 400}...", 1),
     "redirect": (
         status(302, Location="http://169.254.169.254/latest"),
         "answered 302 Found, a redirect to http://169.254.169.254/latest; redirects are not followed, so name that "
