@@ -235,7 +235,7 @@ def _reward(config: RunConfig) -> Iterator[Problem]:
         return
     if reward.load is not None and reward.function is not None:
         text = "reward.load and reward.function are both set: completions are scored by one of them; remove the other"
-        yield Problem(("reward.load", "reward.function"), text)
+        yield Problem(("reward.load", "reward.function", "reward.sources"), text)
     if reward.load is not None or reward.function is not None or config.judge.kind is not None:
         return
     text = (
@@ -244,9 +244,12 @@ def _reward(config: RunConfig) -> Iterator[Problem]:
     )
     path = config.rollout.replay_path
     if config.samples:
-        yield Problem(("reward.load", "reward.function"), text)
+        yield Problem(("reward.load", "reward.function", "reward.sources"), text)
     elif config.engine == "replay" and path is not None and holds_scores(path) is False:
-        yield Problem(("reward.load", "reward.function"), f"{text}: rollout.replay_path = {show(path)} holds no scores")
+        yield Problem(
+            ("reward.load", "reward.function", "reward.sources"),
+            f"{text}: rollout.replay_path = {show(path)} holds no scores",
+        )
 
 
 def _inputs(config: RunConfig) -> Iterator[Problem]:
