@@ -96,7 +96,7 @@ def assert_goes_on(recipe: Recipe, run_dir: Path, undisturbed: Path, output: str
 
 @pytest.mark.parametrize(
     "kind",
-    ["RolloutWorker", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ReferenceWorker", "RewardWorker"))],
+    ["RolloutWorker", pytest.param("ReferenceWorker", marks=pytest.mark.slow)],  # reward workers: test_lookahead.py
 )
 def test_a_lost_worker_costs_no_complete_step(
     recipe: Recipe, scored: tuple[str, ...], undisturbed: Path, tmp_path: Path, kind: str
@@ -109,6 +109,7 @@ def test_a_lost_worker_costs_no_complete_step(
     assert_goes_on(recipe, tmp_path, undisturbed, output, *scored)
 
 
+@pytest.mark.slow
 def test_a_stuck_engine_costs_no_complete_step(
     recipe: Recipe, scored: tuple[str, ...], undisturbed: Path, tmp_path: Path
 ) -> None:
