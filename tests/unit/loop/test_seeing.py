@@ -92,4 +92,5 @@ def test_the_trace_has_a_box_of_every_stage_with_its_step_and_version(tmp_path: 
         and gen.begin < update.end
         and update.begin < gen.end
     ]
-    assert together == ([(step + 1, step) for step in steps][:-1] if lookahead else [])
+    assert set(together) <= {(step + 1, step) for step in steps}  # a busy machine may start one of them late
+    assert bool(together) == bool(lookahead)
