@@ -7,13 +7,15 @@ from typing import Any, get_args
 import pytest
 
 from rlxf.algorithms import ALGORITHMS
-from rlxf.config.kinds import JudgeName, PairingName, ScorerName, Stage
+from rlxf.config.kinds import JudgeName, PairingName, ReaderName, ScorerName, Stage
+from rlxf.config.rules import RuleName
 from rlxf.config.schema import RolloutConfig, SyncConfig
 from rlxf.config.stages import STAGES, ObjectiveName
 from rlxf.judge import JUDGES
 from rlxf.pair import PAIRINGS
 from rlxf.rollout import ENGINES
-from rlxf.score import SCORERS
+from rlxf.score import READERS, SCORERS
+from rlxf.score.rules import RULES
 from rlxf.sync.transports import TRANSPORTS
 from rlxf.update import OBJECTIVES
 
@@ -36,10 +38,23 @@ ENGINE_CHOICES = choices(RolloutConfig.model_fields["engine"].annotation) - {"re
         ({facts.objective for facts in STAGES.values()}, OBJECTIVES),
         (set(get_args(PairingName)), PAIRINGS),
         (set(get_args(ScorerName)), SCORERS),
+        (set(get_args(ReaderName)), READERS),
+        (set(get_args(RuleName)), RULES),
         (set(get_args(JudgeName)), JUDGES),
         (ENGINE_CHOICES, ENGINES),
     ],
-    ids=["stages", "algorithms", "objectives", "objectives of stages", "pairings", "scorers", "judges", "engines"],
+    ids=[
+        "stages",
+        "algorithms",
+        "objectives",
+        "objectives of stages",
+        "pairings",
+        "scorers",
+        "readers",
+        "rules",
+        "judges",
+        "engines",
+    ],
 )
 def test_every_choice_has_an_entry_and_every_entry_is_a_choice(expected: set[str], entries: dict[str, Any]) -> None:
     assert expected == set(entries)
