@@ -15,7 +15,6 @@ from rlxf.core.types import Batch, Comparisons, Examples, Pairs, Rollouts
 from rlxf.loop.collected import Collected
 from rlxf.loop.run import Online, Reference, Run
 from rlxf.observe.formulas import data_metrics, pair_metrics, rollout_metrics
-from rlxf.observe.record import plain
 from rlxf.pair import PAIRINGS, PairingSettings
 from rlxf.schedule.lookahead import Stage
 from rlxf.score.combine import Term
@@ -119,8 +118,7 @@ def _score(run: Run, collected: Collected, rollouts: Rollouts) -> None:
     source, known = _online(run), collected.raw_scores
     if known is None:
         found = source.rewards.score(rollouts)
-        collected.table = found.table
-        collected.extra = {name: [plain(value) for value in values] for name, values in found.extra.items()}
+        collected.table, collected.extra = found.table, found.extra
         collected.metrics |= found.metrics
     if collected.table is not None and collected.table.shape[1] == len(source.rewards.terms):
         sums, collected.running = source.scales.add(collected.table)

@@ -9,7 +9,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rlxf.config.config_json import read_settings, shape_of
 from rlxf.config.roles import RewardConfig, RoleConfig
@@ -93,12 +93,11 @@ def build_models(config: RunConfig, platform: Platform, process: Process) -> dic
     Raises:
         ModelError: a folder does not hold a reward model.
     """
-    from rlxf.score.reward_model import RewardModelScorer
+    from rlxf.score import SCORERS
 
-    return {
-        name: RewardModelScorer.of(_scorer_parts(config, section, platform, process))
-        for name, section in config.reward_models.items()
-    }
+    parts = {name: _scorer_parts(config, section, platform, process) for name, section in config.reward_models.items()}
+    # What the entry `model` builds scores texts, too.
+    return {name: cast("ModelScorer", SCORERS["model"](part)) for name, part in parts.items()}
 
 
 def build_scorer(config: RunConfig, platform: Platform, process: Process) -> Scorer:

@@ -8,10 +8,12 @@ import re
 from array import array
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from rlxf.core.errors import DataError
-from rlxf.core.types import Metrics
+
+if TYPE_CHECKING:
+    from rlxf.core.types import Metrics
 
 Row = dict[str, Any]
 Check = Callable[[Row], str | None]  # what is wrong with a row, or None
@@ -207,3 +209,16 @@ def from_json(values: Mapping[str, float | None]) -> Metrics:
 def finite_or_null(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """JSON has neither NaN nor infinity."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def plain(value: Any) -> Any:
+    """A logged value as JSON can hold it: what is neither text nor a finite number is written as text."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    return str(value)

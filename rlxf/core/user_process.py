@@ -110,14 +110,21 @@ class UserProcess(Generic[Made]):
                 raise self._failed(
                     f"{self._name}: its process ended in the middle of a call{code}; the next call gets a new one"
                 ) from error
+            except RlxfError:
+                raise
+            except Exception as error:  # what the user's code returned cannot be sent, for example
+                raise self._failed(f"{self._name}: {type(error).__name__}: {error}") from error
 
 
 def _use(make: Callable[[], Made], use: Callable[[Made, Given], Result], given: Given) -> Result:
     """In the process: ``use`` on the object, which the first call makes."""
     global _made
-    if _made is None:
-        _made = make()
-    return use(_made, given)
+    try:
+        if _made is None:
+            _made = make()
+        return use(_made, given)
+    except (SystemExit, KeyboardInterrupt) as error:  # in the run's process it would end the run without a word
+        raise RuntimeError(f"it called for the end of its process ({type(error).__name__}: {error})") from error
 
 
 def _ready(_made: object, _given: None) -> None:

@@ -163,21 +163,8 @@ def _details(scored: ScoredRollouts, row: int) -> Row:
     if len(scored.sources) > 1:
         details["scores"] = {name: _or_null(float(scores[row])) for name, scores in scored.sources.items()}
     if scored.extra:
-        details["extra"] = {name: plain(values[row]) for name, values in scored.extra.items()}
+        details["extra"] = {name: values[row] for name, values in scored.extra.items()}
     return details
-
-
-def plain(value: Any) -> Any:
-    """A logged value as JSON can hold it: what is neither text nor a finite number is written as text."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    return str(value)
 
 
 def _by_sample(sample_index: Tensor) -> list[int]:

@@ -20,7 +20,7 @@ __all__ = ["READERS", "SCORERS", "ReaderParts", "Scorer", "ScorerParts", "TextSo
 def _model(parts: ScorerParts) -> Scorer:
     from rlxf.score.reward_model import RewardModelScorer
 
-    return RewardModelScorer.of(parts)
+    return RewardModelScorer(parts.load_model(), parts.config, parts.limits, parts.load_tokenizer(), parts.policy())
 
 
 def _recorded(parts: ScorerParts) -> Scorer:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rlxf.core.errors import ConfigError, RlxfError, ScoreError
-from rlxf.core.user_file import describe, load_function
+from rlxf.core.errors import ConfigError, ScoreError
+from rlxf.core.jsonl import plain
+from rlxf.core.user_file import load_function
+from rlxf.core.user_function import UserFunction, copied
 from rlxf.score.texts import Answered, Asked
-
-if TYPE_CHECKING:
-    from rlxf.core.types import Text
 
 _SIGNATURE = "def reward(prompts, completions, completion_ids, **columns) -> list[float | None]"
 _FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
@@ -43,10 +41,11 @@ class FunctionSource:
     """
 
     def __init__(self, function: RewardFunction, name: str, path: Path | None = None) -> None:
-        self._function, self._name, self._path = function, name, path
+        self._name = name
         asked = inspect.signature(function).parameters
         self._logs = [log for log in _LOGS if log in asked]
-        self._require_accepts(dict.fromkeys((*_GIVEN, *self._logs)), complete=False)  # columns are not known yet
+        given = (*_GIVEN, *self._logs)
+        self._call = UserFunction(function, name, title="reward", signature=_SIGNATURE, given=given, path=path)
 
     @staticmethod
     def from_file(path: Path, key: str = "reward.function") -> FunctionSource:
@@ -68,8 +67,8 @@ class FunctionSource:
         extra: dict[str, list[Any]] = {}
         metrics: dict[str, float] = {}
         arguments: dict[str, Any] = {
-            "prompts": [_copy(prompt) for prompt in asked.prompts],
-            "completions": [_copy(completion) for completion in asked.completions],
+            "prompts": [copied(prompt) for prompt in asked.prompts],
+            "completions": [copied(completion) for completion in asked.completions],
             "completion_ids": asked.completion_ids,
         }
         for column, values in asked.columns.items():
@@ -80,9 +79,8 @@ class FunctionSource:
             arguments[column] = values
         given = {"log_extra": self._keeper(extra, len(asked)), "log_metric": self._logger(metrics)}
         arguments |= {log: given[log] for log in self._logs}
-        self._require_accepts(arguments, complete=True)
-        scores = self._scores(self._call(arguments), len(asked))
-        return Answered(scores=scores, extra=extra, metrics=metrics)
+        result = self._call(arguments, len(asked), what="scores", each="completion")
+        return Answered(scores=self._scores(result), extra=extra, metrics=metrics)
 
     def close(self) -> None:
         """It has started nothing."""
@@ -95,7 +93,7 @@ class FunctionSource:
                     f"{self._name}: log_extra({column!r}, ...): expected {count} values, one per completion, got "
                     f"{len(found)}"
                 )
-            extra[str(column)] = found
+            extra[str(column)] = [plain(value) for value in found]  # it goes to another process, and to files
 
         return log_extra
 
@@ -113,32 +111,7 @@ class FunctionSource:
 
         return log_metric
 
-    def _require_accepts(self, arguments: dict[str, Any], *, complete: bool) -> None:
-        signature = inspect.signature(self._function)
-        try:
-            (signature.bind if complete else signature.bind_partial)(**arguments)
-        except TypeError as error:
-            raise ConfigError(
-                f"{self._name}: `reward` cannot be called with {', '.join(arguments)}: {error}; expected `{_SIGNATURE}`"
-            ) from error
-
-    def _call(self, arguments: dict[str, Any]) -> Any:
-        try:
-            result = self._function(**arguments)
-            if inspect.isawaitable(result):
-                result = asyncio.run(_awaited(result))
-            return list(result) if isinstance(result, Iterable) else result  # a generator fails only here
-        except RlxfError:  # a stop request reached the program inside the function
-            raise
-        except Exception as error:
-            text = describe(error, self._path) if self._path else f"{type(error).__name__}: {error}"
-            raise ScoreError(f"{self._name}: `reward` failed: {text}") from error
-
-    def _scores(self, result: Any, count: int) -> list[float | None]:
-        if not isinstance(result, list):
-            raise ScoreError(f"{self._name}: expected a list of {count} scores, got {type(result).__name__}")
-        if len(result) != count:
-            raise ScoreError(f"{self._name}: expected {count} scores, one per completion, got {len(result)}")
+    def _scores(self, result: list[Any]) -> list[float | None]:
         scores: list[float | None] = []
         for index, value in enumerate(result):
             try:
@@ -149,12 +122,3 @@ class FunctionSource:
                 raise ScoreError(f"{self._name}: score {index} must be a finite number or None, got {value!r}")
             scores.append(None if score is None or math.isnan(score) else score)
         return scores
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
-
-
-def _copy(text: Text) -> Text:
-    """A copy for the user's function, which may change its messages."""
-    return text if isinstance(text, str) else [dict(message) for message in text]

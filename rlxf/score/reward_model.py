@@ -19,7 +19,7 @@ from rlxf.models.backend import sequence_scores
 from rlxf.models.batching import MicroBatchLimits
 from rlxf.models.encoding import encode_chat, encode_string, with_eos
 from rlxf.models.endings import Endings
-from rlxf.score.scorer import SampledBy, ScorerParts
+from rlxf.score.scorer import SampledBy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,11 +70,6 @@ class RewardModelScorer:
         ids = self._eos_ids if self._same else ()
         self._endings = Endings.of(self._own, config.load, ids=ids)
         self._reads_tail = read_position(config.read_at, config.load) == "last_token"
-
-    @staticmethod
-    def of(parts: ScorerParts) -> RewardModelScorer:
-        """The reward model that ``parts`` load."""
-        return RewardModelScorer(parts.load_model(), parts.config, parts.limits, parts.load_tokenizer(), parts.policy())
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """[B] float32 scores; NaN for a text that is longer than the reward model takes."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rlxf.core.errors import ScoreError
 from rlxf.core.stop import Stop
-from rlxf.core.types import Metrics, Rollouts, Text
+from rlxf.core.types import Metrics, Rollouts
+from rlxf.core.user_function import as_answer
 from rlxf.core.waiting import in_thread
 from rlxf.score.combine import Term, combine, unscaled
 from rlxf.score.scorer import Scorer
@@ -203,14 +204,10 @@ def as_texts(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> Asked:
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return Asked(
         prompts=prompts,
-        completions=[_reply(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
+        completions=[as_answer(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
         completion_ids=ids,
         columns={name: [values[row] for row in rows] for name, values in rollouts.prompts.columns.items()},
     )
-
-
-def _reply(prompt: Text, completion: str) -> Text:
-    return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
 
 
 class Unscaled:

@@ -60,7 +60,7 @@ def test_arguments_are_those_of_trl(tmp_path: Path, rollouts: Rollouts) -> None:
     scoring = scorer(tmp_path, code)
     scoring.score(rollouts)
     chat = [{"role": "user", "content": "hi"}]
-    assert scoring.source._function.__globals__["seen"] == {
+    assert scoring.source._call._function.__globals__["seen"] == {
         "prompts": ["say", "say", chat, chat],
         "completions": [
             "one",

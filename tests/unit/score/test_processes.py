@@ -111,6 +111,23 @@ def test_a_function_that_ends_its_process_costs_the_call(made: Made) -> None:
         source.ask(ASKED)
 
 
+def test_a_function_that_calls_exit_costs_the_call_and_not_the_run(made: Made) -> None:
+    source = made("import sys\ndef reward(prompts, **rest):\n    sys.exit(0)\n")
+    for _ in range(2):
+        with pytest.raises(ScoreError, match=r"^reward.function=x: .*it called for the end of its process"):
+            source.ask(ASKED)
+
+
+def test_what_is_logged_is_what_files_can_hold(made: Made) -> None:
+    code = """
+        def reward(prompts, log_extra, **rest):
+            log_extra("found", [1, 2.5, None, float("nan"), (lambda: 0).__class__, {"a": [object]}])
+            return [0.0] * len(prompts)
+    """
+    (found,) = made(code).ask(ASKED).extra.values()
+    assert found == [1, 2.5, None, "nan", "<class 'function'>", {"a": ["<class 'object'>"]}]
+
+
 def test_what_the_function_raises_arrives(made: Made) -> None:
     source = made("def reward(prompts, **rest):\n    return 1 / 0\n")
     with pytest.raises(ScoreError, match=r"my_reward.py:2: ZeroDivisionError"):
@@ -160,3 +177,8 @@ def test_no_process_outlives_a_killed_run(tmp_path: Path) -> None:
     run.kill()
     run.wait()
     assert not psutil.wait_procs([child], timeout=20)[1]
+
+
+def test_the_process_of_a_function_needs_no_torch() -> None:
+    program = "import sys, rlxf.score.processes; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
