@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from rlxf.config.problems import Problem, wrong
 from rlxf.config.rewards import TAKEN_NAMES, RewardSource
-from rlxf.config.rules import rule_problems
+from rlxf.config.rules import RULE_OPTIONS, as_rule, rule_problems
 from rlxf.config.schema import RunConfig
 from rlxf.core.addresses import url_problem
 
@@ -68,7 +68,8 @@ def _source(key: str, source: RewardSource, *, files: bool) -> Iterator[Problem]
     if source.options and kind != "rule":
         yield wrong(f"{key}.options", source.options, f"only a rule reads them, and this source is a {kind}", _WHOLE)
     if source.rule is not None:
-        for problem in rule_problems(f"{key}.options", source.rule, source.options, files=files):
+        place = f"{key}.options" if as_rule(source.rule) in RULE_OPTIONS else f"{key}.rule"
+        for problem in rule_problems(place, source.rule, source.options, files=files):
             yield Problem((_WHOLE,), problem.text)
     if source.url is not None:
         yield from _service(key, source, source.url)

@@ -38,7 +38,7 @@ def with_sources(*sources: Any, **reward: Any) -> dict[str, Any]:
         ([{**FUNCTION, "read_at": "last_token"}], "only a reward model (load) reads it, and this source is a function"),
         ([{**MODEL, "form": "slime"}], "only a service (url) reads it, and this source is a model"),
         ([{**FUNCTION, "options": {"a": 1}}], "only a rule reads them, and this source is a function"),
-        ([{"rule": "maths"}], 'reward.sources[0].options: "maths" is no rule; did you mean "math"?'),
+        ([{"rule": "maths"}], 'reward.sources[0].rule: "maths" is no rule; did you mean "math"?'),
         ([{"rule": "regex", "options": {"patern": "a"}}], "reward.sources[0].options"),
         ([{"function": "f.txt"}], 'reward.sources[0].function = "./f.txt": expected a file that ends in .py'),
         ([{"url": "host:8000"}], "reward.sources[0].url: expected an http or https address"),
