@@ -3,53 +3,46 @@
 from __future__ import annotations
 
 import logging
-import os
-import shlex
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 
 from rlxf.assembly.build_run import Roles
 from rlxf.assembly.judge import open_function_judge
 from rlxf.assembly.rewards import open_readers
-from rlxf.assembly.start import clocked, prepared, run_prepared
+from rlxf.assembly.start import Prepared, clocked, prepared, run_prepared
 from rlxf.config.kinds import Role
 from rlxf.config.schema import RunConfig
+from rlxf.core.clock import Clock
 from rlxf.core.command import Typed
-from rlxf.core.places import CHECKOUT
+from rlxf.core.errors import RlxfError
 from rlxf.core.stop import Stop
 from rlxf.loop.run import Reference
 from rlxf.placement.plan import Plan, make_plan
 from rlxf.platform import Platform, get_platform
-from rlxf.platform.environment import differing_exports, with_exports
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
 from rlxf.schedule import InThreads, OneAfterTheOther
 from rlxf.sync.transports import choose_transport
+from rlxf.sync.transports.transport import Transport
 
-from .actor import ActorWorker, RemoteActor
+from .actor import RemoteActor
 from .cluster import Cluster, connect
-from .group import Member, WorkerGroup
-from .pools import Pools
-from .reference import ReferenceWorker, RemoteReference
-from .remote import Pending, Waiter
-from .reward import RemoteScorer, RewardWorker
-from .rollout import RemoteEngines, RolloutWorker
+from .crew import Crew
+from .ending import Ending
+from .group import WorkerGroup
+from .pools import node_ids
+from .recovery import Recovery
+from .reference import RemoteReference
+from .remote import Waiter
+from .reward import RemoteScorer
+from .rollout import RemoteEngines
+from .watch import Limits, Watch
 
 log = logging.getLogger(__name__)
-
-WORKERS: dict[Role, type] = {
-    "train": ActorWorker,
-    "infer": RolloutWorker,
-    "ref": ReferenceWorker,
-    "reward": RewardWorker,
-}
 
 
 def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None:
@@ -69,15 +62,41 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
             open_function_judge(config, stop) as judge,
             clocked(found) as clock,
             connected(plan, platform, stop) as cluster,
+            watched(config, found.run_dir) as watch,
         ):
-            waiter = Waiter(clock, stop, config.training.stage_timeout_s, cluster.logs)
+            waiter = Waiter(clock, stop, config.training.stage_timeout_s, cluster.logs, watch)
             with stop.interruptible():
-                groups, loading = start_workers(config, plan, platform, waiter)
-                waiter.gather(loading, config.training.start_timeout_s)
-            roles = replace(make_roles(config, platform, groups), readers=readers, judge=judge)
-            # Without lookahead the stages of a step follow each other anyway.
-            lanes = InThreads(stop) if config.rollout.lookahead else OneAfterTheOther()
-            run_prepared(found, roles, platform=platform, clock=clock, stop=stop, lanes=lanes)
+                crew = Crew(config, plan, platform, waiter, watch)
+                waiter.gather(crew.load(), config.training.start_timeout_s)
+            roles = replace(make_roles(config, platform, crew.groups), readers=readers, judge=judge)
+            _run(found, roles, crew, platform=platform, clock=clock, stop=stop)
+
+
+def _run(found: Prepared, roles: Roles, crew: Crew, *, platform: Platform, clock: Clock, stop: Stop) -> None:
+    """Train, or evaluate only; again from the last checkpoint when the trainer was lost."""
+    recovery = Recovery(crew, roles.sink if isinstance(roles.sink, RemoteEngines) else None, clock, stop)
+    while True:
+        # Without lookahead the stages of a step follow each other anyway.
+        lanes = InThreads(stop) if found.config.rollout.lookahead else OneAfterTheOther()
+        try:
+            return run_prepared(found, roles, platform=platform, clock=clock, stop=stop, lanes=lanes)
+        except RlxfError as error:
+            found = recovery.begin_again(found, error)
+
+
+@contextmanager
+def watched(config: RunConfig, run_dir: Path) -> Iterator[Watch]:
+    """Who follows the workers."""
+    limits = Limits(
+        min_deadline_s=config.resilience.min_deadline_s,
+        stage_s=config.training.stage_timeout_s,
+        start_s=config.training.start_timeout_s,
+    )
+    watch = Watch(limits, Ending(run_dir / "stacks", node_ids))
+    try:
+        yield watch
+    finally:
+        watch.close()
 
 
 @contextmanager
@@ -93,81 +112,10 @@ def connected(plan: Plan, platform: Platform, stop: Stop) -> Iterator[Cluster]:
         ray.shutdown()
 
 
-def start_workers(
-    config: RunConfig, plan: Plan, platform: Platform, waiter: Waiter
-) -> tuple[dict[Role, WorkerGroup], list[Pending]]:
-    """All worker processes of the run, and the calls that load their models: started, not waited for."""
-    pools = Pools(plan, waiter)
-    groups: dict[Role, WorkerGroup] = {}
-    loading: list[Pending] = []
-    for role in plan.roles:
-        slots = [(slot.options(), slot.node) for slot in pools.slots(role)]
-        groups[role.role] = _start_group(config, role.role, slots, platform, waiter)
-    _say_who_is_where(groups)
-    _say_exports(config, groups, platform)
-    for group in groups.values():
-        master = group.members[0].handle.address.remote()  # a reference: Ray hands the value on when it is there
-        loading += [
-            Pending(member.handle.build.remote(config, master), member.name, "build") for member in group.members
-        ]
-    return groups, loading
-
-
-def _start_group(
-    config: RunConfig, role: Role, slots: list[tuple[dict[str, Any], str]], platform: Platform, waiter: Waiter
-) -> WorkerGroup:
-    environment: dict[str, Any] = {"env_vars": _environment(config, role, platform)}
-    if shlex.quote(sys.executable) != sys.executable:
-        # Ray starts a worker through a shell and quotes everything but the interpreter.
-        environment["py_executable"] = shlex.quote(sys.executable)
-    worker = ray.remote(WORKERS[role])
-    members = [
-        Member(
-            worker.options(runtime_env=environment, **options).remote(rank, len(slots)),
-            f"{role} rank {rank}",
-            node,
-        )
-        for rank, (options, node) in enumerate(slots)
-    ]
-    return WorkerGroup(members, waiter)
-
-
-def _say_who_is_where(groups: dict[Role, WorkerGroup]) -> None:
-    members = [member for group in groups.values() for member in group.members]
-    for node in dict.fromkeys(member.node for member in members):
-        log.info("node %s: %s", node, ", ".join(member.rank for member in members if member.node == node))
-
-
-def _environment(config: RunConfig, role: Role, platform: Platform) -> dict[str, str]:
-    """Environment variables of a role's processes: the device's or the user's, and where this checkout is."""
-    environment = with_exports(_defaults(config, role, platform), os.environ)
-    places = [str(CHECKOUT) if CHECKOUT else None, os.environ.get("PYTHONPATH")]
-    if path := os.pathsep.join(filter(None, places)):
-        environment["PYTHONPATH"] = path
-    return environment
-
-
-def _defaults(config: RunConfig, role: Role, platform: Platform) -> dict[str, str]:
-    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
-    if role == "infer":
-        return platform.rollout_environment(threads, config.rollout.cpu_kv_cache_gib)
-    return platform.worker_environment(threads)
-
-
-def _say_exports(config: RunConfig, roles: Iterable[Role], platform: Platform) -> None:
-    """Which exported variables the workers get in place of a default, and which they do not get."""
-    defaults = {name: value for role in roles for name, value in _defaults(config, role, platform).items()}
-    taken, refused = differing_exports(defaults, os.environ)
-    if taken:
-        log.info("the workers use these exported variables: %s", ", ".join(taken))
-    if refused:
-        log.warning("the workers do not use these exported variables: %s", ", ".join(refused))
-
-
-def make_roles(config: RunConfig, platform: Platform, groups: dict[Role, WorkerGroup]) -> Roles:
+def make_roles(config: RunConfig, platform: Platform, groups: Mapping[Role, WorkerGroup]) -> Roles:
     """The roles as the driver sees them."""
     actor = RemoteActor(groups["train"])
-    engines = _connect(config, platform, RemoteEngines(groups["infer"], actor)) if "infer" in groups else None
+    engines = _connect(config, platform, groups["infer"], actor) if "infer" in groups else None
     return Roles(
         actor=actor,
         reference=_reference(config, groups, actor),
@@ -177,16 +125,20 @@ def make_roles(config: RunConfig, platform: Platform, groups: dict[Role, WorkerG
     )
 
 
-def _reference(config: RunConfig, groups: dict[Role, WorkerGroup], actor: RemoteActor) -> Reference:
+def _reference(config: RunConfig, groups: Mapping[Role, WorkerGroup], actor: RemoteActor) -> Reference:
     if not config.needs_reference:
         return NoReference()
     return AdapterOffReference(actor) if config.reference_is_base else RemoteReference(groups["ref"])
 
 
-def _connect(config: RunConfig, platform: Platform, engines: RemoteEngines) -> RemoteEngines:
+def _connect(config: RunConfig, platform: Platform, group: WorkerGroup, actor: RemoteActor) -> RemoteEngines:
     """The engines, which new weights reach in the best way that recipe, device and placement allow."""
-    keeps = config.rollout.lookahead > 0
-    transport = choose_transport(config.sync.transport, platform, partial(engines.machines, keeps=keeps))
-    engines.connect(transport, keeps=keeps)
-    log.info("weights travel through %s", transport.title)
+
+    def choose(engines: RemoteEngines) -> Transport:
+        transport = choose_transport(config.sync.transport, platform, engines.machines)
+        log.info("weights travel through %s", transport.title)
+        return transport
+
+    engines = RemoteEngines(group, actor, choose=choose, keeps=config.rollout.lookahead > 0)
+    engines.connect()
     return engines

@@ -1,20 +1,33 @@
-"""Claiming devices: the plan's groups as Ray placement groups, and the slots that workers start in."""
+"""Claiming devices: the plan's groups as Ray placement groups, and the slots that workers start in.
+
+If a node is lost, its slots are claimed anew where there is room, in placement groups of their own.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlxf.core.errors import PlacementError, StageTimeout
+from rlxf.core.errors import PlacementError, RunInterrupted, StageTimeout
+from rlxf.core.events import event
 from rlxf.placement.plan import GroupPlan, NodeResources, Plan, RolePlan, assign, fit
 
 from .remote import Pending, Waiter
+
+log = logging.getLogger(__name__)
 
 PLACE_S = 10.0  # longest time to claim all devices, seconds
 RELEASE_S = 5.0  # of which: how long to wait for devices that a run before this one is giving back
@@ -29,6 +42,11 @@ class Slot:
     resource: str
     amount: float
     node: str
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The bundle, which other slots may share."""
+        return self.group.id.hex(), self.bundle
 
     def options(self) -> dict[str, Any]:
         """Options of the Ray actor that takes this slot."""
@@ -53,6 +71,11 @@ def cluster_nodes() -> list[NodeResources]:
     ]
 
 
+def node_ids() -> dict[str, str]:
+    """Ray's id of each living node, by the name that the run gives it."""
+    return {_name(node): node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def _name(node: dict[str, Any]) -> str:
     return f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"  # two raylets of one machine share the address
 
@@ -60,22 +83,31 @@ def _name(node: dict[str, Any]) -> str:
 class Pools:
     """The claimed devices of one run. A group is one placement group whose bundles are pinned to the planned nodes."""
 
-    def __init__(self, plan: Plan, waiter: Waiter) -> None:
+    def __init__(self, plan: Plan, waiter: Waiter, *, node_wait_s: float = 0.0) -> None:
         """Claim every device of the plan.
+
+        Args:
+            plan: who gets which device.
+            waiter: waits for them.
+            node_wait_s: how long to wait for devices in place of those of a lost node.
 
         Raises:
             PlacementError: the cluster has no room; asked, has and free per node are in the message.
         """
         self._plan = plan
+        self._waiter = waiter
+        self._node_wait_s = node_wait_s
+        self._moved: dict[tuple[str, int], tuple[PlacementGroup, int, str]] = {}  # bundles of lost nodes
+        self._sizes: dict[tuple[str, int], float] = {}  # devices of each bundle
         self._nodes = _wait_for_room(plan)
         self._groups: dict[str, PlacementGroup] = {}
-        node_ids = {_name(node): node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        ids = node_ids()
         for group in plan.groups:
             entries = [self._nodes[group.name, group.node_of(owned[0])] for owned in _bundles(plan, group)]
             self._groups[group.name] = placement_group(
                 [{plan.resource: float(len(owned))} for owned in _bundles(plan, group)],
                 strategy="PACK",
-                bundle_label_selector=[{"ray.io/node-id": node_ids[entry]} for entry in entries],
+                bundle_label_selector=[{"ray.io/node-id": ids[entry]} for entry in entries],
             )
         pending = [Pending(pg.ready(), f"pool {name}", "placement") for name, pg in self._groups.items()]
         try:
@@ -95,12 +127,80 @@ class Pools:
             sharing = sum(devices[0] in other.bundles for other in self._plan.roles if other.group == role.group)
             amount = float(len(devices)) if sharing == 1 else int(10_000 / sharing) / 10_000  # Ray counts in 1/10000
             node = self._nodes[group.name, group.node_of(devices[0])]
-            slots.append(Slot(self._groups[group.name], index, self._plan.resource, amount, node))
+            slot = Slot(self._groups[group.name], index, self._plan.resource, amount, node)
+            self._sizes[slot.place] = float(len(bundles[index]))
+            slots.append(slot)
         return slots
+
+    def living(self, slots: Sequence[Slot]) -> list[Slot]:
+        """The slots, with another in place of each whose node is lost; waits for room, also on a node that joins.
+
+        Raises:
+            RunInterrupted: there was none in time.
+        """
+        alive = node_ids()
+        known = [self._moved_to(slot) for slot in slots]
+        lost = {slot.place: slot for slot in known if slot.node not in alive}
+        if lost:
+            self._claim(lost)
+        return [self._moved_to(slot) for slot in known]
+
+    def _moved_to(self, slot: Slot) -> Slot:
+        """The slot where it is now: its node may have been lost, more than once."""
+        while slot.place in self._moved:
+            group, bundle, node = self._moved[slot.place]
+            slot = replace(slot, group=group, bundle=bundle, node=node)
+        return slot
+
+    def _claim(self, lost: dict[tuple[str, int], Slot]) -> None:
+        """Other devices for these bundles."""
+        sizes, resource = [self._sizes[place] for place in lost], self._plan.resource
+        dead = ", ".join(sorted({slot.node for slot in lost.values()}))
+        self._wait_for_nodes(sizes, dead)
+        group = placement_group([{resource: size} for size in sizes], strategy="PACK")
+        self._waiter.gather([Pending(group.ready(), "the pool of a lost node", "placement")], max(PLACE_S, 1.0))
+        self._groups[f"in place of node {dead}, {len(self._moved)}"] = group
+        names = {node["NodeID"]: _name(node) for node in ray.nodes()}
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        for bundle, (place, size) in enumerate(zip(lost, sizes, strict=True)):
+            self._moved[place] = group, bundle, names[nodes[bundle]]
+            self._sizes[group.id.hex(), bundle] = size
+
+    def _wait_for_nodes(self, sizes: Sequence[float], dead: str) -> None:
+        """Return when there is room for as many devices, each entry on one node."""
+        deadline, told = time.monotonic() + self._node_wait_s, False
+        while True:
+            nodes, resource = cluster_nodes(), self._plan.resource
+            if _have_room(sizes, [node.free.get(resource, 0.0) for node in nodes]):
+                return
+            free = sum(node.free.get(resource, 0.0) for node in nodes)
+            problem = f"need {sum(sizes):g} {resource}, have {free:g} after node {dead} died"
+            if time.monotonic() > deadline:
+                raise RunInterrupted(
+                    f"{problem}, and resilience.node_wait_s = {self._node_wait_s:g} s are over; start a node in its "
+                    "place, or raise resilience.node_wait_s"
+                )
+            if not told:
+                told = True
+                text = "%s; waiting up to %g s for devices (resilience.node_wait_s)"
+                log.warning(text, problem, self._node_wait_s, extra=event("node lost", who=f"node {dead}"))
+            self._waiter.rest(1.0)
 
     def release(self) -> None:
         for group in self._groups.values():
             remove_placement_group(group)
+
+
+def _have_room(sizes: Sequence[float], free: Sequence[float]) -> bool:
+    """Whether the bundles fit on the nodes, the largest first on the fullest that has room."""
+    left = sorted(free)
+    for size in sorted(sizes, reverse=True):
+        index = next((i for i, amount in enumerate(left) if amount >= size), None)
+        if index is None:
+            return False
+        left[index] -= size
+        left.sort()
+    return True
 
 
 def _process_devices(role: RolePlan) -> list[tuple[int, ...]]:

@@ -1,11 +1,14 @@
-"""The only wait for remote work. It has a deadline, ends at a lost worker or a stop request, and names the call."""
+"""The only wait for remote work. It has a deadline, ends at a lost worker or a stop request, and names the call.
+
+A worker that hangs is ended while somebody waits for it, and is lost then.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
@@ -16,6 +19,7 @@ from rlxf.core.stop import Stop
 
 TICK_S = 0.5  # how often a wait looks at the stop request
 DEATHS = (RayActorError, ObjectLostError)
+ENDED_S = 30.0  # how long Ray may take to notice that a worker has been ended
 BLAME_S = 2.0  # when one rank fails, how long to look for a worker whose death is the cause
 
 
@@ -29,6 +33,31 @@ class Pending:
     made_at: float = field(default_factory=time.perf_counter)
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a call: its result, or how its worker was lost."""
+
+    call: Pending
+    value: Any = None
+    lost: WorkerLost | None = None
+
+
+class Watched(Protocol):
+    """Who knows which workers hang (``watch.py``)."""
+
+    def end_hung(self, names: Collection[str], place: str) -> None:
+        """End each of these workers that hangs."""
+        ...
+
+    def end_overdue(self, names: Collection[str], place: str) -> bool:
+        """End those of these workers that are still at work; whether there is one."""
+        ...
+
+    def why_ended(self, name: str) -> str | None:
+        """Why a worker was ended; None: it was not."""
+        ...
+
+
 class Waiter:
     """Waits for remote calls on behalf of one run.
 
@@ -37,10 +66,19 @@ class Waiter:
         stop: ends a wait early when the user asked for it.
         timeout_s: longest wait, unless a call brings its own.
         logs: where people find what the workers wrote.
+        watch: ends workers that hang; None: nobody does, and a wait that takes too long is an error.
     """
 
-    def __init__(self, clock: Clock, stop: Stop, timeout_s: float, logs: str = "Ray's session folder") -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        stop: Stop,
+        timeout_s: float,
+        logs: str = "Ray's session folder",
+        watch: Watched | None = None,
+    ) -> None:
         self.clock = clock
+        self._watch = watch
         self._stop = stop
         self._timeout_s = timeout_s
         self._logs = logs
@@ -54,29 +92,70 @@ class Waiter:
             StopRequested: a signal came, and the stage may be abandoned.
             RlxfError: whatever the remote room raised.
         """
-        limit = timeout_s if timeout_s is not None else self._timeout_s
-        deadline = time.monotonic() + limit
+        deadline = _Deadline(self._timeout_s if timeout_s is None else timeout_s, is_own=timeout_s is not None)
         waiting = {call.ref: call for call in calls}
         results: dict[Any, Any] = {}
         while waiting:
+            ref = self._next(waiting, deadline)
+            try:
+                results[ref] = ray.get(ref, timeout=max(deadline.left, TICK_S))
+            except RayError as error:
+                raise self._blame(error, waiting.pop(ref), waiting) from error
+            call = waiting.pop(ref)
+            self.clock.called(call.worker, call.made_at)
+        return [results[call.ref] for call in calls]
+
+    def first(self, calls: Iterable[Pending]) -> Answer:
+        """The first answer to one of ``calls``. A death is an answer, too; what the remote room raised is raised."""
+        waiting = {call.ref: call for call in calls}
+        deadline = _Deadline(self._timeout_s, is_own=False)
+        call = waiting[ref := self._next(waiting, deadline)]
+        try:
+            value = ray.get(ref, timeout=max(deadline.left, TICK_S))
+        except RayError as error:
+            if not _is_death(error):
+                raise self._translate(error, call) from error
+            lost = self._translate(error, call)
+            assert isinstance(lost, WorkerLost)
+            return Answer(call, lost=lost)
+        self.clock.called(call.worker, call.made_at)
+        return Answer(call, value)
+
+    def rest(self, seconds: float) -> None:
+        """Wait for nothing but the time.
+
+        Raises:
+            StopRequested: a signal came, and the stage may be abandoned.
+        """
+        if self._stop.must_give_up():
+            raise self._stop.error("stopped while waiting for devices")
+        time.sleep(min(seconds, TICK_S))
+
+    def _next(self, waiting: dict[Any, Pending], deadline: _Deadline) -> Any:
+        """The reference of a call that is answered, whether well or not."""
+        while True:
             if self._stop.must_give_up():
                 raise self._stop.error(f"stopped while waiting for {self._describe(waiting)}")
-            left = deadline - time.monotonic()
-            if left <= 0:
+            left = deadline.left
+            names = {call.worker for call in waiting.values()}
+            if self._watch is not None:
+                self._watch.end_hung(names, self.clock.place)
+            if left <= 0 and self._is_over(names, deadline):
                 raise StageTimeout(
-                    f"{self.clock.place}: no answer within {limit:g} s from {self._describe(waiting)}; look at the "
-                    f"workers' logs ({self._logs}), or raise training.stage_timeout_s (training.start_timeout_s while "
-                    "loading)"
+                    f"{self.clock.place}: no answer within {deadline.limit:g} s from {self._describe(waiting)}; look "
+                    f"at the workers' logs ({self._logs}), or raise training.stage_timeout_s "
+                    "(training.start_timeout_s while loading)"
                 )
-            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=min(TICK_S, left))
-            for ref in ready:
-                try:
-                    results[ref] = ray.get(ref, timeout=max(left, TICK_S))
-                except RayError as error:
-                    raise self._blame(error, waiting.pop(ref), waiting) from error
-                call = waiting.pop(ref)
-                self.clock.called(call.worker, call.made_at)
-        return [results[call.ref] for call in calls]
+            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=min(TICK_S, max(left, 0.0)))
+            if ready:
+                return ready[0]
+
+    def _is_over(self, names: Collection[str], deadline: _Deadline) -> bool:
+        """Whether a wait whose time is over ends; if not, the workers that took too long are ended, and so it does."""
+        if deadline.is_own or self._watch is None or not self._watch.end_overdue(names, self.clock.place):
+            return True
+        deadline.extend(ENDED_S)
+        return False
 
     def _blame(self, error: RayError, call: Pending, others: dict[Any, Pending]) -> Exception:
         """The error to report: a dead worker before the failures that its death caused in others."""
@@ -94,10 +173,11 @@ class Waiter:
 
     def _translate(self, error: RayError, call: Pending) -> Exception:
         if isinstance(error, DEATHS):
-            who = call.worker if _is_death(error) else f"a worker that {call.worker} needed an answer from"
-            return WorkerLost(
-                f"{self.clock.place}: lost {who} during {call.call}: {_first_lines(error)} Logs: {self._logs}"
-            )
+            died = _is_death(error)
+            who = call.worker if died else f"a worker that {call.worker} needed an answer from"
+            ended = self._watch.why_ended(call.worker) if died and self._watch is not None else None
+            reason = f"it was ended, because of {ended}." if ended else _first_lines(error)
+            return WorkerLost(f"{self.clock.place}: lost {who} during {call.call}: {reason} Logs: {self._logs}")
         if isinstance(error, GetTimeoutError):
             return StageTimeout(f"{self.clock.place}: the result of {call.call} from {call.worker} did not arrive")
         if isinstance(error, RayTaskError) and isinstance(error.cause, RlxfError):
@@ -110,6 +190,23 @@ class Waiter:
     def _describe(waiting: dict[Any, Pending]) -> str:
         names = [f"{call.call} of {call.worker}" for call in waiting.values()]
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+class _Deadline:
+    """When a wait has to end. ``is_own``: the call brought its limit, and whoever made it deals with the error."""
+
+    def __init__(self, limit: float, *, is_own: bool) -> None:
+        self.limit, self.is_own = limit, is_own
+        self._at = time.monotonic() + limit
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self._at - time.monotonic()
+
+    def extend(self, seconds: float) -> None:
+        """From now on as many seconds as that."""
+        self._at = time.monotonic() + seconds
 
 
 def _is_death(error: RayError) -> bool:

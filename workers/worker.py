@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import warnings
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any, Protocol, TypeVar
 
 import ray
 
 from rlxf.config.schema import RunConfig
+from rlxf.core.progress import progress
 from rlxf.platform import Platform, Process, get_platform
 from rlxf.sync.transports.shared_memory import this_machine
+
+from .signs import SignsOfLife
 
 T = TypeVar("T")
 
@@ -22,17 +28,36 @@ class Build(Protocol):
 
 
 class Worker:
-    """One process of a role. Nothing is loaded before ``build``: a failure there is an answer, not a dead actor."""
+    """One process of a role. Nothing is loaded before ``build``: a failure there is an answer, not a dead actor.
+
+    Each public method is a phase of the process's progress, by its name or by what ``phase_of`` makes of it.
+
+    Args:
+        rank: in the role's group.
+        world_size: of the group.
+        sign: run and name by which the process gives signs of life; None: nobody follows it.
+    """
 
     make: Build  # of each role, as a static method
     room: Any  # what it gave
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, method in list(vars(cls).items()):
+            if isinstance(method, FunctionType) and not name.startswith("_"):
+                setattr(cls, name, _phase(method))
+
+    def __init__(self, rank: int, world_size: int, sign: tuple[str, str] | None = None) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.signs = SignsOfLife(*sign) if sign else None
         self._listener: socket.socket | None = None
         # Arrays from the object store are read-only; every room only reads them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+    def _phase_of(self, method: str, args: tuple[Any, ...]) -> str:
+        """The name of the phase that a call is."""
+        return method
 
     def address(self) -> tuple[str, int]:
         """This node's address and a port on it, held until the group's rendezvous; a group of one needs none."""
@@ -47,7 +72,11 @@ class Worker:
 
     def build(self, config: RunConfig, master: tuple[str, int]) -> None:
         """Load the room's model, or whatever it has. ``master``: the address of the group's rendezvous."""
-        self.room = self.make(config, *self.place(config, master))
+        with progress.phase("build"):
+            platform, process = self.place(config, master)
+            self.room = self.make(config, platform, process)
+        if self.signs is not None and platform.name != "cpu":
+            self.signs.device_bytes = platform.max_memory_allocated
 
     def place(self, config: RunConfig, master: tuple[str, int]) -> tuple[Platform, Process]:
         """The device, and this rank's place in its group. Ray shows a process its own devices only: it has number 0."""
@@ -64,3 +93,14 @@ class Worker:
     def answer(self, value: T) -> T | None:
         """``value`` on rank 0; the others have nothing to send."""
         return value if self.rank == 0 else None
+
+
+def _phase(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, whose calls are a phase."""
+
+    @functools.wraps(method)
+    def within(self: Worker, *args: Any, **options: Any) -> Any:
+        with progress.phase(self._phase_of(method.__name__, args)):
+            return method(self, *args, **options)
+
+    return within

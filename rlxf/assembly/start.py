@@ -20,6 +20,8 @@ from rlxf.checkpointing.unfinished import newest_unfinished
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
 from rlxf.core.command import TYPED, Typed
+from rlxf.core.errors import RunInterrupted
+from rlxf.core.events import recorded_events
 from rlxf.core.files import write_json
 from rlxf.core.stop import Stop
 from rlxf.driver import train
@@ -63,9 +65,10 @@ def prepared(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None) 
         with owned_checkpoints(root, run_dir):
             found = _prepare(config, run_dir, stop, typed, data)
             try:
-                yield found
+                with recorded_events(run_dir):
+                    yield found
             except Exception as error:
-                if typed is not None and list_checkpoints(root):
+                if typed is not None and (list_checkpoints(root) or isinstance(error, RunInterrupted)):
                     error.add_note(f"to go on: {typed.going_on(run_dir)}")
                 raise
 
@@ -86,6 +89,13 @@ def run_prepared(found: Prepared, roles: Roles, *, platform: Platform, clock: Cl
         found.data.say_dropped()
     finally:
         report.close()
+
+
+def find_again(found: Prepared) -> Resume | None:
+    """Where a run that has lost its trainer goes on: from its newest checkpoint, or as it began; None: at the start."""
+    config, run_dir = found.config, found.run_dir
+    newest = config.model_copy(update={"training": config.training.model_copy(update={"resume": "auto"})})
+    return find_resume(newest, run_dir) or find_resume(config, run_dir)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from rlxf.config.schema import (
     EvalConfig,
     LogConfig,
     ModelConfig,
+    ResilienceConfig,
     ResourcePoolConfig,
     RolloutConfig,
     RunConfig,
@@ -32,6 +33,7 @@ SECTIONS: dict[str, type[Strict]] = {
     "algorithm": AlgorithmConfig,
     "judge": JudgeConfig,
     "resource_pool": ResourcePoolConfig,
+    "resilience": ResilienceConfig,
     "eval": EvalConfig,
     "log": LogConfig,
 }
@@ -286,6 +288,7 @@ def _places() -> Mapping[str, str]:
         "judge",
         "log",
         "eval",
+        "resilience",
         "resource_pool",
         "algorithm",
         "sync",

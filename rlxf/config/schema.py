@@ -96,7 +96,8 @@ class TrainingConfig(Strict):
     """Seconds that an update or a weight sync may still take after Ctrl-C or SIGTERM. The checkpoint that follows is
     not limited."""
     stage_timeout_s: Positive = 3600
-    """Longest time of one stage on a Ray worker, in seconds. A stage that takes longer ends the run."""
+    """Longest time of one stage on a Ray worker, in seconds. A worker that takes longer is ended, and started again as
+    `resilience` says."""
     start_timeout_s: Positive = 600
     """Longest time that a worker may take to load its model, in seconds."""
     trust_remote_code: bool = False
@@ -232,6 +233,21 @@ class ResourcePoolConfig(Strict):
     """Name of the Ray resource that stands for one device. Unset: the platform's own (NPU, GPU or CPU)."""
 
 
+class ResilienceConfig(Strict):
+    """What a run on Ray does when a worker process or a node is lost, or does not move. See docs/reliability.md."""
+
+    max_recoveries: int = Field(3, ge=0)
+    """Number of times within an hour that the trainer's processes may be started again from the last checkpoint; one
+    more ends the run with exit code 75. 0: no process of any role is started again, and a loss ends the run."""
+    min_deadline_s: Annotated[Finite, Field(gt=0)] = 60.0
+    """Shortest time without progress after which a worker counts as hung, in seconds; it is then ended and started
+    again. The limit of a phase is ten times its median so far, at least this, and at most `training.stage_timeout_s`.
+    """
+    node_wait_s: Rate = 600.0
+    """How long the run waits for devices in place of those of a lost node, in seconds. Then it ends with exit code
+    75."""
+
+
 class EvalConfig(Strict):
     """Evaluations. Online runs answer validation prompts at temperature 1; offline runs use held-out rows."""
 
@@ -291,6 +307,7 @@ class RunConfig(Strict):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     judge: JudgeConfig = JudgeConfig()
     resource_pool: ResourcePoolConfig = ResourcePoolConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
 

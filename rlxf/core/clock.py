@@ -98,6 +98,11 @@ class Clock:
         return f"stage {stage}, step {step + 1}" if step or stage != "start" else "start-up"
 
     @property
+    def stage_here(self) -> str:
+        """What this thread works on."""
+        return self._place_here[0]
+
+    @property
     def step_here(self) -> int:
         """The step that this thread works on; 0 is the first."""
         return self._place_here[1]
@@ -114,6 +119,11 @@ class Clock:
         self._started = self._now()
         if self._row is None:
             self._row = self._pools.row()
+
+    def begin_again(self) -> None:
+        """The steps that are not complete are begun anew: what was counted of them is dropped."""
+        self.seconds = {"save": 0.0}
+        self._row, self._waited = None, 0.0
 
     @contextmanager
     def __call__(

@@ -7,6 +7,7 @@ class RlxfError(Exception):
     """Base of every error of this package; the entry point prints it as one line, without a traceback."""
 
     exit_code = 1
+    complete_steps: int | None = None  # driver steps that were complete when it ended the loop
 
 
 def notes_of(error: BaseException) -> list[str]:
@@ -43,7 +44,16 @@ class ShapeError(RlxfError):
 
 
 class WorkerLost(RlxfError):
-    """A worker process died; names worker, node, stage and step."""
+    """A worker process died, or was ended because it did not move; names worker, node, stage and step."""
+
+
+class RunInterrupted(RlxfError):
+    """The run cannot go on here and now, but later it can: devices are missing, or it was rebuilt too often.
+
+    Its exit code is the one of ``EX_TEMPFAIL``, after which ``scripts/supervise.sh`` starts the run again.
+    """
+
+    exit_code = 75
 
 
 class StageTimeout(RlxfError):

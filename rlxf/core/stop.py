@@ -47,7 +47,7 @@ class Stop:
         self._here = threading.local()  # each thread has work of its own that can be dropped or not
         self._depth_here = 0  # of interruptible stages that run in this process
         self._patience = 0
-        self._is_over = False  # nobody waits for the threads of background work any more
+        self._background = 0  # rises when nobody waits any more for the threads of background work
 
     @property
     def requested(self) -> bool:
@@ -93,16 +93,16 @@ class Stop:
     @contextmanager
     def in_background(self) -> Iterator[None]:
         """Work in a thread of its own, which gives up its waits once ``leave_background`` is called."""
-        self._here.background = True
+        self._here.background = self._background
         yield
 
     def leave_background(self) -> None:
-        """What is under way in the background is not needed any more."""
-        self._is_over = True
+        """What is under way in the background is not needed any more; what begins from now on is."""
+        self._background += 1
 
     def must_give_up(self) -> bool:
         """Whether a wait has to give up: at once for interruptible work, after a grace period for the rest."""
-        if self._is_over and getattr(self._here, "background", False):
+        if getattr(self._here, "background", self._background) != self._background:
             return True
         return self.requested and (self._depth > 0 or self.grace_expired())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from rlxf.core.errors import StageTimeout, StopRequested, WorkerLost
+from rlxf.core.errors import RlxfError, StageTimeout, StopRequested, WorkerLost
 from rlxf.loop.run import Run
 
 log = logging.getLogger(__name__)
@@ -17,6 +17,8 @@ def save_last_step(run: Run, error: Exception) -> None:
     second failure is reported beside the first.
     """
     state = run.state
+    if isinstance(error, RlxfError):
+        error.complete_steps = state.step
     was_cut = isinstance(error, StopRequested) and run.stop.grace_expired()
     run.lanes.close()  # what later steps have under way is dropped
     if not state.step:  # nothing is complete that could be lost

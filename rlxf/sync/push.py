@@ -7,18 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from rlxf.config.schema import SyncConfig
-from rlxf.core.errors import SyncError
+from rlxf.core.errors import SyncError, WorkerLost
 from rlxf.core.types import Metrics, Sequences, Tokens
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer, Probe, check_answers
 from rlxf.sync.saved import save_buckets, saved_tensors
 from rlxf.sync.transports import TRANSPORTS
 from rlxf.sync.transports.transport import Address, Exports, Receiver, Sender, Transport
+
+Result = TypeVar("Result")
 
 
 class WeightSource(Protocol):
@@ -57,6 +59,19 @@ class WeightSink(Protocol):
 
     def probe(self, prompt: Tokens, num_tokens: int) -> list[EngineAnswer]:
         """The answer of each engine."""
+        ...
+
+    @property
+    def renewed(self) -> bool:
+        """Whether a new engine took the place of another since the last push."""
+        ...
+
+    def recover(self, lost: WorkerLost) -> None:
+        """Engines in place of lost ones, so that a push can be repeated.
+
+        Raises:
+            WorkerLost: ``lost``, if that cannot be.
+        """
         ...
 
 
@@ -123,6 +138,15 @@ class LocalSink:
     def probe(self, prompt: Tokens, num_tokens: int) -> list[EngineAnswer]:
         return [engine.probe(prompt, num_tokens) for engine in self._engines]
 
+    @property
+    def renewed(self) -> bool:
+        """Never: the engines are in this process."""
+        return False
+
+    def recover(self, lost: WorkerLost) -> None:
+        """The engines are in this process."""
+        raise lost
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyncReport:
@@ -145,7 +169,7 @@ class SyncReport:
 class WeightSync:
     """Pushes versions from one source into one sink, and probes the first ones and every so many.
 
-    A push that failed can be repeated: it begins anew in every engine.
+    A push that failed can be repeated: it begins anew in every engine. That is done when an engine is lost in it.
 
     Args:
         source: the actor.
@@ -173,13 +197,8 @@ class WeightSync:
             SyncError: a probe shows that an engine samples from something else.
         """
         start = time.perf_counter()
-        due = self._is_due(version)
-        if due and self._can_sample:
-            # Fills the prefix cache from the old weights: if the update leaves that there, the probe below shows it.
-            self._sink.probe(self._probe.prompt, self._probe.num_tokens)
-        self._send(version, self._sink.send)
+        difference = self._repeated(partial(self._push, version))
         self._num_updates += version > 0
-        difference = self._verify(version) if due else None
         return SyncReport(
             version=version,
             num_bytes=sum(bucket.num_bytes for bucket in self._plan),
@@ -188,13 +207,30 @@ class WeightSync:
             planned=self._is_planned(version),
         )
 
+    def _push(self, version: int) -> float | None:
+        due = self._is_due(version) or (version > 0 and self._sink.renewed)
+        if due and self._can_sample and not self._sink.renewed:
+            # Fills the prefix cache from the old weights: if the update leaves that there, the probe below shows it.
+            self._sink.probe(self._probe.prompt, self._probe.num_tokens)
+        self._send(version, self._sink.send)
+        return self._verify(version) if due else None
+
+    def _repeated(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` gives; it is done anew, as a whole, when an engine was lost and another one took its place."""
+        while True:
+            try:
+                return work()
+            except WorkerLost as lost:
+                self._can_sample = False
+                self._sink.recover(lost)
+
     def save_pushed(self, checkpoint: Path) -> None:
         """Write the weights of the last push into a checkpoint's folder. The actor has newer ones and is not asked."""
         save_buckets(checkpoint, self._plan, lambda index: self._sink.pushed(index, self._plan[index]))
 
     def push_saved(self, checkpoint: Path, version: int) -> None:
         """Make every engine sample from what ``save_pushed`` wrote, which are ``version``; probed by the next push."""
-        self._send(version, partial(self._sink.send_saved, checkpoint=checkpoint))
+        self._repeated(partial(self._send, version, partial(self._sink.send_saved, checkpoint=checkpoint)))
 
     def _send(self, version: int, send: Callable[[int, Bucket], None]) -> None:
         self._can_sample = False

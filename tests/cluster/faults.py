@@ -1,0 +1,66 @@
+"""Runs on Ray whose workers meet faults at chosen moments: killed or stopped in the n-th call of a method of the run.
+
+``python -m tests.cluster.faults PLAN.json ARGUMENTS ...`` is ``python ray_gpt.py ARGUMENTS ...`` with the faults of a
+plan. The calls of a method are counted over all processes that have had a rank, so a process that takes the place of
+another meets the faults that follow, and none of them twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PLAN = "RLXF_TEST_FAULTS"  # environment variable: the plan of the processes below
+
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A worker gets a signal before (or after) the n-th call of one of its methods."""
+
+    role: str
+    method: str
+    call: int = 1  # from 1, of that rank's method in the whole run
+    rank: int = 0
+    after: bool = False
+    kill: bool = True  # else it is stopped
+
+    @property
+    def signal(self) -> signal.Signals:
+        return signal.SIGKILL if self.kill else signal.SIGSTOP
+
+
+def run(
+    command: Sequence[str], folder: Path, faults: Sequence[Fault], env: dict[str, str], timeout_s: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """The command of a run (``Recipe.command``) with these faults; ``folder``: for the plan and the counts."""
+    folder.mkdir()
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps([asdict(fault) for fault in faults]))
+    faulty = [sys.executable, "-m", "tests.cluster.faults", str(plan), *command[2:]]
+    return subprocess.run(faulty, env=env, capture_output=True, text=True, timeout=timeout_s)
+
+
+def happened(folder: Path) -> int:
+    """How many of the faults of a run have come."""
+    return len(list(folder.glob("*.done")))
+
+
+def main() -> int:
+    os.environ[PLAN] = str(Path(sys.argv[1]).absolute())  # inherited by Ray, and from there by the workers
+    from tests.cluster import faulty_workers
+    from workers import crew
+    from workers.train import main as train
+
+    crew.WORKERS.update(faulty_workers.WORKERS)
+    return train(("python", "ray_gpt.py"), sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

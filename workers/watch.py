@@ -1,0 +1,232 @@
+"""The driver's look at its workers: who moves, who hangs, who is gone; and the end of a worker that hangs.
+
+A worker hangs when it has work and gives no sign of life for ``resilience.min_deadline_s`` (it is stopped), or when
+its counter stands still for longer than its phase may take. A phase may take ten times its median so far, at least
+``min_deadline_s``, at most ``training.stage_timeout_s``; its first time in a process only the latter.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from ray._private.state import actors
+
+from rlxf.core.events import event
+from rlxf.core.waiting import in_thread
+
+from .ending import Ending
+from .signs import BEAT_S, Process, Sign, driver_key, driver_sign, forget, get, new_run, put
+
+log = logging.getLogger(__name__)
+
+TIMES_MEDIAN = 10.0  # how much longer than usual a phase may take
+QUIET_S = 1.5  # without a sign: look whether Ray has noticed a death
+LOADING_S = 60.0  # shortest silence that counts while a worker loads: imports can hold all of its threads up
+_LOADING = ("build", "first build")
+_CLOSE_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How long a worker may stand still, seconds."""
+
+    min_deadline_s: float
+    stage_s: float
+    start_s: float
+
+
+@dataclass(kw_only=True, slots=True)
+class Watched:
+    """A worker process, and what is known of it."""
+
+    name: str  # "infer rank 1 on node 10.0.0.1 (8c6fb2)"
+    role: str
+    node: str
+    key: str
+    handle: Any  # Ray actor handle
+    sign: Sign | None = None
+    heard_at: float = 0.0  # when its newest sign was seen
+    moved_at: float = 0.0  # when its counter was seen to change
+    gone: bool = False  # Ray says so
+    ended: str | None = None  # why the driver ended it
+
+
+class Watch:
+    """Follows the workers of a run in a thread of its own.
+
+    Args:
+        limits: see above.
+        ending: ends a worker that hangs, on whichever node.
+        now: seconds of a clock that only goes forward.
+    """
+
+    def __init__(self, limits: Limits, ending: Ending, now: Any = time.monotonic) -> None:
+        self.run = new_run()
+        self._limits, self._ending, self._now = limits, ending, now
+        self._watched: dict[str, Watched] = {}
+        self._medians: dict[tuple[str, str], float] = {}  # role and phase: outlives the processes
+        self._lock = threading.RLock()
+        self._leaves = threading.Event()
+        self._number, self._process = 0, Process.this()
+        self._put_driver_sign()
+        self._thread = threading.Thread(target=self._follow_all, name="watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Nobody is followed any more. Before Ray is shut down."""
+        self._leaves.set()
+        self._thread.join(_CLOSE_S)
+        in_thread(lambda: forget(self.run), "forget").exception(_CLOSE_S)
+
+    def follow(self, name: str, *, role: str, node: str, key: str, handle: Any) -> None:
+        """From now on the worker of that name is this process; ``key``: the name by which it signs."""
+        with self._lock:
+            self._watched[name] = Watched(name=name, role=role, node=node, key=f"{self.run}/{key}", handle=handle)
+
+    def leave(self, name: str) -> None:
+        """Nobody is interested in the worker of that name any more."""
+        with self._lock:
+            self._watched.pop(name, None)
+
+    def signs(self) -> list[tuple[Watched, Sign]]:
+        """Every worker that has given a sign, and its newest."""
+        with self._lock:
+            return [(worker, worker.sign) for worker in self._watched.values() if worker.sign is not None]
+
+    def why_ended(self, name: str) -> str | None:
+        """Why a worker was ended by the driver; None: it was not."""
+        with self._lock:
+            worker = self._watched.get(name)
+            return worker.ended if worker else None
+
+    def is_gone(self, name: str) -> bool:
+        """Whether the worker's process has ended."""
+        with self._lock:
+            worker = self._watched.get(name)
+        return worker is not None and (worker.gone or _is_dead(worker.handle))
+
+    def end_hung(self, names: Collection[str], place: str) -> None:
+        """End each of these workers, all of which have work, that hangs; ``place``: where the run is, for people."""
+        now = self._now()
+        with self._lock:
+            found = [(worker, self._why_hung(worker, now)) for name in names if (worker := self._watched.get(name))]
+        hung = [(worker, why) for worker, why in found if why is not None]
+        silent = [(worker, why) for worker, why in hung if self._is_silent(worker, now)]
+        for worker, why in silent or hung:  # ranks that wait for a stopped one do not move either
+            self.end(worker.name, why, place)
+
+    def end_overdue(self, names: Collection[str], place: str) -> bool:
+        """End those of these workers that are at work, for longer than any stage may take; whether there is one."""
+        limit = f"no answer within training.stage_timeout_s = {self._limits.stage_s:g} s"
+        with self._lock:
+            busy = [name for name in names if self._is_busy(name)]
+        for name in busy:
+            self.end(name, limit, place)
+        return bool(busy)
+
+    def end(self, name: str, why: str, place: str) -> None:
+        """End a worker that hangs: note where its threads are, then kill it."""
+        with self._lock:
+            worker = self._watched[name]
+            if worker.ended is not None:
+                return
+            worker.ended = why
+            phase = worker.sign.seen.phase if worker.sign else ""
+        log.warning("%s: %s hangs: %s; it is ended", place, name, why, extra=event("hung", who=name, phase=phase))
+        stacks = self._ending.end(worker.handle, worker.sign.process if worker.sign else None, worker.node, name)
+        with self._lock:
+            worker.ended = f"{why}; {stacks}"
+
+    def _why_hung(self, worker: Watched, now: float) -> str | None:
+        if worker.sign is None or worker.gone or worker.ended is not None:
+            return None
+        if self._is_silent(worker, now):
+            return f"its process gave no sign of life for {now - worker.heard_at:.0f} s"
+        phase, still = worker.sign.seen.phase, now - worker.moved_at
+        limit = self._deadline(worker.role, phase)
+        if phase and still > limit:
+            return f"no progress for {still:.0f} s in {phase}, whose limit is {limit:.0f} s"
+        return None
+
+    def _is_silent(self, worker: Watched, now: float) -> bool:
+        assert worker.sign is not None
+        least = self._limits.min_deadline_s
+        limit = max(least, LOADING_S) if worker.sign.seen.phase in _LOADING else least
+        return now - worker.heard_at > limit
+
+    def _is_busy(self, name: str) -> bool:
+        worker = self._watched.get(name)
+        return worker is not None and worker.sign is not None and bool(worker.sign.seen.phase)
+
+    def _deadline(self, role: str, phase: str) -> float:
+        """How long a phase may take without progress, seconds."""
+        if phase in _LOADING:
+            return self._limits.start_s
+        median = self._medians.get((role, phase))
+        if median is None:
+            return self._limits.stage_s
+        return min(max(TIMES_MEDIAN * median, self._limits.min_deadline_s), self._limits.stage_s)
+
+    def _follow_all(self) -> None:
+        looked_at = self._now()
+        while not self._leaves.wait(BEAT_S):
+            now, before = self._now(), looked_at
+            looked_at = now
+            try:
+                self._put_driver_sign()
+                self._forgive(now - before - 2 * BEAT_S)
+                for worker in list(self._watched.values()):
+                    self._look_at(worker)
+            except Exception as error:  # noqa: BLE001  the head node does not answer; whoever waits for workers tells it
+                log.debug("the workers' signs of life could not be read: %s", error)
+
+    def _put_driver_sign(self) -> None:
+        self._number += 1
+        put(driver_key(self.run), driver_sign(self._number, self._process))
+
+    def _forgive(self, late: float) -> None:
+        """What this process slept through (Ctrl-Z, a machine without a free core) is nobody's silence."""
+        if late > 0:
+            with self._lock:
+                for worker in self._watched.values():
+                    worker.heard_at += late
+                    worker.moved_at += late
+
+    def _look_at(self, worker: Watched) -> None:
+        text = get(worker.key)
+        sign, now = None if text is None else Sign.from_bytes(text), self._now()
+        with self._lock:
+            before = worker.sign
+            if sign is not None and (before is None or sign.number != before.number):
+                if before is None or sign.seen.counter != before.seen.counter:
+                    worker.moved_at = now
+                worker.sign, worker.heard_at = sign, now
+                self._medians |= {(worker.role, phase): median for phase, median in sign.seen.medians.items()}
+            quiet = worker.sign is None or now - worker.heard_at > QUIET_S
+        if quiet and not worker.gone and worker.ended is None and _is_dead(worker.handle):
+            worker.gone = True
+
+
+def _is_dead(handle: Any) -> bool:
+    """Whether Ray knows that an actor's process has ended."""
+    return bool(actors(handle._actor_id.hex()).get("State") == "DEAD")
+
+
+class NotWatched:
+    """The watch of who waits for workers that nobody follows."""
+
+    def why_ended(self, name: str) -> str | None:
+        """Nobody was ended."""
+        return None
+
+    def end_hung(self, names: Collection[str], place: str) -> None:
+        """Nobody is known to hang."""
+
+    def end_overdue(self, names: Collection[str], place: str) -> bool:
+        """Nobody is ended."""
+        return False
