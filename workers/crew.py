@@ -101,7 +101,7 @@ class Crew:
         with self._lock:
             who = ", ".join(group.members[rank].rank for rank in self.gone(group)) or f"{role} rank {ranks[0]}"
             if not told:
-                log.warning("%s", lost, extra=self._event("lost", who))
+                log.warning("%s", lost, extra=event("lost", who=who, phase=lost.stage, step=self._step))
             begin = time.monotonic()
             for rank in ranks:
                 self._kill(group.members[rank])
@@ -137,9 +137,6 @@ class Crew:
     def _step(self) -> int:
         """For people: the first is 1."""
         return self._waiter.clock.step_here + 1
-
-    def _event(self, what: str, who: str) -> dict[str, Any]:
-        return event(what, who=who, phase=self._waiter.clock.stage_here, step=self._step)
 
     def _role(self, group: WorkerGroup) -> Role:
         return next(role for role, other in self.groups.items() if other is group)

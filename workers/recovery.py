@@ -60,7 +60,8 @@ class Recovery:
             raise error
         begin = self._now()
         self._count(limit, begin, error)
-        phase, step = self._clock.stage_here, (error.complete_steps or 0) + 1
+        phase = error.stage if isinstance(error, WorkerLost) else None
+        step = (error.complete_steps or 0) + 1
         what = event("lost", who=", ".join(sorted(lost)), phase=phase, step=step)
         log.warning("%s", error, extra=what)
         with self._stop.interruptible():

@@ -177,7 +177,9 @@ class Waiter:
             who = call.worker if died else f"a worker that {call.worker} needed an answer from"
             ended = self._watch.why_ended(call.worker) if died and self._watch is not None else None
             reason = f"it was ended, because of {ended}." if ended else _first_lines(error)
-            return WorkerLost(f"{self.clock.place}: lost {who} during {call.call}: {reason} Logs: {self._logs}")
+            lost = WorkerLost(f"{self.clock.place}: lost {who} during {call.call}: {reason} Logs: {self._logs}")
+            lost.stage = self.clock.stage_here
+            return lost
         if isinstance(error, GetTimeoutError):
             return StageTimeout(f"{self.clock.place}: the result of {call.call} from {call.worker} did not arrive")
         if isinstance(error, RayTaskError) and isinstance(error.cause, RlxfError):

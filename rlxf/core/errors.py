@@ -46,6 +46,8 @@ class ShapeError(RlxfError):
 class WorkerLost(RlxfError):
     """A worker process died, or was ended because it did not move; names worker, node, stage and step."""
 
+    stage: str | None = None  # in which it was noticed, as ``timing/*`` names it
+
 
 class RunInterrupted(RlxfError):
     """The run cannot go on here and now, but later it can: devices are missing, or it was rebuilt too often.
