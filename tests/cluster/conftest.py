@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,45 +111,71 @@ def local_ray() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class TwoNodes:
-    """A cluster of two raylets, each with two fake NPUs."""
+class Cluster:
+    """A cluster of raylets, each with two fake NPUs."""
 
     address: str
     dashboard: str
     env: dict[str, str]
+    scratch: Path
+    processes: list[subprocess.Popen[bytes]]  # `ray start` of each node
+
+    def start_node(self, *, head: str | None = None) -> None:
+        """Another node; ``head``: the first one, with this line."""
+        port = self.address.rpartition(":")[2]
+        line = f"{head} --port {port}" if head else f"start --address=127.0.0.1:{port}"
+        # --block: in the foreground, so that these processes are ours to end.
+        # Another Ray cluster on this machine may have the agents' usual port; without its own, no job starts.
+        agent = f"--dashboard-agent-listen-port={free_port()}"
+        command = [*ray_program(self.scratch), *line.split(), agent, '--resources={"NPU": 2}', "--block"]
+        env = {name: value for name, value in self.env.items() if name != "RAY_ADDRESS"}
+        with (self.scratch / f"node{len(self.processes)}.log").open("wb") as log:
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        self.processes.append(process)
+
+    def lose_node(self, number: int) -> None:
+        """A node that dies: its raylet is killed, and its workers end with it."""
+        for child in children(self.processes[number].pid):
+            if "raylet/raylet" in command_of(child):
+                child.kill()
+
+    def wait_for(self, count: int) -> None:
+        """Until so many nodes are there."""
+        wait_for_nodes(self.address, self.env, count)
 
 
-@pytest.fixture(scope="session")
-def two_nodes(request: pytest.FixtureRequest) -> Iterator[TwoNodes]:
-    """Brought up with the two `ray start` lines of the user guide; ports, address and count are this machine's.
+@contextmanager
+def cluster(*, with_dashboard: bool) -> Iterator[Cluster]:
+    """Two nodes, brought up with the two `ray start` lines of the user guide; ports and count are this machine's.
 
     With a home folder of its own, as on a machine where Ray never ran: there is no token yet.
     """
     with tempfile.TemporaryDirectory(prefix="rlxf") as scratch:  # Ray's socket paths must be short
-        env = environment(HOME=scratch)
-        del env["RAY_ADDRESS"]
-        ray_command, port, dashboard = ray_program(Path(scratch)), free_port(), free_port()
-        head = f"start --head --port {port} --dashboard-host=0.0.0.0 --dashboard-port={dashboard}"
-        if not any("ray_job" in item.name for item in request.session.items):  # ten processes that only jobs need
+        port, dashboard = free_port(), free_port()
+        address = f"127.0.0.1:{port}"
+        env = environment(HOME=scratch, RAY_ADDRESS=address)
+        found = Cluster(address, f"http://127.0.0.1:{dashboard}", env, Path(scratch), [])
+        head = f"start --head --dashboard-host=0.0.0.0 --dashboard-port={dashboard}"
+        if not with_dashboard:  # ten processes that only jobs need
             head += " --include-dashboard=false"
-        processes: list[subprocess.Popen[bytes]] = []
         try:
-            for line in (f"{head} --temp-dir={scratch}/ray", f"start --address=127.0.0.1:{port}"):
-                # --block: in the foreground, so that these processes are ours to end.
-                # Another Ray cluster on this machine may have the agents' usual port; without its own, no job starts.
-                agent = f"--dashboard-agent-listen-port={free_port()}"
-                command = [*ray_command, *line.split(), agent, '--resources={"NPU": 2}', "--block"]
-                with Path(scratch, f"node{len(processes)}.log").open("wb") as log:
-                    process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-                processes.append(process)
-                wait_for_nodes(f"127.0.0.1:{port}", env, len(processes))
-            address = f"127.0.0.1:{port}"
-            yield TwoNodes(address, f"http://127.0.0.1:{dashboard}", env={**env, "RAY_ADDRESS": address})
+            found.start_node(head=f"{head} --temp-dir={scratch}/ray")
+            found.wait_for(1)
+            found.start_node()
+            found.wait_for(2)
+            yield found
         finally:
-            below = [child for process in processes for child in children(process.pid)]
-            for process in reversed(processes):
+            below = [child for process in found.processes for child in children(process.pid)]
+            for process in reversed(found.processes):
                 process.send_signal(signal.SIGTERM)
-            end([psutil.Process(process.pid) for process in processes if process.poll() is None] + below)
+            end([psutil.Process(process.pid) for process in found.processes if process.poll() is None] + below)
+
+
+@pytest.fixture(scope="session")
+def two_nodes(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A cluster of two nodes that every test leaves as it was."""
+    with cluster(with_dashboard=any("ray_job" in item.name for item in request.session.items)) as found:
+        yield found
 
 
 def ray_program(scratch: Path) -> list[str]:

@@ -12,28 +12,31 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 PLAN = "RLXF_TEST_FAULTS"  # environment variable: the plan of the processes below
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A worker gets a signal before (or after) the n-th call of one of its methods."""
+    """A worker meets its end before (or after) the n-th call of one of its methods."""
 
     role: str
     method: str
     call: int = 1  # from 1, of that rank's method in the whole run
     rank: int = 0
     after: bool = False
-    kill: bool = True  # else it is stopped
+    how: Literal["kill", "stop", "hang"] = "kill"  # SIGKILL; SIGSTOP; the call never comes back
 
-    @property
-    def signal(self) -> signal.Signals:
-        return signal.SIGKILL if self.kill else signal.SIGSTOP
+    def happen(self) -> None:
+        """Here and now."""
+        if self.how == "hang":
+            time.sleep(1e6)
+        os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGSTOP)
 
 
 def run(

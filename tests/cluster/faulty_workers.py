@@ -1,4 +1,4 @@
-"""The worker classes, whose methods meet the faults of a plan (``faults.py``). Workers import this module by its name."""
+"""The worker classes, whose methods meet a plan's faults (``faults.py``). Workers import this module by its name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workers import crew
 
 
 def meet(role: str, rank: int, method: str, *, after: bool) -> None:
-    """Count a call, and send this process the signal that is due at it."""
+    """Count a call, and let the fault happen that is due at it."""
     plan = Path(os.environ[PLAN])
     count = plan.parent / f"{role}_{rank}_{method}_{'after' if after else 'before'}"
     with count.open("ab") as file:
@@ -23,7 +23,7 @@ def meet(role: str, rank: int, method: str, *, after: bool) -> None:
         fault = Fault(**content)
         if (fault.role, fault.rank, fault.method, fault.after, fault.call) == (role, rank, method, after, number):
             (plan.parent / f"{index}.done").touch()
-            os.kill(os.getpid(), fault.signal)
+            fault.happen()
 
 
 def _faulty(role: Role, name: str, owner: str) -> Any:

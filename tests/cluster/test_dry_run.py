@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import ROOT, TwoNodes
+from tests.cluster.conftest import ROOT, Cluster
 
 TINY = ("--config-name", "online_dpo_trainer_tiny", "training.device=cpu", "resource_pool.resource_name=NPU")
 
@@ -16,7 +16,7 @@ TINY = ("--config-name", "online_dpo_trainer_tiny", "training.device=cpu", "reso
 @pytest.mark.cluster
 @pytest.mark.parametrize(("ref", "code", "says"), [(1, 0, "it has room"), (2, 3, "asked 5 NPU")])
 def test_a_dry_run_looks_at_the_running_cluster(
-    two_nodes: TwoNodes, tmp_path: Path, ref: int, code: int, says: str
+    two_nodes: Cluster, tmp_path: Path, ref: int, code: int, says: str
 ) -> None:
     command = [sys.executable, str(ROOT / "ray_gpt.py"), *TINY, "dry_run=true", f"resource_pool.ref={ref}"]
     done = subprocess.run(command, cwd=tmp_path, env=two_nodes.env, capture_output=True, text=True, timeout=120)

@@ -24,7 +24,8 @@ from tests.cluster.test_resume import weights
 pytestmark = pytest.mark.cluster
 
 STEPS = 60
-LONG = (f"training.train_iters={STEPS}", "log.tensorboard=false")
+# What a lost worker does without recovery: test_recovery.py has the rest.
+LONG = (f"training.train_iters={STEPS}", "log.tensorboard=false", "resilience.max_recoveries=0")
 FUNCTION = """
 import time
 from pathlib import Path

@@ -16,7 +16,7 @@ import pytest
 
 from rlxf.checkpointing.store import list_checkpoints
 from rlxf.observe.formulas import read_jsonl
-from tests.cluster.conftest import RAY, Recipe, TwoNodes, children, command_of, environment
+from tests.cluster.conftest import RAY, Cluster, Recipe, children, command_of, environment
 from tests.runs.small import CLOCKED
 
 pytestmark = pytest.mark.cluster
@@ -150,7 +150,7 @@ def test_two_engines_draw_the_samples_of_one(recipe: Recipe, local: Path, tmp_pa
 
 
 def test_the_user_guides_cluster_of_two_nodes_trains_with_roles_on_both(
-    recipe: Recipe, two_nodes: TwoNodes, tmp_path: Path
+    recipe: Recipe, two_nodes: Cluster, tmp_path: Path
 ) -> None:
     npus = ("resource_pool.resource_name=NPU", "training.train_iters=2")
     text = succeed(recipe.run(tmp_path, *npus, env=two_nodes.env))
@@ -166,7 +166,7 @@ def test_the_user_guides_cluster_of_two_nodes_trains_with_roles_on_both(
 
 
 def test_a_pool_that_the_cluster_cannot_hold_ends_with_a_table(
-    recipe: Recipe, two_nodes: TwoNodes, tmp_path: Path
+    recipe: Recipe, two_nodes: Cluster, tmp_path: Path
 ) -> None:
     pools = ("resource_pool.resource_name=NPU", "resource_pool.ref=[3]")
     done = recipe.run(tmp_path, *pools, env=two_nodes.env)
@@ -177,7 +177,8 @@ def test_a_pool_that_the_cluster_cannot_hold_ends_with_a_table(
 
 def started(recipe: Recipe, run_dir: Path) -> subprocess.Popen[str]:
     """An offline run without end, once it has made two steps."""
-    command = recipe.command(run_dir, "training.train_iters=100000", *recipe.offline)
+    fixed = ("training.train_iters=100000", "resilience.max_recoveries=0")
+    command = recipe.command(run_dir, *fixed, *recipe.offline)
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -272,7 +273,7 @@ def test_a_lost_worker_ends_the_run_and_is_named(recipe: Recipe, tmp_path: Path)
 
 
 @pytest.mark.slow  # Ray's own way to start what the other tests start
-def test_a_run_is_a_ray_job(recipe: Recipe, two_nodes: TwoNodes, tmp_path: Path) -> None:
+def test_a_run_is_a_ray_job(recipe: Recipe, two_nodes: Cluster, tmp_path: Path) -> None:
     env = {name: value for name, value in two_nodes.env.items() if name != "RAY_ADDRESS"}  # Ray sets it inside the job
     deadline = time.monotonic() + 90
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import TwoNodes
+from tests.cluster.conftest import Cluster
 from tests.runs import tiny
 from tests.runs.small import Finished, ray_gpt
 
@@ -76,7 +76,7 @@ def test_two_pipeline_stages(one: Finished, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # two nodes: test_launch.py; data parallel: tests/unit/models/test_layouts.py
-def test_two_data_parallel_ranks_on_two_nodes(one: Finished, two_nodes: TwoNodes, tmp_path: Path) -> None:
+def test_two_data_parallel_ranks_on_two_nodes(one: Finished, two_nodes: Cluster, tmp_path: Path) -> None:
     """A rank on each node, the engine on the second; the reference shares the reward model's device."""
     pools = (
         "resource_pool.resource_name=NPU", "resource_pool.actor_rollout=[1,2]", "resource_pool.colocate=[ref,reward]"

@@ -16,7 +16,7 @@ from rlxf.core.clock import Clock
 from rlxf.core.errors import PlacementError
 from rlxf.core.stop import Stop
 from rlxf.placement.plan import make_plan
-from tests.cluster.conftest import TwoNodes
+from tests.cluster.conftest import Cluster
 from workers.pools import Pools, cluster_nodes
 from workers.remote import Pending, Waiter
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(autouse=True, scope="module")
-def connection(two_nodes: TwoNodes) -> Iterator[None]:
+def connection(two_nodes: Cluster) -> Iterator[None]:
     ray.init(address=two_nodes.address, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

@@ -19,7 +19,10 @@ from tests.cluster.test_launch import leftovers, numbers, succeed, wait_until
 pytestmark = pytest.mark.cluster
 
 STEPS = 60
-LONG = (f"training.train_iters={STEPS}", "training.save_interval=4", "training.keep_latest=2", "log.tensorboard=false")
+LONG = (
+    *(f"training.train_iters={STEPS}", "training.save_interval=4", "training.keep_latest=2", "log.tensorboard=false"),
+    "resilience.max_recoveries=0",
+)
 
 
 def die(recipe: Recipe, run_dir: Path, victim: Callable[[psutil.Process], bool], *overrides: str) -> tuple[int, str]:
