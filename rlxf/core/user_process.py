@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from rlxf.core.errors import RlxfError
+from rlxf.core.events import event
 from rlxf.core.stop import Stop
 
 Made = TypeVar("Made")
 Given = TypeVar("Given")
 Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
 
 TICK_S = 0.2  # how often a wait looks at the stop request
 _START_S = 600.0  # for imports that the user's code makes: of a model, for example
@@ -26,11 +32,15 @@ _START_S = 600.0  # for imports that the user's code makes: of a model, for exam
 _made: Any = None  # in the process: what `make` returned
 
 
+class _ProcessLost(Exception):
+    """A process ended in the middle of a call."""
+
+
 class UserProcess(Generic[Made]):
     """Objects that ``make`` returns, each in a process of its own, and calls of them with a time limit.
 
-    A call that takes too long, and one that ends its process, raise ``failed``; the process is ended, and the next call
-    gets a new one, with a new object.
+    A call that takes too long raises ``failed``; its process is ended, and the next call gets a new one, with a new
+    object. A call whose process ends is made again, once, in a new one; if that one ends, too, it raises ``failed``.
 
     Args:
         make: makes the object; a function at the top of a module, or a ``functools.partial`` of one.
@@ -80,9 +90,17 @@ class UserProcess(Generic[Made]):
             RlxfError: ``failed``, or whatever the user's code raised.
         """
         limit = self._timeout_s if timeout_s is None else timeout_s
-        futures = [self._pool.schedule(_use, args=(self._make, use, item), timeout=limit) for item in given]
+        futures: list[ProcessFuture[Result]] = []
+
+        def begin(item: Given) -> ProcessFuture[Result]:
+            futures.append(self._pool.schedule(_use, args=(self._make, use, item), timeout=limit))
+            return futures[-1]
+
         try:
-            return [self._wait(future, limit) for future in futures]
+            first = [begin(item) for item in given]
+            return [
+                self._answer(future, limit, partial(begin, item)) for future, item in zip(first, given, strict=True)
+            ]
         finally:
             for future in futures:
                 future.cancel()  # type: ignore[no-untyped-call]
@@ -91,6 +109,23 @@ class UserProcess(Generic[Made]):
         """End the processes, busy ones too."""
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
+
+    def _answer(
+        self, future: ProcessFuture[Result], limit: float, again: Callable[[], ProcessFuture[Result]]
+    ) -> Result:
+        try:
+            return self._wait(future, limit)
+        except _ProcessLost as lost:
+            log.warning("%s; the call is made again", lost, extra=event("lost", who=self._name))
+            begin = time.monotonic()
+        try:
+            result = self._wait(again(), limit)
+        except _ProcessLost as lost:
+            raise self._failed(f"{lost}, for the second time; the next call gets a new one") from lost
+        seconds = time.monotonic() - begin
+        what = event("recovered", who=self._name, seconds=seconds, steps_lost=0)
+        log.info("%s: a new process has answered after %.1f s", self._name, seconds, extra=what)
+        return result
 
     def _wait(self, future: ProcessFuture[Result], limit: float) -> Result:
         while True:
@@ -107,9 +142,7 @@ class UserProcess(Generic[Made]):
                 ) from error
             except (ProcessExpired, BrokenProcessPool, CancelledError) as error:
                 code = f", exit code {error.exitcode}" if isinstance(error, ProcessExpired) else ""
-                raise self._failed(
-                    f"{self._name}: its process ended in the middle of a call{code}; the next call gets a new one"
-                ) from error
+                raise _ProcessLost(f"{self._name}: its process ended in the middle of a call{code}") from error
             except RlxfError:
                 raise
             except Exception as error:  # what the user's code returned cannot be sent, for example

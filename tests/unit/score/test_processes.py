@@ -105,9 +105,27 @@ def test_a_function_that_hangs_is_ended_and_the_next_call_gets_a_new_process(mad
     assert source.ask(ASKED).scores == [1.0] * 6  # its state is lost
 
 
+def test_a_call_whose_process_is_lost_is_made_again(
+    made: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flag = tmp_path / "lost"
+    source = made(f"""
+        import os
+        from pathlib import Path
+        def reward(prompts, completions, completion_ids, **columns):
+            if not Path({str(flag)!r}).exists():
+                Path({str(flag)!r}).touch()
+                os.kill(os.getpid(), 9)
+            return [float(sum(ids)) for ids in completion_ids]
+    """)
+    assert source.ask(ASKED).scores == [float(sum(ids)) for ids in ASKED.completion_ids]
+    rows = [vars(record)["rlxf_event"] for record in caplog.records if "rlxf_event" in vars(record)]
+    assert [(row["event"], row["who"]) for row in rows if row["event"] == "lost"] == [("lost", "reward.function=x")]
+
+
 def test_a_function_that_ends_its_process_costs_the_call(made: Made) -> None:
     source = made("import os\ndef reward(prompts, **rest):\n    os._exit(3)\n")
-    with pytest.raises(ScoreError, match="ended in the middle of a call, exit code 3"):
+    with pytest.raises(ScoreError, match="ended in the middle of a call, exit code 3, for the second time"):
         source.ask(ASKED)
 
 
