@@ -1,4 +1,4 @@
-"""Runs on Ray whose workers meet faults at chosen moments: killed or stopped in the n-th call of a method of the run.
+"""Runs on Ray whose workers meet faults at chosen moments: in the n-th call of a method, or when a step is complete.
 
 ``python -m tests.cluster.faults PLAN.json ARGUMENTS ...`` is ``python ray_gpt.py ARGUMENTS ...`` with the faults of a
 plan. The calls of a method are counted over all processes that have had a rank, so a process that takes the place of
@@ -28,6 +28,7 @@ class Fault:
     role: str
     method: str
     call: int = 1  # from 1, of that rank's method in the whole run
+    rows: int | None = None  # instead: the first call when the run has so many complete steps, as metrics.jsonl says
     rank: int = 0
     after: bool = False
     how: Literal["kill", "stop", "hang"] = "kill"  # SIGKILL; SIGSTOP; the call never comes back
@@ -46,6 +47,8 @@ def run(
     folder.mkdir()
     plan = folder / "plan.json"
     plan.write_text(json.dumps([asdict(fault) for fault in faults]))
+    run_dir = next(word for word in command if word.startswith("hydra.run.dir=")).partition("=")[2]
+    (folder / "metrics.jsonl").symlink_to(Path(run_dir) / "metrics.jsonl")
     faulty = [sys.executable, "-m", "tests.cluster.faults", str(plan), *command[2:]]
     return subprocess.run(faulty, env=env, capture_output=True, text=True, timeout=timeout_s)
 

@@ -20,10 +20,17 @@ def meet(role: str, rank: int, method: str, *, after: bool) -> None:
         file.write(b".")
     number = count.stat().st_size
     for index, content in enumerate(json.loads(plan.read_text())):
-        fault = Fault(**content)
-        if (fault.role, fault.rank, fault.method, fault.after, fault.call) == (role, rank, method, after, number):
-            (plan.parent / f"{index}.done").touch()
+        fault, done = Fault(**content), plan.parent / f"{index}.done"
+        here = (fault.role, fault.rank, fault.method, fault.after) == (role, rank, method, after)
+        if here and _is_due(fault, number, done, plan.parent / "metrics.jsonl"):
+            done.touch()
             fault.happen()
+
+
+def _is_due(fault: Fault, call: int, done: Path, metrics: Path) -> bool:
+    if fault.rows is None:
+        return call == fault.call
+    return not done.exists() and metrics.exists() and metrics.read_text().count("\n") >= fault.rows
 
 
 def _faulty(role: Role, name: str, owner: str) -> Any:
