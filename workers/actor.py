@@ -76,9 +76,11 @@ class ActorWorker(Worker):
         return None, self.answer(self.room.export_copy(index).numpy())
 
     def save_hf(self, folder: Path) -> None:
+        self.require_driver()
         self.room.save_hf(folder)
 
     def save_checkpoint(self, folder: Path, background: bool) -> None:
+        self.require_driver()
         self.room.save_checkpoint(folder, background)
 
     def checkpoint_written(self, wait: bool) -> bool | None:

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import psutil
@@ -149,7 +149,10 @@ class SignsOfLife:
             else:
                 if heard is not None and heard != self._heard:
                     self._heard, self._heard_at = heard, time.monotonic()
-                    self._driver = Process(**json.loads(heard)["process"])
+                    content = json.loads(heard)
+                    self._driver = Process(**content["process"])
+                    if self._key in content["replaced"]:
+                        self._end("another worker has taken this one's place")
             time.sleep(BEAT_S)
 
     def _sign(self, number: int) -> Sign:
@@ -170,9 +173,12 @@ class SignsOfLife:
             # What this process slept through, stopped or without a core, is no silence of the driver.
             self._heard_at += max(looked_at - before - 2.0, 0.0)
             if looked_at - self._heard_at > LOST_S and not self._driver_is_here():
-                sys.stderr.write(f"nothing was heard of the driver for {LOST_S:g} s: this worker ends\n")
-                sys.stderr.flush()
-                self._leave(1)
+                self._end(f"nothing was heard of the driver for {LOST_S:g} s")
+
+    def _end(self, why: str) -> None:
+        sys.stderr.write(f"{why}: this worker ends\n")
+        sys.stderr.flush()
+        self._leave(1)
 
     def _driver_is_here(self) -> bool:
         """A driver of this machine that is stopped (Ctrl-Z, a debugger) is not lost."""
@@ -193,6 +199,13 @@ def new_run() -> str:
     return f"{ray.get_runtime_context().get_job_id()}-{os.urandom(4).hex()}"
 
 
-def driver_sign(number: int, process: Process) -> bytes:
-    """What the driver puts; ``process``: its own."""
-    return json.dumps({"number": number, "process": asdict(process)}).encode()
+def driver_sign(number: int, process: Process, replaced: Sequence[str] = ()) -> bytes:
+    """What the driver puts.
+
+    Args:
+        number: of the sign.
+        process: its own.
+        replaced: names of workers in whose place there is another one. They end themselves, wherever they are: a kill
+            may not have reached them.
+    """
+    return json.dumps({"number": number, "process": asdict(process), "replaced": list(replaced)}).encode()

@@ -29,6 +29,7 @@ QUIET_S = 1.5  # without a sign: look whether Ray has noticed a death
 LOADING_S = 60.0  # shortest silence that counts while a worker loads: imports can hold all of its threads up
 _LOADING = ("build", "first build")
 _CLOSE_S = 5.0
+_REPLACED = 1000  # so many of the newest are told: each of them has ended long before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +73,7 @@ class Watch:
         self._medians: dict[tuple[str, str], float] = {}  # role and phase: outlives the processes
         self._lock = threading.RLock()
         self._leaves = threading.Event()
+        self._replaced: list[str] = []
         self._number, self._process = 0, Process.this()
         self._put_driver_sign()
         self._thread = threading.Thread(target=self._follow_all, name="watch", daemon=True)
@@ -89,9 +91,11 @@ class Watch:
             self._watched[name] = Watched(name=name, role=role, node=node, key=f"{self.run}/{key}", handle=handle)
 
     def leave(self, name: str) -> None:
-        """Nobody is interested in the worker of that name any more."""
+        """Another worker takes the place of the one of that name, which ends itself if nobody else ends it."""
         with self._lock:
-            self._watched.pop(name, None)
+            worker = self._watched.pop(name, None)
+            if worker is not None:
+                self._replaced = [*self._replaced[-_REPLACED:], worker.key]
 
     def signs(self) -> list[tuple[Watched, Sign]]:
         """Every worker that has given a sign, and its newest."""
@@ -121,7 +125,7 @@ class Watch:
             self.end(worker.name, why, place)
 
     def end_overdue(self, names: Collection[str], place: str) -> bool:
-        """End those of these workers that are at work, for longer than any stage may take; whether there is one."""
+        """End those of these workers that are at work, or silent, after the time of any stage; whether there is one."""
         limit = f"no answer within training.stage_timeout_s = {self._limits.stage_s:g} s"
         with self._lock:
             busy = [name for name in names if self._is_busy(name)]
@@ -161,7 +165,9 @@ class Watch:
 
     def _is_busy(self, name: str) -> bool:
         worker = self._watched.get(name)
-        return worker is not None and worker.sign is not None and bool(worker.sign.seen.phase)
+        if worker is None or worker.sign is None:
+            return False
+        return bool(worker.sign.seen.phase) or self._now() - worker.heard_at > 2 * QUIET_S
 
     def _deadline(self, role: str, phase: str) -> float:
         """How long a phase may take without progress, seconds."""
@@ -187,7 +193,7 @@ class Watch:
 
     def _put_driver_sign(self) -> None:
         self._number += 1
-        put(driver_key(self.run), driver_sign(self._number, self._process))
+        put(driver_key(self.run), driver_sign(self._number, self._process, self._replaced))
 
     def _forgive(self, late: float) -> None:
         """What this process slept through (Ctrl-Z, a machine without a free core) is nobody's silence."""

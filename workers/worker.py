@@ -55,6 +55,15 @@ class Worker:
         # Arrays from the object store are read-only; every room only reads them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
+    def require_driver(self) -> None:
+        """Before files are written that others see.
+
+        Raises:
+            RuntimeError: the driver is lost, and a newer process may be writing them.
+        """
+        if self.signs is not None:
+            self.signs.require_driver()
+
     def _phase_of(self, method: str, args: tuple[Any, ...]) -> str:
         """The name of the phase that a call is."""
         return method

@@ -59,7 +59,10 @@ HOMES: dict[str, tuple[str, ...]] = {
 }
 
 # Who makes recipes and takes them apart. Every other file receives the sections that it needs.
-RECIPE_HOMES = ("rlxf/config/", "rlxf/assembly/", "rlxf/driver.py", "workers/launch.py", "scripts/", "benchmarks/")
+RECIPE_HOMES = (
+    *("rlxf/config/", "rlxf/assembly/", "rlxf/driver.py", "scripts/", "benchmarks/"),
+    *("workers/launch.py", "workers/crew.py"),
+)
 # Files that may know the whole recipe besides, at most eight: what they do concerns all of it.
 RECIPE_READERS = (
     "rlxf/placement/text.py",  # prints the plan of a recipe
