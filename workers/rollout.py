@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from rlxf.assembly.roles import build_engine
+from rlxf.config.schema import RunConfig
 from rlxf.core.errors import WorkerLost
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
+from rlxf.platform import Platform, Process
 from rlxf.rollout.engine import ProbeResult, RolloutEngine, Sampling
 from rlxf.rollout.shares import join, split_evenly
 from rlxf.sync.plan import Bucket
@@ -37,6 +39,10 @@ class RolloutWorker(Worker):
     @property
     def engine(self) -> RolloutEngine:
         return self.room
+
+    def _make(self, config: RunConfig, platform: Platform, process: Process, again: bool) -> Any:
+        """An engine that takes the place of another samples only after it got weights."""
+        return build_engine(config, platform, process, stale=again)
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         return self.engine.generate(prompts, sampling)
