@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlxf.core.errors import ConfigError, RlxfError, SyncError
 from rlxf.core.model_folder import assets_folder, megatron_checkpoint
+from rlxf.core.progress import progress
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.stop_strings import StopStrings
@@ -246,6 +247,7 @@ def _until_stop(engine: Any, prompts: Sequence[Any], params: Sequence[Any], stop
             wanted.output_kind = RequestOutputKind.DELTA
             engine.add_request(name, prompt, wanted)
         while engine.has_unfinished_requests():
+            progress.tick()
             for output in engine.step():
                 number = numbers[output.request_id]
                 new = _completion(output.outputs[0])
