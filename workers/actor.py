@@ -31,6 +31,11 @@ class ActorWorker(Worker):
     room: MegatronActor
     sender: Sender | None = None  # of buckets, once it is connected with the engines
 
+    def _phase_of(self, method: str, args: tuple[Any, ...]) -> str:
+        """To write a checkpoint takes longer than to begin to, or to ask whether it is written."""
+        waits = {"checkpoint_written": True, "save_checkpoint": False}  # the value of its flag with which it waits
+        return f"{method} (waits)" if method in waits and args[-1] is waits[method] else method
+
     def update(self, batch: Batch, step: int) -> Metrics | None:
         return self.answer(self.room.update(batch, step))
 

@@ -30,6 +30,7 @@ from .remote import Pending, Waiter
 from .reward import RewardWorker
 from .rollout import RolloutWorker
 from .watch import Watch
+from .worker import NO_RENDEZVOUS
 
 log = logging.getLogger(__name__)
 
@@ -103,16 +104,17 @@ class Crew:
             if not told:
                 log.warning("%s", lost, extra=event("lost", who=who, phase=lost.stage, step=self._step))
             begin = time.monotonic()
+            # First: a wait for devices may break off, and then the members must be seen to be gone as before.
+            found = self._pools.living([self._slots[role][rank] for rank in ranks])
             for rank in ranks:
                 self._kill(group.members[rank])
-            found = self._pools.living([self._slots[role][rank] for rank in ranks])
             for rank, slot in zip(ranks, found, strict=True):
                 self._slots[role][rank] = slot
                 group.replace(rank, self._start(role, rank))
                 self._lost_at[group.members[rank].rank] = begin
             names = ", ".join(group.members[rank].name for rank in ranks)
             log.info("started again: %s", names)
-            return self._load(group, ranks)
+            return self._load(group, ranks, again=True)
 
     def wait_for_loading(self, group: WorkerGroup, calls: list[Pending]) -> None:
         """Return when what ``start_again`` started is loaded."""
@@ -156,9 +158,12 @@ class Crew:
         self._watch.follow(member.name, role=role, node=slot.node, key=key, handle=member.handle)
         return member
 
-    def _load(self, group: WorkerGroup, ranks: Sequence[int]) -> list[Pending]:
-        master = group.members[0].handle.address.remote()  # a reference: Ray hands the value on when it is there
-        return [group.one(rank, "build", self._config, master) for rank in ranks]
+    def _load(self, group: WorkerGroup, ranks: Sequence[int], *, again: bool = False) -> list[Pending]:
+        # A reference: Ray hands the value on when it is there. Engines have no rendezvous, and one that is started
+        # again must not wait until the first one has sampled.
+        alone = self._role(group) == "infer"
+        master = NO_RENDEZVOUS if alone else group.members[0].handle.address.remote()
+        return [group.one(rank, "build", self._config, master, again) for rank in ranks]
 
     def _kill(self, member: Member) -> None:
         """Also one that lives: a rank cannot join a group that has lost another one."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from rlxf.assembly.start import Prepared, find_again
 from rlxf.core.clock import Clock
-from rlxf.core.errors import RlxfError, RunInterrupted, WorkerLost
+from rlxf.core.errors import RlxfError, RunInterrupted, WorkerLost, notes_of
 from rlxf.core.events import event
 from rlxf.core.stop import Stop
 
@@ -55,41 +55,61 @@ class Recovery:
             RunInterrupted: that was too often, or devices are missing.
         """
         limit = found.config.resilience.max_recoveries
-        lost = {role for role, group in self._crew.stateful.items() if self._crew.gone(group)}
-        if not lost or not limit or self._stop.requested:
+        if not self._gone() or not limit or self._stop.requested:
             raise error
-        begin = self._now()
-        self._count(limit, begin, error)
-        phase = error.stage if isinstance(error, WorkerLost) else None
-        step = (error.complete_steps or 0) + 1
-        what = event("lost", who=", ".join(sorted(lost)), phase=phase, step=step)
-        log.warning("%s", error, extra=what)
+        begin, complete, lost = self._now(), error.complete_steps or 0, error
+        while True:
+            self._tell(lost, complete + 1)
+            self._count(limit, lost)
+            try:
+                self._start_all_again(lost)
+                break
+            except WorkerLost as second:  # while they load
+                if not self._gone():
+                    raise
+                lost = second
         with self._stop.interruptible():
-            for group in self._crew.stateful.values():
-                calls = self._crew.start_again(group, range(len(group.members)), WorkerLost(str(error)), told=True)
-                self._crew.wait_for_loading(group, calls)
-                self._crew.forget(group)
-            if self._engines is not None:
-                self._engines.begin_again()
             again = replace(found, resume=find_again(found))
         self._clock.begin_again()
         steps = again.resume.state.step if again.resume else 0
-        seconds, dropped = self._now() - begin, (error.complete_steps or 0) - steps
+        seconds, dropped = self._now() - begin, max(complete - steps, 0)
         log.info(
             "the trainer was started again in %.1f s and goes on from %s: %d complete steps are done again",
             seconds,
             f"{again.resume.folder.name}, step {steps}" if again.resume else "the beginning",
             dropped,
-            extra=event("rebuilt", who="train", step=step, seconds=seconds, steps_lost=dropped),
+            extra=event("rebuilt", who="train", step=complete + 1, seconds=seconds, steps_lost=dropped),
         )
         return again
 
-    def _count(self, limit: int, now: float, error: RlxfError) -> None:
+    def _gone(self) -> list[str]:
+        """Roles with state that have lost a process."""
+        return sorted(role for role, group in self._crew.stateful.items() if self._crew.gone(group))
+
+    def _tell(self, lost: RlxfError, step: int) -> None:
+        phase = lost.stage if isinstance(lost, WorkerLost) else None
+        log.warning("%s", lost, extra=event("lost", who=", ".join(self._gone()), phase=phase, step=step))
+
+    def _start_all_again(self, lost: RlxfError) -> None:
+        """New processes for all ranks with state, loaded; the engines know of it."""
+        with self._stop.interruptible():
+            for group in self._crew.stateful.values():
+                calls = self._crew.start_again(group, range(len(group.members)), WorkerLost(str(lost)), told=True)
+                self._crew.wait_for_loading(group, calls)
+                self._crew.forget(group)
+            if self._engines is not None:
+                self._engines.begin_again()
+
+    def _count(self, limit: int, error: RlxfError) -> None:
+        now = self._now()
         while self._times and now - self._times[0] > WINDOW_S:
             self._times.popleft()
         if len(self._times) >= limit:
-            raise RunInterrupted(
+            interrupted = RunInterrupted(
                 f"{error}\nthe trainer was started again {len(self._times)} times within an hour, which is "
                 f"resilience.max_recoveries = {limit}"
-            ) from error
+            )
+            for note in notes_of(error):  # what was saved
+                interrupted.add_note(note)
+            raise interrupted from error
         self._times.append(now)

@@ -152,7 +152,7 @@ class Waiter:
 
     def _is_over(self, names: Collection[str], deadline: _Deadline) -> bool:
         """Whether a wait whose time is over ends; if not, the workers that took too long are ended, and so it does."""
-        if deadline.is_own or self._watch is None or not self._watch.end_overdue(names, self.clock.place):
+        if deadline.is_over or self._watch is None or not self._watch.end_overdue(names, self.clock.place):
             return True
         deadline.extend(ENDED_S)
         return False
@@ -195,10 +195,13 @@ class Waiter:
 
 
 class _Deadline:
-    """When a wait has to end. ``is_own``: the call brought its limit, and whoever made it deals with the error."""
+    """When a wait has to end, and can be extended once.
+
+    ``is_own``: the call brought its limit, and whoever made it deals with the error: it is not extended.
+    """
 
     def __init__(self, limit: float, *, is_own: bool) -> None:
-        self.limit, self.is_own = limit, is_own
+        self.limit, self.is_over = limit, is_own
         self._at = time.monotonic() + limit
 
     @property
@@ -207,7 +210,8 @@ class _Deadline:
         return self._at - time.monotonic()
 
     def extend(self, seconds: float) -> None:
-        """From now on as many seconds as that."""
+        """From now on as many seconds as that, and then it is over."""
+        self.is_over = True
         self._at = time.monotonic() + seconds
 
 

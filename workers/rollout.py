@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from rlxf.assembly.roles import build_engine
+from rlxf.config.schema import RunConfig
 from rlxf.core.errors import WorkerLost
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
+from rlxf.platform import Platform, Process
 from rlxf.rollout.engine import ProbeResult, RolloutEngine, Sampling
 from rlxf.rollout.shares import join, split_evenly
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer
+from rlxf.sync.saved import saved_tensors
 from rlxf.sync.transports.shared_memory import this_machine
 from rlxf.sync.transports.transport import Address, Message, Receiver, Transport
 
@@ -37,6 +40,10 @@ class RolloutWorker(Worker):
     @property
     def engine(self) -> RolloutEngine:
         return self.room
+
+    def _make(self, config: RunConfig, platform: Platform, process: Process, again: bool) -> Any:
+        """An engine that takes the place of another samples only after it got weights."""
+        return build_engine(config, platform, process, stale=again)
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         return self.engine.generate(prompts, sampling)
@@ -104,6 +111,7 @@ class RemoteEngines:
         self._kept: dict[int, Message] = {}  # the messages of the last push, or references to them
         self._plan: tuple[Bucket, ...] = ()
         self._version = 0  # of the last push
+        self._saved: Path | None = None  # the checkpoint that its weights were read from; None: they were the actor's
         # Engines that were started again:
         self._loading: dict[int, list[Pending]] = {}  # those that load their model
         self._unproven: set[int] = set()  # those that have done nothing since
@@ -204,15 +212,25 @@ class RemoteEngines:
     def _fill(self, engine: int) -> None:
         """The weights from which the other engines sample, into one that was started again.
 
-        They are the copy of a run that looks ahead; else the actor's, which has no newer ones while engines sample.
+        They are the copy of a run that looks ahead, or what a checkpoint holds for the engines, if that was pushed
+        last; else the actor's, which has no newer ones while engines sample.
         """
         calls = [self._group.one(engine, "begin_update")]
         for index, bucket in enumerate(self._plan):
-            payload = self.pushed(index, bucket).numpy() if self._keeps else self._actor.export_copy(index)
-            calls.append(self._group.one(engine, "load_copy", bucket, payload))
+            calls.append(self._group.one(engine, "load_copy", bucket, self._copy(index, bucket)))
             if len(calls) > self._window:  # else the object store would hold the whole model
                 self._group.waiter.gather([calls.pop(0)])
         self._group.waiter.gather([*calls, self._group.one(engine, "end_update", self._version)])
+
+    def _copy(self, index: int, bucket: Bucket) -> Any:
+        """What ``load_copy`` takes of a bucket, as it was pushed last."""
+        if self._keeps:
+            return self.pushed(index, bucket).numpy()
+        if self._saved is None:
+            return self._actor.export_copy(index)
+        payload = torch.empty(bucket.num_bytes, dtype=torch.uint8)
+        bucket.fill(payload, saved_tensors(self._saved, bucket))
+        return payload.numpy()
 
     @property
     def renewed(self) -> bool:
@@ -252,9 +270,11 @@ class RemoteEngines:
         self._begun = self._group.send("begin_update")
 
     def send(self, index: int, bucket: Bucket) -> None:
+        self._saved = None
         self._send(index, bucket, *self._actor.send_bucket(index))
 
     def send_saved(self, index: int, bucket: Bucket, checkpoint: Path) -> None:
+        self._saved = checkpoint
         self._send(index, bucket, *self._actor.send_saved_bucket(index, checkpoint))
 
     def _send(self, index: int, bucket: Bucket, sent: list[Pending], message: Message) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import psutil
 import ray
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.5  # between two signs
 LOST_S = 25.0  # after which a worker that hears nothing of its driver ends itself
+_GUARD_S = 1.0  # between two looks at how long that is
 _NAMESPACE = "rlxf"
 
 
@@ -36,13 +38,13 @@ class Process:
     """A process, told apart from a later one of the same number."""
 
     pid: int
-    started: float  # seconds since 1970
+    started: int  # ticks of the kernel's clock since it booted: nobody sets that clock
     machine: str  # ``this_machine``
 
     @classmethod
     def this(cls) -> Process:
         """The one that asks."""
-        return cls(pid=os.getpid(), started=psutil.Process().create_time(), machine=this_machine())
+        return cls(pid=os.getpid(), started=started(os.getpid()), machine=this_machine())
 
     def found(self) -> psutil.Process | None:
         """The process itself, if it is on this machine and has not ended."""
@@ -50,10 +52,21 @@ class Process:
             return None
         try:
             process = psutil.Process(self.pid)
-            alive = process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
+            alive = started(self.pid) == self.started and process.status() != psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, OSError):
             return None
         return process if alive else None
+
+
+def started(pid: int) -> int:
+    """When a process of this machine was started, as ``Process.started``.
+
+    Raises:
+        OSError: there is none of that number.
+    """
+    # Not psutil's create_time: in seconds since 1970, it moves with the machine's clock.
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return int(fields[19])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +136,7 @@ class SignsOfLife:
         self._process, self._self = Process.this(), psutil.Process()
         self._driver: Process | None = None
         self._heard: bytes | None = None  # the driver's last sign
-        self._heard_at = time.monotonic()
+        self._heard_at = self._guarded_at = time.monotonic()
         for work in (self._give, self._guard):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
 
@@ -142,18 +155,22 @@ class SignsOfLife:
         while True:
             number += 1
             try:
-                put(self._key, self._sign(number).to_bytes())
-                heard = get(self._driver_key)
+                self._give_one(number)
             except Exception as error:  # noqa: BLE001  the head node does not answer: the guard counts the time
                 log.debug("no sign of life could be given: %s", error)
-            else:
-                if heard is not None and heard != self._heard:
-                    self._heard, self._heard_at = heard, time.monotonic()
-                    content = json.loads(heard)
-                    self._driver = Process(**content["process"])
-                    if self._key in content["replaced"]:
-                        self._end("another worker has taken this one's place")
             time.sleep(BEAT_S)
+
+    def _give_one(self, number: int) -> None:
+        heard = get(self._driver_key)
+        if heard is None:
+            return  # the run has ended, and what it put is deleted: nothing is left behind
+        if heard != self._heard:
+            self._heard, self._heard_at = heard, time.monotonic()
+            content = json.loads(heard)
+            self._driver = Process(**content["process"])
+            if self._key in content["replaced"]:
+                self._end("another worker has taken this one's place")
+        put(self._key, self._sign(number).to_bytes())
 
     def _sign(self, number: int) -> Sign:
         return Sign(
@@ -166,14 +183,17 @@ class SignsOfLife:
         )
 
     def _guard(self) -> None:
-        looked_at = time.monotonic()
         while True:
-            time.sleep(1.0)
-            looked_at, before = time.monotonic(), looked_at
-            # What this process slept through, stopped or without a core, is no silence of the driver.
-            self._heard_at += max(looked_at - before - 2.0, 0.0)
-            if looked_at - self._heard_at > LOST_S and not self._driver_is_here():
-                self._end(f"nothing was heard of the driver for {LOST_S:g} s")
+            time.sleep(_GUARD_S)
+            self._end_if_lost()
+
+    def _end_if_lost(self) -> None:
+        now, before = time.monotonic(), self._guarded_at
+        self._guarded_at = now
+        # What this process slept through, stopped or without a core, is no silence of the driver.
+        self._heard_at += max(now - before - 2 * _GUARD_S, 0.0)
+        if now - self._heard_at > LOST_S and not self._driver_is_here():
+            self._end(f"nothing was heard of the driver for {LOST_S:g} s")
 
     def _end(self, why: str) -> None:
         sys.stderr.write(f"{why}: this worker ends\n")

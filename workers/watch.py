@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Collection
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,7 @@ class Watch:
         self._leaves = threading.Event()
         self._replaced: list[str] = []
         self._number, self._process = 0, Process.this()
+        self._looked_at = self._now()  # when the newest look at all workers began
         self._put_driver_sign()
         self._thread = threading.Thread(target=self._follow_all, name="watch", daemon=True)
         self._thread.start()
@@ -83,7 +85,7 @@ class Watch:
         """Nobody is followed any more. Before Ray is shut down."""
         self._leaves.set()
         self._thread.join(_CLOSE_S)
-        in_thread(lambda: forget(self.run), "forget").exception(_CLOSE_S)
+        wait_for([in_thread(lambda: forget(self.run), "forget")], _CLOSE_S)  # the head node may not answer
 
     def follow(self, name: str, *, role: str, node: str, key: str, handle: Any) -> None:
         """From now on the worker of that name is this process; ``key``: the name by which it signs."""
@@ -115,8 +117,11 @@ class Watch:
         return worker is not None and (worker.gone or _is_dead(worker.handle))
 
     def end_hung(self, names: Collection[str], place: str) -> None:
-        """End each of these workers, all of which have work, that hangs; ``place``: where the run is, for people."""
-        now = self._now()
+        """End each of these workers, all of which have work, that hangs; ``place``: where the run is, for people.
+
+        What counts is the newest look: what this process slept through since then is nobody's silence.
+        """
+        now = self._looked_at
         with self._lock:
             found = [(worker, self._why_hung(worker, now)) for name in names if (worker := self._watched.get(name))]
         hung = [(worker, why) for worker, why in found if why is not None]
@@ -136,8 +141,8 @@ class Watch:
     def end(self, name: str, why: str, place: str) -> None:
         """End a worker that hangs: note where its threads are, then kill it."""
         with self._lock:
-            worker = self._watched[name]
-            if worker.ended is not None:
+            worker = self._watched.get(name)
+            if worker is None or worker.ended is not None:  # another thread has started it again, or ends it
                 return
             worker.ended = why
             phase = worker.sign.seen.phase if worker.sign else ""
@@ -179,33 +184,40 @@ class Watch:
         return min(max(TIMES_MEDIAN * median, self._limits.min_deadline_s), self._limits.stage_s)
 
     def _follow_all(self) -> None:
-        looked_at = self._now()
         while not self._leaves.wait(BEAT_S):
-            now, before = self._now(), looked_at
-            looked_at = now
             try:
-                self._put_driver_sign()
-                self._forgive(now - before - 2 * BEAT_S)
-                for worker in list(self._watched.values()):
-                    self._look_at(worker)
+                self._look_at_all()
             except Exception as error:  # noqa: BLE001  the head node does not answer; whoever waits for workers tells it
                 log.debug("the workers' signs of life could not be read: %s", error)
+
+    def _look_at_all(self) -> None:
+        """One look; the time since the one before counts only as far as this process could look."""
+        now = self._now()
+        self._put_driver_sign()
+        with self._lock:
+            workers = list(self._watched.values())
+        found = [(worker, get(worker.key)) for worker in workers]
+        self._forgive(now - self._looked_at - 2 * BEAT_S)
+        for worker, text in found:
+            self._look_at(worker, None if text is None else Sign.from_bytes(text))
+        self._looked_at = now
 
     def _put_driver_sign(self) -> None:
         self._number += 1
         put(driver_key(self.run), driver_sign(self._number, self._process, self._replaced))
 
     def _forgive(self, late: float) -> None:
-        """What this process slept through (Ctrl-Z, a machine without a free core) is nobody's silence."""
+        """What this process slept through (Ctrl-Z, a machine without a free core, a head node that does not answer) is
+        nobody's silence.
+        """
         if late > 0:
             with self._lock:
                 for worker in self._watched.values():
                     worker.heard_at += late
                     worker.moved_at += late
 
-    def _look_at(self, worker: Watched) -> None:
-        text = get(worker.key)
-        sign, now = None if text is None else Sign.from_bytes(text), self._now()
+    def _look_at(self, worker: Watched, sign: Sign | None) -> None:
+        now = self._now()
         with self._lock:
             before = worker.sign
             if sign is not None and (before is None or sign.number != before.number):

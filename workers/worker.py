@@ -19,6 +19,7 @@ from rlxf.sync.transports.shared_memory import this_machine
 from .signs import SignsOfLife
 
 T = TypeVar("T")
+NO_RENDEZVOUS = "127.0.0.1", 0  # the address of a group of one
 
 
 class Build(Protocol):
@@ -71,7 +72,7 @@ class Worker:
     def address(self) -> tuple[str, int]:
         """This node's address and a port on it, held until the group's rendezvous; a group of one needs none."""
         if self.world_size == 1:
-            return "127.0.0.1", 0
+            return NO_RENDEZVOUS
         self._listener = socket.create_server(("", 0))
         return ray.util.get_node_ip_address(), self._listener.getsockname()[1]
 
@@ -79,13 +80,23 @@ class Worker:
         """The same for all processes that can share memory with this one."""
         return this_machine()
 
-    def build(self, config: RunConfig, master: tuple[str, int]) -> None:
-        """Load the room's model, or whatever it has. ``master``: the address of the group's rendezvous."""
+    def build(self, config: RunConfig, master: tuple[str, int], again: bool = False) -> None:
+        """Load the room's model, or whatever it has.
+
+        Args:
+            config: the recipe.
+            master: the address of the group's rendezvous.
+            again: in place of a process that was lost.
+        """
         with progress.phase("build"):
             platform, process = self.place(config, master)
-            self.room = self.make(config, platform, process)
+            self.room = self._make(config, platform, process, again)
         if self.signs is not None and platform.name != "cpu":
             self.signs.device_bytes = platform.max_memory_allocated
+
+    def _make(self, config: RunConfig, platform: Platform, process: Process, again: bool) -> Any:
+        """The room; ``again``: see ``build``."""
+        return self.make(config, platform, process)
 
     def place(self, config: RunConfig, master: tuple[str, int]) -> tuple[Platform, Process]:
         """The device, and this rank's place in its group. Ray shows a process its own devices only: it has number 0."""

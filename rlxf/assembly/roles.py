@@ -135,11 +135,16 @@ def sampled_by(config: RunConfig) -> SampledBy:
     return SampledBy(tokenizer, declared_eos_ids(actor.load, tokenizer, actor.eos_tokens))
 
 
-def build_engine(config: RunConfig, platform: Platform, process: Process | None = None) -> RolloutEngine:
-    """One rollout engine. ``process`` plays no part: engines do not know of each other."""
+def build_engine(
+    config: RunConfig, platform: Platform, process: Process | None = None, *, stale: bool = False
+) -> RolloutEngine:
+    """One rollout engine. ``process`` plays no part: engines do not know of each other.
+
+    ``stale``: it samples only after a push; one that takes the place of another must not sample from the folder.
+    """
     from rlxf.rollout import ENGINES
 
-    return ENGINES[config.engine](engine_settings(config), platform)
+    return ENGINES[config.engine](replace(engine_settings(config), stale=stale), platform)
 
 
 def engine_settings(config: RunConfig) -> EngineSettings:

@@ -92,8 +92,13 @@ def run_prepared(found: Prepared, roles: Roles, *, platform: Platform, clock: Cl
 
 
 def find_again(found: Prepared) -> Resume | None:
-    """Where a run that has lost its trainer goes on: from its newest checkpoint, or as it began; None: at the start."""
+    """Where a run that has lost its trainer goes on: from its newest checkpoint, or as it began; None: at the start.
+
+    One that only evaluates does so with the same checkpoint, whatever else is in the folder.
+    """
     config, run_dir = found.config, found.run_dir
+    if config.training.eval_only:
+        return find_resume(config, run_dir)
     newest = config.model_copy(update={"training": config.training.model_copy(update={"resume": "auto"})})
     return find_resume(newest, run_dir) or find_resume(config, run_dir)
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,7 +22,8 @@ from rlxf.sync.plan import Bucket
 class EngineSettings:
     """What an engine is started with."""
 
-    model: str  # folder; for a megatron checkpoint: config and tokenizer only, and the first push brings weights
+    model: str  # folder; of a megatron checkpoint only config and tokenizer are read
+    stale: bool = False  # it samples only after a push, not from what it loads
     tokenizer: str  # folder
     dtype: Literal["float32", "bfloat16", "float16"]
     max_length: int  # prompt + completion, tokens
@@ -83,7 +85,7 @@ class RolloutEngine(Protocol):
     """Samples completions from the newest weights that it was given.
 
     An update is ``begin_update``, every bucket of the plan, ``end_update``. Any failure in between leaves the engine
-    dirty: ``generate`` then raises SyncError until a whole update has ended.
+    stale (``EngineState``): ``generate`` then raises SyncError until a whole update has ended.
     """
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
@@ -117,17 +119,36 @@ class Completion:
     logps: list[float]  # raw log-probs, one per token
 
 
-class WeightState:
-    """Which weights an engine holds: those of ``version``, or between begin and end a mixture that must not sample."""
+class EngineState(Enum):
+    """Whether an engine may sample."""
 
-    def __init__(self) -> None:
+    ASLEEP = "asleep"  # its weights are not on the device
+    STALE = "stale"  # it has only loaded a folder, or is in an update: a whole push has to end first
+    READY = "ready"
+
+
+class WeightState:
+    """Which weights an engine holds, and whether it may sample from them.
+
+    Args:
+        state: at the start. ``READY``: what the engine has loaded is what it samples from, as version 0.
+    """
+
+    def __init__(self, state: EngineState = EngineState.READY) -> None:
         self.version = 0
-        self.dirty = False
+        self.state = state
+        self._receives = False  # between begin and end
         self._broken = False
 
     def begin(self) -> None:
-        self.dirty = True
-        self._broken = False
+        """An update begins, in place of one that is under way.
+
+        Raises:
+            SyncError: the engine is asleep.
+        """
+        if self.state is EngineState.ASLEEP:
+            raise SyncError("the rollout engine is asleep and has no room for weights; wake it before a push")
+        self.state, self._receives, self._broken = EngineState.STALE, True, False
 
     @contextmanager
     def receiving(self) -> Iterator[None]:
@@ -135,7 +156,7 @@ class WeightState:
 
         That matters because a sender that does not wait for each bucket sends the others, and the end, after a failure.
         """
-        if not self.dirty:
+        if not self._receives:
             raise SyncError("a rollout engine got weights outside of an update; call begin_update first")
         if self._broken:
             raise SyncError("a call of this weight update failed before; call begin_update and push all buckets again")
@@ -144,15 +165,27 @@ class WeightState:
         self._broken = False
 
     def end(self, version: int) -> None:
-        """Call it last in an update: any exception before it leaves the engine dirty."""
+        """Call it last in an update: any exception before it leaves the engine stale."""
         self.version = version
-        self.dirty = False
+        self.state, self._receives = EngineState.READY, False
 
-    def require_whole(self) -> None:
-        if self.dirty:
+    def require_ready(self) -> None:
+        """Before every sample.
+
+        Raises:
+            SyncError: the engine is not ready; the message says what is missing.
+        """
+        if self.state is EngineState.ASLEEP:
+            raise SyncError("the rollout engine is asleep, without weights; wake it and push all buckets first")
+        if self.state is EngineState.STALE and self._receives:
             raise SyncError(
                 f"the rollout engine holds a mixture of version {self.version} and newer weights, because an update "
                 "began and did not end; push all buckets again before sampling"
+            )
+        if self.state is EngineState.STALE:
+            raise SyncError(
+                "the rollout engine holds only what it has loaded from a folder, which is not what it is to sample "
+                "from; push all buckets before sampling"
             )
 
 

@@ -20,6 +20,7 @@ from rlxf.platform.base import Platform
 from rlxf.rollout.engine import (
     Completion,
     EngineSettings,
+    EngineState,
     ProbeResult,
     Sampling,
     WeightState,
@@ -47,12 +48,11 @@ class HfEngine:
         self._prompts_per_call = settings.prompts_per_call
         self._parameters = dict(model.named_parameters())  # a tied head is in it once, as the embedding
         self._missing: set[str] = set()
-        self._state = WeightState()
-        if megatron_checkpoint(Path(folder)) is not None:
-            self._state.begin()  # the first push brings the weights
+        waits = settings.stale or megatron_checkpoint(Path(folder)) is not None  # the first push brings the weights
+        self._state = WeightState(EngineState.STALE if waits else EngineState.READY)
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
-        self._state.require_whole()
+        self._state.require_ready()
         completions: list[Completion] = []
         for requests in sample_requests(prompts, sampling, self._prompts_per_call):
             rows, seeds = zip(*requests, strict=True)
@@ -84,7 +84,7 @@ class HfEngine:
         self._state.end(version)
 
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
-        self._state.require_whole()
+        self._state.require_ready()
         sampling = Sampling(num_samples=1, max_new_tokens=num_tokens, temperature=0)
         (completion,) = self._sample(prompt.rows(), [0], sampling, eos_ids=())
         return ProbeResult(completion=completion.tokens, logps=completion.logps, policy_version=self._state.version)

@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from rlxf.core.progress import progress
 from rlxf.models.stop_strings import StopStrings
 from rlxf.platform.base import Platform
 from rlxf.rollout.engine import Completion, Sampling
@@ -176,6 +177,7 @@ def sample_completions(
     eos = torch.tensor(list(eos_ids), dtype=torch.int64, device=device)
     readers = [stops.reader() for _ in prompts] if stops else []
     for index in range(max_new_tokens):
+        progress.tick()
         chosen = sampler.choose(logits, rows.tolist())  # [n]
         tokens[rows, index] = chosen
         logps[rows, index] = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlxf.core.errors import ConfigError, RlxfError, SyncError
 from rlxf.core.model_folder import assets_folder, megatron_checkpoint
+from rlxf.core.progress import progress
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.stop_strings import StopStrings
@@ -24,6 +25,7 @@ from rlxf.platform.environment import is_needed
 from rlxf.rollout.engine import (
     Completion,
     EngineSettings,
+    EngineState,
     ProbeResult,
     Sampling,
     WeightState,
@@ -51,9 +53,8 @@ class VllmEngine:
         self._eos_ids = eos_token_ids(folder, tokenizer, settings.eos_tokens)
         self._tokenizer = tokenizer
         self._prompts_per_call = settings.prompts_per_call
-        self._state = WeightState()
-        if megatron_checkpoint(Path(folder)) is not None:
-            self._state.begin()  # the first push brings the weights
+        waits = settings.stale or megatron_checkpoint(Path(folder)) is not None  # the first push brings the weights
+        self._state = WeightState(EngineState.STALE if waits else EngineState.READY)
         probe_length = _BLOCKS_FOR_PROBE * platform.kv_block_size
         self._llm = _start(settings, platform, max_model_len=min(positions, max(settings.max_length, probe_length)))
         if settings.rollout.structured_outputs is not None:
@@ -61,7 +62,7 @@ class VllmEngine:
         _check_block_size(self._llm, platform.kv_block_size)
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
-        self._state.require_whole()
+        self._state.require_ready()
         completions: list[Completion] = []
         for requests in sample_requests(prompts, sampling, self._prompts_per_call):
             completions += self._sample(requests, sampling, self._eos_ids)
@@ -90,7 +91,7 @@ class VllmEngine:
         self._state.end(version)
 
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
-        self._state.require_whole()
+        self._state.require_ready()
         sampling = Sampling(num_samples=1, max_new_tokens=num_tokens, temperature=0)
         (completion,) = self._sample([(row, 0) for row in prompt.rows()], sampling, eos_ids=())
         return ProbeResult(completion=completion.tokens, logps=completion.logps, policy_version=self._state.version)
@@ -246,6 +247,7 @@ def _until_stop(engine: Any, prompts: Sequence[Any], params: Sequence[Any], stop
             wanted.output_kind = RequestOutputKind.DELTA
             engine.add_request(name, prompt, wanted)
         while engine.has_unfinished_requests():
+            progress.tick()
             for output in engine.step():
                 number = numbers[output.request_id]
                 new = _completion(output.outputs[0])

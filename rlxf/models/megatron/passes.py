@@ -9,6 +9,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from rlxf.core.progress import progress
 from rlxf.models.megatron.model import MegatronModel
 from rlxf.models.megatron.packing import Packed
 from rlxf.models.megatron.parallel import Layout, from_last_stage
@@ -67,10 +68,15 @@ def run_schedule(
 
     ``batches`` are ``Packed`` or have one as ``packed``.
     """
+
+    def moving(*args: Any) -> Any:
+        progress.tick()
+        return step(*args)
+
     several = len(chunks) > 1
     first = batches[0] if isinstance(batches[0], Packed) else batches[0].packed
     results: list[Any] = get_forward_backward_func()(
-        forward_step_func=step,
+        forward_step_func=moving,
         data_iterator=[iter(batches) for _ in chunks] if several else iter(batches),
         model=list(chunks) if several else chunks[0],
         num_microbatches=len(batches),

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from rlxf.core.errors import SyncError
-from rlxf.rollout.engine import Completion, Purpose, Sampling, WeightState, pack_rollouts, sample_seed
+from rlxf.rollout.engine import (
+    Completion,
+    EngineState,
+    Purpose,
+    Sampling,
+    WeightState,
+    pack_rollouts,
+    sample_seed,
+)
 from tests.rollout_world import prompt_batch
 
 
@@ -49,15 +57,39 @@ def test_completions_keep_their_prompt_sample_and_log_probs() -> None:
 
 def test_between_begin_and_end_an_engine_must_not_sample() -> None:
     state = WeightState()
-    state.require_whole()
+    state.require_ready()
     state.begin()
     with pytest.raises(SyncError, match="mixture of version 0"):
-        state.require_whole()
+        state.require_ready()
     with state.receiving():
         pass
     state.end(4)
-    state.require_whole()
-    assert state.version == 4
+    state.require_ready()
+    assert (state.version, state.state) == (4, EngineState.READY)
+
+
+def test_a_stale_engine_samples_only_after_a_whole_push() -> None:
+    state = WeightState(EngineState.STALE)
+    with pytest.raises(SyncError, match="only what it has loaded from a folder"):
+        state.require_ready()
+    with pytest.raises(SyncError, match="call begin_update first"), state.receiving():
+        pass  # what it has loaded is no beginning of an update
+    state.begin()
+    with state.receiving():
+        pass
+    with pytest.raises(SyncError, match="a mixture"):
+        state.require_ready()
+    state.end(3)
+    state.require_ready()
+
+
+def test_an_engine_that_is_asleep_neither_samples_nor_takes_weights() -> None:
+    state = WeightState(EngineState.ASLEEP)
+    with pytest.raises(SyncError, match="is asleep, without weights; wake it and push"):
+        state.require_ready()
+    with pytest.raises(SyncError, match=r"asleep .*; wake it before a push"):
+        state.begin()
+    assert state.state is EngineState.ASLEEP
 
 
 def test_weights_without_a_begin_are_refused() -> None:

@@ -218,7 +218,7 @@ def test_the_fast_linear_path_follows_the_new_weights_too(folder: Path, monkeypa
         assert calls > 0
 
 
-def test_an_update_that_breaks_off_leaves_the_engine_dirty(engine: HfEngine, folder: Path) -> None:
+def test_an_update_that_breaks_off_leaves_the_engine_stale(engine: HfEngine, folder: Path) -> None:
     actor = HfActor(load_model(folder))
     batch = prompt_batch(random_prompts(LENGTHS))
     engine.begin_update()
@@ -244,6 +244,16 @@ def test_a_tensor_that_does_not_fit_is_named(engine: HfEngine, spec: TensorSpec,
     engine.begin_update()
     with pytest.raises(SyncError, match=message):
         engine.load_bucket(Bucket((spec,), spec.num_bytes), torch.zeros(spec.num_bytes, dtype=torch.uint8))
+
+
+def test_an_engine_in_place_of_another_does_not_sample_from_its_folder(folder: Path) -> None:
+    engine = HfEngine(replace(engine_settings(run_config(folder)), stale=True), get_platform("cpu"))
+    with pytest.raises(SyncError, match="only what it has loaded from a folder"):
+        engine.generate(prompt_batch([[5, 6]]), GREEDY)
+    with pytest.raises(SyncError, match="only what it has loaded from a folder"):
+        engine.probe(Tokens.from_rows([[5, 6]]), 2)
+    push(HfActor(load_model(folder)), engine, 3)
+    assert engine.generate(prompt_batch([[5, 6]]), GREEDY).policy_version.unique().tolist() == [3]
 
 
 def test_a_probe_goes_on_past_an_eos(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_a_prefix_cache_that_was_not_reset_fails_the_probe(world: World) -> None
         world.sync(verify_first=1).push(version=1)
 
 
-def test_an_update_that_breaks_off_leaves_the_engine_dirty_until_a_whole_one_ends(world: World) -> None:
+def test_an_update_that_breaks_off_leaves_the_engine_stale_until_a_whole_one_ends(world: World) -> None:
     batch = prompt_batch(random_prompts(SHORT))
     world.train(seed=40)
     plan = world.actor.sync_plan()
