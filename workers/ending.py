@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from .remote import answer_within
 from .signs import Process
 
 log = logging.getLogger(__name__)
@@ -55,12 +56,8 @@ class Ending:
             return f"node {node} is not known"
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
         task = ray.remote(num_cpus=0)(stacks_and_kill).options(scheduling_strategy=there, max_retries=0)
-        try:
-            ready, _ = ray.wait([reference := task.remote(process)], timeout=REMOTE_S)
-            return str(ray.get(ready[0], timeout=1.0)) if ready else f"node {node} did not answer in {REMOTE_S:g} s"
-        except RayError as error:
-            log.debug("no stacks from %s: %s (%s)", node, error, reference)
-            return f"node {node} does not answer"
+        answer = answer_within(task.remote(process), REMOTE_S)
+        return f"node {node} did not answer in {REMOTE_S:g} s" if answer is None else str(answer)
 
     def _write(self, name: str, text: str) -> Path:
         self._folder.mkdir(parents=True, exist_ok=True)

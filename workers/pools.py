@@ -6,8 +6,9 @@ If a node is lost, its slots are claimed anew where there is room, in placement 
 from __future__ import annotations
 
 import logging
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,6 @@ from ray._private.state import available_resources_per_node
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
-    placement_group_table,
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -30,6 +30,7 @@ from .remote import Pending, Waiter
 log = logging.getLogger(__name__)
 
 PLACE_S = 10.0  # longest time to claim all devices, seconds
+ANSWER_S = 2.0  # longest wait for a node to take a connection
 RELEASE_S = 5.0  # of which: how long to wait for devices that a run before this one is giving back
 
 
@@ -138,7 +139,7 @@ class Pools:
         Raises:
             RunInterrupted: there was none in time.
         """
-        alive = node_ids()
+        alive = answering_nodes()
         known = [self._moved_to(slot) for slot in slots]
         lost = {slot.place: slot for slot in known if slot.node not in alive}
         if lost:
@@ -156,24 +157,30 @@ class Pools:
         """Other devices for these bundles."""
         sizes, resource = [self._sizes[place] for place in lost], self._plan.resource
         dead = ", ".join(sorted({slot.node for slot in lost.values()}))
-        self._wait_for_nodes(sizes, dead)
-        group = placement_group([{resource: size} for size in sizes], strategy="PACK")
+        places = self._wait_for_nodes(sizes, dead)
+        group = placement_group(
+            [{resource: size} for size in sizes],
+            strategy="PACK",
+            bundle_label_selector=[{"ray.io/node-id": node_id} for node_id in places],
+        )
         self._waiter.gather([Pending(group.ready(), "the pool of a lost node", "placement")], max(PLACE_S, 1.0))
         self._groups[f"in place of node {dead}, {len(self._moved)}"] = group
         names = {node["NodeID"]: _name(node) for node in ray.nodes()}
-        nodes = placement_group_table(group)["bundles_to_node_id"]
         for bundle, (place, size) in enumerate(zip(lost, sizes, strict=True)):
-            self._moved[place] = group, bundle, names[nodes[bundle]]
+            self._moved[place] = group, bundle, names[places[bundle]]
             self._sizes[group.id.hex(), bundle] = size
 
-    def _wait_for_nodes(self, sizes: Sequence[float], dead: str) -> None:
-        """Return when there is room for as many devices, each entry on one node."""
+    def _wait_for_nodes(self, sizes: Sequence[float], dead: str) -> list[str]:
+        """The node of each bundle, by its id, once there is room for all of them."""
         deadline, told = time.monotonic() + self._node_wait_s, False
         while True:
-            nodes, resource = cluster_nodes(), self._plan.resource
-            if _have_room(sizes, [node.free.get(resource, 0.0) for node in nodes]):
-                return
-            free = sum(node.free.get(resource, 0.0) for node in nodes)
+            resource, answering = self._plan.resource, answering_nodes()
+            nodes = {answering[node.name]: node for node in cluster_nodes() if node.name in answering}
+            left = {node_id: node.free.get(resource, 0.0) for node_id, node in nodes.items()}
+            found = _fit(sizes, left)
+            if found is not None:
+                return found
+            free = sum(left.values())
             problem = f"need {sum(sizes):g} {resource}, have {free:g} after node {dead} died"
             if time.monotonic() > deadline:
                 raise RunInterrupted(
@@ -191,16 +198,32 @@ class Pools:
             remove_placement_group(group)
 
 
-def _have_room(sizes: Sequence[float], free: Sequence[float]) -> bool:
-    """Whether the bundles fit on the nodes, the largest first on the fullest that has room."""
-    left = sorted(free)
-    for size in sorted(sizes, reverse=True):
-        index = next((i for i, amount in enumerate(left) if amount >= size), None)
-        if index is None:
-            return False
-        left[index] -= size
-        left.sort()
-    return True
+def answering_nodes() -> dict[str, str]:
+    """Ray's id of each node whose raylet can be reached, by name.
+
+    Ray itself counts a node whose raylet has died as alive until it has missed several health checks.
+    """
+    return {_name(node): node["NodeID"] for node in ray.nodes() if node["Alive"] and _answers(node)}
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    try:
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=ANSWER_S):
+            return True
+    except OSError:
+        return False
+
+
+def _fit(sizes: Sequence[float], free: Mapping[str, float]) -> list[str] | None:
+    """The node of each bundle, the largest first on the fullest node with room; None: they do not fit."""
+    left, found = dict(free), [""] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        room = [node for node, amount in left.items() if amount >= sizes[index]]
+        if not room:
+            return None
+        found[index] = min(room, key=lambda node: left[node])
+        left[found[index]] -= sizes[index]
+    return found
 
 
 def _process_devices(role: RolePlan) -> list[tuple[int, ...]]:

@@ -5,6 +5,7 @@ A worker that hangs is ended while somebody waits for it, and is lost then.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayE
 from rlxf.core.clock import Clock
 from rlxf.core.errors import RlxfError, StageTimeout, WorkerLost
 from rlxf.core.stop import Stop
+
+log = logging.getLogger(__name__)
 
 TICK_S = 0.5  # how often a wait looks at the stop request
 DEATHS = (RayActorError, ObjectLostError)
@@ -55,6 +58,10 @@ class Watched(Protocol):
 
     def why_ended(self, name: str) -> str | None:
         """Why a worker was ended; None: it was not."""
+        ...
+
+    def mark_gone(self, name: str) -> None:
+        """A call said that the worker is lost, which Ray may not have noted yet."""
         ...
 
 
@@ -175,7 +182,10 @@ class Waiter:
         if isinstance(error, DEATHS):
             died = _is_death(error)
             who = call.worker if died else f"a worker that {call.worker} needed an answer from"
-            ended = self._watch.why_ended(call.worker) if died and self._watch is not None else None
+            ended = None
+            if died and self._watch is not None:
+                ended = self._watch.why_ended(call.worker)
+                self._watch.mark_gone(call.worker)
             reason = f"it was ended, because of {ended}." if ended else _first_lines(error)
             lost = WorkerLost(f"{self.clock.place}: lost {who} during {call.call}: {reason} Logs: {self._logs}")
             lost.stage = self.clock.stage_here
@@ -213,6 +223,16 @@ class _Deadline:
         """From now on as many seconds as that, and then it is over."""
         self.is_over = True
         self._at = time.monotonic() + seconds
+
+
+def answer_within(reference: Any, seconds: float) -> Any:
+    """The answer to one call outside of a run's waits; None: there was none in time, or it failed."""
+    try:
+        ready, _ = ray.wait([reference], timeout=seconds)
+        return ray.get(ready[0], timeout=TICK_S) if ready else None
+    except RayError as error:
+        log.debug("no answer: %s", error)
+        return None
 
 
 def _is_death(error: RayError) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,8 @@ import torch
 from torch import Tensor
 
 from rlxf.assembly.roles import build_engine
-from rlxf.config.schema import RunConfig
 from rlxf.core.errors import WorkerLost
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
-from rlxf.platform import Platform, Process
 from rlxf.rollout.engine import ProbeResult, RolloutEngine, Sampling
 from rlxf.rollout.shares import join, split_evenly
 from rlxf.sync.plan import Bucket
@@ -34,16 +33,14 @@ class RolloutWorker(Worker):
     """One rollout engine; alone in its process."""
 
     make = staticmethod(build_engine)
+    # An engine that takes the place of another samples only after it got weights.
+    make_again = staticmethod(partial(build_engine, stale=True))
     room: RolloutEngine
     receiver: Receiver | None = None  # of buckets, once it is connected with the actor
 
     @property
     def engine(self) -> RolloutEngine:
         return self.room
-
-    def _make(self, config: RunConfig, platform: Platform, process: Process, again: bool) -> Any:
-        """An engine that takes the place of another samples only after it got weights."""
-        return build_engine(config, platform, process, stale=again)
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         return self.engine.generate(prompts, sampling)

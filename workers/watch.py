@@ -110,6 +110,12 @@ class Watch:
             worker = self._watched.get(name)
             return worker.ended if worker else None
 
+    def mark_gone(self, name: str) -> None:
+        """A call said that the worker is lost, which Ray may not have noted yet."""
+        with self._lock:
+            if name in self._watched:
+                self._watched[name].gone = True
+
     def is_gone(self, name: str) -> bool:
         """Whether the worker's process has ended."""
         with self._lock:
@@ -241,6 +247,9 @@ class NotWatched:
     def why_ended(self, name: str) -> str | None:
         """Nobody was ended."""
         return None
+
+    def mark_gone(self, name: str) -> None:
+        """Nobody asks."""
 
     def end_hung(self, names: Collection[str], place: str) -> None:
         """Nobody is known to hang."""

@@ -40,6 +40,7 @@ class Worker:
     """
 
     make: Build  # of each role, as a static method
+    make_again: Build | None = None  # the same in place of a process that was lost, where it differs
     room: Any  # what it gave
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -90,13 +91,10 @@ class Worker:
         """
         with progress.phase("build"):
             platform, process = self.place(config, master)
-            self.room = self._make(config, platform, process, again)
+            make = self.make_again if again and self.make_again is not None else self.make
+            self.room = make(config, platform, process)
         if self.signs is not None and platform.name != "cpu":
             self.signs.device_bytes = platform.max_memory_allocated
-
-    def _make(self, config: RunConfig, platform: Platform, process: Process, again: bool) -> Any:
-        """The room; ``again``: see ``build``."""
-        return self.make(config, platform, process)
 
     def place(self, config: RunConfig, master: tuple[str, int]) -> tuple[Platform, Process]:
         """The device, and this rank's place in its group. Ray shows a process its own devices only: it has number 0."""

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from rlxf.assembly.build_run import build_probe
 from rlxf.assembly.roles import engine_settings
 from rlxf.config.schema import SyncConfig
+from rlxf.core.errors import WorkerLost
 from rlxf.core.types import Tokens
 from rlxf.platform import get_platform
 from rlxf.rollout import HfEngine
@@ -55,6 +56,8 @@ PARAMETERS += [pytest.param(case[1:], id=case[0], marks=pytest.mark.slow) for ca
 class Replicas:
     """A sink of several engines."""
 
+    renewed = False
+
     def __init__(self, ranks: Ranks, engines: list[HfEngine]) -> None:
         self._ranks, self._engines = ranks, engines
         self._receivers: list[Receiver] = []
@@ -80,6 +83,9 @@ class Replicas:
 
     def probe(self, prompt: Tokens, num_tokens: int) -> list[EngineAnswer]:
         return [engine.probe(prompt, num_tokens) for engine in self._engines]
+
+    def recover(self, lost: WorkerLost) -> None:
+        raise lost
 
 
 @pytest.fixture(scope="module", params=PARAMETERS)

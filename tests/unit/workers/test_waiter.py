@@ -81,6 +81,7 @@ class Watching:
         self.hung: dict[str, str] = {}  # by worker: the reason
         self.busy: set[str] = set()
         self.ended: dict[str, str] = {}
+        self.gone: list[str] = []
         self.dies = True
 
     def end_hung(self, names: Collection[str], place: str) -> None:
@@ -91,6 +92,9 @@ class Watching:
         for name in (found := set(names) & self.busy):
             self._end(name, "no answer within 60 s")
         return bool(found)
+
+    def mark_gone(self, name: str) -> None:
+        self.gone.append(name)
 
     def why_ended(self, name: str) -> str | None:
         return self.ended.get(name)
