@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 PLACE_S = 10.0  # longest time to claim all devices, seconds
 RELEASE_S = 5.0  # of which: how long to wait for devices that a run before this one is giving back
+_INSTEAD = "start a node in its place, or raise resilience.node_wait_s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +157,12 @@ class Pools:
         """Other devices for these bundles."""
         sizes, resource = [self._sizes[place] for place in lost], self._plan.resource
         dead = ", ".join(sorted({slot.node for slot in lost.values()}))
-        self._wait_for_nodes(sizes, dead)
-        group = placement_group([{resource: size} for size in sizes], strategy="PACK")
-        self._waiter.gather([Pending(group.ready(), "the pool of a lost node", "placement")], max(PLACE_S, 1.0))
+        deadline, group = time.monotonic() + self._node_wait_s, None
+        while group is None:
+            problem = self._wait_for_nodes(sizes, dead, deadline)
+            group = self._try_to_claim([{resource: size} for size in sizes])
+            if group is None and time.monotonic() > deadline:
+                raise RunInterrupted(f"{problem}, which another job took at this moment; {_INSTEAD}")
         self._groups[f"in place of node {dead}, {len(self._moved)}"] = group
         names = {node["NodeID"]: _name(node) for node in ray.nodes()}
         nodes = placement_group_table(group)["bundles_to_node_id"]
@@ -166,19 +170,34 @@ class Pools:
             self._moved[place] = group, bundle, names[nodes[bundle]]
             self._sizes[group.id.hex(), bundle] = size
 
-    def _wait_for_nodes(self, sizes: Sequence[float], dead: str) -> None:
-        """Return when there is room for as many devices, each entry on one node."""
-        deadline, told = time.monotonic() + self._node_wait_s, False
+    def _try_to_claim(self, bundles: list[dict[str, float]]) -> PlacementGroup | None:
+        """A group of these bundles; None: there was no room for it after all."""
+        group = placement_group(bundles, strategy="PACK")
+        try:
+            self._waiter.gather([Pending(group.ready(), "the pool of a lost node", "placement")], PLACE_S)
+        except Exception as error:
+            remove_placement_group(group)  # else it would keep the devices from whoever tries again
+            if not isinstance(error, StageTimeout):
+                raise
+            return None
+        return group
+
+    def _wait_for_nodes(self, sizes: Sequence[float], dead: str, deadline: float) -> str:
+        """Return when there is room for as many devices, each entry on one node: what is needed and free, for people.
+
+        Raises:
+            RunInterrupted: there was none before the deadline, seconds of ``time.monotonic``.
+        """
+        told = False
         while True:
             nodes, resource = cluster_nodes(), self._plan.resource
-            if _have_room(sizes, [node.free.get(resource, 0.0) for node in nodes]):
-                return
             free = sum(node.free.get(resource, 0.0) for node in nodes)
             problem = f"need {sum(sizes):g} {resource}, have {free:g} after node {dead} died"
+            if _have_room(sizes, [node.free.get(resource, 0.0) for node in nodes]):
+                return problem
             if time.monotonic() > deadline:
                 raise RunInterrupted(
-                    f"{problem}, and resilience.node_wait_s = {self._node_wait_s:g} s are over; start a node in its "
-                    "place, or raise resilience.node_wait_s"
+                    f"{problem}, and resilience.node_wait_s = {self._node_wait_s:g} s are over; {_INSTEAD}"
                 )
             if not told:
                 told = True
