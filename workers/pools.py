@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 PLACE_S = 10.0  # longest time to claim all devices, seconds
 ANSWER_S = 2.0  # longest wait for a node to take a connection
 RELEASE_S = 5.0  # of which: how long to wait for devices that a run before this one is giving back
+_INSTEAD = "start a node in its place, or raise resilience.node_wait_s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,35 +158,50 @@ class Pools:
         """Other devices for these bundles."""
         sizes, resource = [self._sizes[place] for place in lost], self._plan.resource
         dead = ", ".join(sorted({slot.node for slot in lost.values()}))
-        places = self._wait_for_nodes(sizes, dead)
-        group = placement_group(
-            [{resource: size} for size in sizes],
-            strategy="PACK",
-            bundle_label_selector=[{"ray.io/node-id": node_id} for node_id in places],
-        )
-        self._waiter.gather([Pending(group.ready(), "the pool of a lost node", "placement")], max(PLACE_S, 1.0))
+        deadline, group = time.monotonic() + self._node_wait_s, None
+        while group is None:
+            problem, places = self._wait_for_nodes(sizes, dead, deadline)
+            group = self._try_to_claim([{resource: size} for size in sizes], places)
+            if group is None and time.monotonic() > deadline:
+                raise RunInterrupted(f"{problem}, which another job took at this moment; {_INSTEAD}")
         self._groups[f"in place of node {dead}, {len(self._moved)}"] = group
         names = {node["NodeID"]: _name(node) for node in ray.nodes()}
         for bundle, (place, size) in enumerate(zip(lost, sizes, strict=True)):
             self._moved[place] = group, bundle, names[places[bundle]]
             self._sizes[group.id.hex(), bundle] = size
 
-    def _wait_for_nodes(self, sizes: Sequence[float], dead: str) -> list[str]:
-        """The node of each bundle, by its id, once there is room for all of them."""
-        deadline, told = time.monotonic() + self._node_wait_s, False
+    def _try_to_claim(self, bundles: list[dict[str, float]], places: Sequence[str]) -> PlacementGroup | None:
+        """A group of these bundles, each on the node of that id; None: there was no room for it after all."""
+        labels = [{"ray.io/node-id": node_id} for node_id in places]
+        group = placement_group(bundles, strategy="PACK", bundle_label_selector=labels)
+        try:
+            self._waiter.gather([Pending(group.ready(), "the pool of a lost node", "placement")], PLACE_S)
+        except Exception as error:
+            remove_placement_group(group)  # else it would keep the devices from whoever tries again
+            if not isinstance(error, StageTimeout):
+                raise
+            return None
+        return group
+
+    def _wait_for_nodes(self, sizes: Sequence[float], dead: str, deadline: float) -> tuple[str, list[str]]:
+        """What is needed and free, for people, and the node of each bundle, by its id; once there is room for all.
+
+        Raises:
+            RunInterrupted: there was none before the deadline, seconds of ``time.monotonic``.
+        """
+        told = False
         while True:
             resource, answering = self._plan.resource, answering_nodes()
             nodes = {answering[node.name]: node for node in cluster_nodes() if node.name in answering}
             left = {node_id: node.free.get(resource, 0.0) for node_id, node in nodes.items()}
-            found = _fit(sizes, left)
-            if found is not None:
-                return found
             free = sum(left.values())
             problem = f"need {sum(sizes):g} {resource}, have {free:g} after node {dead} died"
+            found = _fit(sizes, left)
+            if found is not None:
+                return problem, found
             if time.monotonic() > deadline:
                 raise RunInterrupted(
-                    f"{problem}, and resilience.node_wait_s = {self._node_wait_s:g} s are over; start a node in its "
-                    "place, or raise resilience.node_wait_s"
+                    f"{problem}, and resilience.node_wait_s = {self._node_wait_s:g} s are over; {_INSTEAD}"
                 )
             if not told:
                 told = True

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +60,17 @@ READER = "rlxf/models/megatron/dist_folder.py"
 RESTRICTED = "rlxf/models/megatron/restricted.py"
 USED = [
     Private("ray._private.state:available_resources_per_node", "workers/pools.py", ()),
+    Private("ray._private.state:actors", "workers/watch.py", ("actor_id",)),
     Private("ray.util.placement_group:placement_group", "workers/pools.py", ("bundles", "strategy")),
+    Private("ray.util.placement_group:placement_group_table", "workers/pools.py", ("placement_group",)),
+    *(
+        Private(f"ray.experimental.internal_kv:_internal_kv_{name}", "workers/signs.py", parameters)
+        for name, parameters in {
+            "put": ("key", "value", "overwrite", "namespace"),
+            "get": ("key",),
+            "del": ("key",),
+        }.items()
+    ),
     Private(f"{SAVE}filesystem_async:_results_queue", CHECKPOINT),
     Private(
         f"{WRITER}.write_preloaded_data",
@@ -101,6 +113,28 @@ def _bridge() -> None:
 def test_what_is_used_without_a_promise_is_still_there(used: Private) -> None:
     problem = used.problem()
     assert problem is None, problem
+
+
+def test_keys_are_read_and_deleted_by_namespace() -> None:
+    """The other parameters of Ray's store; ``del_by_prefix`` is what leaves nothing behind."""
+    from ray.experimental import internal_kv
+
+    assert "namespace" in inspect.signature(internal_kv._internal_kv_get).parameters
+    assert {"del_by_prefix", "namespace"} <= set(inspect.signature(internal_kv._internal_kv_del).parameters)
+
+
+def test_an_actors_handle_has_its_number() -> None:
+    """By which ``workers/watch.py`` asks whether it is dead."""
+    from ray.actor import ActorHandle
+
+    assert "_actor_id" in inspect.getsource(ActorHandle.__init__)
+
+
+def test_py_spy_comes_with_ray_and_has_the_options_that_are_used() -> None:
+    """``workers/ending.py``."""
+    program = Path(sys.executable).with_name("py-spy")
+    shown = subprocess.run([program, "dump", "--help"], capture_output=True, text=True, timeout=30, check=True).stdout
+    assert {"--nonblocking", "--pid"} <= set(re.findall(r"--\w+", shown))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from rlxf.assembly.roles import engine_settings
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, SyncError
+from rlxf.core.progress import progress
 from rlxf.core.types import Tokens
 from rlxf.platform import get_platform, linear
 from rlxf.rollout import HfEngine
@@ -278,3 +279,9 @@ def test_bf16_weights_give_float32_log_probs(folder: Path) -> None:
 def test_a_folder_that_is_no_model_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         engine_of(run_config(tmp_path))
+
+
+def test_every_token_is_progress(engine: HfEngine) -> None:
+    before = progress.look().counter
+    engine.generate(prompt_batch([[5, 6]]), replace(GREEDY, max_new_tokens=3))
+    assert progress.look().counter >= before + 1
