@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rlxf.assembly.roles import build_engine
 from rlxf.config.kinds import Role
 from rlxf.core.errors import StopRequested, WorkerLost
 from tests.unit.workers.fakes import AtOnce, Process, member
 from workers import crew as module
-from workers import rollout
 from workers.crew import Crew
 from workers.group import Member, WorkerGroup
 from workers.rollout import RolloutWorker
@@ -109,6 +110,12 @@ def test_ranks_of_a_group_meet_at_the_first_one() -> None:
 def test_an_engine_in_place_of_another_does_not_sample_before_it_got_weights(
     monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
-    monkeypatch.setattr(rollout, "build_engine", lambda config, platform, process, *, stale: stale)
-    anything: Any = None
-    assert RolloutWorker(0, 1)._make(anything, anything, anything, again) is again
+    anything: Any = SimpleNamespace(name="cpu")
+    worker = RolloutWorker(0, 1)
+    monkeypatch.setattr(RolloutWorker, "make", staticmethod(lambda *given: ("fresh", given)))
+    monkeypatch.setattr(worker, "place", lambda config, master: (anything, anything))
+    assert isinstance(RolloutWorker.make_again, partial)
+    assert (RolloutWorker.make_again.func, RolloutWorker.make_again.keywords) == (build_engine, {"stale": True})
+    monkeypatch.setattr(RolloutWorker, "make_again", staticmethod(lambda *given: ("stale", given)))
+    worker.build(anything, ("", 0), again)
+    assert worker.room[0] == ("stale" if again else "fresh")
