@@ -28,7 +28,7 @@ WARM_UP = 5  # first rows of a set of processes, which say nothing
 LEAST, MOST = 20, 120  # points of a curve: fewer are not looked at, more are thinned out
 RECENT = 60  # newest points that are looked at by themselves: growth may begin late
 SHARE = 0.05  # of the limit: smaller growth over all points is not told
-SURE = 4.0  # standard deviations: of 30,000 looks at noise, one finds growth
+SURE = 3.0  # standard deviations: of 1,000 halves that are noise, one grows by chance
 SLOWER = 0.5  # a second half that grows at less than this pace of the first: the growth is about to end
 
 
@@ -97,9 +97,9 @@ def growth(points: Sequence[Point], *, limit: float, room: float, last_step: int
     if len(points) < LEAST or _rise([point.total for point in points]) <= SHARE * limit:
         return None
     half = len(points) // 2
-    whole, first, second = (_slope(part) for part in (points, points[:half], points[half:]))
-    pace = min(whole.value, first.value, second.value)
-    if whole.least <= 0 or pace <= 0 or second.value < SLOWER * first.value:
+    first, second = _slope(points[:half]), _slope(points[half:])
+    pace = min(first.value, second.value)
+    if min(first.least, second.least) <= 0 or second.value < SLOWER * first.value:
         return None
     full_at = points[-1].step + math.ceil(room / pace)
     return Growth(per_step=pace, full_at=full_at) if full_at <= last_step else None
