@@ -1,0 +1,74 @@
+"""Faults and recoveries: a line for people, which is also a row of ``events.jsonl`` in the run folder.
+
+Whoever notices one logs it with ``extra=event(...)``. The file has rows only of what went wrong, so an undisturbed run
+has no such file. Its rows are never cut: they tell what happened, also to steps that were done again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+NAME = "events.jsonl"
+_KEY = "rlxf_event"
+
+
+def event(
+    what: str,
+    *,
+    who: str | None = None,
+    phase: str | None = None,
+    step: int | None = None,
+    seconds: float | None = None,
+    steps_lost: int | None = None,
+) -> dict[str, Any]:
+    """The ``extra`` argument of a logging call whose line is an event.
+
+    Args:
+        what: a word: ``lost``, ``hung``, ``recovered``, ``rebuilt``.
+        who: the worker, node or file.
+        phase: what it was doing.
+        step: driver step that was under way; 1 is the first.
+        seconds: how long it took.
+        steps_lost: complete driver steps that are done again.
+    """
+    row = {"event": what, "who": who, "phase": phase, "step": step, "seconds": seconds, "steps_lost": steps_lost}
+    return {_KEY: {key: value for key, value in row.items() if value is not None}}
+
+
+class EventLog(logging.Handler):
+    """Appends a row for each event; a disk that takes none costs the row, not the run."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the row of an event; other lines of the log are none."""
+        found: dict[str, Any] | None = getattr(record, _KEY, None)
+        if found is None:
+            return
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        seconds = {"seconds": round(found["seconds"], 3)} if "seconds" in found else {}
+        line = json.dumps({"time": at, **found, **seconds, "message": record.getMessage()}, ensure_ascii=False)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError:
+            pass  # the line itself has been told
+
+
+@contextmanager
+def recorded_events(run_dir: Path) -> Iterator[None]:
+    """Inside, every event of the program is a row of the run's file."""
+    handler, logger = EventLog(run_dir / NAME), logging.getLogger()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
