@@ -53,6 +53,11 @@ def cluster_nodes() -> list[NodeResources]:
     ]
 
 
+def node_ids() -> dict[str, str]:
+    """Ray's id of each living node, by the name that the run gives it."""
+    return {_name(node): node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def _name(node: dict[str, Any]) -> str:
     return f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"  # two raylets of one machine share the address
 
