@@ -69,7 +69,7 @@ class KeptFile:
         self._waiting.append(piece)
         self._num_waiting += len(piece)
         if self._began is None or self._now() - self._tried >= AGAIN_S:
-            self._put()
+            self.retry()
         if self._num_waiting > MOST_BYTES:
             raise DiskError(
                 f"{self.path}: {self._num_waiting:,} bytes wait to be written; make room, or name a folder on another "
@@ -79,7 +79,7 @@ class KeptFile:
     @property
     def unwritten(self) -> bytes:
         """What waits, after another try."""
-        self._put()
+        self.retry()
         return b"".join(self._waiting)
 
     def flush(self) -> None:
@@ -88,18 +88,18 @@ class KeptFile:
         Raises:
             DiskError: the disk still takes nothing.
         """
-        if (error := self._put()) is not None:
+        if (error := self.retry()) is not None:
             raise DiskError(explain(error, self.path, self._key))
 
     def close(self) -> None:
         """Write what waits, or tell that it is lost. May be called twice."""
         if self._file is None:
             return
-        if self._put() is not None:
+        if self.retry() is not None:
             log.warning("%s: its last %d bytes could not be written", self.path, self._num_waiting)
         self._close()
 
-    def _put(self) -> OSError | None:
+    def retry(self) -> OSError | None:
         """Write what waits; why it could not."""
         if not self._waiting or self._file is None:
             return None
