@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -158,17 +159,20 @@ class VerdictStore:
     def _put(self) -> None:
         """Append what waits, as far as the disk takes it.
 
-        What was written in part cannot be cut off, because another run may have written behind it. It stays as a line
-        that is no verdict.
+        What was written in part is cut off, unless another run has written behind it. Then it stays, as a line that is
+        no verdict.
         """
         if self._file is None:
             return
         try:
             while self._waiting:
                 line = self._waiting[0] if self._whole else b"\n" + self._waiting[0]
-                self._whole = os.write(self._file, line) == len(line)
-                if self._whole:
-                    self._waiting.popleft()
+                written = os.write(self._file, line)
+                if written < len(line):
+                    self._take_back(self._file, written)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._whole = True
+                self._waiting.popleft()
             os.fsync(self._file)
         except OSError as error:
             if not self._full:
@@ -177,6 +181,13 @@ class VerdictStore:
             self._full = True
         else:
             self._full = False
+
+    def _take_back(self, file: int, num_bytes: int) -> None:
+        end = os.lseek(file, 0, os.SEEK_CUR)
+        if os.fstat(file).st_size == end:
+            os.ftruncate(file, end - num_bytes)
+        else:
+            self._whole = False
 
     def _load(self) -> None:
         if not self.path.exists():

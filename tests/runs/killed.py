@@ -203,20 +203,27 @@ class Beside:
 
 @dataclass(frozen=True)
 class FullDisk:
-    """The disk of ``folder`` is full for some seconds, from before the n-th call of a function on."""
+    """The disk of ``folder`` is full for some seconds, from before the n-th call of a function on.
+
+    ``killed``: or until the process is killed, before that call.
+    """
 
     folder: Path
     target: str
     number: int = 1
     seconds: float = 2.5
+    killed: int = 0
 
     def arm(self) -> None:
         def filled(call: Any, *args: Any, **options: Any) -> Any:
             fill(self.folder)
-            threading.Timer(self.seconds, (self.folder / FILLER).unlink).start()
+            if not self.killed:
+                threading.Timer(self.seconds, (self.folder / FILLER).unlink).start()
             return call(*args, **options)
 
         _replace(self.target, self.number, filled)
+        if self.killed:
+            Call(self.target, self.killed).arm()
 
 
 Moment = Call | File | After | Raise | Poison | Beside | FullDisk

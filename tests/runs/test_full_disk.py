@@ -6,6 +6,7 @@ What each writer does, with injected errors and without root: ``tests/unit/core/
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,24 @@ def test_a_full_disk_for_seconds_changes_nothing(
         assert not any(find_problems(path) for path in checkpoints)
         assert not (disk / FILLER).exists()
         assert left(run_dir) == left(undisturbed.folder)
+
+
+def test_a_run_that_is_killed_meanwhile_goes_on_as_if_nothing_had_been(
+    recipe: Recipe, undisturbed: Finished, tmp_path: Path
+) -> None:
+    """The checkpoint of step 3 is on another disk, and holds the rows of steps 2 and 3."""
+    elsewhere = {**recipe, "actor_rollout": {**recipe["actor_rollout"], "save": str(tmp_path / "checkpoints")}}
+    with small_disk(tmp_path / "disk", "32m") as disk:
+        run_dir = disk / "run"
+        moment = FullDisk(disk, "rlxf.update.actor:MegatronActor.update", 2, killed=6)
+        ended = run_in_child(elsewhere, run_dir, moment, log=tmp_path / "log")
+        assert ended.code == -signal.SIGKILL, ended.output
+        assert [row["step"] for row in Finished(run_dir).rows] == [1]
+        assert (tmp_path / "checkpoints" / "iter_0000003" / "rows" / "metrics.jsonl").is_file()
+        (disk / FILLER).unlink()
+        ended = run_in_child(elsewhere, run_dir, log=tmp_path / "log")
+        assert ended.code == 0, ended.output
+        assert_same_run(run_dir, undisturbed)
 
 
 def left(run_dir: Path) -> list[str]:

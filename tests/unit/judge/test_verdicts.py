@@ -92,6 +92,30 @@ def test_verdicts_that_the_disk_does_not_take_are_written_with_the_next_ones(
     store.add([("e", Verdict(probability=0.5))])
     again = VerdictStore(path, "me")
     assert [again.get(key) for key in "abcde"] == [0.5, 0.25, 1.0, 0.75, 0.5]
+    assert VerdictStore(path, "you").get("a") == 0.125
+    assert "no verdict" not in caplog.text
+
+
+def test_a_part_of_a_verdict_with_anothers_behind_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "verdicts.jsonl"
+    store, other = VerdictStore(path, "me"), VerdictStore(path, "you")
+    store.add([("a", Verdict(probability=0.5))])
+    write = os.write
+
+    def short(file: int, line: bytes) -> int:
+        monkeypatch.undo()
+        written = write(file, line[:30])
+        with path.open("ab") as behind:
+            behind.write(b"\n")
+        return written
+
+    monkeypatch.setattr(os, "write", short)
+    store.add([("b", Verdict(probability=0.25))])
+    other.add([("a", Verdict(probability=0.125))])
+    store.add([("c", Verdict(probability=1.0))])
+    again = VerdictStore(path, "me")
+    assert [again.get(key) for key in "abc"] == [0.5, 0.25, 1.0]
+    assert VerdictStore(path, "you").get("a") == 0.125
 
 
 def test_verdicts_that_never_find_room_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
