@@ -35,7 +35,7 @@ def train(run: Run) -> None:
                 skip(run, collected)
             schedule.sampled()
             settle(run, schedule)
-        save(run, schedule, wait=True)
+        save(run, schedule, last=True)
         run.report.finished(run.folder.save_policy())
     except Exception as error:
         save_last_step(run, error)

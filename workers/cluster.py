@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,6 +22,7 @@ from .address import running_cluster
 
 log = logging.getLogger(__name__)
 
+ROOM_BYTES = 64 * 2**20  # of logs and sockets of a short run
 DASHBOARD_S = 3.0  # longest wait for the dashboard
 LOOPBACK = ("127.", "localhost", "::1")
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -44,6 +48,7 @@ def connect(plan: Plan, platform: Platform) -> Cluster:
     """
     address = running_cluster()
     if address is None:
+        require_room(Path(os.environ.get("RAY_TMPDIR") or "/tmp"))  # Ray's own default
         _prepare_environment()
         own = _own_resources(plan, platform)
         context = ray.init(address="local", include_dashboard=False, **own, **QUIET)
@@ -51,7 +56,27 @@ def connect(plan: Plan, platform: Platform) -> Cluster:
         context = join(address)
         # The address that other machines use.
         _warn_if_open(ray.get_runtime_context().gcs_address, context.dashboard_url)
+        require_room(Path(context.address_info["session_dir"]))
     return Cluster(address, logs=os.path.join(context.address_info["session_dir"], "logs"))
+
+
+def require_room(folder: Path) -> None:
+    """Refuse a folder in which Ray could not keep its sockets and logs: its processes would hang or die without a word.
+
+    Raises:
+        PlacementError: the folder is full, or cannot be written.
+    """
+    advice = "make room, or name another folder: RAY_TMPDIR; of a cluster of your own, ray start --temp-dir"
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
+            probe.write(bytes(4096))
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise PlacementError(f"Ray's temporary folder {folder}: {error.strerror}; {advice}") from error
+    if free < ROOM_BYTES:
+        raise PlacementError(
+            f"Ray's temporary folder {folder}: {free:,} bytes are free, and Ray needs about {ROOM_BYTES:,}; {advice}"
+        )
 
 
 def join(address: str) -> Any:

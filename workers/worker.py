@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FunctionType
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +18,7 @@ from rlxf.platform import Platform, Process, get_platform
 from rlxf.sync.transports.shared_memory import this_machine
 
 from .signs import SignsOfLife
+from .storage import missing_tokens, remove_token, write_token
 
 T = TypeVar("T")
 NO_RENDEZVOUS = "127.0.0.1", 0  # the address of a group of one
@@ -80,6 +82,14 @@ class Worker:
     def machine(self) -> str:
         """The same for all processes that can share memory with this one."""
         return this_machine()
+
+    def storage_token(self, folder: Path, name: str, write: bool = True) -> str | None:
+        """Write (or delete) a token of this process; what is wrong, or None."""
+        return write_token(folder, name) if write else remove_token(folder, name)
+
+    def missing_tokens(self, folder: Path, names: Sequence[str]) -> list[str]:
+        """The tokens that this process does not see in the folder."""
+        return missing_tokens(folder, names)
 
     def build(self, config: RunConfig, master: tuple[str, int], again: bool = False) -> None:
         """Load the room's model, or whatever it has.

@@ -15,6 +15,7 @@ from rlxf.assembly.judge import build_judge
 from rlxf.assembly.rewards import make_rewards
 from rlxf.assembly.roles import policy_folder
 from rlxf.checkpointing.resume import Resume, initial_policy
+from rlxf.checkpointing.rows import save_rows
 from rlxf.checkpointing.run_folder import RunFolder
 from rlxf.checkpointing.waiting import next_to_sample, save_waiting
 from rlxf.config.changes import SHAPE_FROM
@@ -125,6 +126,7 @@ def build_run(
         save_waiting(checkpoint, kept)
         if any(step.rollouts is None for step in kept):
             sync.save_pushed(checkpoint)
+        save_rows(checkpoint, report.unwritten())
 
     folder = RunFolder(
         config,
@@ -142,9 +144,12 @@ def build_run(
                 refresh.load(resume.folder)
         if not config.training.eval_only:
             folder.prune(resume.state.step)
+    source = _source(config, run_dir, data, roles, platform, state, clock, stop, resume, judging)
+    if isinstance(source, Online):
+        report.keep(source.recorder.files)
     return Run(
         config=config,
-        source=_source(config, run_dir, data, roles, platform, state, clock, stop, resume, judging),
+        source=source,
         reference=reference,
         actor=roles.actor,
         sync=sync,
@@ -258,14 +263,7 @@ def _source(
     place = lambda: f"step {clock.step_here + 1}"  # noqa: E731
     rewards = make_rewards(config, roles.models, roles.readers, platform=platform, tally=state, place=place, stop=stop)
     assert rollout is not None  # a run that samples has an engine
-    logs, trains = config.log, not config.training.eval_only
-    after = resume.state.step if resume else None
-    samples = trains and logs.samples_interval > 0
-    recorder = Recorders(
-        RolloutRecorder(run_dir / "rollouts.jsonl", after=after) if trains and logs.rollouts else None,
-        SampleRecorder(run_dir / "samples.jsonl", data.tokenizer, after=after) if samples else None,
-        logs.samples_interval,
-    )
+    recorder = _recorder(config, run_dir, data, resume)
     return Online(
         prompts=data.training,
         rollout=rollout,
@@ -276,6 +274,23 @@ def _source(
         eos_ids=_eos_ids(config, data),
         recorder=recorder,
         stopped=StopStrings(data.tokenizer, config.rollout.stop).completed if config.rollout.stop else None,
+    )
+
+
+def _recorder(config: RunConfig, run_dir: Path, data: Data, resume: Resume | None) -> Recorders:
+    """Who writes what the policy says; an evaluation alone writes none of it."""
+    logs, trains = config.log, not config.training.eval_only
+    after = resume.state.step if resume else None
+    kept: Mapping[str, bytes] = resume.reported.unwritten if resume else {}
+
+    def where(name: str) -> dict[str, Any]:
+        return {"path": run_dir / name, "after": after, "unwritten": kept.get(name, b"")}
+
+    samples = trains and logs.samples_interval > 0
+    return Recorders(
+        RolloutRecorder(**where("rollouts.jsonl")) if trains and logs.rollouts else None,
+        SampleRecorder(tokenizer=data.tokenizer, **where("samples.jsonl")) if samples else None,
+        logs.samples_interval,
     )
 
 

@@ -20,12 +20,14 @@ from rlxf.checkpointing.unfinished import newest_unfinished
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
 from rlxf.core.command import TYPED, Typed
+from rlxf.core.disk import writing
 from rlxf.core.errors import RunInterrupted
 from rlxf.core.events import recorded_events
 from rlxf.core.files import write_json
 from rlxf.core.stop import Stop
 from rlxf.driver import train
 from rlxf.evaluate import evaluate_only
+from rlxf.observe.console import Screen
 from rlxf.observe.memory import MemoryReport, ProcessMemory, driver_memory
 from rlxf.observe.report import make_report
 from rlxf.observe.trace import NAME, Trace
@@ -86,7 +88,7 @@ def run_prepared(
 ) -> None:
     """Train, or evaluate only, with roles whose models are loaded; ``look``: what the run's processes use."""
     earlier = found.resume.reported if found.resume else None
-    report = make_report(report_settings(found.config), found.run_dir, Console(), earlier)
+    report = make_report(report_settings(found.config), found.run_dir, Console(file=Screen()), earlier)
     try:
         run = build_run(
             found.config, found.run_dir, found.data, roles,
@@ -147,9 +149,10 @@ def _prepare(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None, 
         if resume is None:
             _tell_of_unfinished(config, run_dir, typed)
         data = data or load_data(config)
-        save_config(config, run_dir)
-        if typed is not None and not config.training.eval_only:
-            write_json(run_dir / TYPED, {"config_name": typed.config_name, "command": str(typed)})
+        with writing(run_dir, "hydra.run.dir"):
+            save_config(config, run_dir)
+            if typed is not None and not config.training.eval_only:
+                write_json(run_dir / TYPED, {"config_name": typed.config_name, "command": str(typed)})
     return Prepared(config=config, run_dir=run_dir, data=data, resume=resume)
 
 

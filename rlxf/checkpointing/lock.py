@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlxf.checkpointing.store import PUBLISHED
+from rlxf.core.disk import writing
 from rlxf.core.errors import CheckpointError
 from rlxf.core.files import (
     make_folder,
@@ -28,11 +29,14 @@ def owned_checkpoints(root: Path, run_dir: Path) -> Iterator[None]:
 
     Raises:
         CheckpointError: another run writes there now.
+        DiskError: the folder cannot be written.
     """
     made = not root.exists()
-    make_folder(root)
     lock = root / LOCK
-    with lock.open("a+") as file:  # the system unlocks it when this process ends, even by kill -9
+    with writing(root, "actor_rollout.save (or hydra.run.dir)"):
+        make_folder(root)
+        opened = lock.open("a+")
+    with opened as file:  # the system unlocks it when this process ends, even by kill -9
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -43,9 +47,12 @@ def owned_checkpoints(root: Path, run_dir: Path) -> Iterator[None]:
             ) from None
         except OSError as error:  # a file system without locks
             log.warning("%s: cannot be locked (%s); do not start a second run that saves there", root, error.strerror)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        except OSError:  # a full disk: the lock holds, and only its owner's name is missing
+            log.debug("%s: cannot be written", lock, exc_info=True)
         remove_leftovers(root, PUBLISHED)
         remove_leftovers(run_dir, PUBLISHED)
         try:

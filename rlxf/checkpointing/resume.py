@@ -10,6 +10,7 @@ from typing import Any
 
 from rlxf.checkpointing.fingerprint import fingerprint
 from rlxf.checkpointing.manifest import DRIVER
+from rlxf.checkpointing.rows import load_rows
 from rlxf.checkpointing.run_folder import FORMAT
 from rlxf.checkpointing.store import Damaged, checkpoints_folder, list_checkpoints, newest_good, require_good, step_of
 from rlxf.checkpointing.waiting import load_waiting, next_to_sample
@@ -82,7 +83,7 @@ def find_resume(config: RunConfig, run_dir: Path) -> Resume | None:
         run_folder=Path(driver.get("run_folder", run_dir)),
         row_ids=driver.get("prompt_ids"),
         stream=driver.get("stream"),
-        reported=_reported(driver.get("report", {}), state),
+        reported=_reported(driver.get("report", {}), state, load_rows(folder)),
         baseline=driver.get("baseline"),
         changes=changes,
         other_start=_other_start(driver, config),
@@ -124,7 +125,7 @@ def _begin_anew(
     return waiting
 
 
-def _reported(report: dict[str, Any], state: State) -> Reported:
+def _reported(report: dict[str, Any], state: State, unwritten: dict[str, bytes]) -> Reported:
     return Reported(
         step=state.step,
         final_step=state.reported_step,
@@ -132,6 +133,7 @@ def _reported(report: dict[str, Any], state: State) -> Reported:
         end=from_json(report.get("end", {})),
         seconds=report.get("seconds", 0.0),
         trackers=report.get("trackers", {}),
+        unwritten=unwritten,
     )
 
 

@@ -35,7 +35,9 @@ from rlxf.checkpointing.store import (
 from rlxf.config.curve import CURVE
 from rlxf.config.roles import LoraConfig
 from rlxf.config.schema import RunConfig
-from rlxf.core.errors import CheckpointError
+from rlxf.core.disk import disk_error, explain, is_lasting, patient, writing
+from rlxf.core.errors import CheckpointError, SaveError
+from rlxf.core.events import event
 from rlxf.core.files import (
     fsync,
     publish,
@@ -51,6 +53,7 @@ from rlxf.observe.console import with_error
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of driver.json
+AGAIN_S = 60.0  # after a checkpoint that could not be written, until the next try
 
 
 @dataclass(slots=True)
@@ -75,6 +78,7 @@ class RunFolder:
         also: writes what a resumed run needs besides the actor's state into a checkpoint's folder.
         resumed: the checkpoint that the run goes on from.
         now: seconds of a clock that only goes forward.
+        sleep: waits, in seconds.
     """
 
     def __init__(
@@ -88,7 +92,9 @@ class RunFolder:
         also: Callable[[Path, State], None] = lambda folder, state: None,
         resumed: Path | None = None,
         now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._sleep = sleep
         self._config = config
         self._run_dir = run_dir
         self._checkpoints = checkpoints_folder(config.actor_rollout.save, run_dir)
@@ -101,6 +107,8 @@ class RunFolder:
         self._newest = resumed
         self._now = now
         self._saved_at = now()
+        self._failed_at: float | None = None  # the newest try, if no checkpoint has been written since
+        self._num_failed = 0  # due checkpoints in a row that could not be written
         self._saving: Saving | None = None
         self._near: list[Path] = []  # the best checkpoint and the next one, told to be as good as each other
         self._require_space()
@@ -109,20 +117,42 @@ class RunFolder:
         """``<checkpoints>/iter_0000020`` after 20 steps: what the actor writes, and ``driver.json``. Not twice.
 
         Returns when it is complete; with ``training.async_save`` when the state is copied, and ``poll`` does the rest.
+        While the disk takes nothing, it is tried again for half a minute.
 
         Raises:
-            CheckpointError: there is not enough space, or it could not be written; those before are untouched.
+            SaveError: there is not enough space, or it could not be written; those before are untouched.
+            CheckpointError: the run's state cannot be written.
         """
-        self.wait()  # never two at a time
+        try:
+            self.wait()  # never two at a time
+        except SaveError as error:
+            log.warning("%s", error)  # the one that follows takes its place
         if self._newest is not None and step_of(self._newest) == state.step:
-            mark_rolling(self._checkpoints, rolling_steps(self._checkpoints) - {state.step})  # it stays
+            self._keep(state.step)
         else:
-            self._save(state, rolling=False)
+            patient(lambda: self._save(state, rolling=False), sleep=self._sleep)
+
+    def save_due(self, state: State) -> None:
+        """The same in the middle of a run, which goes on without a checkpoint or two.
+
+        Raises:
+            SaveError: more than ``training.max_failed_saves`` in a row could not be written.
+            CheckpointError: as above.
+        """
+        try:
+            self.save_checkpoint(state)
+        except SaveError as error:
+            self._missed(error)
 
     def is_time_to_save(self, state: State) -> bool:
-        """Whether ``training.save_every_minutes`` have passed since the last checkpoint; never after the last step."""
+        """Whether ``training.save_every_minutes`` have passed since the last checkpoint; never after the last step.
+
+        Also a minute after a checkpoint that could not be written.
+        """
         training = self._config.training
         minutes, is_last = training.save_every_minutes, state.step >= training.train_iters
+        if self._failed_at is not None:
+            return not is_last and self._now() - self._failed_at >= AGAIN_S
         return minutes > 0 and not is_last and self._now() - self._saved_at >= 60 * minutes
 
     def save_in_time(self, state: State) -> None:
@@ -132,20 +162,39 @@ class RunFolder:
         """
         if not self.is_time_to_save(state):
             return
-        minutes = self._config.training.save_every_minutes
-        self.wait()
         try:
+            self.wait()
             self._save(state, rolling=True)
-        except CheckpointError as error:
-            self._saved_at = self._now()  # not at every step
-            log.warning("%s (training.save_every_minutes = %g; 0 = off)", error, minutes)
+        except SaveError as error:
+            if self._failed_at is None:  # told once
+                minutes = self._config.training.save_every_minutes
+                self._tell(f"{error} (training.save_every_minutes = {minutes:g}; 0 = off)")
+            self._failed_at = self._now()
+
+    def _missed(self, error: SaveError) -> None:
+        """A due checkpoint could not be written: the run goes on, or has missed too many."""
+        self._num_failed += 1
+        self._failed_at = self._now()
+        limit = self._config.training.max_failed_saves
+        in_a_row = f"{self._num_failed} in a row, training.max_failed_saves = {limit}"
+        if self._num_failed > limit:
+            raise SaveError(f"{error} ({in_a_row})", lasting=True) from error
+        self._tell(f"{error} ({in_a_row}); the run goes on, and tries again in a minute")
+
+    def _tell(self, message: str) -> None:
+        log.warning("%s", message, extra=event("not saved", who=self._checkpoints.name))
+
+    def _keep(self, step: int) -> None:
+        """A rolling checkpoint of that step stays."""
+        with self._saving_errors():
+            mark_rolling(self._checkpoints, rolling_steps(self._checkpoints) - {step})
 
     def _save(self, state: State, *, rolling: bool) -> None:
         self._require_space()
         background, root = self._config.training.async_save, self._checkpoints
         folder = folder_of(root, state.step)
-        self._saving = Saving(folder, temporary_for(folder), rolling)
         with self._discarded_on_failure():
+            self._saving = Saving(folder, temporary_for(folder), rolling)
             # Before it has its name: what is not marked stays for ever.
             earlier = rolling_steps(root) - {state.step}
             mark_rolling(root, earlier | {state.step} if rolling else earlier)
@@ -165,6 +214,8 @@ class RunFolder:
     def finish(self, *, ask_actor: bool) -> None:
         """For a run that failed: publish the checkpoint that is being written if it is whole, or drop it.
 
+        It never raises.
+
         Args:
             ask_actor: wait for the actor to write the rest; else only what is fully written is published.
         """
@@ -178,8 +229,15 @@ class RunFolder:
             log.warning("the checkpoint that was being written is lost: %s", error)
 
     def poll(self) -> None:
-        """Finish a checkpoint that has been written in the background, without waiting."""
-        self._advance(wait=False)
+        """Finish a checkpoint that has been written in the background, without waiting.
+
+        Raises:
+            SaveError: as ``save_due`` does.
+        """
+        try:
+            self._advance(wait=False)
+        except SaveError as error:
+            self._missed(error)
 
     def wait(self) -> None:
         """Return when no checkpoint is being written."""
@@ -223,6 +281,7 @@ class RunFolder:
         assert self._saving is not None
         saving, self._saving = self._saving, None
         self._newest, step = saving.folder, step_of(saving.folder)
+        self._failed_at, self._num_failed = None, 0
         self._saved(saving.folder)
         try:
             drop_rolling(self._checkpoints, but=step)
@@ -279,12 +338,28 @@ class RunFolder:
     def _discarded_on_failure(self) -> Iterator[None]:
         """A checkpoint that could not be written leaves nothing behind."""
         try:
-            yield
-        except BaseException as error:
+            with self._saving_errors():
+                yield
+        except BaseException:
             self._discard()
-            if isinstance(error, OSError):
-                raise CheckpointError(f"{self._checkpoints}: the checkpoint could not be written: {error}") from error
             raise
+
+    @contextmanager
+    def _saving_errors(self) -> Iterator[None]:
+        """An error of the disk becomes one that a run may survive."""
+        try:
+            yield
+        except Exception as error:
+            found = disk_error(error, self._checkpoints)
+            if found is None:
+                raise
+            words = explain(found, self._checkpoints, self._key)
+            raise SaveError(f"the checkpoint could not be written: {words}", lasting=is_lasting(found)) from error
+
+    @property
+    def _key(self) -> str:
+        """Of the folder of checkpoints."""
+        return "actor_rollout.save" if self._config.actor_rollout.save else "hydra.run.dir"
 
     def _discard(self) -> None:
         if self._saving is not None:
@@ -316,21 +391,36 @@ class RunFolder:
         needed = int(1.1 * num_bytes(earlier[-1])) if earlier else _least_bytes(actor.load, actor)
         free = shutil.disk_usage(root).free
         if free < needed:
-            raise CheckpointError(
+            raise SaveError(
                 f"{self._checkpoints}: a checkpoint takes about {needed:,} bytes, but {free:,} are free; make room, "
                 f"lower training.keep_latest = {self._config.training.keep_latest} (0 keeps all), or name a folder on "
-                f"another disk in {'actor_rollout.save' if actor.save else 'hydra.run.dir'}"
+                f"another disk in {self._key}"
             )
 
     def save_hf(self, step: int) -> None:
-        """``<checkpoints>/hf_0000020``: the policy after 20 steps as a folder that transformers loads."""
-        self._actor.save_hf(self._checkpoints / f"hf_{step:07d}")
+        """``<checkpoints>/hf_0000020``: the policy after 20 steps as a folder that transformers loads.
+
+        Raises:
+            DiskError: the disk has taken nothing for half a minute.
+        """
+        self._export(self._checkpoints / f"hf_{step:07d}", self._key)
 
     def save_policy(self) -> Path:
-        """``<run folder>/policy``: the policy and its tokenizer as a folder that transformers loads."""
+        """``<run folder>/policy``: the policy and its tokenizer as a folder that transformers loads.
+
+        Raises:
+            DiskError: as above.
+        """
         folder = self._run_dir / "policy"
-        self._actor.save_hf(folder)
+        self._export(folder, "hydra.run.dir")
         return folder
+
+    def _export(self, folder: Path, key: str) -> None:
+        def export() -> None:
+            with writing(folder, key):
+                self._actor.save_hf(folder)
+
+        patient(export, sleep=self._sleep)
 
 
 def _least_bytes(load: str | None, lora: LoraConfig) -> int:

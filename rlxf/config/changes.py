@@ -19,7 +19,7 @@ _HARMLESS = {
     "training.eval_only",
     *(f"training.{key}" for key in ("keep_latest", "keep_best", "keep_best_metric", "keep_best_mode")),
     *(f"training.{key}" for key in ("stage_timeout_s", "start_timeout_s", "trust_remote_code")),
-    *("training.save_every_minutes", "training.stop_grace_s"),
+    *("training.save_every_minutes", "training.stop_grace_s", "training.max_failed_saves"),
     *("actor_rollout.save", "rollout.gpu_memory_utilization", "rollout.cpu_kv_cache_gib"),
     *("actor_rollout.max_bad_rows", "reward.max_failures", "reward.workers", "reward.timeout_s"),
     *("actor_rollout.data_path", "rollout.replay_path"),  # their content is compared instead

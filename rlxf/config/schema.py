@@ -79,6 +79,9 @@ class TrainingConfig(Strict):
     state."""
     keep_latest: int = Field(0, ge=0)
     """Number of newest checkpoints to keep; older ones are deleted. 0 keeps all."""
+    max_failed_saves: int = Field(2, ge=0)
+    """Number of checkpoints in a row that a run continues without if they cannot be written, for example because the
+    disk is full. One more ends the run. 0: the first one ends it."""
     keep_best: int = Field(0, ge=0)
     """Number of best checkpoints to keep in addition to the newest. 0 keeps none for being best."""
     keep_best_metric: str | None = None

@@ -84,3 +84,17 @@ class CheckpointError(RlxfError):
     """No checkpoint can be taken over, or the one that was found belongs to another run."""
 
     exit_code = 4
+
+
+class DiskError(RlxfError):
+    """A file of the run could not be written: a full disk, a quota, a folder that is read-only."""
+
+    def __init__(self, message: str, lasting: bool = False) -> None:
+        super().__init__(message)
+        self.lasting = lasting  # waiting does not help
+
+
+class SaveError(DiskError, CheckpointError):
+    """A checkpoint could not be written; those before are unchanged, and a later one may be written."""
+
+    exit_code = CheckpointError.exit_code

@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,14 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small file in one step: after a crash it is the old one or the new one. Makes its folder."""
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    replace_files({temporary: path})
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        replace_files({temporary: path})
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # a write does not name its file
+        raise
 
 
 def replace_files(renames: Mapping[Path, Path]) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from rlxf.core.disk import writing
 from rlxf.core.errors import DataError
+from rlxf.core.kept_file import KeptFile
 
 if TYPE_CHECKING:
     from rlxf.core.types import Metrics
@@ -126,31 +128,48 @@ class JsonLines:
             raise DataError(f"{self.path}: holds no rows; expected one JSON object per line")
 
 
-def open_after(path: Path, step: int | None) -> BinaryIO:
+def open_after(path: Path, step: int | None, unwritten: bytes = b"") -> KeptFile:
     """Open a file of rows that begin with their ``step``, to append. Keeps the rows up to ``step``; none if it is None.
 
     Later rows are cut off, and so is the half row of a killed run.
 
+    Args:
+        path: its folder is made.
+        step: the last one that stays.
+        unwritten: rows that the disk did not take when the checkpoint of ``step`` was written. They are written now if
+            the file is there: a run that continues in another folder begins with the next step.
+
     Raises:
         DataError: the file holds other rows.
+        DiskError: the file cannot be opened.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = 0 if step is None or not path.exists() else _bytes_up_to(path, step)
-    file = path.open("ab")
-    file.truncate(kept)
+    with writing(path, "hydra.run.dir"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if step is None or not path.exists():
+        return KeptFile(path, size=0)
+    rows = [(found, line) for line in unwritten.splitlines(keepends=True) if (found := _step_of(line)) is not None]
+    before = min([step, *(found - 1 for found, _ in rows)])  # a killed run may have written some of them later
+    file = KeptFile(path, size=_bytes_up_to(path, before))
+    if missing := b"".join(line for found, line in rows if found <= step):
+        file.write(missing)
     return file
+
+
+def _step_of(line: bytes) -> int | None:
+    match = _STEP.match(line)
+    return int(match.group(1)) if match else None
 
 
 def _bytes_up_to(path: Path, step: int) -> int:
     size = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            match = _STEP.match(line)
-            if match is None and line.endswith(b"\n"):
+            found = _step_of(line)
+            if found is None and line.endswith(b"\n"):
                 raise DataError(
                     f"{path}:{number}: the line has no step, so the run cannot continue this file; move it away"
                 )
-            if match is None or int(match.group(1)) > step or not line.endswith(b"\n"):
+            if found is None or found > step or not line.endswith(b"\n"):
                 break
             size += len(line)
     return size

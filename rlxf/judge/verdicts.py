@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from rlxf.core.disk import explain
 from rlxf.core.errors import ConfigError
+from rlxf.core.events import event
 from rlxf.core.files import fsync, make_folder
 from rlxf.judge.judge import Usage, Verdict
 
@@ -75,6 +79,9 @@ class VerdictStore:
         self._judge = judge
         self._known: dict[str, float] = {}
         self._file: int | None = None
+        self._waiting: deque[bytes] = deque()  # lines that the disk did not take
+        self._whole = True  # the file does not end in a part of a line of ours
+        self._full = False  # the disk, and it has been told
         try:
             self._load()
         except OSError as error:
@@ -99,23 +106,32 @@ class VerdictStore:
     def add(self, verdicts: Sequence[tuple[str, Verdict]]) -> None:
         """Keep verdicts by the keys of their questions; they are on disk when this returns.
 
+        If the disk is full, a warning tells it, and they are written with the next ones.
+
         Raises:
-            ConfigError: the file cannot be written.
+            ConfigError: the file cannot be opened.
         """
         if not verdicts:
             return
-        lines = b"".join(self._line(key, verdict) for key, verdict in verdicts)
+        self._waiting.extend(self._line(key, verdict) for key, verdict in verdicts)
         try:
-            self._append(lines)
+            self._open()
         except OSError as error:
+            self._waiting.clear()
             raise ConfigError(f"{self.path}: a verdict cannot be written: {error.strerror}") from error
+        self._put()
         for key, verdict in verdicts:
             self._known[key] = verdict.probability
             if verdict.usage is not None:
                 self.spent.add(verdict.usage)
 
     def close(self) -> None:
-        """Close the file. A later ``add`` opens it again."""
+        """Write what waits, and close the file. A later ``add`` opens it again."""
+        self._put()
+        if self._waiting:
+            log.warning("%s: %d verdicts could not be written; they will be asked for again", self.path,
+                        len(self._waiting))  # fmt: skip
+            self._waiting.clear()
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -132,17 +148,46 @@ class VerdictStore:
             row["reply"] = verdict.reply[:_LONGEST_REPLY]
         return json.dumps(row, ensure_ascii=True).encode() + b"\n"
 
-    def _append(self, lines: bytes) -> None:
+    def _open(self) -> None:
         if self._file is None:
             make_folder(self.path.parent)
             new = not self.path.exists()
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             if new:
                 fsync(self.path.parent)
-        rest = memoryview(lines)
-        while rest:
-            rest = rest[os.write(self._file, rest) :]
-        os.fsync(self._file)
+
+    def _put(self) -> None:
+        """Append what waits, as far as the disk takes it.
+
+        What was written in part is cut off, unless another run has written behind it. Then it stays, as a line that is
+        no verdict.
+        """
+        if self._file is None:
+            return
+        try:
+            while self._waiting:
+                line = self._waiting[0] if self._whole else b"\n" + self._waiting[0]
+                written = os.write(self._file, line)
+                if written < len(line):
+                    self._take_back(self._file, written)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._whole = True
+                self._waiting.popleft()
+            os.fsync(self._file)
+        except OSError as error:
+            if not self._full:
+                words = "%s. The run goes on; verdicts are kept, and written when there is room"
+                log.warning(words, explain(error, self.path, "judge.verdicts"), extra=event("disk", who=self.path.name))
+            self._full = True
+        else:
+            self._full = False
+
+    def _take_back(self, file: int, num_bytes: int) -> None:
+        end = os.lseek(file, 0, os.SEEK_CUR)
+        if os.fstat(file).st_size == end:
+            os.ftruncate(file, end - num_bytes)
+        else:
+            self._whole = False
 
     def _load(self) -> None:
         if not self.path.exists():

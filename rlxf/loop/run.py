@@ -14,6 +14,7 @@ from torch import Tensor
 from rlxf.config.kinds import Role
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
+from rlxf.core.kept_file import KeptFile
 from rlxf.core.stop import Stop
 from rlxf.core.types import (
     Batch,
@@ -165,6 +166,11 @@ class UpdatesReference(Protocol):
 class Recorder(Protocol):
     """Writes the policy's completions."""
 
+    @property
+    def files(self) -> Sequence[KeptFile]:
+        """What it writes to."""
+        ...
+
     def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult) -> None: ...
 
 
@@ -263,6 +269,10 @@ class Folder(Protocol):
 
     def save_checkpoint(self, state: State) -> None:
         """Save the complete steps, unless they are; with ``training.async_save`` written while training goes on."""
+        ...
+
+    def save_due(self, state: State) -> None:
+        """The same in the middle of a run, which goes on if the disk takes no checkpoint for a while."""
         ...
 
     def is_time_to_save(self, state: State) -> bool:

@@ -70,10 +70,12 @@ def evaluate(run: Run) -> Metrics:
     return metrics
 
 
-def save(run: Run, schedule: Schedule, *, wait: bool = False) -> None:
-    """A checkpoint of the steps that are complete, unless there is one."""
+def save(run: Run, schedule: Schedule, *, last: bool = False) -> None:
+    """A checkpoint of the steps that are complete, unless there is one; the ``last`` is there when this returns."""
     schedule.drained()
     with run.clock("save", version=run.state.policy_version), run.stop.uninterruptible():
-        run.folder.save_checkpoint(run.state)
-        if wait:
+        if last:
+            run.folder.save_checkpoint(run.state)
             run.folder.wait()
+        else:
+            run.folder.save_due(run.state)

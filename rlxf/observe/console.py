@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -21,6 +25,34 @@ LINE = (
     ("kl", "objective/kl", ".3f"),
     ("tok/s", "rollout/tokens_per_s", ".0f"),
 )
+
+
+class Screen(io.StringIO):
+    """Standard output. A full disk or a pipe that nobody reads costs lines, not the run."""
+
+    @property
+    def _out(self) -> TextIO:
+        out: TextIO = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # a progress line puts itself in between
+        return out
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # a plain attribute of the base class
+        return self._out.encoding or "utf-8"
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            return self._out.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._out.flush()
+
+    def isatty(self) -> bool:
+        return self._out.isatty()
+
+    def fileno(self) -> int:
+        return self._out.fileno()
 
 
 class Progressbar:

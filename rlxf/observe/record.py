@@ -122,19 +122,21 @@ def _is_count(value: Any) -> bool:
 class RolloutRecorder:
     """Writes `rollouts.jsonl`, a step at a time and only whole lines, so that a killed run leaves whole rows."""
 
-    def __init__(self, path: str | Path, *, after: int | None = None) -> None:
-        """``after``: the step after which a resumed run continues; its rows and earlier ones stay."""
-        self._file = open_after(Path(path), after)
+    def __init__(self, path: str | Path, *, after: int | None = None, unwritten: bytes = b"") -> None:
+        """``after``: the step after which a resumed run continues; its rows and earlier ones stay.
+
+        ``unwritten``: of those, the ones that the disk did not take.
+        """
+        self.file = open_after(Path(path), after, unwritten)
 
     def write(self, step: int, scored: ScoredRollouts) -> None:
         """Append the prompts of one step, in batch order, each with its completions by sample index."""
         rows = ({"step": step, **row} for row in _record(scored))
         lines = [json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in rows]
-        self._file.write("".join(lines).encode())
-        self._file.flush()
+        self.file.write("".join(lines).encode())
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
 
 def _record(scored: ScoredRollouts) -> list[Row]:
@@ -180,10 +182,16 @@ class SampleRecorder:
     """Writes `samples.jsonl`: prompts and completions as text, for people to read."""
 
     def __init__(
-        self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_rows: int = 16, after: int | None = None
+        self,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_rows: int = 16,
+        after: int | None = None,
+        unwritten: bytes = b"",
     ) -> None:
-        """``max_rows``: pairs written per step, the first ones of the batch. ``after``: as `RolloutRecorder` has it."""
-        self._file = open_after(Path(path), after)
+        """``max_rows``: pairs written per step, the first ones of the batch. The others: as above."""
+        self.file = open_after(Path(path), after, unwritten)
         self._tokenizer = tokenizer
         self._max_rows = max_rows
 
@@ -212,12 +220,11 @@ class SampleRecorder:
                     **{f"rejected_{name}": value for name, value in _details(scored, rejected).items()},
                 }
             )
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table).encode())
-        self._file.flush()
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table).encode())
         return table
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
 
 class Recorders:
@@ -227,6 +234,7 @@ class Recorders:
         self._rollouts = rollouts
         self._samples = samples
         self._interval = samples_interval
+        self.files = [recorder.file for recorder in (rollouts, samples) if recorder is not None]
 
     def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult) -> None:
         if self._rollouts is not None:

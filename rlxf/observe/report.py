@@ -13,8 +13,10 @@ from rich.console import Console
 
 from rlxf.config.schema import LogConfig, TrainingConfig
 from rlxf.config.stages import STAGES
+from rlxf.core.disk import patient, writing
 from rlxf.core.files import file_sizes, write_json
 from rlxf.core.jsonl import finite_or_null
+from rlxf.core.kept_file import KeptFile
 from rlxf.core.types import Metrics
 from rlxf.observe.console import Progressbar, duration, final_table
 from rlxf.observe.sinks import JsonlSink, Sink, TensorBoardSink
@@ -73,6 +75,7 @@ class Reported:
     end: Metrics = field(default_factory=dict)  # the newest ones
     seconds: float = 0.0  # that the run had taken; 0 in checkpoints of the first version
     trackers: Mapping[str, str] = field(default_factory=dict)  # the run's id in each experiment tracker
+    unwritten: Mapping[str, bytes] = field(default_factory=dict)  # rows that the disk did not take, by file
 
 
 NOTHING_REPORTED = Reported(step=0, final_step=0)
@@ -107,7 +110,9 @@ class RunReport:
         if training.eval_only:
             after = sys.maxsize  # the run may have later rows: cut none of them
         evaluates = training.eval_interval > 0 or training.eval_only
-        self._evaluations = JsonlSink(run_dir / "eval.jsonl", after=after) if evaluates else None
+        rows = b"" if training.eval_only else earlier.unwritten.get("eval.jsonl", b"")
+        self._evaluations = JsonlSink(run_dir / "eval.jsonl", after=after, unwritten=rows) if evaluates else None
+        self._files = [sink.file for sink in (*sinks, self._evaluations) if isinstance(sink, JsonlSink)]
         self._console = console
         stage = STAGES[training.stage]
         self._only = training.eval_only
@@ -134,6 +139,14 @@ class RunReport:
             "seconds": round(self._seconds(), 3),
         }
 
+    def keep(self, files: Sequence[KeptFile]) -> None:
+        """Take care of more files of rows, as of the report's own."""
+        self._files += files
+
+    def unwritten(self) -> dict[str, bytes]:
+        """Rows that the disk does not take now, by the name of their file."""
+        return {file.path.name: rows for file in self._files if (rows := file.unwritten)}
+
     def _seconds(self) -> float:
         """Seconds that the run has taken so far, those before it was resumed included."""
         return self._seconds_before + time.monotonic() - self._started
@@ -158,7 +171,13 @@ class RunReport:
         self.say(f"checkpoint: {folder}")
 
     def finished(self, policy: Path) -> None:
-        """Print the final table and write ``summary.json``."""
+        """Print the final table and write ``summary.json``.
+
+        Raises:
+            DiskError: the disk takes neither the last rows nor the summary.
+        """
+        for file in self._files:
+            patient(file.flush)
         self.close(complete=True)
         seconds = self._seconds()
         summary = {
@@ -170,13 +189,18 @@ class RunReport:
             "start": finite_or_null(self._start),
             "end": finite_or_null(self._end),
         }
-        write_json(self._run_dir / "summary.json", summary)
+        patient(lambda: self._write_summary(summary))
         done = f"evaluated after {self._step} steps" if self._only else f"{self._step} steps"
         title = f"{self._title}: {done} in {duration(seconds)}"
         columns = {"value": self._measured} if self._only else {"start": self._start, "end": self._end}
         self._console.print(final_table(title, self._rows(), columns))
         self.say(f"{self._product}: {policy}")
         self.say(f"run folder: {self._run_dir}")
+
+    def _write_summary(self, summary: Mapping[str, Any]) -> None:
+        path = self._run_dir / "summary.json"
+        with writing(path, "hydra.run.dir"):
+            write_json(path, summary)
 
     def _rows(self) -> list[tuple[str, str]]:
         """Of the final table, with what the stage or ``eval.metrics`` adds to the usual evaluation."""
@@ -196,8 +220,8 @@ class RunReport:
         self._bar.close()
         for sink in self._sinks:
             sink.close(complete=complete)
-        if self._evaluations is not None:
-            self._evaluations.close()
+        for file in self._files:
+            file.close()
 
     def _keep(self, step: int, metrics: Metrics) -> None:
         evaluation = {name: value for name, value in metrics.items() if name.startswith("eval/")}
@@ -220,7 +244,9 @@ def make_report(
     """
     after = earlier.final_step if earlier else None
     logs, trains = settings.log, not settings.training.eval_only
-    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", after=after)] if trains else []
+    name = "metrics.jsonl"
+    rows = earlier.unwritten.get(name, b"") if earlier else b""
+    sinks: list[Sink] = [JsonlSink(run_dir / name, after=after, unwritten=rows)] if trains else []
     if logs.tensorboard or "tensorboard" in logs.report_to:
         sinks.append(TensorBoardSink(run_dir / "tensorboard", after=after if trains else None))
     ids = earlier.trackers if earlier and trains else {}  # eval_only is a run of its own in a tracker

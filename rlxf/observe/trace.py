@@ -14,10 +14,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rlxf.core.clock import Span
-from rlxf.core.errors import DataError
+from rlxf.core.disk import writing
+from rlxf.core.errors import DataError, DiskError
+from rlxf.core.kept_file import KeptFile
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class _Row:
 class Trace:
     """Writes the boxes of a run's stages and of its workers' calls.
 
-    A file that cannot be written any more (the disk is full) ends with a warning, and the run goes on.
+    While the disk is full, boxes wait in memory. If too many wait, the file ends with a warning, and the run goes on.
 
     Args:
         path: of the file.
@@ -63,8 +65,10 @@ class Trace:
         self._named = set[_Row]()
         self._ends: dict[_Row, int] = {}  # microseconds
         self._open: dict[_Row, Span] = {}  # the newest box of a worker, which the next call may make longer
-        self._file: BinaryIO | None = path.open("r+b" if append and path.exists() else "w+b", buffering=0)
-        self._begin(self._file)
+        with writing(path, "hydra.run.dir"):
+            size, separator = self._end() if append and path.exists() else (0, b"[\n")
+        self._file: KeptFile | None = KeptFile(path, size=size)
+        self._put(separator)
 
     def stage(self, span: Span, roles: Sequence[str]) -> None:
         thread = threading.current_thread()
@@ -102,23 +106,24 @@ class Trace:
                 self._file.close()
                 self._file = None
 
-    def _begin(self, file: BinaryIO) -> None:
-        """Go to where events go on: behind the last whole line, without a bracket that somebody closed the array with.
+    def _end(self) -> tuple[int, bytes]:
+        """Bytes after which events go on, and what comes between.
+
+        That is behind the last whole line, without a bracket that somebody closed the array with.
 
         Raises:
             DataError: the file holds something else.
         """
-        start = file.read(2)
-        if not b"[\n".startswith(start):
-            file.close()
-            raise DataError(f"{self._path}: is no trace of a run, so the run cannot continue this file; move it away")
-        size = file.seek(0, 2)
-        before = file.seek(max(0, size - _TAIL))
-        tail = file.read()
+        with self._path.open("rb") as file:
+            start = file.read(2)
+            if not b"[\n".startswith(start):
+                raise DataError(
+                    f"{self._path}: is no trace of a run, so the run cannot continue this file; move it away"
+                )
+            before = file.seek(max(0, file.seek(0, 2) - _TAIL))
+            tail = file.read()
         kept = tail[: tail.rfind(b"\n") + 1].rstrip().removesuffix(b"]").rstrip()
-        file.truncate(before + len(kept))
-        file.seek(before + len(kept))
-        self._put({b"": b"[\n", b"[": b"\n", b",": b"\n"}.get(kept[-1:], b",\n"))
+        return before + len(kept), {b"": b"[\n", b"[": b"\n", b",": b"\n"}.get(kept[-1:], b",\n")
 
     def _write(self, row: _Row, span: Span) -> None:
         ids = row.ids
@@ -147,8 +152,8 @@ class Trace:
             return
         try:
             self._file.write(line)
-        except OSError as error:
-            log.warning("%s: cannot be written: %s; the run goes on without it", self._path, error.strerror)
+        except DiskError as error:
+            log.warning("%s; the run goes on without it", error)
             self._file.close()
             self._file = None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import secrets
 import struct
 import zlib
@@ -22,7 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import rlxf
+from rlxf.core.disk import writing
 from rlxf.core.files import file_digest
+from rlxf.core.kept_file import KeptFile
 from rlxf.core.model_folder import assets_folder, megatron_checkpoint
 from rlxf.core.types import Pairs, PairValues, Sequences
 
@@ -57,7 +58,8 @@ class CachedReference:
 
     def __init__(self, inner: PairReference, folder: Path) -> None:
         self._inner = inner
-        self._file = folder / f"{secrets.token_hex(8)}.logps"  # of this run
+        self._path = folder / f"{secrets.token_hex(8)}.logps"  # of this run
+        self._file: KeptFile | None = None
         self._known = _Known([part for path in sorted(folder.glob("*.logps")) for part in _read(path)])
         self.num_computed = 0
 
@@ -81,14 +83,17 @@ class CachedReference:
         before = self.num_computed
         for pairs in batches:
             self.logps(pairs)
+        if self._file is not None:
+            self._file.retry()  # what the disk did not take is computed again by the next run
         return self.num_computed - before
 
     def _add(self, keys: NDArray[np.bytes_], logps: NDArray[np.float32]) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("ab") as file:
-            file.write(b"".join(_record(key, *sides) for key, sides in zip(keys.tolist(), logps.tolist(), strict=True)))
-            file.flush()
-            os.fsync(file.fileno())
+        records = b"".join(_record(key, *sides) for key, sides in zip(keys.tolist(), logps.tolist(), strict=True))
+        if self._file is None:
+            with writing(self._path, "ref.cache"):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = KeptFile(self._path, size=0, key="ref.cache", sync=True)
+        self._file.write(records)
         self._known.add(keys, logps)
         self.num_computed += len(keys)
 

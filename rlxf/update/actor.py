@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from rlxf.config.roles import LoraConfig, OptimizerConfig
-from rlxf.core.errors import TrainingError
+from rlxf.core.disk import disk_error, explain, is_lasting
+from rlxf.core.errors import DiskError, TrainingError
 from rlxf.core.types import Batch, Metrics, Pairs, PairValues, Sequences
 from rlxf.models.backend import pair_logps, token_logps
 from rlxf.models.batching import MicroBatchLimits, my_batches
@@ -218,39 +220,48 @@ class MegatronActor:
         """Write the policy as a folder that ``transformers`` loads; complete or not there at all.
 
         With LoRA the weights are merged, and ``adapter`` in it is what PEFT loads.
+
+        Raises:
+            DiskError: rank 0 could not write it.
         """
         names = [name for name, _ in self.model.exported_shapes()]
+        adapters = self._adapters()
         tensors = self.model.export(names)
+        failure: OSError | None = None
         if dist.get_rank() == 0:
-            changes = self.model.config_changes()
-            save_hf_folder(folder, tensors, like=self.model.folder, changes=changes, extra=self._save_extra)
-        else:
-            for _ in tensors:
-                continue
-            if self._lora.lora_r:
-                self._save_adapter(folder)
+            changes, extra = self.model.config_changes(), partial(self._save_extra, adapters)
+            try:
+                save_hf_folder(folder, tensors, like=self.model.folder, changes=changes, extra=extra)
+            except Exception as error:
+                failure = disk_error(error, folder)
+                if failure is None:
+                    raise
+        for _ in tensors:  # also after a failure: the other ranks gather with rank 0
+            continue
         dist.barrier()
+        if failure is not None:
+            words = explain(failure, folder, "hydra.run.dir or actor_rollout.save")
+            raise DiskError(words, lasting=is_lasting(failure))
 
-    def _save_extra(self, folder: Path) -> None:
+    def _save_extra(self, adapters: dict[str, Tensor], folder: Path) -> None:
         if self._lora.lora_r:
-            self._save_adapter(folder)
-        if self._save_tokenizer is not None:
-            self._save_tokenizer(folder)
-
-    def _save_adapter(self, folder: Path) -> None:
-        from rlxf.models.megatron.adapters import export_adapters
-
-        tensors = dict(export_adapters(self.model))
-        if dist.get_rank() == 0:
             lora = self._lora
             save_adapter(
                 folder / "adapter",
-                tensors.items(),
+                adapters.items(),
                 rank=lora.lora_r,
                 alpha=lora.lora_alpha,
                 dropout=lora.lora_dropout,
                 base=str(self.model.folder),
             )
+        if self._save_tokenizer is not None:
+            self._save_tokenizer(folder)
+
+    def _adapters(self) -> dict[str, Tensor]:
+        """Name and tensor of every adapter, on rank 0; every rank must call it."""
+        from rlxf.models.megatron.adapters import export_adapters
+
+        return dict(export_adapters(self.model)) if self._lora.lora_r else {}
 
     def save_checkpoint(self, folder: Path, background: bool = False) -> None:
         """Write parameters, optimizer state and random states into ``folder``, which exists; any layout can load them.

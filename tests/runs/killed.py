@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from tests.disks import FILLER, fill
 from tests.runs.small import CLOCKED, Finished, Recipe
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -102,10 +103,11 @@ class Raise:
     text: str = "injected"
     number: int = 1
     after: bool = False
+    errno: int = 0  # of an error of the disk
 
     def arm(self) -> None:
         module, _, name = self.error.partition(":")
-        error = getattr(importlib.import_module(module), name)(self.text)
+        error = getattr(importlib.import_module(module), name)(*((self.errno,) if self.errno else ()), self.text)
 
         def failing(call: Any, *args: Any, **options: Any) -> Any:
             if self.after:
@@ -199,7 +201,32 @@ class Beside:
         _replace("rlxf.update.actor:MegatronActor.update", self.update, begins)
 
 
-Moment = Call | File | After | Raise | Poison | Beside
+@dataclass(frozen=True)
+class FullDisk:
+    """The disk of ``folder`` is full for some seconds, from before the n-th call of a function on.
+
+    ``killed``: or until the process is killed, before that call.
+    """
+
+    folder: Path
+    target: str
+    number: int = 1
+    seconds: float = 2.5
+    killed: int = 0
+
+    def arm(self) -> None:
+        def filled(call: Any, *args: Any, **options: Any) -> Any:
+            fill(self.folder)
+            if not self.killed:
+                threading.Timer(self.seconds, (self.folder / FILLER).unlink).start()
+            return call(*args, **options)
+
+        _replace(self.target, self.number, filled)
+        if self.killed:
+            Call(self.target, self.killed).arm()
+
+
+Moment = Call | File | After | Raise | Poison | Beside | FullDisk
 
 
 @dataclass(frozen=True)
@@ -210,9 +237,12 @@ class Ended:
     output: str
 
 
-def run_in_child(recipe: Recipe, run_dir: Path, moment: Moment | None = None) -> Ended:
-    """Run the recipe in a process that dies at ``moment``; again in the same folder it is resumed."""
-    log = run_dir.with_name(f"{run_dir.name}.log")
+def run_in_child(recipe: Recipe, run_dir: Path, moment: Moment | None = None, log: Path | None = None) -> Ended:
+    """Run the recipe in a process that dies at ``moment``; again in the same folder it is resumed.
+
+    ``log``: where its output goes; else beside the run folder.
+    """
+    log = log or run_dir.with_name(f"{run_dir.name}.log")
     process = _CONTEXT.Process(target=_child, args=(recipe, run_dir, moment, log))
     process.start()
     process.join(timeout=120)

@@ -6,6 +6,7 @@ recipes, so what is there was saved at the end. Faults of worker processes: ``te
 
 from __future__ import annotations
 
+import errno
 import re
 import signal
 from pathlib import Path
@@ -69,8 +70,8 @@ def assert_saved(ended: Ended, run_dir: Path, step: int) -> None:
         (Raise(f"{ENGINE}.load_bucket", "rlxf.core.errors:SyncError", number=4), 3),  # a push that failed, and
         (Raise(f"{SYNC}._verify", "rlxf.core.errors:SyncError", number=2), 2),  # a probe: the step is complete
         (Raise("rlxf.evaluate:Evaluation._sample", "rlxf.core.errors:ConfigError", number=4), 3),
-        (Raise(f"{ACTOR}.save_hf", OS_ERROR, "No space left on device", number=1), 3),
-        (Raise(f"{ACTOR}.save_hf", OS_ERROR, "No space left on device", number=3), 6),  # the policy, at the end
+        (Raise(f"{ACTOR}.save_hf", OS_ERROR, "Read-only file system", number=1, errno=errno.EROFS), 3),
+        (Raise(f"{ACTOR}.save_hf", OS_ERROR, "Permission denied", number=3, errno=errno.EACCES), 6),  # the policy
     ],
     ids=lambda value: value.target.split(":")[1] if isinstance(value, Raise) else None,
 )  # fmt: skip

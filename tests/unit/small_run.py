@@ -265,6 +265,8 @@ class Constant:
 class LastRecord:
     """Keeps what it was told to write."""
 
+    files = ()
+
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.pairings: list[PairingResult] = []
@@ -336,6 +338,9 @@ class SavedSteps:
                 folder = self._root / f"iter_{state.step:07d}"
                 folder.mkdir(parents=True)
                 self._write(folder, state)
+
+    def save_due(self, state: State) -> None:
+        self.save_checkpoint(state)
 
     def is_time_to_save(self, state: State) -> bool:
         return False

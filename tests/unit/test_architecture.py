@@ -6,6 +6,7 @@ A rule takes a file's path (from the repository's root) and its syntax tree, and
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -92,6 +93,15 @@ DEVICE_TEXTS = {"rlxf/config/kinds.py": {"cuda", "npu"}, "rlxf/config/devices.py
 
 # Torch keeps the index of a distributed checkpoint as a pickle; this file reads it with a list of the classes allowed.
 RESTRICTED_UNPICKLER = "rlxf/models/megatron/dist_folder.py"
+
+# Files that write down when something was: no duration depends on it.
+DATES = (
+    "rlxf/observe/trace.py",  # one offset for a process, so that its times never go back
+    "rlxf/observe/sinks.py",
+    "rlxf/observe/trackers.py",
+    "rlxf/tools/compare/formats.py",
+    "rlxf/core/http.py",  # `Retry-After` is a date; the wait that it gives has a limit
+)
 
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 500
 SHORT_FILES = {"rlxf/driver.py": 160, "ray_gpt.py": 20}
@@ -223,6 +233,20 @@ def deadlines(path: str, tree: ast.Module) -> list[str]:
     return [f"line {line}: {name} without a deadline; use workers/remote.py" for line, name in names + calls]
 
 
+def clocks(path: str, tree: ast.Module) -> list[str]:
+    """Durations and deadlines are measured with clocks that only go forward; a clock that is set changes none."""
+    if path in DATES:
+        return []
+    names = [(line, name) for line, name in _imports(path, tree) if name in ("time.time", "time.time_ns")]
+    calls = [
+        (node.lineno, _dotted(node.func))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and re.fullmatch(r"time\.time(_ns)?|(datetime\.)*datetime\.(now|utcnow|today)", _dotted(node.func))
+    ]
+    return [f"line {line}: {name}: take time.monotonic or time.perf_counter" for line, name in names + calls]
+
+
 def unsafe(path: str, tree: ast.Module) -> list[str]:
     """No code from data: eval, exec, pickle, or a torch.load that may unpickle objects."""
     problems = []
@@ -256,7 +280,18 @@ def lengths(path: str, tree: ast.Module) -> list[str]:
     return problems
 
 
-RULES: tuple[Rule, ...] = (arrows, whole_recipe, config_checks, homes, siblings, devices, deadlines, unsafe, lengths)
+RULES: tuple[Rule, ...] = (
+    arrows,
+    whole_recipe,
+    config_checks,
+    homes,
+    siblings,
+    devices,
+    deadlines,
+    clocks,
+    unsafe,
+    lengths,
+)
 
 
 def _python_files(*tops: str) -> list[Path]:
@@ -359,6 +394,10 @@ BAD: list[tuple[Rule, str, str]] = [
     (deadlines, "workers/launch.py", "import ray\nray.get(handle)"),
     (deadlines, "workers/launch.py", "from ray import get"),
     (deadlines, "workers/launch.py", "import ray\ndone, _ = ray.wait(handles)"),
+    (clocks, "rlxf/core/stop.py", "import time\nstarted = time.time()"),
+    (clocks, "rlxf/core/stop.py", "from time import time"),
+    (clocks, "workers/remote.py", "import datetime\nstarted = datetime.datetime.now()"),
+    (clocks, "workers/remote.py", "from datetime import UTC, datetime\nstarted = datetime.now(UTC)"),
     (unsafe, "rlxf/score/rules.py", "score = eval(text)"),
     (unsafe, "rlxf/score/rules.py", "exec(compile(text, 'f', 'exec'))"),
     (unsafe, "rlxf/checkpointing/store.py", "import pickle"),
@@ -395,6 +434,8 @@ GOOD: list[tuple[Rule, str, str]] = [
     (siblings, "ray_gpt.py", "from workers.train import main"),
     (deadlines, "workers/remote.py", "import ray\nray.get(handle, timeout=limit)"),
     (deadlines, "workers/launch.py", "config.get('key')"),
+    (clocks, "workers/remote.py", "import time\ndeadline = time.monotonic() + time.perf_counter()"),
+    (clocks, "rlxf/observe/trackers.py", "import time\nnow = time.time()"),
     (unsafe, "rlxf/models/load.py", "model.eval()\ntorch.load(path, weights_only=True)"),
     (lengths, "rlxf/update/step.py", "def f():\n" + "    x = 1\n" * 79),
 ]

@@ -11,6 +11,8 @@ import logging
 import queue
 import random
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.distributed.checkpoint.api import CheckpointException
 
-from rlxf.core.errors import CheckpointError, ModelError
+from rlxf.core.disk import disk_error, is_lasting
+from rlxf.core.errors import CheckpointError, ModelError, SaveError
 from rlxf.models.megatron.adapters import sharded_adapters
 from rlxf.models.megatron.dist_folder import FORMAT, TORCH_DIST
 from rlxf.models.megatron.optimizer import TrainableModel
@@ -44,9 +48,14 @@ class Write:
         filesystem_async._results_queue = queue.Queue()
         _make_moments(trainable)
         state = _state(trainable, is_loading=False) | {"rng": _sharded_rng(_rng_state())}
-        self._request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+        self._failures: list[Exception] = []  # of files that rank 0 alone writes
+        with _kept(self._failures):
+            self._request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
         if dist.get_rank() == 0:
-            (folder / LAYOUT).write_text(json.dumps(_layout()) + "\n")
+            try:
+                (folder / LAYOUT).write_text(json.dumps(_layout()) + "\n")
+            except OSError as error:
+                self._failures.append(error)
         self._buckets: list[Any] = self._request.async_fn_args[1] if self._request.async_fn else []
         self._thread: threading.Thread | None = None
         if background:
@@ -63,7 +72,8 @@ class Write:
         """Whether all ranks have written their part; then the checkpoint is complete.
 
         Raises:
-            CheckpointError: a rank could not write.
+            SaveError: the disk of a rank takes nothing; every rank raises it.
+            CheckpointError: a rank could not write for another reason.
         """
         if self._finished:
             return True
@@ -74,13 +84,32 @@ class Write:
         if int(busy):
             return False
         self._finished, self._buckets = True, []  # the copy's memory is free again
+        failures: dict[int, BaseException] = {}
         try:
-            for finalize in self._request.finalize_fns:
-                finalize()
-        except CheckpointException as error:
-            reasons = "; ".join(f"rank {rank}: {_cause(failure)}" for rank, failure in error.failures.items())
-            raise CheckpointError(f"{self._folder}: the checkpoint could not be written: {reasons}") from error
+            with _kept(self._failures):
+                for finalize in self._request.finalize_fns:
+                    finalize()
+        except CheckpointException as error:  # on every rank; the reasons are known to rank 0
+            failures = {rank: _cause(failure) for rank, failure in error.failures.items()}
+        if self._failures:
+            failures[dist.get_rank()] = self._failures[0]
+        self._raise_on_every_rank(failures)
         return True
+
+    def _raise_on_every_rank(self, failures: dict[int, BaseException]) -> None:
+        """One error for all ranks, of what rank 0 knows; nothing if it knows of none."""
+        reasons = "; ".join(f"rank {rank}: {type(error).__name__}: {error}" for rank, error in failures.items())
+        found = [disk_error(error, self._folder) for error in failures.values()]
+        disk = [error for error in found if error is not None]
+        told: list[Any] = [(reasons, bool(disk), any(is_lasting(error) for error in disk)) if failures else None]
+        dist.broadcast_object_list(told, src=0)
+        if told[0] is None:
+            return
+        reasons, is_disk, lasting = told[0]
+        message = f"{self._folder}: the checkpoint could not be written: {reasons}"
+        if is_disk:
+            raise SaveError(f"{message}; make room, or check the disk", lasting=lasting)
+        raise CheckpointError(message)
 
     def _write(self) -> None:
         """Write this rank's files. An error is kept and not raised: ``finish`` raises it on every rank."""
@@ -231,9 +260,40 @@ def _snapshot(bucket: tuple[Any, ...], live: set[int]) -> tuple[Any, ...]:
     return path, key, (objects, [(item, owned(tensor)) for item, tensor in tensors])
 
 
-def _cause(failure: Any) -> str:
+def _cause(failure: Any) -> BaseException:
     """The first error behind one that torch has wrapped."""
     error: BaseException = failure[0] if isinstance(failure, tuple) else failure
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {error}"
+    return error
+
+
+@contextmanager
+def _kept(failures: list[Exception]) -> Iterator[None]:
+    """Inside, an error in a file that rank 0 alone writes is kept, and ``finish`` tells it to every rank.
+
+    Megatron would raise it on rank 0, and the other ranks would wait for that rank in the next collective call.
+    """
+    writers: tuple[tuple[Any, str], ...] = (
+        (common.TorchCommonSaveStrategy, "save_common"),  # common.pt
+        (filesystem_async.FileSystemWriterAsync, "finish"),  # .metadata
+        (serialization, "save_config"),  # metadata.json
+    )
+
+    def keeping(write: Callable[..., Any]) -> Callable[..., Any]:
+        def kept(*args: Any, **options: Any) -> Any:
+            try:
+                return write(*args, **options)
+            except Exception as error:  # noqa: BLE001  every rank raises it
+                failures.append(error)
+
+        return kept
+
+    before = [getattr(owner, name) for owner, name in writers]
+    for (owner, name), write in zip(writers, before, strict=True):
+        setattr(owner, name, keeping(write))
+    try:
+        yield
+    finally:
+        for (owner, name), write in zip(writers, before, strict=True):
+            setattr(owner, name, write)

@@ -24,14 +24,15 @@ from rlxf.checkpointing.manifest import find_problems
 from rlxf.checkpointing.run_folder import RunFolder, save_config
 from rlxf.checkpointing.store import list_checkpoints, newest_good
 from rlxf.config.curve import CURVE
-from rlxf.core.errors import CheckpointError
+from rlxf.core.disk import PATIENCE_S
+from rlxf.core.errors import CheckpointError, SaveError
 from rlxf.loop.run import State
 from tests.unit.small_run import SmallActor, small_config
 
 
 def folder(run_dir: Path, **changes: object) -> RunFolder:
     config = small_config(**changes)
-    return RunFolder(config, run_dir, SmallActor(config, []))
+    return RunFolder(config, run_dir, SmallActor(config, []), sleep=lambda seconds: None)
 
 
 def names(run_dir: Path) -> list[str]:
@@ -82,8 +83,10 @@ class FullDisk(SmallActor):
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
     config = small_config()
     RunFolder(config, tmp_path, SmallActor(config, [])).save_checkpoint(State(step=1))
-    with pytest.raises(CheckpointError, match=r"could not be written: .*No space left on device"):
-        RunFolder(config, tmp_path, FullDisk(config, [])).save_checkpoint(State(step=2))
+    pauses: list[float] = []
+    with pytest.raises(SaveError, match=r"could not be written: .*No space left on device \(ENOSPC\).*hydra\.run\.dir"):
+        RunFolder(config, tmp_path, FullDisk(config, []), sleep=pauses.append).save_checkpoint(State(step=2))
+    assert PATIENCE_S <= sum(pauses) < PATIENCE_S + 4
     assert names(tmp_path) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
     assert newest_good(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints" / "iter_0000001"
 

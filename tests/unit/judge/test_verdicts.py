@@ -16,6 +16,7 @@ import pytest
 from rlxf.core.errors import ConfigError
 from rlxf.judge.judge import Usage, Verdict
 from rlxf.judge.verdicts import VerdictStore, judge_digest, question_key
+from tests.disks import disk_takes
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -72,6 +73,56 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     store.path.mkdir()
     with pytest.raises(ConfigError, match=r"verdicts\.jsonl: a verdict cannot be written"):
         store.add([("a", Verdict())])
+
+
+@pytest.mark.parametrize("room", [0, 1, 30, 90])  # bytes: nothing, parts of a verdict, a verdict and a part
+def test_verdicts_that_the_disk_does_not_take_are_written_with_the_next_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, room: int
+) -> None:
+    path = tmp_path / "verdicts.jsonl"
+    store, other = VerdictStore(path, "me"), VerdictStore(path, "you")
+    store.add([("a", Verdict(probability=0.5))])
+    with disk_takes(room, tmp_path):
+        store.add([("b", Verdict(probability=0.25)), ("c", Verdict(probability=1.0))])
+        store.add([("d", Verdict(probability=0.75))])
+    assert [store.get(key) for key in "abcd"] == [0.5, 0.25, 1.0, 0.75]
+    assert len(caplog.records) == 1
+    assert "verdicts.jsonl: No space left on device (ENOSPC)" in caplog.text
+    other.add([("a", Verdict(probability=0.125))])  # another run at the same file
+    store.add([("e", Verdict(probability=0.5))])
+    again = VerdictStore(path, "me")
+    assert [again.get(key) for key in "abcde"] == [0.5, 0.25, 1.0, 0.75, 0.5]
+    assert VerdictStore(path, "you").get("a") == 0.125
+    assert "no verdict" not in caplog.text
+
+
+def test_a_part_of_a_verdict_with_anothers_behind_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "verdicts.jsonl"
+    store, other = VerdictStore(path, "me"), VerdictStore(path, "you")
+    store.add([("a", Verdict(probability=0.5))])
+    write = os.write
+
+    def short(file: int, line: bytes) -> int:
+        monkeypatch.undo()
+        written = write(file, line[:30])
+        with path.open("ab") as behind:
+            behind.write(b"\n")
+        return written
+
+    monkeypatch.setattr(os, "write", short)
+    store.add([("b", Verdict(probability=0.25))])
+    other.add([("a", Verdict(probability=0.125))])
+    store.add([("c", Verdict(probability=1.0))])
+    again = VerdictStore(path, "me")
+    assert [again.get(key) for key in "abc"] == [0.5, 0.25, 1.0]
+    assert VerdictStore(path, "you").get("a") == 0.125
+
+
+def test_verdicts_that_never_find_room_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with disk_takes(0, tmp_path), VerdictStore(tmp_path / "verdicts.jsonl", "me") as store:
+        store.add([("a", Verdict(probability=0.5))])
+    assert "1 verdicts could not be written; they will be asked for again" in caplog.text
+    assert VerdictStore(tmp_path / "verdicts.jsonl", "me").get("a") is None
 
 
 def test_a_key_is_of_content_and_judge() -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
 from rlxf.assembly.roles import build_actor
-from rlxf.core.errors import CheckpointError
+from rlxf.core.errors import CheckpointError, DiskError, SaveError
 from rlxf.core.types import Metrics
 from rlxf.models.megatron import checkpoint as checkpoint_module
 from rlxf.platform import Process, get_platform
@@ -190,3 +192,39 @@ def same(metrics: list[Metrics], of: dict[str, torch.Tensor], other: dict[str, A
             assert theirs[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
     for name, value in of.items():
         torch.testing.assert_close(other["weights"][name], value, atol=2e-5, rtol=0)
+
+
+def _full(rank: int, world_size: int, port: int, folder: Path, root: Path) -> None:
+    """Files that rank 0 alone writes fail, one after the other; then all of it is written."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    mine = actor(folder, Process(rank=rank, world_size=world_size, master_port=port), tensor_model_parallel_size=2)
+    failing = [
+        ("megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy.save_common", "common.pt"),
+        ("megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync.finish", ".metadata"),
+        ("megatron.core.dist_checkpointing.serialization.save_config", "metadata.json"),
+    ]
+    for target, name in failing:
+        error = OSError(errno.ENOSPC, "No space left on device", name)
+        (root / name).mkdir(exist_ok=True)
+        with patch(target, side_effect=error if rank == 0 else None), pytest.raises(SaveError, match=f"rank 0: .*{name}"):
+            mine.save_checkpoint(root / name)
+    with patch("rlxf.models.hf_folder.write_assets", side_effect=OSError(errno.EDQUOT, "Disk quota exceeded")):
+        if rank == 0:
+            with pytest.raises(DiskError, match="hf: Disk quota exceeded"):
+                mine.save_hf(root / "hf")
+        else:
+            mine.save_hf(root / "hf")
+    (root / "whole").mkdir(exist_ok=True)
+    mine.save_checkpoint(root / "whole")
+    mine.save_hf(root / "hf")
+    mine.load_checkpoint(root / "whole")
+    torch.distributed.barrier()
+
+
+def test_a_disk_that_is_full_on_one_rank_is_an_error_of_all_and_the_next_save_works(
+    folder: Path, tmp_path: Path
+) -> None:
+    on_ranks(_full, 2, folder, tmp_path)
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".hf")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import threading
@@ -12,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from rlxf.core import kept_file
 from rlxf.core.clock import Clock, Span
 from rlxf.core.errors import DataError
 from rlxf.observe.trace import Trace
+from tests.disks import disk_takes
 from tests.traces import Box, overlaps, read_boxes, read_events
 
 
@@ -194,20 +195,26 @@ def test_another_file_is_left_alone(tmp_path: Path) -> None:
     assert path.read_text() == '{"traceEvents": []}\n'
 
 
-def test_a_full_disk_ends_the_trace_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_boxes_wait_while_the_disk_is_full(tmp_path: Path) -> None:
     trace = Trace(tmp_path / "trace.json")
+    for step in range(4):
+        with disk_takes(0 if step in (1, 2) else None, tmp_path):
+            trace.stage(Span("gen", step, 0, step + 1.0, step + 1.5), ())
+    trace.close()
+    assert [box.step for box in read_boxes(tmp_path / "trace.json")] == [0, 1, 2, 3]
 
-    class Full:
-        def write(self, _data: bytes) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
 
-        def close(self) -> None: ...
-
-    trace._file = Full()  # type: ignore[assignment]
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            trace.stage(Span("gen", 1, 0, 1.0, 2.0), ())
+def test_a_disk_that_stays_full_ends_the_trace_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_file, "MOST_BYTES", 1000)
+    trace = Trace(tmp_path / "trace.json")
+    with caplog.at_level(logging.WARNING), disk_takes(0, tmp_path):
+        for step in range(100):
+            trace.stage(Span("gen", step, 0, step + 1.0, step + 1.5), ())
         trace.close()
-    assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
-        "cannot be written: No space left on device; the run goes on without it"
-    ]
+    first, ended, lost = (record.getMessage() for record in caplog.records)
+    assert "trace.json: No space left on device (ENOSPC)" in first
+    assert "bytes wait to be written" in ended
+    assert ended.endswith("; the run goes on without it")
+    assert "could not be written" in lost

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlxf.core.errors import DiskError
 from rlxf.core.files import file_digest
 from rlxf.core.types import Pairs, PairValues, Sequences
 from rlxf.reference import cached as cached_module
 from rlxf.reference.cached import CachedReference, cache_folder
+from tests.disks import disk_takes
 from tests.settings import random_pairs
 from tests.tiny_models import save_causal_lm
 
@@ -173,3 +175,22 @@ def test_a_file_of_an_earlier_version_is_named_and_not_read(tmp_path: Path, capl
     CachedReference(inner, cache_folder(tmp_path, model, "fp32", "cpu")).logps(random_pairs(2))
     assert f"{old} was written by an earlier version and is not used" in caplog.text
     assert inner.num_pairs == 2
+
+
+@pytest.mark.parametrize("room", [0, 40])  # bytes: nothing, a record and a part
+def test_records_that_the_disk_does_not_take_are_written_later(tmp_path: Path, room: int) -> None:
+    folder, pairs, expected = tmp_path / "model", random_pairs(9), Counting().logps(random_pairs(9))
+    cached = CachedReference(Counting(), folder)
+    cached.logps(pairs.select(torch.arange(3)))
+    with disk_takes(room, tmp_path):
+        assert equal(cached.logps(pairs), expected)
+    assert cached.fill([pairs]) == 0
+    inner = Counting()
+    assert equal(CachedReference(inner, folder).logps(pairs), expected)
+    assert inner.num_pairs == 0
+
+
+def test_a_folder_that_cannot_be_written_is_told_with_its_key(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match=r"Not a directory \(ENOTDIR\); name a folder .* in ref\.cache"):
+        CachedReference(Counting(), tmp_path / "file" / "model").logps(random_pairs(1))

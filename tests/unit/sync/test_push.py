@@ -135,6 +135,27 @@ def test_a_stale_head_fails_the_probe(folder: Path) -> None:
         world.probed(1)
 
 
+class NotANumber(HfActor):
+    """Its weights arrive with a NaN in one of them."""
+
+    spoilt = False
+
+    def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in super().bucket_tensors(index):
+            if self.spoilt and name == "model.norm.weight":
+                tensor = tensor.clone()
+                tensor[0] = torch.nan
+            yield name, tensor
+
+
+def test_a_nan_in_the_weights_of_an_engine_fails_the_probe(folder: Path) -> None:
+    world = World(folder, actor := NotANumber(load_model(folder)), verify_first=1)
+    world.sync.push(0)
+    actor.spoilt = True
+    with pytest.raises(SyncError, match=r"version 1: .* differ from the actor's by nan on average"):
+        world.probed(1)
+
+
 class Interrupted(HfActor):
     fail = True
 

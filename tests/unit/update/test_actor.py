@@ -170,6 +170,18 @@ def test_a_non_finite_loss_stops_before_the_weights_change(folder: Path) -> None
     assert all(torch.equal(value, before[name]) for name, value in weights(trained).items())
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(folder: Path, value: float) -> None:
+    trained = actor(folder, ppo_mini_batch_size=4)
+    parameter = next(parameter for parameter in trained.model.last.parameters() if parameter.requires_grad)
+    parameter.register_hook(lambda gradient: torch.full_like(gradient, value))
+    before = weights(trained)
+    with pytest.raises(TrainingError, match=r"step 18: the gradient norm is (nan|inf); no parameter was changed"):
+        trained.update(referenced(random_pairs(4)), 17)
+    assert trained.is_untouched()
+    assert all(torch.equal(value, before[name]) for name, value in weights(trained).items())
+
+
 def test_buckets_carry_the_newest_weights_by_hugging_face_names(folder: Path) -> None:
     trained = actor(folder, ppo_mini_batch_size=4)
     trained.update(referenced(random_pairs(4)), 0)
