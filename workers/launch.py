@@ -14,11 +14,13 @@ from rlxf.assembly.build_run import Roles
 from rlxf.assembly.judge import open_function_judge
 from rlxf.assembly.rewards import open_readers
 from rlxf.assembly.start import Prepared, clocked, prepared, run_prepared
+from rlxf.checkpointing.store import checkpoints_folder
 from rlxf.config.kinds import Role
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
 from rlxf.core.command import Typed
 from rlxf.core.errors import RlxfError
+from rlxf.core.files import make_folder
 from rlxf.core.stop import Stop
 from rlxf.loop.run import Reference
 from rlxf.placement.plan import Plan, make_plan
@@ -40,6 +42,7 @@ from .reference import RemoteReference
 from .remote import Waiter
 from .reward import RemoteScorer
 from .rollout import RemoteEngines
+from .storage import require_shared_storage
 from .watch import Limits, Watch
 
 log = logging.getLogger(__name__)
@@ -68,8 +71,17 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
             with stop.interruptible():
                 crew = Crew(config, plan, platform, waiter, watch)
                 waiter.gather(crew.load(), config.training.start_timeout_s)
+                _require_shared_storage(config, found.run_dir, crew)
             roles = replace(make_roles(config, platform, crew.groups), readers=readers, judge=judge)
             _run(found, roles, crew, watch, platform=platform, clock=clock, stop=stop)
+
+
+def _require_shared_storage(config: RunConfig, run_dir: Path, crew: Crew) -> None:
+    """All ranks of the trainer write checkpoints, and the policy, where this process looks for them."""
+    root = checkpoints_folder(config.actor_rollout.save, run_dir)
+    make_folder(root)
+    key = "actor_rollout.save" if config.actor_rollout.save else "hydra.run.dir"
+    require_shared_storage(root, key, crew.groups["train"])
 
 
 def _run(

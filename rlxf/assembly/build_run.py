@@ -139,9 +139,7 @@ def build_run(
     )
     if resume is not None:
         with stop.interruptible():
-            _restore(resume, data, roles, sync, evaluation)
-            if refresh:
-                refresh.load(resume.folder)
+            _restore(resume, data, roles, sync, evaluation, refresh)
         if not config.training.eval_only:
             folder.prune(resume.state.step)
     source = _source(config, run_dir, data, roles, platform, state, clock, stop, resume, judging)
@@ -209,13 +207,22 @@ def _one_pass(source: PreferenceFile) -> Iterator[Pairs]:
         step += 1
 
 
-def _restore(resume: Resume, data: Data, roles: Roles, sync: Sync, evaluation: Evaluate | None) -> None:
+def _restore(
+    resume: Resume,
+    data: Data,
+    roles: Roles,
+    sync: Sync,
+    evaluation: Evaluate | None,
+    refresh: ReferenceUpdater | None,
+) -> None:
     if not _same_rows(resume, data.training):
         log.warning("step %d has other rows than %s recorded", resume.next_step, resume.folder)
     if isinstance(evaluation, Evaluation):
         # Before the actor leaves the initial policy.
         evaluation.restore(resume.baseline, push_initial=partial(_push_initial, resume, sync))
     roles.actor.load_checkpoint(resume.folder)
+    if refresh is not None:
+        refresh.load(resume.folder)
 
 
 def _push_initial(resume: Resume, sync: Sync) -> None:
