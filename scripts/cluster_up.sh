@@ -195,6 +195,7 @@ wait_for_nodes() {
     fi
     sleep 1
   done
+  require_token "$1" # a head makes it before it answers
   exec "$(dirname "$1")/python" -c '
 import sys, time
 import ray
@@ -220,7 +221,6 @@ main() {
   ray="$(find_ray)"
   check_version "$ray"
   if [[ "$role" == wait ]]; then
-    require_token "$ray"
     wait_for_nodes "$ray"
   fi
   make_command_line "$ray"
