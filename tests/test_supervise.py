@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import rlxf.core.errors
 from tests.test_scripts import ROOT, run
 
 SUPERVISE = ROOT / "scripts" / "supervise.sh"
@@ -343,6 +344,38 @@ def test_signals_at_any_moment_of_starting_end_the_script(tmp_path: Path) -> Non
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) in (75, 143)
         (tmp_path / "starts").unlink()
+
+
+def table(heading: str) -> list[list[str]]:
+    """The rows of the table under a heading of docs/supervise.md."""
+    text = (
+        (ROOT / "docs" / "supervise.md").read_text(encoding="utf-8").partition(f"## {heading}\n")[2].split("\n## ")[0]
+    )
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+
+
+def test_the_page_says_of_every_exit_code_whether_it_is_tried_again(program: Program) -> None:
+    rows = [(code, again) for codes, _, again in table("Exit codes")[1:] for code in codes.split(", ")]
+    codes = {int(code): again for code, again in rows if code.isdigit()}
+    errors = [error for error in vars(rlxf.core.errors).values() if isinstance(error, type)]
+    assert {getattr(error, "exit_code", 1) for error in errors} <= set(codes)
+    assert [code for code, again in codes.items() if again == "yes"] == [75]
+    for code in codes:
+        program.supervised(f"{code} 0")
+        assert len(program.starts) == (2 if code == 75 else 1)
+
+
+def test_the_page_and_the_help_name_the_defaults_of_the_script() -> None:
+    usage, source = run(SUPERVISE, "--help").stdout, SUPERVISE.read_text()
+    rows = {option.strip("`").split()[0]: default for option, default, _ in table("Options")[1:]}
+    assert set(rows) == set(re.findall(r"^  (--[\w-]+)", usage, re.MULTILINE))
+    for option, default in rows.items():
+        name = option.removeprefix("--").replace("-", "_")
+        if default.isdigit():
+            assert f"default {default})" in usage.partition(f"  {option} ")[2].split("  --")[0]
+            assert re.search(rf"\b{name}={default}(000)?\b", source)
 
 
 def test_the_page_shows_a_command_that_is_understood(program: Program) -> None:
