@@ -4,6 +4,7 @@
 #
 #   scripts/cluster_up.sh head   [options] [-- more `ray start` arguments]
 #   scripts/cluster_up.sh worker --address HEAD_IP:6344 [options] [-- more `ray start` arguments]
+#   scripts/cluster_up.sh wait   --address HEAD_IP:6344 --nodes N [--timeout S]
 #
 #   --resources JSON     what this node offers, for example '{"NPU": 8}'
 #   --node-ip IP         address of the private network interface (default: Ray's guess)
@@ -12,6 +13,8 @@
 #   --expose-dashboard   let the dashboard listen on every interface
 #   --base-port N        first of seven ports of this node's services (default 6350), for a firewall to open
 #   --print              print the `ray start` line instead of running it
+#
+# `wait` returns when N nodes, this one among them, are in the cluster; with exit code 75 after S seconds (default 600).
 #
 # The token is a file: RAY_AUTH_TOKEN_PATH, or .ray/auth_token in the home folder. `head` makes one if there is none;
 # copy it to every worker, with mode 600. `ray stop` ends this node's part.
@@ -97,11 +100,12 @@ raise_open_files() {
 
 # Settings, by their defaults; parse_arguments changes them.
 role="" address="" resources="" node_ip="" port=6344 dashboard_port=8260 base=6350
-dashboard_host=127.0.0.1 print=0 more=()
+dashboard_host=127.0.0.1 print=0 more=() nodes="" timeout=600
 
 parse_arguments() {
   role="${1:-}"
-  [[ "$role" == head || "$role" == worker ]] || die "the first argument is head or worker, got '$role'. See $0 --help"
+  [[ "$role" == head || "$role" == worker || "$role" == wait ]] ||
+    die "the first argument is head or worker (or wait), got '$role'. See $0 --help"
   shift
   while (($#)); do
     if [[ "$1" == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
@@ -118,6 +122,8 @@ parse_arguments() {
       --port) port="$2" ;;
       --dashboard-port) dashboard_port="$2" ;;
       --base-port) base="$2" ;;
+      --nodes) nodes="$2" ;;
+      --timeout) timeout="$2" ;;
       *) die "unknown argument $1. See $0 --help" ;;
     esac
     shift 2
@@ -134,7 +140,12 @@ check_arguments() {
     ((fixed < base || fixed > base + 6)) || die "port $fixed is one of the seven from --base-port $base. Move one."
   done
   if [[ -n "$resources" ]]; then check_resources "$resources"; fi
-  if [[ "$role" == worker && -z "$address" ]]; then die "a worker needs --address HEAD_IP:$port"; fi
+  if [[ "$role" != head && -z "$address" ]]; then die "a worker needs --address HEAD_IP:$port"; fi
+  if [[ "$role" == wait ]]; then
+    [[ "$address" =~ ^[^:/]+:[0-9]+$ ]] || die "--address $address is not HEAD_IP:PORT, such as 10.0.0.1:$port"
+    [[ "$nodes" =~ ^[1-9][0-9]{0,4}$ ]] || die "wait needs --nodes N, a number of nodes; got '$nodes'."
+    [[ "$timeout" =~ ^[1-9][0-9]{0,5}$ ]] || die "--timeout $timeout is not a number of seconds."
+  fi
   if [[ "$role" == head && -n "$address" ]]; then die "--address is for workers; this is the head."; fi
 }
 
@@ -174,6 +185,31 @@ make_command_line() {
   command_line+=(${more[@]+"${more[@]}"})
 }
 
+# Until `nodes` nodes are in the cluster at `address`, with the interpreter beside the program `ray`, $1.
+wait_for_nodes() {
+  local deadline=$((SECONDS + timeout))
+  until (exec 3<>"/dev/tcp/${address%:*}/${address##*:}") 2>/dev/null; do
+    if ((SECONDS >= deadline)); then
+      printf '[cluster] error: nothing answers at %s after %d s\n' "$address" "$timeout" >&2
+      exit 75
+    fi
+    sleep 1
+  done
+  require_token "$1" # a head makes it before it answers
+  exec "$(dirname "$1")/python" -c '
+import sys, time
+import ray
+
+address, wanted, limit = sys.argv[1], int(sys.argv[2]), time.monotonic() + float(sys.argv[3])
+ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+while (joined := sum(node["Alive"] for node in ray.nodes())) < wanted:
+    if time.monotonic() >= limit:
+        print(f"[cluster] error: {joined} of {wanted} nodes have joined {address} in time", file=sys.stderr)
+        sys.exit(75)
+    time.sleep(1)
+' "$address" "$nodes" "$((deadline - SECONDS))"
+}
+
 main() {
   if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
     usage
@@ -184,6 +220,9 @@ main() {
   local ray command_line
   ray="$(find_ray)"
   check_version "$ray"
+  if [[ "$role" == wait ]]; then
+    wait_for_nodes "$ray"
+  fi
   make_command_line "$ray"
   if ((print)); then
     printf '%q ' "${command_line[@]}"

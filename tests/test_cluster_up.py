@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,10 @@ def test_worker_joins_the_address_and_hands_further_arguments_on() -> None:
         (["head", "--resources", '{"NPU": "8"}'], "JSON object"),
         (["head", "--frobnicate", "1"], "unknown argument"),
         (["head", "--port"], "needs a value"),
+        (["wait", "--nodes", "2"], "--address"),
+        (["wait", "--address", "10.0.0.1", "--nodes", "2"], "HEAD_IP:PORT"),
+        (["wait", "--address", "10.0.0.1:6344"], "--nodes N"),
+        (["wait", "--address", "10.0.0.1:6344", "--nodes", "2", "--timeout", "x"], "--timeout x"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -107,4 +113,42 @@ def test_from_a_folder_with_a_space_ray_starts_by_a_path_without_one(arguments: 
     assert "set HOME" in moved.stderr
 
 
-# The tiny world's command.
+# Waiting for nodes.
+
+
+def test_waiting_for_a_head_that_does_not_answer_ends_with_75(spaced: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    arguments = ("wait", "--address", address, "--nodes", "1", "--timeout", "1")
+    home = str(spaced.parent / "home")
+    result = run(spaced / "scripts" / "cluster_up.sh", *arguments, HOME=home, RAY_AUTH_TOKEN_PATH="")
+    assert result.returncode == 75
+    assert f"nothing answers at {address} after 1 s" in result.stderr
+
+
+COUNTS = """
+import time
+started = time.monotonic()
+def init(address, **options):
+    print(address)
+def nodes():
+    return [{"Alive": False}, {"Alive": True}] + [{"Alive": True}] * (time.monotonic() > started + LATE)
+"""
+
+
+@pytest.mark.parametrize(("late", "timeout", "code"), [(0.5, "60", 0), (60, "1", 75)])
+def test_waiting_ends_when_all_nodes_have_joined(
+    late: float, timeout: str, code: int, tmp_path: Path, spaced: Path
+) -> None:
+    """A node that has died does not count."""
+    (tmp_path / "ray.py").write_text(COUNTS.replace("LATE", str(late)))
+    python = spaced / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    script, home = spaced / "scripts" / "cluster_up.sh", str(spaced.parent / "home")
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        arguments = ("wait", "--address", address, "--nodes", "2", "--timeout", timeout)
+        result = run(script, *arguments, HOME=home, RAY_AUTH_TOKEN_PATH="")
+    assert result.returncode == code, result.stderr
+    assert result.stdout == f"{address}\n"
+    assert ("1 of 2 nodes have joined" in result.stderr) == (code == 75)

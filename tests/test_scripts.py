@@ -59,7 +59,7 @@ def test_script_evaluates_no_text(script: Path) -> None:
     assert not [line for line in script.read_text().splitlines() if line.strip().startswith("eval ")]
 
 
-@pytest.mark.parametrize("name", ["quickstart.sh", "test.sh", "cluster_up.sh"])
+@pytest.mark.parametrize("name", ["quickstart.sh", "test.sh", "cluster_up.sh", "supervise.sh"])
 def test_help_comes_from_any_folder_and_starts_nothing(name: str, tmp_path: Path) -> None:
     result = run(ROOT / "scripts" / name, "--help", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
