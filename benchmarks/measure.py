@@ -93,7 +93,7 @@ def run(recipe: str, *overrides: str, run_dir: Path) -> Measured:
         try:
             while process.poll() is None:
                 samples.append(
-                    Sample(time_s=time.perf_counter() - begin, steps=_num_rows(run_dir), cpu_s=tree.cpu_seconds())
+                    Sample(time_s=time.perf_counter() - begin, steps=num_rows(run_dir), cpu_s=tree.cpu_seconds())
                 )
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(POLL_S)
@@ -101,7 +101,7 @@ def run(recipe: str, *overrides: str, run_dir: Path) -> Measured:
             process.terminate()  # has an effect only if the benchmark was interrupted
             process.wait()
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{_tail(run_dir / 'output.txt')}")
+        raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{tail(run_dir / 'output.txt')}")
     return Measured(run_dir=run_dir, wall_s=time.perf_counter() - begin, samples=samples, load=load)
 
 
@@ -127,10 +127,10 @@ class ProcessTree:
             times = process.cpu_times()
             self._seconds[process] = times.user + times.system
             if self._parts.get(process, RAY) == RAY:  # a worker gets its name some time after it was started
-                self._parts[process] = DRIVER if process == self._root else _part(process)
+                self._parts[process] = DRIVER if process == self._root else part_of(process)
 
 
-def _part(process: psutil.Process) -> str:
+def part_of(process: psutil.Process) -> str:
     title = " ".join(process.cmdline())
     return next((part for name, part in WORKERS.items() if title.startswith(name)), RAY)
 
@@ -165,10 +165,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _num_rows(run_dir: Path) -> int:
+def num_rows(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def _tail(path: Path, lines: int = 20) -> str:
+def tail(path: Path, lines: int = 20) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

@@ -67,12 +67,12 @@ class World:
         return [json.loads(line)["prompt"] for line in self.prompts.read_text().splitlines()]
 
 
-def build(folder: Path, size: str, *, num_prompts: int = 512, seed: int = 0) -> World:
+def build(folder: Path, size: str | Shape, *, num_prompts: int = 512, seed: int = 0) -> World:
     """A random policy, a random reward model of its shape with the same tokenizer, and prompts of 16 to 64 tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-    shape = SIZES[size]
+    shape = SIZES[size] if isinstance(size, str) else size
     config = LlamaConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, max_position_embeddings=shape.positions,

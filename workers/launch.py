@@ -69,17 +69,19 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
                 crew = Crew(config, plan, platform, waiter, watch)
                 waiter.gather(crew.load(), config.training.start_timeout_s)
             roles = replace(make_roles(config, platform, crew.groups), readers=readers, judge=judge)
-            _run(found, roles, crew, platform=platform, clock=clock, stop=stop)
+            _run(found, roles, crew, watch, platform=platform, clock=clock, stop=stop)
 
 
-def _run(found: Prepared, roles: Roles, crew: Crew, *, platform: Platform, clock: Clock, stop: Stop) -> None:
+def _run(
+    found: Prepared, roles: Roles, crew: Crew, watch: Watch, *, platform: Platform, clock: Clock, stop: Stop
+) -> None:
     """Train, or evaluate only; again from the last checkpoint when the trainer was lost."""
     recovery = Recovery(crew, roles.sink if isinstance(roles.sink, RemoteEngines) else None, clock, stop)
     while True:
         # Without lookahead the stages of a step follow each other anyway.
         lanes = InThreads(stop) if found.config.rollout.lookahead else OneAfterTheOther()
         try:
-            return run_prepared(found, roles, platform=platform, clock=clock, stop=stop, lanes=lanes)
+            return run_prepared(found, roles, platform=platform, clock=clock, stop=stop, lanes=lanes, look=watch.memory)
         except RlxfError as error:
             found = recovery.begin_again(found, error)
 

@@ -12,16 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from rlxf.core.clock import Clock
 from rlxf.core.errors import RlxfError, StageTimeout, WorkerLost
 from rlxf.core.stop import Stop
 
+from .memory import MemoryAtEnd
+
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5  # how often a wait looks at the stop request
-DEATHS = (RayActorError, ObjectLostError)
+DEATHS = (RayActorError, ObjectLostError, OutOfMemoryError)
 ENDED_S = 30.0  # how long Ray may take to notice that a worker has been ended
 BLAME_S = 2.0  # when one rank fails, how long to look for a worker whose death is the cause
 
@@ -62,6 +64,10 @@ class Watched(Protocol):
 
     def mark_gone(self, name: str) -> None:
         """A call said that the worker is lost, which Ray may not have noted yet."""
+        ...
+
+    def memory_at_end(self, name: str) -> MemoryAtEnd | None:
+        """What is known of the memory of a worker that has died; None: nothing."""
         ...
 
 
@@ -182,11 +188,9 @@ class Waiter:
         if isinstance(error, DEATHS):
             died = _is_death(error)
             who = call.worker if died else f"a worker that {call.worker} needed an answer from"
-            ended = None
             if died and self._watch is not None:
-                ended = self._watch.why_ended(call.worker)
                 self._watch.mark_gone(call.worker)
-            reason = f"it was ended, because of {ended}." if ended else _first_lines(error)
+            reason = self._why_died(error, call.worker) if died else _first_lines(error)
             lost = WorkerLost(f"{self.clock.place}: lost {who} during {call.call}: {reason} Logs: {self._logs}")
             lost.stage = self.clock.stage_here
             return lost
@@ -197,6 +201,20 @@ class Waiter:
             return cause
         other: Exception = error
         return other
+
+    def _why_died(self, error: RayError, name: str) -> str:
+        """Why a worker is gone, as far as somebody knows."""
+        ended = self._watch.why_ended(name) if self._watch is not None else None
+        if ended:
+            return f"it was ended, because of {ended}."
+        memory = self._watch.memory_at_end(name) if self._watch is not None else None
+        full = isinstance(error, OutOfMemoryError)
+        if memory is None:
+            return f"killed for want of memory (OOM). {_first_lines(error)}" if full else _first_lines(error)
+        sentence = memory.sentence(said_by_ray=full)
+        if memory.kills or full:
+            return f"{sentence}. {_first_lines(error)}"
+        return f"{_first_lines(error)} {sentence[0].upper()}{sentence[1:]}."
 
     @staticmethod
     def _describe(waiting: dict[Any, Pending]) -> str:

@@ -21,6 +21,7 @@ import psutil
 import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
+from rlxf.core.memory import Memory, machine_memory
 from rlxf.core.progress import Progress, Seen
 from rlxf.core.progress import progress as this_process
 from rlxf.sync.transports.shared_memory import this_machine
@@ -76,7 +77,9 @@ class Sign:
     number: int  # of the sign
     process: Process
     rss: int  # bytes of memory that are resident
+    memory: Memory  # of its machine
     device_bytes: int = 0  # largest amount of device memory that was in use; 0: none, or a CPU
+    device_total: int = 0  # memory of its device, bytes; 0: none, or unknown
     oom_kills: int = 0  # processes that its machine's kernel has killed for want of memory
     seen: Seen = field(default_factory=lambda: Seen(0, ""))
 
@@ -86,7 +89,12 @@ class Sign:
     @classmethod
     def from_bytes(cls, text: bytes) -> Sign:
         found = json.loads(text)
-        return cls(**{**found, "process": Process(**found["process"]), "seen": Seen(**found["seen"])})
+        parts = {
+            "process": Process(**found["process"]),
+            "memory": Memory(**found["memory"]),
+            "seen": Seen(**found["seen"]),
+        }
+        return cls(**{**found, **parts})
 
 
 def put(key: str, value: bytes) -> None:
@@ -118,6 +126,7 @@ class SignsOfLife:
         name: its own, unique in the run.
         progress: what is told.
         device_bytes: device memory in use, bytes.
+        device_total: all memory of its device, bytes; 0: it is not known.
         leave: ends the process.
     """
 
@@ -128,9 +137,10 @@ class SignsOfLife:
         *,
         progress: Progress = this_process,
         device_bytes: Callable[[], int] = lambda: 0,
+        device_total: int = 0,
         leave: Callable[[int], None] = os._exit,
     ) -> None:
-        self.device_bytes = device_bytes
+        self.device_bytes, self.device_total = device_bytes, device_total
         self._key, self._driver_key = f"{run}/{name}", driver_key(run)
         self._progress, self._leave = progress, leave
         self._process, self._self = Process.this(), psutil.Process()
@@ -177,7 +187,9 @@ class SignsOfLife:
             number=number,
             process=self._process,
             rss=self._self.memory_info().rss,
+            memory=machine_memory(),
             device_bytes=self.device_bytes(),
+            device_total=self.device_total,
             oom_kills=oom_kills(),
             seen=self._progress.look(),
         )

@@ -10,18 +10,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Collection
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 from ray._private.state import actors
 
 from rlxf.core.events import event
+from rlxf.core.memory import machine_memory
 from rlxf.core.waiting import in_thread
+from rlxf.observe.memory import DRIVER, ProcessMemory
 
 from .ending import Ending
-from .signs import BEAT_S, Process, Sign, driver_key, driver_sign, forget, get, new_run, put
+from .memory import MemoryAtEnd
+from .signs import BEAT_S, Process, Sign, driver_key, driver_sign, forget, get, new_run, oom_kills, put
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +34,7 @@ TIMES_MEDIAN = 10.0  # how much longer than usual a phase may take
 QUIET_S = 1.5  # without a sign: look whether Ray has noticed a death
 LOADING_S = 60.0  # shortest silence that counts while a worker loads: imports can hold all of its threads up
 _LOADING = ("build", "first build")
+KILLS_S = 1.2  # how long to wait for the newest count of the processes that another machine's kernel has killed
 _CLOSE_S = 5.0
 _REPLACED = 1000  # so many of the newest are told: each of them has ended long before
 
@@ -56,6 +62,7 @@ class Watched:
     moved_at: float = 0.0  # when its counter was seen to change
     gone: bool = False  # Ray says so
     ended: str | None = None  # why the driver ended it
+    rss: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=3))  # when it was heard, bytes
 
 
 class Watch:
@@ -75,7 +82,8 @@ class Watch:
         self._lock = threading.RLock()
         self._leaves = threading.Event()
         self._replaced: list[str] = []
-        self._number, self._process = 0, Process.this()
+        self._number, self._process, self._here = 0, Process.this(), psutil.Process()
+        self._own = self._own_memory()
         self._looked_at = self._now()  # when the newest look at all workers began
         self._put_driver_sign()
         self._thread = threading.Thread(target=self._follow_all, name="watch", daemon=True)
@@ -103,6 +111,23 @@ class Watch:
         """Every worker that has given a sign, and its newest."""
         with self._lock:
             return [(worker, worker.sign) for worker in self._watched.values() if worker.sign is not None]
+
+    def memory(self) -> list[ProcessMemory]:
+        """What the workers use by their newest signs, and the driver."""
+        with self._lock:
+            workers = [(worker, worker.sign) for worker in self._watched.values() if worker.sign and not worker.gone]
+            return [self._own, *(_memory_of(worker, sign) for worker, sign in workers)]
+
+    def memory_at_end(self, name: str) -> MemoryAtEnd | None:
+        """What is known of the memory of a worker that has died; None: nothing."""
+        noticed = self._now()
+        with self._lock:
+            worker = self._watched.get(name)
+            if worker is None or worker.sign is None:
+                return None
+            sign, figures = worker.sign, [(noticed - at, rss) for at, rss in worker.rss]
+        kills = self._kills_since(sign, until=noticed + KILLS_S)
+        return MemoryAtEnd(role=worker.role, figures=tuple(figures), limit=sign.memory.limit, kills=kills)
 
     def why_ended(self, name: str) -> str | None:
         """Why a worker was ended by the driver; None: it was not."""
@@ -200,6 +225,7 @@ class Watch:
         """One look; the time since the one before counts only as far as this process could look."""
         now = self._now()
         self._put_driver_sign()
+        self._own = self._own_memory()
         with self._lock:
             workers = list(self._watched.values())
         found = [(worker, get(worker.key)) for worker in workers]
@@ -207,6 +233,28 @@ class Watch:
         for worker, text in found:
             self._look_at(worker, None if text is None else Sign.from_bytes(text))
         self._looked_at = now
+
+    def _kills_since(self, sign: Sign, until: float) -> int:
+        """How many processes the kernel has killed on the sign's machine since; 0 also if nobody there can tell.
+
+        On another machine than the driver's the next signs of other workers tell: up to ``until`` they are waited for.
+        """
+        machine, before = sign.process.machine, sign.oom_kills
+        if machine == self._process.machine:
+            return max(oom_kills() - before, 0)
+        while True:
+            there = [other.oom_kills for _, other in self.signs() if other.process.machine == machine]
+            newest = max(there, default=before)
+            if newest > before or self._now() > until:
+                return max(newest - before, 0)
+            time.sleep(BEAT_S / 5)
+
+    def _own_memory(self) -> ProcessMemory:
+        process = self._process
+        return ProcessMemory(
+            role=DRIVER, node="of the driver", machine=process.machine, identity=f"{DRIVER} {process.pid}",
+            rss=self._here.memory_info().rss, memory=machine_memory(),
+        )  # fmt: skip
 
     def _put_driver_sign(self) -> None:
         self._number += 1
@@ -230,10 +278,18 @@ class Watch:
                 if before is None or sign.seen.counter != before.seen.counter:
                     worker.moved_at = now
                 worker.sign, worker.heard_at = sign, now
+                worker.rss.append((now, sign.rss))
                 self._medians |= {(worker.role, phase): median for phase, median in sign.seen.medians.items()}
             quiet = worker.sign is None or now - worker.heard_at > QUIET_S
         if quiet and not worker.gone and worker.ended is None and _is_dead(worker.handle):
             worker.gone = True
+
+
+def _memory_of(worker: Watched, sign: Sign) -> ProcessMemory:
+    return ProcessMemory(
+        role=worker.role, node=worker.node, machine=sign.process.machine, identity=worker.key, rss=sign.rss,
+        memory=sign.memory, device_bytes=sign.device_bytes, device_total=sign.device_total,
+    )  # fmt: skip
 
 
 def _is_dead(handle: Any) -> bool:
@@ -250,6 +306,10 @@ class NotWatched:
 
     def mark_gone(self, name: str) -> None:
         """Nobody asks."""
+
+    def memory_at_end(self, name: str) -> MemoryAtEnd | None:
+        """Nothing is known."""
+        return None
 
     def end_hung(self, names: Collection[str], place: str) -> None:
         """Nobody is known to hang."""

@@ -94,7 +94,7 @@ class Worker:
             make = self.make_again if again and self.make_again is not None else self.make
             self.room = make(config, platform, process)
         if self.signs is not None and platform.name != "cpu":
-            self.signs.device_bytes = platform.max_memory_allocated
+            self.signs.device_bytes, self.signs.device_total = platform.max_memory_allocated, platform.total_memory()
 
     def place(self, config: RunConfig, master: tuple[str, int]) -> tuple[Platform, Process]:
         """The device, and this rank's place in its group. Ray shows a process its own devices only: it has number 0."""

@@ -32,7 +32,7 @@ from rlxf.evaluate import EvalBackends, Evaluation, EvaluationSettings, OfflineE
 from rlxf.judge import Judge
 from rlxf.judge.judged import Judging
 from rlxf.loop.collected import Collected
-from rlxf.loop.run import Actor, Evaluate, FileSource, Online, Reference, Rollout, Run, State, Sync
+from rlxf.loop.run import Actor, Evaluate, FileSource, MemoryUse, Online, Reference, Rollout, Run, State, Sync
 from rlxf.models.stop_strings import StopStrings
 from rlxf.models.tokenizer import eos_token_ids
 from rlxf.observe.record import Recorders, RolloutRecorder, SampleRecorder
@@ -94,6 +94,7 @@ def build_run(
     clock: Clock,
     stop: Stop,
     lanes: Lanes,
+    memory: MemoryUse,
     resume: Resume | None = None,
 ) -> Run:
     """The run that the driver trains; with ``resume`` its actor and state are those of the checkpoint."""
@@ -155,6 +156,7 @@ def build_run(
         stop=stop,
         state=state,
         lanes=lanes,
+        memory=memory,
         steps=steps,
         resumed=resume.folder if resume else None,
     )

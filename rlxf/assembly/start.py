@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from rlxf.core.files import write_json
 from rlxf.core.stop import Stop
 from rlxf.driver import train
 from rlxf.evaluate import evaluate_only
+from rlxf.observe.memory import MemoryReport, ProcessMemory, driver_memory
 from rlxf.observe.report import make_report
 from rlxf.observe.trace import NAME, Trace
 from rlxf.platform import Platform
@@ -73,14 +74,24 @@ def prepared(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None) 
                 raise
 
 
-def run_prepared(found: Prepared, roles: Roles, *, platform: Platform, clock: Clock, stop: Stop, lanes: Lanes) -> None:
-    """Train, or evaluate only, with roles whose models are loaded."""
+def run_prepared(
+    found: Prepared,
+    roles: Roles,
+    *,
+    platform: Platform,
+    clock: Clock,
+    stop: Stop,
+    lanes: Lanes,
+    look: Callable[[], Sequence[ProcessMemory]] = driver_memory,
+) -> None:
+    """Train, or evaluate only, with roles whose models are loaded; ``look``: what the run's processes use."""
     earlier = found.resume.reported if found.resume else None
     report = make_report(report_settings(found.config), found.run_dir, Console(), earlier)
     try:
         run = build_run(
             found.config, found.run_dir, found.data, roles,
-            platform=platform, report=report, clock=clock, stop=stop, lanes=lanes, resume=found.resume,
+            platform=platform, report=report, clock=clock, stop=stop, lanes=lanes,
+            memory=MemoryReport(look, found.config.training.train_iters), resume=found.resume,
         )  # fmt: skip
         if found.config.training.eval_only:
             evaluate_only(run, policy_source(found.config, found.resume))

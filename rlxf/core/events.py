@@ -30,7 +30,7 @@ def event(
     """The ``extra`` argument of a logging call whose line is an event.
 
     Args:
-        what: a word: ``lost``, ``hung``, ``recovered``, ``rebuilt``.
+        what: a word: ``lost``, ``hung``, ``recovered``, ``rebuilt``, ``memory`` (that will run out).
         who: the worker, node or file.
         phase: what it was doing.
         step: driver step that was under way; 1 is the first.

@@ -6,6 +6,7 @@ import logging
 
 from rlxf.core.errors import RlxfError, StageTimeout, StopRequested, WorkerLost
 from rlxf.loop.run import Run
+from rlxf.loop.settle import last_numbers
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,6 @@ def _report_row(run: Run) -> None:
     """The numbers of a step that is complete, also if it still owes something: a resumed run replaces the row."""
     if "row" in run.state.owed:
         try:
-            counted = {"num_tokens": float(run.state.num_tokens)}
-            run.report.stepped(run.state.step, run.state.metrics | counted | run.clock.timings())
+            run.report.stepped(run.state.step, run.state.metrics | last_numbers(run))
         except Exception as second:  # the disk of the run folder may be what is full
             log.debug("the last row could not be written", exc_info=second)

@@ -188,6 +188,12 @@ class Report(Protocol):
     def finished(self, policy: Path) -> None: ...
 
 
+class MemoryUse(Protocol):
+    """``memory/*`` after ``step`` complete steps: what the run's processes use. The driver waits for the answer."""
+
+    def __call__(self, step: int) -> Metrics: ...
+
+
 # What a complete step may still owe when the run ends, in the order in which it is done.
 Owed = Literal["push", "move", "evaluation", "row", "hf"]
 AFTER_UPDATE: tuple[Owed, ...] = ("push", "move", "evaluation", "row", "hf")
@@ -354,6 +360,7 @@ class Run:
     stop: Stop
     state: State
     lanes: Lanes  # who does the work of a stage
+    memory: MemoryUse
     steps: deque[Collected]  # sampled, or being sampled, and not trained on yet; of a resumed run those that waited
     resumed: Path | None = None  # the checkpoint that the run goes on from
 

@@ -33,7 +33,7 @@ def settle(run: Run, schedule: Schedule) -> None:
             state.metrics |= evaluate(run)
         state.settled("evaluation")
     if "row" in state.owed:
-        state.metrics |= {"num_tokens": float(state.num_tokens)} | run.clock.timings()
+        state.metrics |= last_numbers(run)
         run.report.stepped(state.step, state.metrics)
         state.settled("row")
     if "hf" in state.owed:
@@ -53,6 +53,12 @@ def settle(run: Run, schedule: Schedule) -> None:
 def _push(run: Run) -> SyncReport:
     with run.clock("sync", version=run.state.policy_version):
         return run.sync.push(run.state.policy_version)
+
+
+def last_numbers(run: Run) -> Metrics:
+    """What a complete step's row gets when it is written."""
+    state = run.state
+    return {"num_tokens": float(state.num_tokens)} | run.clock.timings() | run.memory(state.step)
 
 
 def evaluate(run: Run) -> Metrics:

@@ -64,6 +64,10 @@ class Platform(Protocol):
         """Peak memory of this process on its device, bytes (cpu: peak resident memory)."""
         ...
 
+    def total_memory(self) -> int:
+        """All memory of this process's device, bytes; 0: it has none of its own."""
+        ...
+
     def packed_attention(
         self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, scale: float
     ) -> Tensor:

@@ -69,6 +69,9 @@ class CpuPlatform:
     def max_memory_allocated(self) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def total_memory(self) -> int:
+        return 0
+
     def packed_attention(
         self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, scale: float
     ) -> Tensor:

@@ -59,6 +59,9 @@ class CudaPlatform:
     def max_memory_allocated(self) -> int:
         return int(torch.cuda.max_memory_allocated())
 
+    def total_memory(self) -> int:
+        return int(torch.cuda.mem_get_info()[1])
+
     def packed_attention(
         self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, scale: float
     ) -> Tensor:

@@ -77,6 +77,9 @@ class NpuPlatform:
     def max_memory_allocated(self) -> int:
         return int(_torch_npu().npu.max_memory_allocated())
 
+    def total_memory(self) -> int:
+        return int(_torch_npu().npu.mem_get_info()[1])
+
     def packed_attention(
         self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, scale: float
     ) -> Tensor:

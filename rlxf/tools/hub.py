@@ -148,7 +148,7 @@ def _measures(run: Path) -> list[str]:
         return []
     summary = _read(path)
     start, end = summary.get("start", {}), summary.get("end", {})
-    rows = [name for name in end if not name.startswith(("timing/", "pipeline/", "sync/", "rollout/"))]
+    rows = [name for name in end if not name.startswith(("timing/", "memory/", "pipeline/", "sync/", "rollout/"))]
     lines = ["", "## Measures", "", f"After {summary.get('steps')} steps.", "", "| | first | last |", "|---|---|---|"]
     return lines + [f"| `{name}` | {_number(start.get(name))} | {_number(end[name])} |" for name in rows]
 

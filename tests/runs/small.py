@@ -27,8 +27,8 @@ Recipe = dict[str, dict[str, Any]]
 NUM_PROMPTS = 12
 # Besides </s>, so that a random model ends about a quarter of its completions before they are cut off.
 MORE_EOS = tuple(range(60, 70))
-# What depends on a clock; everything else of a run must repeat.
-CLOCKED = ("timing/", "pipeline/", "rollout/tokens_per_s")
+# What depends on a clock, or on the machine; everything else of a run must repeat.
+CLOCKED = ("timing/", "memory/", "pipeline/", "rollout/tokens_per_s")
 
 # Few different scores, so that prompts tie.
 COARSE_REWARD = """
@@ -97,7 +97,7 @@ class Finished:
 
     @property
     def numbers(self) -> list[dict[str, Any]]:
-        """Every metric of every step but those that a clock measured."""
+        """Every metric of every step but those of clock and machine."""
         return [{name: v for name, v in row.items() if not name.startswith(CLOCKED)} for row in self.rows]
 
     @property

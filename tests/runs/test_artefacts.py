@@ -24,7 +24,7 @@ STEP_NAMES = {
     "rollout/tokens_per_s", "rollout/logp_diff_mean", "rollout/logp_diff_max", "sync/bytes", "sync/version_lag",
     "timing/gen", "timing/adv", "timing/ref", "timing/update_actor", "timing/sync", "timing/all", "timing/eval",
     "timing/save", "timing/idle_train", "timing/idle_infer", "timing/idle_ref", "timing/idle_reward",
-    "pipeline/wait_rollout_s", "pipeline/wait_train_s",
+    "pipeline/wait_rollout_s", "pipeline/wait_train_s", "memory/driver_rss_gib",
     "offpolicy/logratio_mean", "offpolicy/logratio_p99", "offpolicy/ess", "score/missing", "pair/missing",
     "reward/score/mean", "reward/score/max", "reward/score/min",
     "response_length/mean", "response_length/max", "response_length/min",

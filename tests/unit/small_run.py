@@ -455,6 +455,7 @@ def small_run(
         stop=stop,
         state=state,
         lanes=chosen,
+        memory=lambda step: {},
         steps=steps,
         resumed=resumed,
     )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
+from benchmarks import soak
 from benchmarks.random_world import EOS, SIZES, word_tokenizer
 from benchmarks.sides import Work, end_at
 from tests.tiny_models import config
@@ -52,3 +57,39 @@ def test_parameters_are_those_of_the_model() -> None:
             )  # fmt: skip
         matrices = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
         assert matrices == shape.body + shape.head
+
+
+def soaked(**changes: float) -> dict[str, Any]:
+    """A report of the soak whose only process is the driver."""
+    looks = [soak.Look(step=step // 2, rss=2**28 + 512 * step, files=43, threads=32 + step % 2) for step in range(600)]
+    return {"processes": {"driver": dict(soak._slopes(looks)) | changes}, "events": {}, "cpu": {"ratio": 1.0}}
+
+
+LIMITS = argparse.Namespace(load=0, steps=300, begin=0, max_kb=20.0)
+
+
+def test_the_soak_measures_growth_a_step_whatever_the_number_of_looks() -> None:
+    slopes = soaked()["processes"]["driver"]
+    assert slopes["kb_a_step"] == pytest.approx(1.0)
+    assert slopes["kb_a_step_least"] == pytest.approx(1.0)
+    assert slopes["files_a_step"] == slopes["threads_a_step"] == 0
+    assert soak.broken(soaked(), LIMITS) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kb_a_step": 20.1}, "driver: memory grows by 20.1 KB a step, limit 20"),
+        ({"files_a_step": 1 / 300, "files_last": 44.0}, "driver: files grow from 43 to 44"),
+        ({"threads_a_step": 0.5, "threads_last": 99.0}, "driver: threads grow from 32 to 99"),
+    ],
+)
+def test_the_soak_names_a_limit_that_was_not_kept(changes: dict[str, float], said: str) -> None:
+    assert soak.broken(soaked(**changes), LIMITS) == [said]
+
+
+def test_the_soak_counts_every_event_also_beside_other_load() -> None:
+    report = soaked(kb_a_step=99.0) | {"events": {"hung": 2}, "cpu": {"ratio": 3.0}}
+    loaded = argparse.Namespace(**{**vars(LIMITS), "load": 20})
+    assert soak.broken(report, loaded) == ["2 events hung in an undisturbed run"]
+    assert len(soak.broken(report, LIMITS)) == 3

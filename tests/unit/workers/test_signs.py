@@ -11,6 +11,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
+from rlxf.core.memory import Memory
 from rlxf.core.progress import Progress, Seen
 from workers import signs
 from workers.signs import LOST_S, Process, Sign, SignsOfLife, driver_key, driver_sign, started
@@ -69,7 +70,8 @@ def pass_time(world: World, worker: SignsOfLife, seconds: float, each: Callable[
 
 def test_a_sign_comes_back_as_it_was_given() -> None:
     seen = Seen(7, "update", {"update": 1.5})
-    sign = Sign(number=3, process=Process.this(), rss=5, device_bytes=6, oom_kills=2, seen=seen)
+    memory = Memory(limit=7, available=4)
+    sign = Sign(number=3, process=Process.this(), rss=5, device_bytes=6, oom_kills=2, seen=seen, memory=memory)
     assert Sign.from_bytes(sign.to_bytes()) == sign
 
 

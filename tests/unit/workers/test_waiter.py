@@ -96,6 +96,9 @@ class Watching:
     def mark_gone(self, name: str) -> None:
         self.gone.append(name)
 
+    def memory_at_end(self, name: str) -> None:
+        return None
+
     def why_ended(self, name: str) -> str | None:
         return self.ended.get(name)
 

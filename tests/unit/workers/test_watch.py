@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlxf.core.events import NAME, recorded_events
+from rlxf.core.memory import Memory
 from rlxf.core.progress import Seen
 from workers import watch as module
 from workers.signs import BEAT_S, Process, Sign
@@ -22,6 +23,9 @@ from workers.watch import LOADING_S, Limits, Watch
 
 LIMITS = Limits(min_deadline_s=60.0, stage_s=600.0, start_s=1800.0)
 PLACE = "stage ref, step 3"
+
+
+MEMORY = Memory(limit=2, available=1)
 
 
 class World:
@@ -54,7 +58,13 @@ class World:
         """A sign of the worker of that name, which is its key, too."""
         number = self.numbers[name] = self.numbers.get(name, 0) + 1
         seen = Seen(counter, phase, dict(medians or {}))
-        sign = Sign(number=number, process=Process(pid=1, started=1, machine="m"), rss=1, seen=seen)
+        sign = Sign(
+            number=number,
+            process=Process(pid=1, started=1, machine="m"),
+            rss=1,
+            seen=seen,
+            memory=Memory(limit=2, available=1),
+        )
         self.store[f"{watch.run}/{name}"] = sign.to_bytes()
 
 
