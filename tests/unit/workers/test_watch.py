@@ -176,7 +176,7 @@ def test_a_worker_that_nobody_waits_for_is_never_ended(world: World) -> None:
     watch = world.watch()
     follow(watch, "a", "b")
     pass_time(world, watch, 1, a=(1, "logps"), b=(1, "logps"))
-    pass_time(world, watch, 5000)
+    pass_time(world, watch, 700)
     watch.end_hung(["b"], PLACE)
     assert world.ended == ["b"]
 
@@ -184,7 +184,7 @@ def test_a_worker_that_nobody_waits_for_is_never_ended(world: World) -> None:
 def test_a_worker_without_work_may_stand_still(world: World) -> None:
     watch = world.watch()
     follow(watch, "a")
-    pass_time(world, watch, 5000, a=(1, ""))
+    pass_time(world, watch, 700, a=(1, ""))
     watch.end_hung(["a"], PLACE)
     assert world.ended == []
 
