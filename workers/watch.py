@@ -158,22 +158,23 @@ class Watch:
         hung = [(worker, why) for worker, why in found if why is not None]
         silent = [(worker, why) for worker, why in hung if self._is_silent(worker, now)]
         for worker, why in silent or hung:  # ranks that wait for a stopped one do not move either
-            self.end(worker.name, why, place)
+            self._end(worker, why, place)
 
     def end_overdue(self, names: Collection[str], place: str) -> bool:
         """End those of these workers that are at work, or silent, after the time of any stage; whether there is one."""
         limit = f"no answer within training.stage_timeout_s = {self._limits.stage_s:g} s"
         with self._lock:
-            busy = [name for name in names if self._is_busy(name)]
-        for name in busy:
-            self.end(name, limit, place)
+            busy = [self._watched[name] for name in names if self._is_busy(name)]
+        for worker in busy:
+            self._end(worker, limit, place)
         return bool(busy)
 
-    def end(self, name: str, why: str, place: str) -> None:
+    def _end(self, worker: Watched, why: str, place: str) -> None:
         """End a worker that hangs: note where its threads are, then kill it."""
+        name = worker.name
         with self._lock:
-            worker = self._watched.get(name)
-            if worker is None or worker.ended is not None:  # another thread has started it again, or ends it
+            # Another thread may end it, or have started a process of the same name in its place: that took a while.
+            if self._watched.get(name) is not worker or worker.ended is not None:
                 return
             worker.ended = why
             phase = worker.sign.seen.phase if worker.sign else ""

@@ -56,6 +56,8 @@ PARAMETERS += [pytest.param(case[1:], id=case[0], marks=pytest.mark.slow) for ca
 class Replicas:
     """A sink of several engines."""
 
+    renewed = False  # they stay as they are
+
     renewed = False
 
     def __init__(self, ranks: Ranks, engines: list[HfEngine]) -> None:
