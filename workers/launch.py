@@ -19,7 +19,6 @@ from rlxf.config.kinds import Role
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
 from rlxf.core.command import Typed
-from rlxf.core.errors import RlxfError
 from rlxf.core.files import make_folder
 from rlxf.core.stop import Stop
 from rlxf.loop.run import Reference
@@ -94,7 +93,7 @@ def _run(
         lanes = InThreads(stop) if found.config.rollout.lookahead else OneAfterTheOther()
         try:
             return run_prepared(found, roles, platform=platform, clock=clock, stop=stop, lanes=lanes, look=watch.memory)
-        except RlxfError as error:
+        except Exception as error:  # noqa: BLE001  a rank may notice the loss of another one before Ray does
             found = recovery.begin_again(found, error)
 
 

@@ -47,17 +47,18 @@ class Recovery:
         self._crew, self._engines, self._clock, self._stop, self._now = crew, engines, clock, stop, now
         self._times: deque[float] = deque()
 
-    def begin_again(self, found: Prepared, error: RlxfError) -> Prepared:
+    def begin_again(self, found: Prepared, error: Exception) -> Prepared:
         """The run as it goes on from its last checkpoint, with new processes; ``error`` is what ended the loop.
 
         Raises:
-            RlxfError: ``error``, if no process with state was lost or the user ends the run.
+            Exception: ``error``, if no process with state was lost or the user ends the run.
             RunInterrupted: that was too often, or devices are missing.
         """
         limit = found.config.resilience.max_recoveries
         if not self._gone() or not limit or self._stop.requested:
             raise error
-        begin, complete, lost = self._now(), error.complete_steps or 0, error
+        complete = (error.complete_steps or 0) if isinstance(error, RlxfError) else self._clock.step
+        begin, lost = self._now(), error
         while True:
             self._tell(lost, complete + 1)
             self._count(limit, lost)
@@ -86,11 +87,11 @@ class Recovery:
         """Roles with state that have lost a process."""
         return sorted(role for role, group in self._crew.stateful.items() if self._crew.gone(group))
 
-    def _tell(self, lost: RlxfError, step: int) -> None:
+    def _tell(self, lost: Exception, step: int) -> None:
         phase = lost.stage if isinstance(lost, WorkerLost) else None
         log.warning("%s", lost, extra=event("lost", who=", ".join(self._gone()), phase=phase, step=step))
 
-    def _start_all_again(self, lost: RlxfError) -> None:
+    def _start_all_again(self, lost: Exception) -> None:
         """New processes for all ranks with state, loaded; the engines know of it."""
         with self._stop.interruptible():
             for group in self._crew.stateful.values():
@@ -100,7 +101,7 @@ class Recovery:
             if self._engines is not None:
                 self._engines.begin_again()
 
-    def _count(self, limit: int, error: RlxfError) -> None:
+    def _count(self, limit: int, error: Exception) -> None:
         now = self._now()
         while self._times and now - self._times[0] > WINDOW_S:
             self._times.popleft()

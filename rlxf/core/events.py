@@ -14,7 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rlxf.core.errors import RlxfError, RunInterrupted, WorkerLost
+
 NAME = "events.jsonl"
+_FAULTS = (RlxfError.exit_code, RunInterrupted.exit_code)  # not a wrong recipe, and not a signal
 _KEY = "rlxf_event"
 
 
@@ -51,11 +54,22 @@ class EventLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the row of an event; other lines of the log are none."""
         found: dict[str, Any] | None = getattr(record, _KEY, None)
-        if found is None:
-            return
-        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        seconds = {"seconds": round(found["seconds"], 3)} if "seconds" in found else {}
-        line = json.dumps({"time": at, **found, **seconds, "message": record.getMessage()}, ensure_ascii=False)
+        if found is not None:
+            self._write(record.created, found, record.getMessage())
+
+    def end(self, error: RlxfError) -> None:
+        """Write the row of the error that ends the run."""
+        stage = error.stage if isinstance(error, WorkerLost) else None
+        step = None if error.complete_steps is None else error.complete_steps + 1
+        found = {"event": "ended", "phase": stage, "step": step, "exit_code": error.exit_code}
+        self._write(
+            datetime.now(UTC).timestamp(), {key: value for key, value in found.items() if value is not None}, str(error)
+        )
+
+    def _write(self, at: float, row: dict[str, Any], message: str) -> None:
+        when = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+        seconds = {"seconds": round(row["seconds"], 3)} if "seconds" in row else {}
+        line = json.dumps({"time": when, **row, **seconds, "message": message}, ensure_ascii=False)
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
@@ -70,5 +84,9 @@ def recorded_events(run_dir: Path) -> Iterator[None]:
     logger.addHandler(handler)
     try:
         yield
+    except RlxfError as error:
+        if error.exit_code in _FAULTS:
+            handler.end(error)
+        raise
     finally:
         logger.removeHandler(handler)

@@ -6,10 +6,13 @@ import json
 import logging
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rlxf.core.errors import ConfigError, RlxfError, RunInterrupted, StopRequested, WorkerLost
 from rlxf.core.events import NAME, event, recorded_events
+from rlxf.observe.formulas import read_jsonl
 
 log = logging.getLogger("rlxf.test_events")
 
@@ -59,3 +62,21 @@ def test_a_disk_that_takes_no_row_does_not_end_the_run(tmp_path: Path, caplog: p
     with recorded_events(tmp_path / "gone"):
         log.warning("lost", extra=event("lost"))
     assert caplog.messages == ["lost"]
+
+
+@pytest.mark.parametrize(
+    ("error", "row"),
+    [
+        (WorkerLost("lost ref rank 0"), {"event": "ended", "exit_code": 1, "step": 4, "message": "lost ref rank 0"}),
+        (RunInterrupted("need 4 NPU"), {"event": "ended", "exit_code": 75, "step": 4, "message": "need 4 NPU"}),
+        (StopRequested("stopped"), None),
+        (ConfigError("training.lr: expected a number"), None),
+    ],
+)
+def test_the_fault_that_ends_a_run_is_a_row(tmp_path: Path, error: RlxfError, row: dict[str, Any] | None) -> None:
+    error.complete_steps = 3
+    with pytest.raises(type(error)), recorded_events(tmp_path):
+        raise error
+    found = read_jsonl(tmp_path / "events.jsonl") if row else []
+    assert [{key: value for key, value in item.items() if key != "time"} for item in found] == ([row] if row else [])
+    assert (tmp_path / "events.jsonl").exists() is (row is not None)
