@@ -62,9 +62,8 @@ class EventLog(logging.Handler):
         stage = error.stage if isinstance(error, WorkerLost) else None
         step = None if error.complete_steps is None else error.complete_steps + 1
         found = {"event": "ended", "phase": stage, "step": step, "exit_code": error.exit_code}
-        self._write(
-            datetime.now(UTC).timestamp(), {key: value for key, value in found.items() if value is not None}, str(error)
-        )
+        row = {key: value for key, value in found.items() if value is not None}
+        self._write(datetime.now(UTC).timestamp(), row, str(error))
 
     def _write(self, at: float, row: dict[str, Any], message: str) -> None:
         when = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")

@@ -95,6 +95,7 @@ def assert_goes_on(recipe: Recipe, run_dir: Path, undisturbed: Path, output: str
     assert all(mine[name].equal(value) for name, value in theirs.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     ["RolloutWorker", pytest.param("ReferenceWorker", marks=pytest.mark.slow)],  # reward workers: test_lookahead.py
@@ -155,6 +156,7 @@ def stuck_update(recipe: Recipe, run_dir: Path, then: Callable[[subprocess.Popen
         return process.communicate(timeout=90)[0]
 
 
+@pytest.mark.slow
 def test_an_update_that_a_stop_cuts_saves_nothing_and_names_the_checkpoint_before(
     recipe: Recipe, scored: tuple[str, ...], tmp_path: Path
 ) -> None:

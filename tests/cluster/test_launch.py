@@ -88,6 +88,7 @@ def reward(prompts, completions, completion_ids, number, **columns):
 """
 
 
+@pytest.mark.slow
 def test_a_reward_function_and_a_replay_need_no_device(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text(REWARD)
     scorer = ("reward.load=null", f"reward.function={tmp_path / 'reward.py'}")
@@ -139,6 +140,7 @@ def test_sources_and_judges_on_ray_give_the_numbers_of_one_process(judge: str, r
     assert judge or {"rewards/reward/mean", "rewards/reward_2/mean", "rewards/length/mean"} <= rows[0].keys()
 
 
+@pytest.mark.slow
 def test_two_engines_draw_the_samples_of_one(recipe: Recipe, local: Path, tmp_path: Path) -> None:
     pools = ("resource_pool.actor_rollout=[3]", "actor_rollout.num_gpus_for_infer=2")
     text = succeed(recipe.run(tmp_path / "two", *ONLINE, *pools))
@@ -229,6 +231,7 @@ def test_a_signal_saves_and_leaves_no_process(
     assert (driver["step"], driver["policy_version"]) == (latest, latest)
 
 
+@pytest.mark.slow
 def test_a_signal_while_models_load_leaves_no_process(recipe: Recipe, tmp_path: Path) -> None:
     process = subprocess.Popen(
         recipe.command(tmp_path), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

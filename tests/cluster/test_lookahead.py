@@ -164,6 +164,7 @@ def assert_cut(run: Held, run_dir: Path, step: int, lookahead: int) -> None:
     assert list((newest / "pushed").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_stop_while_a_step_is_sampled_saves_the_update_beside_it(
     recipe: Recipe, undisturbed: Callable[..., Path], tmp_path: Path

@@ -74,6 +74,7 @@ def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run_dir
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_rank_ends_the_run_and_the_next_one_goes_on(
     recipe: Recipe, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -112,6 +112,7 @@ def test_stopped_by_sigterm_in_the_middle_of_anything(recipe: Recipe, undisturbe
     )
 
 
+@pytest.mark.slow
 def test_in_the_background_too(recipe: Recipe, undisturbed: Finished, tmp_path: Path) -> None:
     background = {**recipe, "training": {**recipe["training"], "async_save": True}}
     assert_survives(
@@ -125,6 +126,7 @@ def test_in_the_background_too(recipe: Recipe, undisturbed: Finished, tmp_path: 
     )
 
 
+@pytest.mark.slow
 def test_adapters_and_their_dropout_go_on_too(recipe: Recipe, tmp_path: Path) -> None:
     """Dropout is keyed by the step, as sampling is."""
     adapters = {**recipe["actor_rollout"], "lora_r": 4, "lora_dropout": 0.2, "lr": 1e-2}
@@ -168,6 +170,7 @@ def test_damage_to_any_file_is_seen_and_the_checkpoint_before_is_taken(
         shutil.rmtree(root / newest.name)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     recipe: Recipe, undisturbed: Finished, tmp_path: Path
 ) -> None:

@@ -123,6 +123,7 @@ def command(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_printed_commands_go_on_in_a_folder_with_a_space(recipe: Recipe, tmp_path: Path) -> None:
     import yaml
 

@@ -96,6 +96,7 @@ def test_steps_that_wait_are_not_sampled_beyond_the_last(world: World, tmp_path:
     assert not (list_checkpoints(done.folder / "checkpoints")[-1] / "waiting").exists()
 
 
+@pytest.mark.slow
 def test_a_step_keeps_the_reference_that_stood_when_it_was_sampled(world: World, tmp_path: Path) -> None:
     """A reference that becomes the policy after every step: at lookahead 0 both are the same when a step is trained."""
     frozen = {"training": {"train_iters": 3}, "actor_rollout": {"ppo_mini_batch_size": 4}}
@@ -118,6 +119,7 @@ def test_a_moving_reference_goes_on(world: World, tmp_path: Path) -> None:
     killed_and_resumed(recipe_of(world, ref={"ref_update_interval": 2}), tmp_path)
 
 
+@pytest.mark.slow
 def test_adapters_go_on(world: World, tmp_path: Path) -> None:
     """Their reference is the actor, which answers when a step's turn has come."""
     lora = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "lr": 1e-2}
@@ -146,6 +148,7 @@ def test_tied_steps_make_no_version_and_go_on(world: World, tmp_path: Path) -> N
     assert versions(whole) == [0, 0, 1, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_too_many_tied_steps_end_the_run_and_are_trained_with_a_higher_limit(world: World, tmp_path: Path) -> None:
     code = TIES.replace("step == 1", "step in (1, 2)")
     ties = recipe_of(world, actor_rollout={"no_shuffle": True}, reward=world.reward_function(tmp_path, code))

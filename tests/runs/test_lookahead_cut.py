@@ -89,6 +89,7 @@ def test_it_is_sampled_again_by_the_same_weights(
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_several_times_in_one_run(world: World, tmp_path: Path) -> None:
     wanted = recipe(world, 4)
     whole = undisturbed_run(wanted, tmp_path / "whole")
@@ -100,6 +101,7 @@ def test_several_times_in_one_run(world: World, tmp_path: Path) -> None:
     assert_same_run(run_dir, whole)
 
 
+@pytest.mark.slow
 def test_rows_that_are_left_out_are_counted_as_in_the_undisturbed_run(world: World, tmp_path: Path) -> None:
     rows = [{"prompt": "too long " * 9 if i % 4 == 1 else f"say {i}"} for i in range(40)]
     wanted = recipe(world, 4, actor_rollout={"data_path": str(write_rows(tmp_path / "rows.jsonl", rows))})
@@ -125,6 +127,7 @@ def in_order(world: World) -> dict[str, Any]:
     return {"actor_rollout": {"no_shuffle": True}}
 
 
+@pytest.mark.slow
 def test_with_another_recipe_it_is_a_step_that_was_never_sampled(
     world: World, in_order: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def undisturbed_four(four: Recipe, tmp_path_factory: pytest.TempPathFactory) -> 
     return undisturbed_run(four, tmp_path_factory.mktemp("runs") / "undisturbed")
 
 
+@pytest.mark.slow
 def test_killed_while_steps_are_collected_ahead(recipe: Recipe, undisturbed: Finished, tmp_path: Path) -> None:
     assert_survives(
         recipe,
@@ -108,6 +109,7 @@ def test_killed_at_a_boundary(recipe: Recipe, undisturbed: Finished, tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_stopped_by_sigterm_in_every_state(recipe: Recipe, undisturbed: Finished, tmp_path: Path) -> None:
     """``assert_survives`` sees after each that all complete steps are saved."""
     assert_survives(
@@ -129,6 +131,7 @@ def test_stopped_by_sigterm_in_every_state(recipe: Recipe, undisturbed: Finished
     )
 
 
+@pytest.mark.slow
 def test_four_steps_ahead(four: Recipe, undisturbed_four: Finished, tmp_path: Path) -> None:
     assert_survives(
         four,

@@ -127,6 +127,7 @@ def test_with_another_seed(
     assert "the new training.seed applies from step 4 on" in caplog.text
 
 
+@pytest.mark.slow
 def test_with_other_pairs_the_reference_is_asked_again(world: World, cut: dict[int, Path], tmp_path: Path) -> None:
     """Scores of a step that waits stay as they are, but the recipe may make other pairs of them."""
     changed = recipe(world, 1, actor_rollout={"missing_eos_penalty": 5.0})
@@ -142,6 +143,7 @@ def test_with_other_pairs_the_reference_is_asked_again(world: World, cut: dict[i
     assert done.numbers == go_on(changed, forgot).numbers
 
 
+@pytest.mark.slow
 def test_more_steps_after_a_finished_run_are_not_the_longer_run(
     world: World, whole: dict[int, Finished], tmp_path: Path
 ) -> None:

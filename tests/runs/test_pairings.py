@@ -28,7 +28,14 @@ def recipe(world: World, pairing: str, lookahead: int) -> Recipe:
     return found
 
 
-@pytest.mark.parametrize(("pairing", "lookahead"), [("all", 2), ("random", 1), ("threshold", 0)])
+@pytest.mark.parametrize(
+    ("pairing", "lookahead"),
+    [
+        ("all", 2),
+        pytest.param("random", 1, marks=pytest.mark.slow),
+        pytest.param("threshold", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_goes_on_exactly(world: World, tmp_path: Path, pairing: str, lookahead: int) -> None:
     made = recipe(world, pairing, lookahead)
     whole = undisturbed_run(made, tmp_path / "whole")

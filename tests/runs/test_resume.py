@@ -93,6 +93,7 @@ def test_a_finished_run_says_so_and_touches_nothing(recipe: Recipe, undisturbed:
     assert contents() == before
 
 
+@pytest.mark.slow
 def test_rows_that_are_dropped_are_counted_once_whenever_the_run_is_killed(world: World, tmp_path: Path) -> None:
     rows = [{"prompt": "too long " * 9 if i in (1, 4, 5) else f"say {i}"} for i in range(11)]
     recipe = world.recipe(
@@ -205,6 +206,7 @@ def test_offline_and_replay_go_on_too(world: World, recipe: Recipe, undisturbed:
         assert len(driver["prompt_ids"]) == 4
 
 
+@pytest.mark.slow
 def test_what_was_dropped_and_probed_is_told_after_a_resume_too(world: World, tmp_path: Path) -> None:
     rows = [{"prompt": f"say {i}" + " and so on" * (i % 3 == 1)} for i in range(16)]  # every third is too long
     recipe = world.recipe(

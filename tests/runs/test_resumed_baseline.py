@@ -96,6 +96,7 @@ def test_evaluations_that_begin_later_are_held_against_the_first_starts_policy(
     assert resumed.losses == undisturbed.losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [{"num_prompts": 3}, {"greedy": False}], ids=["other prompts", "no greedy answers"])
 def test_what_is_evaluated_newly_is_asked_of_the_first_starts_policy(
     world: World, start: dict[str, Any], undisturbed: Finished, tmp_path: Path, before: dict[str, Any]

@@ -121,8 +121,8 @@ def by_hand(said: list[dict[str, Any]]) -> list[float]:
 @pytest.mark.parametrize(
     "moment",
     [
-        Call("rlxf.update.actor:MegatronActor.update", 3),
-        Call("rlxf.score.sources:Rewards.score", 3, after=True),
+        pytest.param(Call("rlxf.update.actor:MegatronActor.update", 3), marks=pytest.mark.slow),
+        pytest.param(Call("rlxf.score.sources:Rewards.score", 3, after=True), marks=pytest.mark.slow),
         Call("rlxf.checkpointing.run_folder:RunFolder.save_checkpoint", 2, after=True),
     ],
     ids=["in an update", "after scores", "after a checkpoint"],
@@ -168,6 +168,7 @@ def _scoring() -> Any:
     return Rewards.score
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_resumed_from_its_own_recipe(world: World, service: Service, tmp_path: Path) -> None:
     """``config.yaml`` of a run with sources is a recipe."""
     import yaml

@@ -14,7 +14,9 @@ from rlxf.observe.formulas import read_jsonl
 from tests.runs.small import World, command, environment
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_saves_the_complete_steps(world: World, tmp_path: Path, number: signal.Signals, code: int) -> None:
     run_dir = tmp_path / "run"
     process = subprocess.Popen(

@@ -108,6 +108,7 @@ def test_second_call_makes_nothing(made: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in made.rglob("*")}
 
 
+@pytest.mark.slow
 def test_fresh_makes_an_equal_world_and_leaves_nothing_of_older_ones(made: Path, folder: Path, tmp_path: Path) -> None:
     (folder / "note.txt").write_text("of an older world")
     (folder / "prompts.jsonl").unlink()
