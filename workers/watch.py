@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 TIMES_MEDIAN = 10.0  # how much longer than usual a phase may take
 QUIET_S = 1.5  # without a sign: look whether Ray has noticed a death
-LOADING_S = 60.0  # shortest silence that counts while a worker loads: imports can hold all of its threads up
+LOADING_S = 300.0  # shortest silence that counts while a worker loads: that can hold all of its threads up
 _LOADING = ("build", "first build")
 KILLS_S = 1.2  # how long to wait for the newest count of the processes that another machine's kernel has killed
 _CLOSE_S = 5.0
@@ -284,6 +284,7 @@ class Watch:
             quiet = worker.sign is None or now - worker.heard_at > QUIET_S
         if quiet and not worker.gone and worker.ended is None and _is_dead(worker.handle):
             worker.gone = True
+            log.warning("%s has ended while nobody waited for it", worker.name, extra=event("gone", who=worker.name))
 
 
 def _memory_of(worker: Watched, sign: Sign) -> ProcessMemory:

@@ -33,7 +33,7 @@ def event(
     """The ``extra`` argument of a logging call whose line is an event.
 
     Args:
-        what: a word: ``lost``, ``hung``, ``recovered``, ``rebuilt``, ``memory`` (that will run out).
+        what: a word: ``lost``, ``gone``, ``hung``, ``recovered``, ``rebuilt``, ``node lost``; ``memory`` will run out.
         who: the worker, node or file.
         phase: what it was doing.
         step: driver step that was under way; 1 is the first.

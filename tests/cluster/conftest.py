@@ -74,7 +74,11 @@ def shape() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    folder = tmp_path_factory.mktemp("recipe")
+    return make_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+def make_recipe(folder: Path) -> Recipe:
+    """Models, data and the recipe ``small`` in a folder."""
     policy = save_causal_lm(folder / "policy", seed=3)
     reward = save_reward_model(folder / "reward", seed=4)
     rows = [f'{{"prompt": "say {word}", "number": {i}}}' for i, word in enumerate(("one", "two", "three", "four"))]

@@ -202,7 +202,8 @@ def test_a_worker_is_ended_once_and_one_that_is_gone_not_at_all(world: World, tm
     assert watch.is_gone("dead")
     assert not watch.is_gone("unsigned")
     assert watch.why_ended("dead") is None
-    (row,) = [json.loads(line) for line in (tmp_path / NAME).read_text().splitlines()]
+    gone, row = [json.loads(line) for line in (tmp_path / NAME).read_text().splitlines()]
+    assert (gone["event"], gone["who"]) == ("gone", "dead")  # although nobody waits for it
     assert (row["event"], row["who"], row["phase"]) == ("hung", "a", "logps")
     assert row["message"].startswith("stage ref, step 3: a hangs: its process gave no sign of life for 100 s")
 
