@@ -3,6 +3,7 @@
     python benchmarks/soak.py                                # 2,000 steps -> results/soak.json
     python benchmarks/soak.py --steps 200 --from 50          # a short one -> results/soak_200.json
     python benchmarks/soak.py --steps 200 --from 50 --load 20    # beside as many busy processes: false kills only
+    python benchmarks/soak.py --engine stub                  # workers that do nothing -> results/soak_stub.json
 
 Ray with vLLM, two engines and lookahead 1. Rollouts are recorded, and a checkpoint is written every 50 steps. The
 script looks at every process of the run once a second, and ends with an error if a limit is not kept.
@@ -37,11 +38,13 @@ from rlxf.observe.memory import theil_sen  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 SHAPE = random_world.Shape(hidden=64, layers=2, ffn=128, heads=2, kv_heads=1, vocab=512)
+STEPS = 2000
 LOOK_S = 1.0
 POINTS = 60  # of each curve in the results
 WINDOW = 200  # steps whose CPU seconds are compared: at the beginning and at the end
 SURE = 2.0  # standard deviations below a slope that is reported as its lower bound
 MAX_KB, MAX_CPU_RATIO = 20.0, 1.1  # of each process a step; of the last steps to the first ones
+STUB, MAX_KB_OF_DRIVER = "stub", 1.0  # workers that do nothing: what is left is the driver
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,27 +68,37 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--from", type=int, default=200, dest="begin", help="slopes begin after that many steps")
-    parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm")
+    parser.add_argument("--engine", choices=("vllm", "hf", STUB), default="vllm")
     parser.add_argument("--load", type=int, default=0, help="busy processes beside the run; then only kills count")
-    parser.add_argument("--max-kb", type=float, default=MAX_KB, help="largest growth of a process, KB a step")
+    parser.add_argument(
+        "--max-kb",
+        type=float,
+        default=MAX_KB,
+        help="largest growth of a process, KB a step; with stubs 1 for the driver",
+    )
     parser.add_argument("--output", type=Path, help="where the figures go")
     parser.add_argument("overrides", nargs="*", help="of the recipe: key=value")
     arguments = parser.parse_args()
     if arguments.output is None:
-        load = f"_load{arguments.load}" if arguments.load else ""
-        arguments.output = RESULTS / (
-            "soak.json" if arguments.steps == 2000 and not load else f"soak_{arguments.steps}{load}.json"
-        )
+        parts = [
+            "" if arguments.engine == "vllm" else f"_{arguments.engine}",
+            "" if arguments.steps == STEPS else f"_{arguments.steps}",
+            f"_load{arguments.load}" if arguments.load else "",
+        ]
+        arguments.output = RESULTS / f"soak{''.join(parts)}.json"
     return arguments
 
 
 def soak(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The run, and what was seen of it."""
     write_recipe(folder)
-    run_dir, options = folder / "run", (f"rollout.engine={arguments.engine}", f"training.train_iters={arguments.steps}")
-    command = [sys.executable, "ray_gpt.py", "--config-dir", str(folder), "--config-name", "soak"]
+    stubs = arguments.engine == STUB
+    engine = ("rollout.engine=hf", "sync.verify_first=0") if stubs else (f"rollout.engine={arguments.engine}",)
+    run_dir, options = folder / "run", (*engine, f"training.train_iters={arguments.steps}")
+    program = ["-m", "benchmarks.soak_stubs"] if stubs else ["ray_gpt.py"]
+    command = [sys.executable, *program, "--config-dir", str(folder), "--config-name", "soak"]
     command += [f"hydra.run.dir={run_dir}", *options, *arguments.overrides]
     run_dir.mkdir()
     begin, loads = time.perf_counter(), [os.getloadavg()[0]]
@@ -235,8 +248,9 @@ def broken(report: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
         return found
     span = arguments.steps - arguments.begin
     for name, slopes in report["processes"].items():
-        if slopes["kb_a_step"] > arguments.max_kb:
-            found.append(f"{name}: memory grows by {slopes['kb_a_step']:.1f} KB a step, limit {arguments.max_kb:g}")
+        limit = MAX_KB_OF_DRIVER if name == DRIVER and arguments.engine == STUB else arguments.max_kb
+        if slopes["kb_a_step"] > limit:
+            found.append(f"{name}: memory grows by {slopes['kb_a_step']:.1f} KB a step, limit {limit:g}")
         for what in ("files", "threads"):
             if slopes[f"{what}_a_step"] * span >= 1:
                 found.append(f"{name}: {what} grow from {slopes[f'{what}_first']:.0f} to {slopes[f'{what}_last']:.0f}")

@@ -65,7 +65,7 @@ def soaked(**changes: float) -> dict[str, Any]:
     return {"processes": {"driver": dict(soak._slopes(looks)) | changes}, "events": {}, "cpu": {"ratio": 1.0}}
 
 
-LIMITS = argparse.Namespace(load=0, steps=300, begin=0, max_kb=20.0)
+LIMITS = argparse.Namespace(engine="vllm", load=0, steps=300, begin=0, max_kb=20.0)
 
 
 def test_the_soak_measures_growth_a_step_whatever_the_number_of_looks() -> None:
@@ -93,3 +93,8 @@ def test_the_soak_counts_every_event_also_beside_other_load() -> None:
     loaded = argparse.Namespace(**{**vars(LIMITS), "load": 20})
     assert soak.broken(report, loaded) == ["2 events hung in an undisturbed run"]
     assert len(soak.broken(report, LIMITS)) == 3
+
+
+def test_beside_stubs_the_driver_has_a_limit_of_its_own() -> None:
+    stubs = argparse.Namespace(**{**vars(LIMITS), "engine": "stub"})
+    assert soak.broken(soaked(kb_a_step=1.1), stubs) == ["driver: memory grows by 1.1 KB a step, limit 1"]
