@@ -81,6 +81,7 @@ def _require_shared_storage(config: RunConfig, run_dir: Path, crew: Crew) -> Non
     make_folder(root)
     key = "actor_rollout.save" if config.actor_rollout.save else "hydra.run.dir"
     require_shared_storage(root, key, crew.groups["train"])
+    require_shared_storage(run_dir, "hydra.run.dir", crew.groups["train"], ranks=[0])  # writes the policy
 
 
 def _run(
