@@ -53,6 +53,11 @@ def test_four_roles_on_ray_give_the_numbers_of_one_process(recipe: Recipe, local
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert len({row["loss"] for row in rows}) > 1
     assert rows == numbers(local)
+    roles = ("train", "infer", "ref", "reward", "driver", "node")
+    for row in read_jsonl(tmp_path / "ray" / "metrics.jsonl"):
+        used = {name: value for name, value in row.items() if name.startswith("memory/")}
+        assert set(used) == {f"memory/{role}_rss_gib" for role in roles}
+        assert used["memory/node_rss_gib"] == pytest.approx(sum(used.values()) / 2)  # one worker each
     for name in ("rollouts.jsonl", "eval.jsonl", "samples.jsonl"):
         assert (tmp_path / "ray" / name).read_text() == (local / name).read_text()
 
