@@ -297,25 +297,3 @@ def _memory_of(worker: Watched, sign: Sign) -> ProcessMemory:
 def _is_dead(handle: Any) -> bool:
     """Whether Ray knows that an actor's process has ended."""
     return bool(actors(handle._actor_id.hex()).get("State") == "DEAD")
-
-
-class NotWatched:
-    """The watch of who waits for workers that nobody follows."""
-
-    def why_ended(self, name: str) -> str | None:
-        """Nobody was ended."""
-        return None
-
-    def mark_gone(self, name: str) -> None:
-        """Nobody asks."""
-
-    def memory_at_end(self, name: str) -> MemoryAtEnd | None:
-        """Nothing is known."""
-        return None
-
-    def end_hung(self, names: Collection[str], place: str) -> None:
-        """Nobody is known to hang."""
-
-    def end_overdue(self, names: Collection[str], place: str) -> bool:
-        """Nobody is ended."""
-        return False
