@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 from rlxf.core.types import Metrics
@@ -23,13 +24,16 @@ def settle(run: Run, schedule: Schedule) -> None:
     if "move" in state.owed:
         if run.refresh.is_due(state.policy_version):
             schedule.drained()
-        with run.clock("sync", version=state.policy_version):
-            run.refresh(state.policy_version)
+            with run.clock("sync", version=state.policy_version):
+                run.refresh(state.policy_version)
         state.settled("move")
     if "evaluation" in state.owed:
-        if evaluation_is_due(training, state.step):
+        run.clock.add({"eval": 0.0})  # every row has it
+        due = evaluation_is_due(training, state.step)
+        if due:
             schedule.drained()
-        with run.stop.interruptible(), run.clock("eval", version=state.policy_version):
+        clock = run.clock("eval", version=state.policy_version) if due else nullcontext()
+        with run.stop.interruptible(), clock:
             state.metrics |= evaluate(run)
         state.settled("evaluation")
     if "row" in state.owed:

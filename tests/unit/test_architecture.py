@@ -98,6 +98,7 @@ RESTRICTED_UNPICKLER = "rlxf/models/megatron/dist_folder.py"
 DATES = (
     "rlxf/observe/trace.py",  # one offset for a process, so that its times never go back
     "rlxf/observe/sinks.py",
+    "rlxf/core/events.py",
     "rlxf/observe/trackers.py",
     "rlxf/tools/compare/formats.py",
     "rlxf/core/http.py",  # `Retry-After` is a date; the wait that it gives has a limit

@@ -45,6 +45,9 @@ class Followed:
     def end_overdue(self, names: Collection[str], place: str) -> bool:
         return False
 
+    def mark_gone(self, name: str) -> None:
+        assert name == WORKER
+
     def why_ended(self, name: str) -> str | None:
         return self._ended
 
