@@ -58,7 +58,7 @@ def measure(
         began = (folder / "plan" / f"{index}.done").stat().st_mtime
         later = [row for row in events if at(row) >= began - 0.05]
         noticed = next(row for row in later if row["event"] in ("lost", "hung"))
-        back = next(row for row in later if row["event"] in ("recovered", "rebuilt"))
+        back = next(row for row in later[later.index(noticed) :] if row["event"] in ("recovered", "rebuilt"))
         rows.append(
             {
                 "role": fault.role, "phase": fault.method, "how": how, "lookahead": lookahead, "exact": exact,
