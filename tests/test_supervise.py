@@ -258,11 +258,19 @@ sys.exit(code)
 """
 
 
+def not_ignored() -> None:
+    """A suite that is started with `nohup ... &` ignores some signals, and so would everything below it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def listening(folder: Path, wanted: int, code: int, *options: str) -> subprocess.Popen[str]:
     """A supervised program that has started and ends with ``code`` after ``wanted`` signals."""
     (folder / "listen.py").write_text(LISTENER)
     command = [str(SUPERVISE), *options, "--", sys.executable, "listen.py", str(wanted), str(code)]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=not_ignored
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
