@@ -118,6 +118,8 @@ allow_resume() {
   done
 }
 
+exec {idle}<> <(:)
+
 signals=() delivered=0 child="" hears=1 # signals that came, how many of them the child has got
 
 # Each signal goes to the child once, also one that comes while the child is being started: a trap runs between two
@@ -137,17 +139,18 @@ on_signal() {
 # Runs "$@"; its exit code into `status`. It has a process group of its own, because Ctrl-C reaches the whole group of
 # this script and the command would get the signal twice.
 run_child() {
-  local seen
   set -m
   "$@" </dev/null &
   child=$!
   set +m
   deliver
-  while true; do
-    seen=${#signals[@]} status=0
-    wait "$child" || status=$?
-    if ((seen == ${#signals[@]})); then break; fi # else a signal ended the wait, not the child
+  # Not with `wait` alone: if a signal comes at the moment when the command ends, bash gives a status that is neither the
+  # command's nor the signal's. Nothing ever comes from this pipe, so reading it is a pause without a process.
+  while kill -0 -- "$child" 2>/dev/null; do
+    read -rt 0.1 -u "$idle" _ || true
   done
+  status=0
+  wait "$child" || status=$?
   child=""
 }
 
