@@ -116,7 +116,7 @@ class Crew:
             log.info("started again: %s", names)
             return self._load(group, ranks, again=True)
 
-    def wait_for_loading(self, group: WorkerGroup, calls: list[Pending]) -> None:
+    def wait_for_loading(self, calls: list[Pending]) -> None:
         """Return when what ``start_again`` started is loaded."""
         self._waiter.gather(calls, self._config.training.start_timeout_s)
 

@@ -37,7 +37,7 @@ class Starts(Protocol):
         """New processes for these ranks, which are members of the group now, and the calls that load their models."""
         ...
 
-    def wait_for_loading(self, group: WorkerGroup, calls: list[Pending]) -> None:
+    def wait_for_loading(self, calls: list[Pending]) -> None:
         """Return when what ``start_again`` started is loaded."""
         ...
 
@@ -113,5 +113,5 @@ class StatelessGroup(WorkerGroup):
     def _wait_for_loading(self) -> None:
         """A call that broke off here leaves it to the next one."""
         if self._loading and self.starts is not None:
-            self.starts.wait_for_loading(self, self._loading)
+            self.starts.wait_for_loading(self._loading)
             self._loading = []

@@ -96,7 +96,7 @@ class Recovery:
         with self._stop.interruptible():
             for group in self._crew.stateful.values():
                 calls = self._crew.start_again(group, range(len(group.members)), WorkerLost(str(lost)), told=True)
-                self._crew.wait_for_loading(group, calls)
+                self._crew.wait_for_loading(calls)
                 self._crew.forget(group)
             if self._engines is not None:
                 self._engines.begin_again()

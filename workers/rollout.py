@@ -110,7 +110,7 @@ class RemoteEngines:
         self._version = 0  # of the last push
         self._saved: Path | None = None  # the checkpoint that its weights were read from; None: they were the actor's
         # Engines that were started again:
-        self._loading: dict[int, list[Pending]] = {}  # those that load their model
+        self._loading: dict[int, Pending] = {}  # those that load their model
         self._unproven: set[int] = set()  # those that have done nothing since
         self._renewed = False  # since the last push: the transport does not reach all of them
         self._push_lost = False  # an engine was lost in the push that is under way
@@ -162,10 +162,8 @@ class RemoteEngines:
                 engine, share = free.popleft(), todo.popleft()
                 call = self._group.one(engine, "generate", shares[share], sampling)
                 at_work[call.ref] = engine, share, call
-            loading = {calls[-1].ref: engine for engine, calls in self._loading.items()}
-            answer = self._group.waiter.first(
-                [*(call for _, _, call in at_work.values()), *(calls[-1] for calls in self._loading.values())]
-            )
+            loading = {call.ref: engine for engine, call in self._loading.items()}
+            answer = self._group.waiter.first([*(call for _, _, call in at_work.values()), *self._loading.values()])
             if answer.call.ref in loading:
                 engine = loading[answer.call.ref]
                 self._take_loaded(engine, answer)
@@ -189,8 +187,7 @@ class RemoteEngines:
         if self._group.starts is None or hopeless or self._unproven & set(engines):
             raise lost
         calls = self._group.starts.start_again(self._group, engines, lost)
-        for engine, call in zip(engines, calls, strict=True):
-            self._loading[engine] = [call]
+        self._loading |= dict(zip(engines, calls, strict=True))
         self._unproven |= set(engines)
         self._renewed = True
 
@@ -255,8 +252,7 @@ class RemoteEngines:
     def _make_whole(self) -> None:
         """All engines are there, and a transport reaches them."""
         if self._loading and self._group.starts is not None:
-            loading = [call for calls in self._loading.values() for call in calls]
-            self._group.starts.wait_for_loading(self._group, loading)
+            self._group.starts.wait_for_loading(list(self._loading.values()))
             self._loading.clear()
         if self._renewed:
             self.connect()

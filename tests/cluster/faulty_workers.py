@@ -53,22 +53,18 @@ def _methods(role: Role, owner: str) -> dict[str, Any]:
 
 
 class FaultyActor(crew.ActorWorker):
-    make = staticmethod(crew.ActorWorker.make)
     locals().update(_methods("train", "FaultyActor"))
 
 
 class FaultyEngine(crew.RolloutWorker):
-    make = staticmethod(crew.RolloutWorker.make)
     locals().update(_methods("infer", "FaultyEngine"))
 
 
 class FaultyReference(crew.ReferenceWorker):
-    make = staticmethod(crew.ReferenceWorker.make)
     locals().update(_methods("ref", "FaultyReference"))
 
 
 class FaultyScorer(crew.RewardWorker):
-    make = staticmethod(crew.RewardWorker.make)
     locals().update(_methods("reward", "FaultyScorer"))
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from rlxf.checkpointing.manifest import find_problems
 from rlxf.checkpointing.store import list_checkpoints, newest_good, step_of
+from tests.damage import DAMAGES, flip_one_bit
 from tests.runs.killed import After, Call, File, Moment, assert_same_run, run_in_child, undisturbed_run
 from tests.runs.small import NUM_PROMPTS, Finished, Recipe, World
 
@@ -137,21 +138,7 @@ def test_adapters_and_their_dropout_go_on_too(recipe: Recipe, tmp_path: Path) ->
     assert_survives(lora, tmp_path / "run", Finished(tmp_path / "whole"), *moments)
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def flip_one_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
-
-
-@pytest.mark.parametrize("damage", [truncate, empty, flip_one_bit, Path.unlink], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damage_to_any_file_is_seen_and_the_checkpoint_before_is_taken(
     undisturbed: Finished, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:

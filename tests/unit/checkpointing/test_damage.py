@@ -20,6 +20,7 @@ from rlxf.loop.collected import Collected
 from rlxf.loop.run import State
 from rlxf.sync.plan import TensorSpec, plan_buckets
 from rlxf.sync.saved import save_buckets
+from tests.damage import DAMAGES
 from tests.data_world import make_rollouts, prompt_batch
 from tests.unit.small_run import SmallActor, small_config
 
@@ -29,23 +30,6 @@ EXPECTED = {
     *("pushed/bucket_00000.safetensors", "pushed/bucket_00001.safetensors"),
     *("waiting/0000002.json", "waiting/0000002.safetensors", "waiting/0000003.json"),
 }
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def flip_one_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
-
-
-DAMAGES = [truncate, empty, flip_one_bit, Path.unlink]
 
 
 def also(checkpoint: Path, state: State) -> None:

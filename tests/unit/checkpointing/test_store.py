@@ -13,6 +13,7 @@ from rlxf.checkpointing.manifest import MANIFEST, find_problems, write_manifest
 from rlxf.checkpointing.store import LATEST, PUBLISHED, best, list_checkpoints, newest_good, prune, require_good
 from rlxf.core.errors import CheckpointError
 from rlxf.core.files import remove_leftovers, temporary_for
+from tests.damage import DAMAGES, flip_one_bit
 
 
 def checkpoint(root: Path, step: int, **metrics: float | None) -> Path:
@@ -24,22 +25,7 @@ def checkpoint(root: Path, step: int, **metrics: float | None) -> Path:
     return folder
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def flip_one_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
-
-
 FILES = ["shards/__0_0.distcp", "driver.json", MANIFEST]
-DAMAGES: list[Callable[[Path], None]] = [truncate, empty, flip_one_bit, Path.unlink]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -98,6 +98,7 @@ class Starts:
 
     def __init__(self, make: Callable[[int], Process]) -> None:
         self.make = make
+        self.waiter: Any = None  # of the group that was started again
         self.started: list[int] = []
         self.away: set[int] = set()
         self.back: list[int] = []  # ranks, each as often as it has come back
@@ -106,14 +107,16 @@ class Starts:
         return [rank for rank, member in enumerate(group.members) if member.handle.dead]
 
     def start_again(self, group: WorkerGroup, ranks: Sequence[int], lost: WorkerLost) -> list[Pending]:
+        self.waiter = group.waiter
         self.started += ranks
         self.away |= set(ranks)
         for rank in ranks:
             group.replace(rank, member(self.make(rank), rank))
         return [group.one(rank, "build") for rank in ranks]
 
-    def wait_for_loading(self, group: WorkerGroup, calls: list[Pending]) -> None:
-        group.waiter.gather(calls)
+    def wait_for_loading(self, calls: list[Pending]) -> None:
+        assert self.waiter is not None
+        self.waiter.gather(calls)
 
     def is_back(self, group: WorkerGroup, ranks: Iterable[int]) -> None:
         found = [rank for rank in ranks if rank in self.away]

@@ -96,7 +96,7 @@ def test_a_call_that_broke_off_while_they_loaded_is_followed_by_one_that_waits(m
     group, starts = make_group(Process(Room(), ["double"]))
     waits: list[int] = []
 
-    def wait(_: object, calls: list[object]) -> None:
+    def wait(calls: list[object]) -> None:
         waits.append(len(calls))
         if len(waits) == 1:
             raise StageTimeout("broken off")

@@ -58,7 +58,7 @@ class World:
         self.dead = []
         return ["a call"]
 
-    def wait_for_loading(self, group: Any, calls: list[str]) -> None:
+    def wait_for_loading(self, calls: list[str]) -> None:
         self.now += 7.0
         if self.loading:
             self.loading.pop(0)()
