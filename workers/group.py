@@ -94,15 +94,14 @@ class StatelessGroup(WorkerGroup):
         Raises:
             WorkerLost: lost twice during the same call, or twice before an answer to any.
         """
-        again = False
         while True:
             try:
                 self._wait_for_loading()
                 answer = super().call(method, *args, timeout_s=timeout_s)
             except WorkerLost as lost:
-                if self.starts is None or again or self._unproven or not self.starts.gone(self):
+                if self.starts is None or self._unproven or not self.starts.gone(self):
                     raise
-                again = self._unproven = True
+                self._unproven = True
                 self._loading = self.starts.start_again(self, range(len(self.members)), lost)
             else:
                 if self._unproven and self.starts is not None:

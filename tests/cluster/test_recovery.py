@@ -110,9 +110,10 @@ def test_every_role_is_lost_in_one_run_and_no_number_changes(
     """A part of the tests below, for every day."""
     faulty(recipe, tmp_path, EVERY_ROLE, "rollout.lookahead=1")
     assert_same(tmp_path / "run", undisturbed("rollout.lookahead=1"))
-    assert len(events(tmp_path / "run", "recovered")) == 3
-    assert len(events(tmp_path / "run", "rebuilt")) == 1
-    assert len(events(tmp_path / "run", "hung")) == 1
+    # At least: on a busy machine a worker may be silent for the five seconds without having been stopped.
+    assert len(events(tmp_path / "run", "recovered")) >= 3
+    assert len(events(tmp_path / "run", "rebuilt")) >= 1
+    assert len(events(tmp_path / "run", "hung")) >= 1
 
 
 @pytest.mark.slow
@@ -162,10 +163,10 @@ def test_hung_workers_are_noticed_and_replaced(
     )
     faulty(recipe, tmp_path, faults, ahead)
     assert_same(tmp_path / "run", undisturbed(ahead))
-    assert len(events(tmp_path / "run", "hung")) == len(faults)
+    assert len(events(tmp_path / "run", "hung")) >= len(faults)
     stacks = list((tmp_path / "run" / "stacks").glob("*.txt")) if how == "hang" else []
-    assert len(stacks) == (len(faults) if how == "hang" else 0)
-    assert all("happen (tests/cluster/faults.py" in path.read_text() for path in stacks)
+    where = [path for path in stacks if "happen (tests/cluster/faults.py" in path.read_text()]
+    assert len(where) == (len(faults) if how == "hang" else 0)
 
 
 @pytest.mark.slow

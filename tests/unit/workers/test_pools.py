@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,3 +244,15 @@ def test_each_bundle_needs_room_on_one_node(sizes: list[float], free: list[float
     assert (found is not None) is fits
     for node, amount in enumerate(free if found else ()):
         assert sum(size for size, place in zip(sizes, found or (), strict=True) if place == str(node)) <= amount
+
+
+def test_a_node_answers_if_its_raylet_takes_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as raylet, socket.create_server(("127.0.0.1", 0)) as ended:
+        ports = {name: place.getsockname()[1] for name, place in (("up", raylet), ("down", ended))}
+        ended.close()
+        nodes = [
+            {"NodeID": name * 6, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port, "Alive": True}
+            for name, port in ports.items()
+        ]
+        monkeypatch.setattr(module.ray, "nodes", lambda: [*nodes, {**nodes[0], "NodeID": "dead", "Alive": False}])
+        assert list(module.answering_nodes().values()) == ["upupupupupup"]

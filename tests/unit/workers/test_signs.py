@@ -175,3 +175,12 @@ def test_after_the_end_of_the_run_nothing_is_put(world: World, worker: SignsOfLi
     world.store.clear()
     worker._give_one(2)
     assert world.store == {}
+
+
+def test_a_worker_in_whose_place_there_is_another_ends_itself(world: World, worker: SignsOfLife) -> None:
+    world.store[driver_key("run")] = driver_sign(2, DRIVER, ["run/ref-1-0"])
+    worker._give_one(2)
+    assert world.left == []
+    world.store[driver_key("run")] = driver_sign(3, DRIVER, ["run/ref-1-0", "run/ref-0-0"])
+    worker._give_one(3)
+    assert world.left == [1]

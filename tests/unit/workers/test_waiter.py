@@ -138,6 +138,7 @@ def test_a_worker_that_hangs_is_lost_with_the_reason(ray_side: Remote) -> None:
         "Logs: the logs"
     )
     assert lost.value.stage == "ref"
+    assert watch.gone == ["a"]  # whatever Ray has noted of it until now
     with clock("ref"):
         answer = waiter.first([call("a"), call("b")])
     assert answer.call.worker == "a"

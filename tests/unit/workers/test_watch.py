@@ -166,8 +166,11 @@ def test_ranks_that_wait_for_a_silent_one_are_not_ended_with_it(world: World) ->
     watch = world.watch()
     follow(watch, "stopped", "waits")
     world.sign(watch, "waits", 1, "logps", {"logps": 1.0})
+    watch._look_at_all()
     pass_time(world, watch, 1, stopped=(1, "logps"), waits=(1, "logps"))
     pass_time(world, watch, 70, waits=(1, "logps"))
+    waits = watch._watched["waits"]
+    assert watch._why_hung(waits, watch._looked_at) is not None  # it makes no progress either
     watch.end_hung(["stopped", "waits"], PLACE)
     assert world.ended == ["stopped"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +48,25 @@ def test_an_evaluations_samples_are_a_phase_of_their_own() -> None:
     assert worker._phase_of("generate", ("prompts", sampling)) == "generate"
     assert worker._phase_of("generate", ("prompts", replace(sampling, purpose="eval"))) == "generate (eval)"
     assert worker._phase_of("load_bucket", ("bucket", 3)) == "load_bucket"
+
+
+@pytest.mark.parametrize("write", ["save_checkpoint", "save_hf"])
+def test_a_trainer_writes_nothing_that_others_see_without_its_driver(write: str, tmp_path: Path) -> None:
+    written: list[str] = []
+
+    class Room:
+        def save_checkpoint(self, folder: Path, background: bool) -> None:
+            written.append("checkpoint")
+
+        def save_hf(self, folder: Path) -> None:
+            written.append("policy")
+
+    class Lost:
+        def require_driver(self) -> None:
+            raise RuntimeError("nothing was heard of the driver")
+
+    worker = ActorWorker(0, 1)
+    worker.room, worker.signs = Room(), Lost()  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="driver"):
+        getattr(worker, write)(tmp_path, *([False] if write == "save_checkpoint" else []))
+    assert written == []
