@@ -207,7 +207,10 @@ def _full(rank: int, world_size: int, port: int, folder: Path, root: Path) -> No
     for target, name in failing:
         error = OSError(errno.ENOSPC, "No space left on device", name)
         (root / name).mkdir(exist_ok=True)
-        with patch(target, side_effect=error if rank == 0 else None), pytest.raises(SaveError, match=f"rank 0: .*{name}"):
+        with (
+            patch(target, side_effect=error if rank == 0 else None),
+            pytest.raises(SaveError, match=f"rank 0: .*{name}"),
+        ):
             mine.save_checkpoint(root / name)
     with patch("rlxf.models.hf_folder.write_assets", side_effect=OSError(errno.EDQUOT, "Disk quota exceeded")):
         if rank == 0:
