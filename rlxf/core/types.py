@@ -168,6 +168,20 @@ class PromptBatch:
             columns={name: values[start:stop] for name, values in self.columns.items()},
         )
 
+    def select(self, rows: Sequence[int]) -> PromptBatch:
+        """These prompts, in that order."""
+        index = torch.tensor(rows, dtype=torch.int64)
+        return PromptBatch(
+            prompts=Tokens(
+                tokens=_select_tokens(self.prompts.tokens, self.prompts.lengths, index),
+                lengths=self.prompts.lengths[index],
+            ),
+            row_ids=self.row_ids[index],
+            positions=self.positions[index],
+            texts=tuple(self.texts[row] for row in rows),
+            columns={name: [values[row] for row in rows] for name, values in self.columns.items()},
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollouts:
@@ -183,11 +197,15 @@ class Rollouts:
     sample_index: Tensor  # [B] int64, 0..K-1
     engine_logps: Tensor  # [sum completion tokens] float32, raw log-probs of the sampling engine; NaN where unknown
     policy_version: Tensor  # [B] int64, number of updates in the weights that sampled
+    # How it went, for metrics:
+    ended_s: Tensor | None = None  # [B] float32, seconds until the completion ended, by its engine; None: not measured
+    engine: Tensor | None = None  # [B] int64, number of the engine that sampled it; None: there is one
 
     def __post_init__(self) -> None:
         rows = len(self.sequences)
-        for name in ("prompt_index", "sample_index", "policy_version"):
-            _require(getattr(self, name).shape == (rows,), f"{rows} completions but {name} has another length")
+        for name in ("prompt_index", "sample_index", "policy_version", "ended_s", "engine"):
+            values = getattr(self, name)
+            _require(values is None or values.shape == (rows,), f"{rows} completions but {name} has another length")
         total = int(self.sequences.completion_lengths.sum())
         _require(self.engine_logps.shape == (total,), f"{total} sampled tokens, {self.engine_logps.numel()} log-probs")
 
