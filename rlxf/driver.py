@@ -33,6 +33,7 @@ def train(run: Run) -> None:
                 learn(run, schedule, collected)
             else:
                 skip(run, collected)
+            algorithm.complete(run, collected)
             schedule.sampled()
             settle(run, schedule)
         save(run, schedule, last=True)

@@ -90,8 +90,9 @@ def _run(
     """Train, or evaluate only; again from the last checkpoint when the trainer was lost."""
     recovery = Recovery(crew, roles.sink if isinstance(roles.sink, RemoteEngines) else None, clock, stop)
     while True:
-        # Without lookahead the stages of a step follow each other anyway.
-        lanes = InThreads(stop) if found.config.rollout.lookahead else OneAfterTheOther()
+        # Else the stages of a step follow each other anyway.
+        overlap = found.config.streams or found.config.rollout.lookahead
+        lanes = InThreads(stop) if overlap else OneAfterTheOther()
         try:
             return run_prepared(found, roles, platform=platform, clock=clock, stop=stop, lanes=lanes, look=watch.memory)
         except Exception as error:  # noqa: BLE001  a rank may notice the loss of another one before Ray does

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor
 from rlxf.assembly.roles import build_engine
 from rlxf.core.errors import WorkerLost
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
-from rlxf.rollout.engine import ProbeResult, RolloutEngine, Sampling
+from rlxf.rollout.chunks import Gathered
+from rlxf.rollout.dispatch import Dispatch
+from rlxf.rollout.engine import ProbeResult, RolloutEngine, Sampling, Session
 from rlxf.rollout.shares import join, split_evenly
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer
@@ -26,6 +29,7 @@ from rlxf.sync.transports.transport import Address, Message, Receiver, Transport
 from .actor import RemoteActor
 from .group import WorkerGroup
 from .remote import Answer, Pending
+from .sampling import Share, sample_queue, sample_shares
 from .worker import Worker
 
 
@@ -37,13 +41,41 @@ class RolloutWorker(Worker):
     make_again = staticmethod(partial(build_engine, stale=True))
     room: RolloutEngine
     receiver: Receiver | None = None  # of buckets, once it is connected with the actor
+    session: Session | None = None  # of prompts that are being sampled
+    share: Gathered | None = None  # the completions of those so far, where they are handed over in chunks
 
     @property
     def engine(self) -> RolloutEngine:
         return self.room
 
+    def num_slots(self, sampling: Sampling) -> int | None:
+        return self.engine.session(sampling).num_slots
+
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         return self.engine.generate(prompts, sampling)
+
+    def start(self, prompts: PromptBatch, sampling: Sampling, sizes: tuple[int, ...]) -> list[Rollouts]:
+        """Begin to sample ``prompts``; the first chunks that are whole.
+
+        ``sizes``: prompts of each chunk; (): a prompt is a chunk.
+        """
+        self.session = self.engine.session(sampling)
+        bounds = pairwise(accumulate(sizes, initial=0))
+        self.share = Gathered(prompts, [tuple(range(*pair)) for pair in bounds]) if sizes else None
+        self.session.add(prompts)
+        return self.advance()
+
+    def advance(self, more: PromptBatch | None = None) -> list[Rollouts]:
+        """Sample until another chunk of what was begun is whole; none is left if it gives none."""
+        assert self.session is not None  # started
+        if more is not None:
+            self.session.add(more)
+        while (part := self.session.advance()) is not None:
+            whole = [part] if self.share is None else [chunk.rollouts for chunk in self.share.add(part)]
+            if whole:
+                return whole
+        self.share = None  # its completions need memory
+        return []
 
     def _phase_of(self, method: str, args: tuple[Any, ...]) -> str:
         """An evaluation has more prompts than a step, and other lengths."""
@@ -114,6 +146,7 @@ class RemoteEngines:
         self._unproven: set[int] = set()  # those that have done nothing since
         self._renewed = False  # since the last push: the transport does not reach all of them
         self._push_lost = False  # an engine was lost in the push that is under way
+        self._slots: tuple[int | None] | None = None  # of an engine; not asked yet
 
     def machines(self) -> set[str]:
         """Where the actor's first rank and the engines are; and this process, if it has to read what was pushed."""
@@ -142,46 +175,53 @@ class RemoteEngines:
     def open_receivers(self, transport: Transport, address: Address) -> None:
         self._group.call("open_receiver", transport, address)
 
+    @property
+    def group(self) -> WorkerGroup:
+        return self._group
+
+    @property
+    def loading(self) -> dict[int, Pending]:
+        return self._loading
+
+    @property
+    def num_engines(self) -> int:
+        return len(self._group.members)
+
+    def num_slots(self, sampling: Sampling) -> int | None:
+        """Completions that one engine decodes at the same time at most; None: all that it gets.
+
+        One is asked, once: all are of one kind. If it is lost, another one; whoever samples next deals with the loss.
+        """
+        for engine in range(self.num_engines):
+            if self._slots is None and engine not in self._loading:
+                answer = self._group.waiter.first([self._group.one(engine, "num_slots", sampling)])
+                self._slots = None if answer.lost is not None else (answer.value,)
+        return None if self._slots is None else self._slots[0]
+
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         """Contiguous shares of the prompts, one per engine; the results in prompt order.
 
         Raises:
             WorkerLost: two engines were lost over the same share, or one twice before it had finished any.
         """
-        shares = split_evenly(prompts, len(self._group.members))
-        return join(prompts, self._sample(shares, sampling))
+        shares = [Share(share) for share in split_evenly(prompts, self.num_engines)]
+        return join(prompts, list(sample_shares(self, shares, sampling)))
 
-    def _sample(self, shares: list[PromptBatch], sampling: Sampling) -> list[Rollouts]:
-        found: dict[int, Rollouts] = {}
-        todo = deque(range(len(shares)))
-        free = deque(engine for engine in range(len(self._group.members)) if engine not in self._loading)
-        at_work: dict[Any, tuple[int, int, Pending]] = {}  # by the call's reference: engine and share
-        losses: set[int] = set()  # shares over which an engine was lost
-        while len(found) < len(shares):
-            while todo and free:
-                engine, share = free.popleft(), todo.popleft()
-                call = self._group.one(engine, "generate", shares[share], sampling)
-                at_work[call.ref] = engine, share, call
-            loading = {call.ref: engine for engine, call in self._loading.items()}
-            answer = self._group.waiter.first([*(call for _, _, call in at_work.values()), *self._loading.values()])
-            if answer.call.ref in loading:
-                engine = loading[answer.call.ref]
-                self._take_loaded(engine, answer)
-                self._fill(engine)
-                free.append(engine)
-                continue
-            engine, share, _ = at_work.pop(answer.call.ref)
-            if answer.lost is None:
-                found[share] = answer.value
-                free.append(engine)
-                self._prove([engine])
-            else:
-                self._start_again([engine], answer.lost, hopeless=share in losses)
-                losses.add(share)
-                todo.append(share)
-        return [found[share] for share in range(len(shares))]
+    def sample(self, prompts: PromptBatch, sampling: Sampling, dispatch: Dispatch) -> Iterator[Rollouts]:
+        """All completions of some prompts at a time, as the engines make them.
 
-    def _start_again(self, engines: Iterable[int], lost: WorkerLost, *, hopeless: bool) -> None:
+        Raises:
+            WorkerLost: two engines were lost over the same prompts, or one twice before it had finished any.
+        """
+        if dispatch.shares is None:
+            slots = self.num_slots(sampling)
+            room = len(prompts) if slots is None else max(slots // sampling.num_samples, 1)
+            return sample_queue(self, prompts, dispatch.order, sampling, room=room)
+        sizes = dispatch.sizes()
+        shares = [Share(prompts.select(rows), each) for rows, each in zip(dispatch.shares, sizes, strict=True)]
+        return sample_shares(self, shares, sampling)
+
+    def start_again(self, engines: Iterable[int], lost: WorkerLost, *, hopeless: bool) -> None:
         """Begin to start these engines again; ``hopeless``: another one would be lost in the same way."""
         engines = list(engines)
         if self._group.starts is None or hopeless or self._unproven & set(engines):
@@ -191,12 +231,14 @@ class RemoteEngines:
         self._unproven |= set(engines)
         self._renewed = True
 
-    def _take_loaded(self, engine: int, answer: Answer) -> None:
+    def take_loaded(self, engine: int, answer: Answer) -> None:
+        """An engine that was started again has loaded, and gets the weights from which the others sample."""
         if answer.lost is not None:  # twice, before it had finished anything
             raise answer.lost
         del self._loading[engine]
+        self._fill(engine)
 
-    def _prove(self, engines: Iterable[int]) -> None:
+    def prove(self, engines: Iterable[int]) -> None:
         """These engines have done a piece of work."""
         engines = list(engines)
         if self._unproven & set(engines) and self._group.starts is not None:
@@ -241,7 +283,7 @@ class RemoteEngines:
         gone = [engine for engine in gone if engine not in self._loading]
         if not gone:
             raise lost
-        self._start_again(gone, lost, hopeless=self._push_lost)
+        self.start_again(gone, lost, hopeless=self._push_lost)
         self._push_lost = True
 
     def begin_again(self) -> None:
@@ -283,7 +325,7 @@ class RemoteEngines:
         self._under_way.clear()
         self._group.waiter.gather([*rest, *self._group.send("end_update", version)])
         self._version, self._push_lost = version, False
-        self._prove(range(len(self._group.members)))
+        self.prove(range(len(self._group.members)))
 
     def pushed(self, index: int, bucket: Bucket) -> Tensor:
         assert self._own_end is not None  # connected so by a run that looks ahead

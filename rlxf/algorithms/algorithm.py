@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -29,6 +30,10 @@ class Algorithm(Protocol):
         """Write down how a step was made, when its turn to be trained on has come."""
         ...
 
+    def complete(self, run: Run, collected: Collected) -> None:
+        """Remember of a step that is complete now what later steps use."""
+        ...
+
     def batch(self, data: Pairs | Examples, reference: Reference) -> Batch:
         """What was collected, or is held out, with what the reference says of it where the objective reads that."""
         ...
@@ -44,17 +49,31 @@ def with_beta(batch: Batch, beta: float) -> Batch:
     return replace(batch, beta=beta) if isinstance(batch, ReferencedPairs) else batch
 
 
-def reference_stage(run: Run, algorithm: Algorithm) -> Stage[Collected]:
+def reference_stage(
+    run: Run,
+    algorithm: Algorithm,
+    *,
+    before: Callable[[Collected], None] = lambda collected: None,
+    streams: bool = False,
+) -> Stage[Collected]:
     """The last stage of every algorithm: ``batch`` from ``data``. A step without rows is done without it.
 
     Where the reference is the actor with its adapters off, the trainer has to answer: it does so when the step's turn
     has come, before the update.
+
+    Args:
+        run: the run.
+        algorithm: what it collects.
+        before: asks the reference part by part, while the stage before this one is at work.
+        streams: it does.
     """
     on_actor = run.config.reference_is_base
 
     def refer(collected: Collected) -> None:
+        before(collected)
         assert collected.data is not None  # the stages before this one
-        collected.batch = algorithm.batch(collected.data, run.reference_for(collected))
+        if len(collected.data):
+            collected.batch = algorithm.batch(collected.data, run.reference_for(collected))
 
     return Stage(
         name="ref",
@@ -62,4 +81,5 @@ def reference_stage(run: Run, algorithm: Algorithm) -> Stage[Collected]:
         is_done=lambda item: item.batch is not None or (item.data is not None and not len(item.data)),
         work=refer,
         late=on_actor,
+        streams=streams,
     )

@@ -31,6 +31,9 @@ class FromFile:
     def record(self, run: Run, collected: Collected) -> None:
         """The file says it."""
 
+    def complete(self, run: Run, collected: Collected) -> None:
+        """No step uses another one."""
+
     def batch(self, data: Pairs | Examples, reference: Reference) -> Batch:
         assert isinstance(data, Examples | RewardPairs)  # as these stages' files are read
         return data

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rlxf.algorithms.algorithm import reference_stage, with_reference
-from rlxf.config.schema import AlgorithmConfig
-from rlxf.core.errors import ScoreError, SyncError
-from rlxf.core.types import Batch, Comparisons, Examples, Pairs, Rollouts
-from rlxf.loop.collected import Collected
+from rlxf.algorithms.early import FirstPairs
+from rlxf.algorithms.scoring import Scoring
+from rlxf.core.errors import ShapeError, SyncError
+from rlxf.core.types import Batch, Examples, Pairs, PairValues, PromptBatch, Rollouts
+from rlxf.loop.collected import Collected, ReferredChunk, pair_names
 from rlxf.loop.run import Online, Reference, Run
-from rlxf.observe.formulas import data_metrics, pair_metrics, rollout_metrics
-from rlxf.pair import PAIRINGS, PairingSettings
+from rlxf.observe.formulas import data_metrics
+from rlxf.rollout.chunks import Chunk, Gathered, chunks_of
+from rlxf.rollout.dispatch import Dispatch, deal
 from rlxf.schedule.lookahead import Stage
-from rlxf.score.combine import Term
-from rlxf.score.penalty import Shaping, with_scores
 
 
 class OnlineDpo:
-    """prompts -> rollout -> score -> pair -> reference."""
+    """prompts -> rollout -> score -> pair -> reference. With ``rollout.stream_prompts`` chunk by chunk."""
 
     def stages(self, run: Run) -> tuple[Stage[Collected], ...]:
+        streams = run.config.streams
         return (
             Stage(
                 name="gen",
@@ -37,14 +38,19 @@ class OnlineDpo:
                 lane=run.lane("reward"),
                 is_done=lambda item: item.data is not None,
                 work=lambda item: _score_and_pair(run, item),
+                streams=streams,
             ),
-            reference_stage(run, self),
+            reference_stage(run, self, before=lambda item: _refer(run, item) if streams else None, streams=streams),
         )
 
     def record(self, run: Run, collected: Collected) -> None:
         assert collected.scored is not None
         assert collected.pairing is not None
         _online(run).recorder.write(collected.step + 1, collected.scored, collected.pairing)
+
+    def complete(self, run: Run, collected: Collected) -> None:
+        assert collected.rollouts is not None
+        _online(run).complete_lengths.add(collected.rollouts)
 
     def batch(self, data: Pairs | Examples, reference: Reference) -> Batch:
         assert isinstance(data, Pairs)
@@ -57,18 +63,41 @@ def _online(run: Run) -> Online:
 
 
 def _sample(run: Run, collected: Collected) -> None:
-    """``rollouts``: B = P * K completions, all of them by the weights that the schedule says."""
+    """``rollouts``: B = P * K completions, all of them by the weights that the schedule says; in chunks before."""
     source = _online(run)
-    with run.working(collected, "gen"):
-        prompts = source.prompts.next_batch(collected.step)  # P prompts
-        collected.metrics = data_metrics(source, collected.step)
-        rollouts = source.rollout.generate(prompts, run.training_sampling())
-    if run.config.engine != "replay":  # which has the versions of another run
-        _require_version(rollouts, collected)
-    collected.rollouts = rollouts
+    with collected.sampled.made():
+        with run.working(collected, "gen"):
+            prompts = source.prompts.next_batch(collected.step)  # P prompts
+            collected.metrics = data_metrics(source, collected.step)
+            dispatch = _dispatch(run, source, prompts)
+            collected.chunks = dispatch.chunks
+            gathered = Gathered(prompts, dispatch.chunks)
+            for part in source.rollout.sample(prompts, run.training_sampling(), dispatch):
+                _require_version(run, part, collected)
+                for chunk in gathered.add(part):
+                    collected.sampled.put(chunk)
+            rollouts = gathered.whole()
+        source.lengths.add(rollouts)
+        collected.rollouts = rollouts
 
 
-def _require_version(rollouts: Rollouts, collected: Collected) -> None:
+def _dispatch(run: Run, source: Online, prompts: PromptBatch) -> Dispatch:
+    """Which engine samples which prompts, and which move on together. Steps are sampled in their order."""
+    rollout, sampling = run.config.rollout, run.training_sampling()
+    num_samples = sampling.num_samples
+    return deal(
+        source.lengths.work(prompts, (), num_samples),
+        source.rollout.num_engines,
+        slots_per_engine=source.rollout.num_slots(sampling) or len(prompts) * num_samples,
+        samples_per_prompt=num_samples,
+        chunk=rollout.stream_prompts,
+        mode=rollout.dispatch,
+    )
+
+
+def _require_version(run: Run, rollouts: Rollouts, collected: Collected) -> None:
+    if run.config.engine == "replay":  # which has the versions of another run
+        return
     others = set(rollouts.policy_version.tolist()) - {collected.version}
     if others:
         raise SyncError(
@@ -77,74 +106,79 @@ def _require_version(rollouts: Rollouts, collected: Collected) -> None:
         )
 
 
-def pairing_settings(config: AlgorithmConfig, *, seed: int, step: int) -> PairingSettings:
-    """What the recipe says of pairs, for one driver step."""
-    return PairingSettings(
-        min_score_margin=config.min_score_margin,
-        max_pairs_per_prompt=config.max_pairs_per_prompt,
-        max_length_ratio=config.max_length_ratio,
-        threshold=config.score_threshold,
-        seed=seed,
-        step=step,
+def _score_and_pair(run: Run, collected: Collected) -> None:
+    """``raw_scores`` [B] unless they are known, then N pairs; chunk by chunk while others are being sampled."""
+    with collected.paired.made():
+        if not run.config.streams:
+            assert collected.rollouts is not None  # the stage before
+            with run.working(collected, "adv"):
+                scoring = Scoring(run, _online(run), collected)
+                (whole,) = chunks_of(collected.rollouts, [tuple(range(len(collected.rollouts.prompts)))])
+                scoring.ask(whole)
+                scoring.finish()
+            return
+        scoring: Scoring | None = None
+        for chunk in _chunks(run, collected):
+            with run.working(collected, "adv"):
+                scoring = scoring or Scoring(run, _online(run), collected)  # the step's chunks are known by then
+                scoring.ask(chunk)
+        assert scoring is not None  # a step has prompts
+        with run.working(collected, "adv"):
+            scoring.finish()
+
+
+def _chunks(run: Run, collected: Collected) -> Iterator[Chunk]:
+    """The chunks of a step, as they are sampled; of one that waited in a checkpoint as they were cut before."""
+    if collected.rollouts is None or not collected.sampled.is_empty:
+        return collected.sampled.follow(run.check)
+    collected.chunks = collected.chunks or (tuple(range(len(collected.rollouts.prompts))),)
+    return chunks_of(collected.rollouts, collected.chunks)
+
+
+def _refer(run: Run, collected: Collected) -> None:
+    """``reference`` of the step's pairs, unless it is known: asked chunk by chunk, while others are being scored."""
+    answers, known = [], collected.reference is not None
+    with collected.referred_chunks.made():
+        for chunk in collected.paired.follow(run.check):
+            if known:
+                continue
+            values = PairValues(chosen=torch.zeros(0), rejected=torch.zeros(0))
+            if len(chunk.pairs):
+                with run.working(collected, "ref"):
+                    values = run.reference.logps(chunk.pairs)
+            answers.append(ReferredChunk(rows=chunk.rows, pairs=chunk.pairs, names=chunk.names, reference=values))
+            collected.referred_chunks.put(answers[-1])
+    if known:
+        return
+    assert collected.rollouts is not None
+    assert collected.pairing is not None
+    pairs = collected.pairing.pairs
+    collected.reference = _in_order(answers, pair_names(pairs, collected.rollouts))
+    collected.referred = run.digest(pairs)
+
+
+def _in_order(answers: list[ReferredChunk], names: Tensor) -> PairValues:
+    """What the reference says of a step's pairs ([N, 3] names), from what it said of the pairs of each chunk."""
+    places = {tuple(name): place for place, name in enumerate(torch.cat([chunk.names for chunk in answers]).tolist())}
+    try:
+        index = torch.tensor([places[tuple(name)] for name in names.tolist()], dtype=torch.int64)
+    except KeyError as error:
+        raise ShapeError(f"the reference was not asked about the pair {error} of the step") from error
+    return PairValues(
+        chosen=torch.cat([chunk.reference.chosen for chunk in answers])[index],
+        rejected=torch.cat([chunk.reference.rejected for chunk in answers])[index],
     )
 
 
-def _score_and_pair(run: Run, collected: Collected) -> None:
-    """``raw_scores`` [B] unless they are known, then N pairs."""
-    source, config, rollouts = _online(run), run.config, collected.rollouts
-    assert rollouts is not None  # the stage before
-    with run.working(collected, "adv"):
-        before = run.state.all_failed_scores
-        _score(run, collected, rollouts)
-        comparisons = _judged(run, collected, rollouts)
-        collected.failed += run.state.all_failed_scores - before
-        assert collected.raw_scores is not None
-        shaping = Shaping.of(config.actor_rollout, max_new_tokens=config.max_new_tokens)
-        scored = with_scores(
-            rollouts, collected.raw_scores, eos_ids=source.eos_ids, shaping=shaping, stopped=source.stopped
-        )
-        if not config.replays_scores:  # what each source said is not recorded
-            scored = replace(scored, sources=_by_name(source.rewards.terms, collected.table), extra=collected.extra)
-        settings = pairing_settings(config.algorithm, seed=config.training.seed, step=collected.step)
-        pairing = PAIRINGS[config.algorithm.pairing](scored, settings, comparisons)
-    has_scores = bool(source.rewards.terms)
-    metrics = rollout_metrics(scored, collected.seconds["gen"], has_scores=has_scores)
-    collected.metrics |= metrics | pair_metrics(pairing)
-    collected.scored, collected.pairing, collected.data = scored, pairing, pairing.pairs
-
-
-def _score(run: Run, collected: Collected, rollouts: Rollouts) -> None:
-    """``table`` [B, S] and its sums. Steps come here in their order: a running scale has seen all before this one."""
-    source, known = _online(run), collected.raw_scores
-    if known is None:
-        found = source.rewards.score(rollouts)
-        collected.table, collected.extra = found.table, found.extra
-        collected.metrics |= found.metrics
-    if collected.table is not None and collected.table.shape[1] == len(source.rewards.terms):
-        sums, collected.running = source.scales.add(collected.table)
-        collected.raw_scores = known if known is not None else sums
-
-
-def _judged(run: Run, collected: Collected, rollouts: Rollouts) -> Comparisons | None:
-    """What a judge says of the step's completions; None without a judge."""
-    source = _online(run)
-    if source.judge is None:
-        return None
-    if collected.comparisons is None:
-        assert source.tokenizer is not None  # who has a judge has it
-        texts = source.tokenizer.batch_decode(rollouts.sequences.completion_rows(), skip_special_tokens=True)
-        try:
-            collected.comparisons, metrics = source.judge(rollouts, texts)
-            collected.metrics |= metrics
-        except ScoreError as error:
-            source.rewards.tolerate(len(rollouts), str(error), error)
-            none = torch.zeros(0, dtype=torch.int64)
-            collected.comparisons = Comparisons(first=none, second=none, probability=torch.zeros(0))
-    return collected.comparisons
-
-
-def _by_name(terms: Sequence[Term], table: Tensor | None) -> dict[str, Tensor]:
-    """[B] scores of each source; none of a step that another list of sources has scored."""
-    if table is None or table.shape[1] != len(terms):
-        return {}
-    return {term.name: column for term, column in zip(terms, table.unbind(1), strict=True)}
+def _begin_update(run: Run, collected: Collected, size: int) -> None:
+    """The first mini-batch through the actor, without an optimizer step, if it is there before the whole step."""
+    first = FirstPairs(size, run.config.actor_rollout.n_samples_per_prompt)
+    for chunk in collected.referred_chunks.follow(run.check):
+        found = first.add(chunk)
+        if found is not None:
+            if collected.batch is None:
+                beta = run.config.actor_rollout.beta_after(run.state.epoch)
+                with run.working(collected, "update_actor"):
+                    run.actor.prepare(replace(found, beta=beta), collected.step)
+            break
+    collected.begun = True

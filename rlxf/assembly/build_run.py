@@ -40,6 +40,8 @@ from rlxf.observe.record import Recorders, RolloutRecorder, SampleRecorder
 from rlxf.observe.report import ReportSettings, RunReport
 from rlxf.platform.base import Platform
 from rlxf.reference.cached import CachedReference, cache_folder
+from rlxf.rollout.lengths import SeenLengths
+from rlxf.rollout.one_engine import OneEngine
 from rlxf.rollout.replay import ReplayEngine
 from rlxf.schedule.lanes import Lanes
 from rlxf.score.combine import RunningScales
@@ -101,6 +103,7 @@ def build_run(
     """The run that the driver trains; with ``resume`` its actor and state are those of the checkpoint."""
     state = resume.state if resume else State()
     steps = deque(resume.waiting if resume else ())
+    lengths = SeenLengths.load(resume.folder) if resume else SeenLengths()  # of complete steps
     reference = _reference(config, data, roles, stop, platform)
     judging = build_judge(config, run_dir, models=roles.models, function=roles.judge)
     evaluation = _evaluation(config, data, roles, reference, state, platform, stop, judging)
@@ -126,6 +129,7 @@ def build_run(
         save_waiting(checkpoint, kept)
         if any(step.rollouts is None for step in kept):
             sync.save_pushed(checkpoint)
+        lengths.save(checkpoint)
         save_rows(checkpoint, report.unwritten())
 
     folder = RunFolder(
@@ -142,7 +146,7 @@ def build_run(
             _restore(resume, data, roles, sync, evaluation, refresh)
         if not config.training.eval_only:
             folder.prune(resume.state.step)
-    source = _source(config, run_dir, data, roles, platform, state, clock, stop, resume, judging)
+    source = _source(config, run_dir, data, roles, platform, state, clock, stop, resume, judging, lengths)
     if isinstance(source, Online):
         report.keep(source.recorder.files)
     return Run(
@@ -263,10 +267,11 @@ def _source(
     stop: Stop,
     resume: Resume | None,
     judging: Judging | None,
+    lengths: SeenLengths,
 ) -> Online | FileSource:
     if isinstance(data.training, PreferenceFile | ExampleFile):
         return data.training
-    rollout = data.training if isinstance(data.training, ReplayEngine) else roles.rollout
+    rollout = OneEngine(data.training) if isinstance(data.training, ReplayEngine) else roles.rollout
     place = lambda: f"step {clock.step_here + 1}"  # noqa: E731
     rewards = make_rewards(config, roles.models, roles.readers, platform=platform, tally=state, place=place, stop=stop)
     assert rollout is not None  # a run that samples has an engine
@@ -280,8 +285,19 @@ def _source(
         tokenizer=data.tokenizer,
         eos_ids=_eos_ids(config, data),
         recorder=recorder,
+        lengths=_with_waiting(lengths, resume),
+        complete_lengths=lengths,
         stopped=StopStrings(data.tokenizer, config.rollout.stop).completed if config.rollout.stop else None,
     )
+
+
+def _with_waiting(lengths: SeenLengths, resume: Resume | None) -> SeenLengths:
+    """The lengths of complete steps, and of those that are sampled and wait."""
+    found = lengths.copy()
+    for step in resume.waiting if resume else ():
+        if step.rollouts is not None:
+            found.add(step.rollouts)
+    return found
 
 
 def _recorder(config: RunConfig, run_dir: Path, data: Data, resume: Resume | None) -> Recorders:

@@ -21,6 +21,7 @@ from rlxf.loop.run import Reference
 from rlxf.platform import Platform, Process, get_platform
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
+from rlxf.rollout.one_engine import OneEngine
 from rlxf.schedule import OneAfterTheOther
 from rlxf.sync.push import LocalSink
 from rlxf.update.actor import MegatronActor
@@ -59,7 +60,7 @@ def build_roles(config: RunConfig, platform: Platform) -> Roles:
         actor=actor,
         reference=_reference(config, platform, process, actor),
         models=models,
-        rollout=engine,
+        rollout=OneEngine(engine) if engine is not None else None,
         sink=LocalSink(actor, engine) if engine is not None else None,
     )
 

@@ -33,6 +33,7 @@ _HARMLESS = {
 _LAYOUT_SECTIONS = ("resource_pool",)
 _LAYOUT = {
     *("training.device", "training.cpu_linear", "actor_rollout.num_samples_per_step", "rollout.max_num_seqs"),
+    *("rollout.stream_prompts", "rollout.dispatch"),
     *("actor_rollout.num_gpus_for_train", "actor_rollout.num_gpus_for_infer"),
     "actor_rollout.inference_tensor_model_parallel_size",
     *(
@@ -56,6 +57,8 @@ _NOT_HELD = {"vocab_size", "untie_embeddings_and_output_weights"}
 # Keys that earlier versions did not have, with the value that says what they did.
 SINCE: dict[str, Any] = {
     "rollout.lookahead": 0,
+    "rollout.stream_prompts": None,
+    "rollout.dispatch": "planned",
     "reward.sources": [],
     **dict.fromkeys(("judge.load", "judge.function", "judge.base_url")),
     "algorithm.score_threshold": None,

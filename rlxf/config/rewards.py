@@ -37,6 +37,9 @@ class RewardSource(Strict):
     standard deviation."""
     missing: Literal["drop", "leave_out"] = "drop"
     """What a missing score means. `drop`: the completion has no score. `leave_out`: the sum is made of the others."""
+    whole_step: bool = False
+    """Ask for all completions of a step at once, also with `rollout.stream_prompts`: for a function whose scores depend
+    on the other completions of the call."""
     tokenizer_name_or_path: Folder | None = None
     """Reward model: folder with its tokenizer. Unset: the folder in `load`."""
     read_at: ReadAt = "auto"

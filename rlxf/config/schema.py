@@ -181,6 +181,13 @@ class RolloutConfig(Strict):
     """Number of driver steps that sampling runs ahead of training. 0: the engines wait while the trainer updates, and
     the trainer waits while they sample. 1: they sample the next step with the weights before the update, while it is
     made. Every completion of a step is sampled by the weights of exactly this many steps before."""
+    stream_prompts: Positive | None = None
+    """Prompts of one chunk. A chunk is scored, paired and sent to the reference as soon as all its completions are
+    there, while others are still being sampled. Unset: each stage takes the whole step. See docs/streaming.md."""
+    dispatch: Literal["planned", "queue"] = "planned"
+    """How prompts are shared out among the rollout engines. `planned`: before sampling starts, by the lengths that are
+    expected of their answers. `queue`: an engine takes the next prompt when it has room; sums then differ in their last
+    digits from run to run."""
 
 
 class SyncConfig(Strict):
@@ -351,6 +358,11 @@ class RunConfig(Strict):
     def samples(self) -> bool:
         """Whether a rollout engine makes this run's completions."""
         return not self.offline and self.engine != "replay"
+
+    @property
+    def streams(self) -> bool:
+        """Whether a step's prompts move on in chunks."""
+        return not self.offline and self.rollout.stream_prompts is not None
 
     @property
     def replays_scores(self) -> bool:

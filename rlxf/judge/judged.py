@@ -27,8 +27,8 @@ class Judging:
         self._tournament = tournament
         self._prices = prices
 
-    def __call__(self, rollouts: Rollouts, texts: Sequence[str]) -> tuple[Comparisons, Metrics]:
-        """The judged pairs of a step's completions, and ``judge/*``.
+    def __call__(self, rollouts: Rollouts, texts: Sequence[str]) -> tuple[Comparisons, Counts]:
+        """The judged pairs of a step's completions, or of a chunk's, and what judging them took.
 
         Args:
             rollouts: B completions.
@@ -52,7 +52,7 @@ class Judging:
             return found.probability
 
         judged = comparisons(rollouts.prompt_index, rollouts.sample_index, ask, self._tournament)
-        return judged, counts.metrics(self._prices)
+        return judged, counts
 
     def answers(self, prompts: PromptBatch, first: Sequence[str], second: Sequence[str]) -> Compared:
         """The verdicts on two answers to each prompt."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlxf.core.types import (
@@ -12,12 +14,41 @@ from rlxf.core.types import (
     Comparisons,
     Examples,
     Metrics,
+    OnlinePairs,
     PairingResult,
     Pairs,
     PairValues,
     Rollouts,
     ScoredRollouts,
 )
+from rlxf.rollout.chunks import Chunk
+from rlxf.schedule.parts import Parts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PairedChunk:
+    """The pairs of a chunk of prompts, and what tells them from all other pairs of the step.
+
+    Of the prompt in row 5 of the step, its third completion chosen and its first one rejected: ``names = [[5, 2, 0]]``.
+    """
+
+    rows: tuple[int, ...]  # of the step's prompts, also of those without a pair
+    pairs: OnlinePairs
+    names: Tensor  # [N, 3] int64: row of the prompt in the step, sample chosen, sample rejected
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ReferredChunk(PairedChunk):
+    """The same with what the reference says of the pairs."""
+
+    reference: PairValues
+
+
+def pair_names(pairs: OnlinePairs, rollouts: Rollouts, rows: Sequence[int] | None = None) -> Tensor:
+    """``PairedChunk.names``; ``rows``: where the prompts of ``rollouts`` are in the step. None: it is the step."""
+    prompts = pairs.prompt_index if rows is None else torch.tensor(rows, dtype=torch.int64)[pairs.prompt_index]
+    samples = [rollouts.sample_index[side] for side in (pairs.chosen_rows, pairs.rejected_rows)]
+    return torch.stack([prompts, *samples], dim=1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,6 +62,7 @@ class Collected:
     step: int  # 0 is the first
     sampled_at: int  # boundary whose weights sample it: that many steps were complete then
     version: int  # the policy version that was pushed there
+    chunks: tuple[tuple[int, ...], ...] = ()  # rows of the prompts that move on together; known once sampling begins
     rollouts: Rollouts | None = None
     table: Tensor | None = None  # [B, S] float32, as the S sources of rewards gave them
     extra: dict[str, list[Any]] = field(default_factory=dict)  # columns that reward functions logged, B values each
@@ -46,6 +78,11 @@ class Collected:
     batch: Batch | None = None  # the same with what the objective needs besides
     metrics: Metrics = field(default_factory=dict)  # of its making
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage
+    # What a stage has made so far of a step that it is at work on, for the one that follows.
+    sampled: Parts[Chunk] = field(default_factory=Parts)
+    paired: Parts[PairedChunk] = field(default_factory=Parts)
+    referred_chunks: Parts[ReferredChunk] = field(default_factory=Parts)
+    begun: bool = False  # its first mini-batch, if it was there before the step, has been through the model
 
     @property
     def lag(self) -> int:

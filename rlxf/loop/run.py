@@ -29,8 +29,11 @@ from rlxf.core.types import (
     ScoredRollouts,
     Sequences,
 )
+from rlxf.judge.both_orders import Counts
 from rlxf.loop.collected import Collected
+from rlxf.rollout.dispatch import Dispatch
 from rlxf.rollout.engine import Sampling
+from rlxf.rollout.lengths import SeenLengths
 from rlxf.schedule.lanes import Lanes
 from rlxf.schedule.lookahead import Lookahead
 from rlxf.score.combine import RunningScales
@@ -72,16 +75,31 @@ class FileSource(Protocol):
 class Rollout(Protocol):
     """One rollout engine, or all of them."""
 
+    @property
+    def num_engines(self) -> int: ...
+
+    def num_slots(self, sampling: Sampling) -> int | None:
+        """Completions that one engine decodes at the same time at most; None: all that it gets."""
+        ...
+
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         """``B = P * K`` completions, those of a prompt side by side and in the order of the prompts."""
+        ...
+
+    def sample(self, prompts: PromptBatch, sampling: Sampling, dispatch: Dispatch) -> Iterator[Rollouts]:
+        """The same completions, all those of some prompts at a time, in the order in which engines make them."""
         ...
 
 
 class Judge(Protocol):
     """Compares completions of a prompt."""
 
-    def __call__(self, rollouts: Rollouts, texts: Sequence[str]) -> tuple[Comparisons, Metrics]:
-        """The judged pairs of ``B`` completions, whose texts are given, and ``judge/*``."""
+    def __call__(self, rollouts: Rollouts, texts: Sequence[str]) -> tuple[Comparisons, Counts]:
+        """The judged pairs of ``B`` completions, whose texts are given, and what judging them took."""
+        ...
+
+    def metrics(self, counts: Counts) -> Metrics:
+        """``judge/*``."""
         ...
 
 
@@ -319,6 +337,8 @@ class Online:
     tokenizer: PreTrainedTokenizerBase | None = None  # the policy's, for a judge
     eos_ids: tuple[int, ...]
     recorder: Recorder
+    lengths: SeenLengths  # of answers so far, also of steps that are sampled and not complete
+    complete_lengths: SeenLengths  # of complete steps
     # [B] bool: which completions end with a stop string; None: the recipe has none
     stopped: Callable[[Sequences], Tensor] | None = None
 
@@ -338,10 +358,7 @@ class _Asked:
     collected: Collected
 
     def logps(self, pairs: Pairs) -> PairValues:
-        known, referred = self.collected.reference, pairs.digest()
-        alpha = self.run.config.actor_rollout.ld_alpha
-        if alpha is not None:  # the answer depends on it
-            referred = f"{referred} ld_alpha {alpha!r}"
+        known, referred = self.collected.reference, self.run.digest(pairs)
         if known is None or referred != self.collected.referred:  # a resumed run may pair what waited in another way
             with self.run.working(self.collected, "ref"):
                 known = self.run.reference.logps(pairs)
@@ -378,9 +395,20 @@ class Run:
         """The reference; what it is asked counts as the step's stage ``ref``."""
         return _Asked(self, collected)
 
+    def digest(self, pairs: Pairs) -> str:
+        """Of pairs, and of what else the reference's answer about them depends on."""
+        alpha = self.config.actor_rollout.ld_alpha
+        return pairs.digest() if alpha is None else f"{pairs.digest()} ld_alpha {alpha!r}"
+
     def lane(self, role: Role) -> str:
         """Who does a role's work: roles that share devices take turns."""
         return "shared devices" if role in self.config.sharing else role
+
+    def check(self) -> None:
+        """Raise StopRequested when nobody needs any more what this thread waits for."""
+        with self.stop.interruptible():
+            if self.stop.must_give_up():
+                raise self.stop.error("stopped while waiting for another stage")
 
     @contextmanager
     def working(self, collected: Collected, stage: str) -> Iterator[None]:

@@ -38,6 +38,7 @@ def describe(config: RunConfig, plan: Plan) -> str:
     place = "one process, without Ray" if config.runtime == "local" else f"{plan.num_devices} x {plan.resource}"
     found = f" (training.device=auto finds {find_device()} here)" if config.training.device == "auto" else ""
     lines = [f"plan: {config.training.stage} ({kind}) on {place}{found}", "", *_table(_rows(config, plan)), ""]
+    lines += [*_streaming(config)]
     missing = missing_paths(config)
     if missing:
         lines += ["missing here:", *_table([(f"  {named.key}", shown(named.path)) for named in missing]), ""]
@@ -72,6 +73,20 @@ def _rows(config: RunConfig, plan: Plan) -> Iterator[tuple[str, ...]]:
         if source.load is None:
             what = Path(source.function).name if source.function else source.url or source.rule or ""
             yield ("reward", source.kind, "none", "0", "[]", "", what)
+
+
+def _streaming(config: RunConfig) -> Iterator[str]:
+    """What of a step moves on before the step is sampled; nothing without chunks."""
+    if not config.streams:
+        return
+    late = [source for source in config.reward.listed if source.whole_step or source.scale != "none"]
+    yield f"streaming: chunks of {config.rollout.stream_prompts} prompts are scored while others are being sampled"
+    for source in late:
+        why = "it is asked about the whole step" if source.whole_step else f"its scale is {source.scale}"
+        yield f"  pairs and reference wait for the whole step: reward source {source.name} ({why})"
+    if config.runtime == "local" or {"infer", "reward"} <= config.sharing:
+        yield "  here one after the other: no chunk is scored before all are sampled"
+    yield ""
 
 
 def _layout(role: RolePlan) -> str:

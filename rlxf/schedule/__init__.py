@@ -2,5 +2,6 @@
 
 from rlxf.schedule.lanes import InThreads, Lanes, OneAfterTheOther
 from rlxf.schedule.lookahead import Lookahead, Stage
+from rlxf.schedule.parts import Parts
 
-__all__ = ["InThreads", "Lanes", "Lookahead", "OneAfterTheOther", "Stage"]
+__all__ = ["InThreads", "Lanes", "Lookahead", "OneAfterTheOther", "Parts", "Stage"]

@@ -21,6 +21,11 @@ LEAVE_S = 5.0  # how long threads may take to notice that nobody needs them any 
 class Lanes(Protocol):
     """Starts work and waits for it."""
 
+    @property
+    def overlap(self) -> bool:
+        """Whether work goes on beside other work: one piece may wait for what another one makes."""
+        ...
+
     def start(self, lane: str, work: Callable[[], T]) -> Future[T]:
         """Begin ``work`` on a lane that has nothing to do."""
         ...
@@ -35,7 +40,9 @@ class Lanes(Protocol):
 
 
 class OneAfterTheOther:
-    """All work is done in the thread that starts it: ``runtime=local``, and runs that do not look ahead."""
+    """All work is done in the thread that starts it: ``runtime=local``, and runs that neither look ahead nor stream."""
+
+    overlap = False
 
     def start(self, lane: str, work: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
@@ -58,6 +65,8 @@ class InThreads:
     Args:
         stop: the run's signals; a thread of work that may be dropped gives up at the first one.
     """
+
+    overlap = True
 
     def __init__(self, stop: Stop) -> None:
         self._stop = stop

@@ -15,7 +15,8 @@ So step ``s`` trains on completions that W(max(f, s - k)) sampled, where the run
 begins with step ``f``. Nothing depends on how long a stage takes. At ``k = 0`` the update follows its own sampling.
 
 Nothing here knows what a step is made of. A step is collected in stages, each of which does one step at a time, in the
-order of the steps. A stage runs on a lane (``lanes.py``), and a lane does one piece of work at a time.
+order of the steps. A stage runs on a lane (``lanes.py``), and a lane does one piece of work at a time. A stage that
+streams begins while the one before it is still at work on the same step.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Stage(Generic[S]):
     is_done: Callable[[S], bool]
     work: Callable[[S], None]  # puts what it makes into the step
     late: bool = False  # only when the step's turn to be trained on has come
+    # It takes what the stage before it makes of the step part by part (``parts.py``), and begins beside it if it can.
+    streams: bool = False
 
 
 class Lookahead(Generic[S]):
@@ -156,7 +159,7 @@ class Lookahead(Generic[S]):
 
     def _has(self, stage: Stage[S], item: S) -> bool:
         """Whether a step has been through a stage, and the stage's work has ended."""
-        return stage.is_done(item) and (stage not in self._running or self._running[stage][0] is not item)
+        return stage.is_done(item) and not self._is_at(stage, item)
 
     def _run_until(self, is_done: Callable[[], bool]) -> None:
         if self._failure is not None:
@@ -204,4 +207,9 @@ class Lookahead(Generic[S]):
         busy = {other.lane for other in self._running} | {self._main_lane}
         if stage in self._running or stage.lane in busy or (stage.late and item.step != self._turn):
             return False
-        return all(self._has(earlier, item) for earlier in before)
+        streams = stage.streams and self._lanes.overlap
+        return all(self._has(earlier, item) or (streams and self._is_at(earlier, item)) for earlier in before)
+
+    def _is_at(self, stage: Stage[S], item: S) -> bool:
+        """Whether a stage is at work on a step."""
+        return stage in self._running and self._running[stage][0] is item

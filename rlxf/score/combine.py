@@ -20,6 +20,12 @@ class Term:
     weight: float = 1.0
     scale: Scale = "none"
     leave_out: bool = False  # a missing score: the sum is made of the others; else the completion has no score
+    whole_step: bool = False  # it is asked about all completions of a step at once
+
+    @property
+    def needs_whole_step(self) -> bool:
+        """What the completions of a step add to the sum is known only when all of them are there."""
+        return self.whole_step or self.scale != "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,26 +122,31 @@ class Rewards:
         self._sources, self._tokenizer = sources, tokenizer
         self._tally, self._limit, self._place, self._stop = tally, limit, place, stop
 
-    def score(self, rollouts: Rollouts) -> Scores:
+    def score(self, rollouts: Rollouts, *, where: Callable[[Term], bool] = lambda term: True) -> Scores:
         """The scores of each completion.
 
         Sources that read texts are asked at the same time, and while models score.
 
+        Args:
+            rollouts: B completions.
+            where: which sources are asked; the column of another one is NaN.
+
         Raises:
             ScoreError: calls failed, and with their completions more than ``limit`` would have no score.
         """
-        answers = self._ask(rollouts)
-        for answer in answers:
+        answers = self._ask(rollouts, [number for number, term in enumerate(self.terms) if where(term)])
+        for answer in answers.values():
             if answer.failed:
                 self.tolerate(answer.failed, str(answer.problem), answer.error)
+        table = torch.full((len(rollouts), len(self.terms)), math.nan)
+        for number, answer in answers.items():
+            table[:, number] = answer.scores
         return Scores(
-            table=torch.stack([answer.scores for answer in answers], dim=1)
-            if answers
-            else torch.empty(len(rollouts), 0),
-            extra={name: values for answer in answers for name, values in answer.extra.items()},
+            table=table,
+            extra={name: values for answer in answers.values() for name, values in answer.extra.items()},
             metrics={
-                f"rewards/{term.name}/{name}": value
-                for term, answer in zip(self.terms, answers, strict=True)
+                f"rewards/{self.terms[number].name}/{name}": value
+                for number, answer in answers.items()
                 for name, value in answer.metrics.items()
             },
         )
@@ -152,20 +157,22 @@ class Rewards:
             if isinstance(source, TextTerm):
                 source.reader.close()
 
-    def _ask(self, rollouts: Rollouts) -> list[_Answer]:
-        readers = {number: source for number, source in enumerate(self._sources) if isinstance(source, TextTerm)}
+    def _ask(self, rollouts: Rollouts, numbers: Sequence[int]) -> dict[int, _Answer]:
+        """What the sources of these numbers say, in that order."""
+        sources = {number: self._sources[number] for number in numbers}
+        readers = {number: source for number, source in sources.items() if isinstance(source, TextTerm)}
         asked = as_texts(rollouts, self._tokenizer) if readers else None
         waiting: dict[int, Future[_Answer]] = {}
         for number, source in readers.items():
-            if not source.here and len(self._sources) > 1:
+            if not source.here and len(sources) > 1:
                 waiting[number] = in_thread(partial(source.answer, rollouts, asked), f"reward {source.term.name}")
         answers = {
             number: source.answer(rollouts, asked)
-            for number, source in enumerate(self._sources)
+            for number, source in sources.items()
             if number not in waiting
         }
         answers |= {number: self._wait(future) for number, future in waiting.items()}
-        return [answers[number] for number in range(len(self._sources))]
+        return {number: answers[number] for number in numbers}
 
     def _wait(self, future: Future[_Answer]) -> _Answer:
         while True:

@@ -33,6 +33,8 @@ from rlxf.evaluate import no_evaluation
 from rlxf.loop.collected import Collected
 from rlxf.loop.run import UNSAVED, Evaluate, FileSource, Online, PromptSource, Run, State
 from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_requests
+from rlxf.rollout.lengths import SeenLengths
+from rlxf.rollout.one_engine import OneEngine
 from rlxf.schedule import Lanes, OneAfterTheOther
 from rlxf.score.combine import RunningScales, Term
 from rlxf.score.sources import Rewards, TokenTerm
@@ -169,14 +171,18 @@ class SmallEngine:
         assert not self.busy
         self.busy = True
         try:
-            return self._generate(prompts, sampling)
+            self._trace.append("rollout")
+            version = self.version  # of the weights that it begins with
+            self.during_generate()
+            return self.sample(prompts, sampling, version)
         finally:
             self.busy = False
 
-    def _generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
-        self._trace.append("rollout")
-        version = self.version  # of the weights that it begins with
-        self.during_generate()
+    def session(self, sampling: Sampling) -> SmallSession:
+        assert not self.busy
+        return SmallSession(self, sampling, self._trace)
+
+    def sample(self, prompts: PromptBatch, sampling: Sampling, version: int) -> Rollouts:
         self.samplings.append(sampling)
         requests = [request for part in sample_requests(prompts, sampling, None) for request in part]
         self.seeds.append([seed for _, seed in requests])
@@ -193,6 +199,33 @@ class SmallEngine:
             tokens.append(last)
             logps.append(math.log(float(probabilities[last])))
         return Completion(tokens=tokens, logps=logps)
+
+
+class SmallSession:
+    """Hands over a prompt at a time, the last one first."""
+
+    num_slots = None
+
+    def __init__(self, engine: SmallEngine, sampling: Sampling, trace: Trace) -> None:
+        self._engine, self._sampling, self._version = engine, sampling, engine.version
+        self._trace = trace
+        self._left: list[PromptBatch] = []
+
+    def add(self, prompts: PromptBatch) -> None:
+        assert not self._engine.busy
+        self._engine.busy = True
+        self._trace.append("rollout")
+        self._engine.during_generate()
+        self._left += [prompts.select([row]) for row in range(len(prompts))]
+
+    def advance(self) -> Rollouts | None:
+        if not self._left:
+            return None
+        self._trace.append("part")
+        return self._engine.sample(self._left.pop(), self._sampling, self._version)
+
+    def close(self) -> None:
+        self._engine.busy = False
 
 
 class SmallSync:
@@ -421,6 +454,11 @@ def small_run(
             actor.logits.copy_(logits)
     sync, recorder = SmallSync(actor, engine, trace, deliver=deliver), LastRecord()
     steps = deque(load_waiting(resumed) if resumed else ())
+    lengths = SeenLengths.load(resumed) if resumed else SeenLengths()
+    all_lengths = lengths.copy()
+    for step in steps:
+        if step.rollouts is not None:
+            all_lengths.add(step.rollouts)
 
     def waiting(state: State) -> list[Collected]:
         return left_over(steps, state, config)
@@ -428,6 +466,7 @@ def small_run(
     def write(checkpoint: Path, state: State) -> None:
         actor.save_checkpoint(checkpoint)
         save_waiting(checkpoint, waiting(state))
+        lengths.save(checkpoint)
         if any(step.rollouts is None for step in waiting(state)):
             sync.save_pushed(checkpoint)
 
@@ -440,11 +479,13 @@ def small_run(
     rewards = scorer if isinstance(scorer, Rewards) else one_source(scorer or TokenCounter(trace), state)
     online = Online(
         prompts=prompts or SmallPrompts(config, trace),
-        rollout=engine,
+        rollout=OneEngine(engine),
         rewards=rewards,
         scales=RunningScales(rewards.terms, state.running),
         eos_ids=(EOS,),
         recorder=recorder,
+        lengths=all_lengths,
+        complete_lengths=lengths,
     )
     run = Run(
         config=config,

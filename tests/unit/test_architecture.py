@@ -33,9 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Which stage of which step runs when: pure of what a step is made of.
     "schedule": {"core"},
     # The loop's members as protocols: no device, no model, nothing that builds a room.
-    "loop": BASE | {"rollout", "schedule", "score", "sync"},
+    "loop": BASE | {"judge", "rollout", "schedule", "score", "sync"},
     # What a step collects: stages called by their protocols, no model.
-    "algorithms": BASE | {"loop", "observe", "pair", "schedule", "score"},
+    "algorithms": BASE | {"judge", "loop", "observe", "pair", "rollout", "schedule", "score"},
     "checkpointing": BASE | {"loop", "observe"},
     "evaluate": BELOW_ROOMS | ROOMS | {"algorithms", "loop"},
     "driver": BASE | {"algorithms", "loop", "observe", "schedule"},

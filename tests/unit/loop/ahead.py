@@ -92,7 +92,7 @@ class SomeStepsScore(TokenCounter):
     def score(self, rollouts: Rollouts) -> Tensor:
         scores = super().score(rollouts)
         step = int(rollouts.prompts.row_ids[0]) // SIZE
-        if step % 2:
+        if step % 2 and step * SIZE in rollouts.prompts.row_ids:
             self._state.all_failed_scores += 1
         return scores * (step not in self._empty)
 

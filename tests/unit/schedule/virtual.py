@@ -102,6 +102,8 @@ class Timeline:
     Work says with ``takes`` how long it takes and what it does at its end.
     """
 
+    overlap = True
+
     def __init__(self) -> None:
         self.now = 0.0
         self.pushed = -1

@@ -1,0 +1,172 @@
+"""A step whose prompts move on in chunks: other calls, the same numbers, whoever is ready first."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlxf.core.types import Pairs, PairValues, Rollouts
+from rlxf.loop.run import Online
+from rlxf.score.combine import RunningScales, Term
+from rlxf.score.sources import Rewards, TokenTerm
+from tests.unit.loop.ahead import (
+    LANES,
+    NUM_STEPS,
+    SIZE,
+    Trace,
+    ahead_config,
+    break_down,
+    ends_early,
+    finish,
+    numbers,
+    require_same,
+    samples,
+    start,
+)
+from tests.unit.small_run import NO_TOKENIZER, SmallRun, TokenCounter
+
+DEADLINE_S = 20.0
+
+
+@cache
+def whole(num_ahead: int = 0) -> SmallRun:
+    """A run without chunks."""
+    return finish(start(ahead_config(num_ahead)))
+
+
+def streamed(chunk: int, num_ahead: int = 0, **changes: Any) -> Any:
+    return ahead_config(num_ahead, rollout__stream_prompts=chunk, **changes)
+
+
+def require_equal(one: SmallRun, other: SmallRun) -> None:
+    assert numbers(one) == numbers(other)
+    assert samples(one) == samples(other)
+    assert torch.equal(one.actor.logits, other.actor.logits)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("num_ahead", [0, 1, 2])
+@pytest.mark.parametrize("chunk", [1, 3, SIZE, 9])
+def test_chunks_change_no_number(chunk: int, num_ahead: int, lanes: str) -> None:
+    for jitter in (1, 2):
+        small = finish(start(streamed(chunk, num_ahead), lanes=lanes, trace=Trace(jitter=jitter)))
+        require_equal(small, whole(num_ahead))
+
+
+class Asked(TokenCounter):
+    """Notes the rows of each call."""
+
+    def __init__(self, trace: list[str]) -> None:
+        super().__init__(trace)
+        self.rows: list[list[int]] = []
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        self.rows.append(rollouts.prompts.row_ids.tolist())
+        return super().score(rollouts)
+
+
+def with_scorer(small: SmallRun, scorer: Any, **term: Any) -> SmallRun:
+    source = small.run.source
+    assert isinstance(source, Online)
+    sources = [TokenTerm(term=Term(name="one", **term), scorer=scorer)]
+    rewards = Rewards(sources, NO_TOKENIZER, small.run.state, 10**9, lambda: "a step", small.stop)
+    scales = RunningScales(rewards.terms, small.run.state.running)
+    small.run = replace(small.run, source=replace(source, rewards=rewards, scales=scales))
+    return small
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_chunks_are_cut_before_sampling_and_not_by_who_is_ready_first(lanes: str) -> None:
+    """The engine hands over the last prompt first; the chunk that is whole first is scored first, as it was cut."""
+    small = start(streamed(2, training__train_iters=1), lanes=lanes)
+    scorer = Asked(small.trace)
+    finish(with_scorer(small, scorer))
+    assert sorted(scorer.rows) == [[0, 1], [2, 3]]
+    assert scorer.rows[0] == [2, 3]
+
+
+def test_a_chunk_is_scored_and_referred_while_others_are_sampled() -> None:
+    """Each stage waits for the next one to be done with the part before: without overlap nobody would go on."""
+    small = start(streamed(1, training__train_iters=2), lanes="threads")
+    scored, referred, missed = threading.Semaphore(0), threading.Semaphore(0), list[str]()
+
+    class Scorer(TokenCounter):
+        def score(self, rollouts: Rollouts) -> Tensor:
+            scored.release()
+            return super().score(rollouts)
+
+    class Trace_(Trace):
+        parts = 0
+
+        def append(self, name: str) -> None:
+            if name == "rollout":
+                self.parts = 0
+            if name == "part":
+                self.parts += 1
+                if self.parts > 1 and not (scored.acquire(timeout=DEADLINE_S) and referred.acquire(timeout=DEADLINE_S)):
+                    missed.append(name)
+            super().append(name)
+
+    class Reference:
+        def logps(self, pairs: Pairs) -> PairValues:
+            found = small.reference.logps(pairs)
+            referred.release()
+            return found
+
+    small = start(streamed(1, training__train_iters=2), lanes="threads", trace=Trace_())
+    with_scorer(small, Scorer(small.trace))
+    small.run = replace(small.run, reference=Reference())  # type: ignore[arg-type]
+    finish(small)
+    assert not missed
+
+
+@pytest.mark.parametrize("term", [{"scale": "batch"}, {"scale": "running"}, {"scale": "rank"}, {"whole_step": True}])
+@pytest.mark.parametrize("lanes", LANES)
+def test_what_needs_the_whole_step_waits_for_it(lanes: str, term: dict[str, Any]) -> None:
+    plain = start(ahead_config(0))
+    finish(with_scorer(plain, TokenCounter(plain.trace), **term))
+    small = start(streamed(1), lanes=lanes, trace=Trace(jitter=3))
+    scorer = Asked(small.trace)
+    finish(with_scorer(small, scorer, **term))
+    require_equal(small, plain)
+    assert {len(rows) for rows in scorer.rows} == ({SIZE} if "whole_step" in term else {1})
+
+
+PLACES = [("part", 3), ("part", 17), ("score", 6), ("score", 13), ("reference", 3), ("reference", 9), ("update", 2)]
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("num_ahead", [0, 1, 2])
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0]}-{place[1]}")
+def test_a_run_that_breaks_down_in_the_middle_of_chunks_goes_on(
+    tmp_path: Path, place: tuple[str, int], num_ahead: int, lanes: str
+) -> None:
+    config = streamed(1, num_ahead)
+    trace = Trace(place, break_down, jitter=7 if lanes == "threads" else 0)
+    ended = ends_early(start(config, lanes=lanes, trace=trace, root=tmp_path / "first"))
+    assert ended.run.state.step < NUM_STEPS
+    again = finish(start(config, lanes=lanes, ended=ended, root=tmp_path / "again"))
+    require_same(whole(num_ahead), ended, again)
+
+
+def test_a_step_that_waited_is_scored_in_the_chunks_in_which_it_was_cut(tmp_path: Path) -> None:
+    config = streamed(2, 1, training__train_iters=4)
+    ended = ends_early(start(config, trace=Trace(("score", 3), break_down), root=tmp_path / "first"))
+    small = start(streamed(1, 1, training__train_iters=4), ended=ended)
+    scorer = Asked(small.trace)
+    finish(with_scorer(small, scorer))
+    assert [len(rows) for rows in scorer.rows][:2] == [2, 2]  # sampled by the run before
+    assert [len(rows) for rows in scorer.rows][-1] == 1
+
+
+def test_other_chunks_do_not_change_which_prompts_a_step_has() -> None:
+    small = finish(start(streamed(3, 1), lanes="threads"))
+    rows = [scored.rollouts.prompts.row_ids.tolist() for scored in small.recorder.scored]
+    assert rows == [list(range(step * SIZE, (step + 1) * SIZE)) for step in range(NUM_STEPS)]
