@@ -33,6 +33,7 @@ from rlxf.evaluate import no_evaluation
 from rlxf.loop.collected import Collected
 from rlxf.loop.run import UNSAVED, Evaluate, FileSource, Online, PromptSource, Run, State
 from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_requests
+from rlxf.rollout.session import WholeSession
 from rlxf.schedule import Lanes, OneAfterTheOther
 from rlxf.score.combine import RunningScales, Term
 from rlxf.score.sources import Rewards, TokenTerm
@@ -172,6 +173,9 @@ class SmallEngine:
             return self._generate(prompts, sampling)
         finally:
             self.busy = False
+
+    def session(self, sampling: Sampling) -> WholeSession:
+        return WholeSession(self.generate, sampling)
 
     def _generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         self._trace.append("rollout")
