@@ -12,6 +12,7 @@ import json
 import os
 import runpy
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -125,7 +126,7 @@ def run_ours(gate: Gate, side: Ours, folder: Path) -> None:
     if side.runtime == "local":
         from rlxf.assembly import local as launcher
 
-        fix_lengths_of_hf(side.work, gate)
+        fix_lengths(side.work, gate)
     else:
         from workers import launch as launcher  # type: ignore[no-redef]
 
@@ -170,24 +171,26 @@ def run_recipe(gate: Gate, side: Recipe, folder: Path) -> None:
     runpy.run_path("ray_gpt.py", run_name="__main__")
 
 
-def fix_lengths_of_hf(work: Work, gate: Gate | None = None) -> None:
-    """Completions of the HF engine of this process get the lengths of ``work``; those of a sync probe do not."""
-    from rlxf.rollout import ENGINES, HfEngine, hf_sampling
+def fix_lengths(work: Work, gate: Gate | None = None) -> None:
+    """Training completions of the engines of this process get the lengths of ``work``; those of a sync probe do not."""
+    from rlxf.rollout import engine, hf, hf_sampling, session, vllm
     from rlxf.rollout.engine import Sampling
 
-    step = 0
+    lengths: dict[int, int] = {}  # by the completion's seed
 
-    class FixedLengthEngine(HfEngine):
-        def generate(self, prompts: Any, sampling: Sampling) -> Any:
-            nonlocal step
-            step = work.step_of(prompts)
-            return super().generate(prompts, sampling)
+    def noting(prompts: Any, sampling: Sampling, prompts_per_call: int | None) -> Iterator[Any]:
+        calls = list(engine.sample_requests(prompts, sampling, prompts_per_call))
+        if sampling.purpose == "train":
+            wanted = work.lengths(work.step_of(prompts))[prompts.positions % work.prompts]
+            lengths.update(zip((seed for call in calls for _, seed in call), wanted.flatten().tolist(), strict=True))
+        yield from calls
 
     class FixedLengths(hf_sampling.Sampler):
-        def __init__(self, seeds: Any, sampling: Sampling) -> None:
-            super().__init__(seeds, sampling)
+        def __init__(self, seeds: Any, sampling: Sampling, *rest: Any) -> None:
+            super().__init__(seeds, sampling, *rest)
             self._index = 0
-            self._lengths = torch.from_numpy(work.lengths(step)).flatten() if sampling.temperature else None
+            found = [lengths.pop(seed, 0) for seed in seeds]
+            self._lengths = torch.tensor(found) if all(found) else None
 
         def choose(self, logits: Tensor, rows: list[int]) -> Tensor:
             if self._lengths is not None:
@@ -197,8 +200,16 @@ def fix_lengths_of_hf(work: Work, gate: Gate | None = None) -> None:
             self._index += 1
             return super().choose(logits, rows)
 
+    class FixedLengthRequests(vllm.VllmRequests):
+        def add(self, number: int, prompt: list[int], seed: int) -> None:
+            if seed in lengths:
+                self._shared |= {"max_tokens": lengths.pop(seed), "stop_token_ids": []}
+            super().add(number, prompt, seed)
+
     hf_sampling.Sampler = FixedLengths  # type: ignore[misc]
-    ENGINES["hf"] = FixedLengthEngine
+    vllm.VllmRequests = FixedLengthRequests  # type: ignore[misc]
+    for module in (hf, session, vllm):
+        module.sample_requests = noting  # type: ignore[attr-defined]
 
 
 class FixedLengthWorker(RolloutWorker):
@@ -206,27 +217,8 @@ class FixedLengthWorker(RolloutWorker):
 
     def build(self, config: Any, master: tuple[str, int]) -> None:
         values = json.loads(os.environ[SPEC])
-        self._work = Work(**{**values, "workloads": tuple(values["workloads"])})
-        if config.engine == "hf":
-            fix_lengths_of_hf(self._work)
+        fix_lengths(Work(**{**values, "workloads": tuple(values["workloads"])}))
         super().build(config, master)
-
-    def generate(self, prompts: Any, sampling: Any) -> Any:
-        llm = getattr(self.engine, "_llm", None)
-        if llm is None:
-            return super().generate(prompts, sampling)
-        lengths, sample = self._work.lengths(self._work.step_of(prompts)).flatten().tolist(), llm.generate
-
-        def with_lengths(requests: Any, parameters: list[Any], **options: Any) -> Any:
-            for each, length in zip(parameters, lengths, strict=True):
-                each.max_tokens, each.stop_token_ids = length, []
-            return sample(requests, parameters, **options)
-
-        llm.generate = with_lengths
-        try:
-            return super().generate(prompts, sampling)
-        finally:
-            llm.generate = sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

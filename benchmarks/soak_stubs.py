@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlxf.core.types import Batch, Metrics, Pairs, PairValues, PromptBatch, Rollouts, Sequences
 from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_requests
+from rlxf.rollout.session import WholeSession
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
 from workers import actor, reference, reward, rollout
 
@@ -63,6 +64,9 @@ class Engine:
         rows = [[2 + (seed >> shift) % 500 for shift in range(8)] for seed in seeds]
         completions = [Completion(tokens=row, logps=[-1.0] * len(row)) for row in rows]
         return pack_rollouts(prompts, sampling.num_samples, completions, self._version)
+
+    def session(self, sampling: Sampling) -> WholeSession:
+        return WholeSession(self.generate, sampling)
 
     def begin_update(self) -> None: ...
 

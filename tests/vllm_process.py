@@ -66,6 +66,9 @@ class VllmProxy:
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         return self._call("generate", prompts, sampling)
 
+    def session(self, sampling: Sampling) -> VllmProxySession:
+        return VllmProxySession(self._process, self._index, self._call("open_session", sampling))
+
     def begin_update(self) -> None:
         self._call("begin_update")
 
@@ -87,6 +90,32 @@ class VllmProxy:
 
     def _call(self, method: str, *args: Any) -> Any:
         return self._process.call(self._index, method, *args)
+
+
+class VllmProxySession:
+    """One session of an engine of the process; the process knows it by its number."""
+
+    def __init__(self, process: VllmProcess, index: int, number: int) -> None:
+        self._process, self._index, self._number = process, index, number
+
+    @property
+    def num_slots(self) -> int | None:
+        return self._call("num_slots")
+
+    def add(self, prompts: PromptBatch) -> None:
+        self._call("add", prompts)
+
+    def advance(self) -> Rollouts | None:
+        return self._call("advance")
+
+    def close(self) -> None:
+        self._call("close")
+
+    def _call(self, method: str, *args: Any) -> Any:
+        return self._process.call(self._index, "in_session", self._number, method, *args)
+
+
+_SESSIONS: list[Any] = []  # of the process with the engines, in the order in which they were opened
 
 
 def _serve(connection: Connection, configs: list[dict[str, Any]]) -> None:
@@ -115,6 +144,15 @@ def _answer(engine: Any, method: str, args: tuple[Any, ...]) -> Any:
     if method == "set_prompts_per_call":
         (engine._prompts_per_call,) = args
         return None
+    if method == "open_session":
+        _SESSIONS.append(engine.session(*args))
+        return len(_SESSIONS) - 1
+    if method == "in_session":
+        number, name, *rest = args
+        found = getattr(_SESSIONS[number], name)
+        return found(*rest) if callable(found) else found
+    if method == "num_unfinished":
+        return engine._llm.llm_engine.get_num_unfinished_requests()
     if method == "check_form":
         from rlxf.rollout.vllm import _check_structure
 

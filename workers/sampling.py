@@ -37,7 +37,7 @@ class Engines(Protocol):
         ...
 
     def start_again(self, engines: Iterable[int], lost: WorkerLost, *, hopeless: bool) -> None:
-        """Begin to start these again; ``hopeless``: another one would be lost in the same way, and ``lost`` is raised."""
+        """Begin to start these again; ``hopeless``: others would be lost in the same way, and ``lost`` is raised."""
         ...
 
     def prove(self, engines: Iterable[int]) -> None:
@@ -84,8 +84,8 @@ def sample_shares(engines: Engines, shares: Sequence[Share], sampling: Sampling)
             engine, number = free.popleft(), todo.popleft()
             note(engine, number, _begin(group, engine, shares[number], sampling))
         answer = _first(engines, [call for _, _, call in at_work.values()])
-        if (engine := _loaded(engines, answer)) is not None:
-            free.append(engine)
+        if (loaded := _loaded(engines, answer)) is not None:
+            free.append(loaded)
             continue
         engine, number, _ = at_work.pop(answer.call.ref)
         if answer.lost is not None:

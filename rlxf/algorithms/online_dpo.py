@@ -109,22 +109,26 @@ def _require_version(run: Run, rollouts: Rollouts, collected: Collected) -> None
 def _score_and_pair(run: Run, collected: Collected) -> None:
     """``raw_scores`` [B] unless they are known, then N pairs; chunk by chunk while others are being sampled."""
     with collected.paired.made():
-        if not run.config.streams:
-            assert collected.rollouts is not None  # the stage before
-            with run.working(collected, "adv"):
-                scoring = Scoring(run, _online(run), collected)
-                (whole,) = chunks_of(collected.rollouts, [tuple(range(len(collected.rollouts.prompts)))])
-                scoring.ask(whole)
-                scoring.finish()
+        if run.config.streams:
+            _score_chunks(run, collected)
             return
-        scoring: Scoring | None = None
-        for chunk in _chunks(run, collected):
-            with run.working(collected, "adv"):
-                scoring = scoring or Scoring(run, _online(run), collected)  # the step's chunks are known by then
-                scoring.ask(chunk)
-        assert scoring is not None  # a step has prompts
+        assert collected.rollouts is not None  # the stage before
         with run.working(collected, "adv"):
+            scoring = Scoring(run, _online(run), collected)
+            (whole,) = chunks_of(collected.rollouts, [tuple(range(len(collected.rollouts.prompts)))])
+            scoring.ask(whole)
             scoring.finish()
+
+
+def _score_chunks(run: Run, collected: Collected) -> None:
+    scoring: Scoring | None = None
+    for chunk in _chunks(run, collected):
+        with run.working(collected, "adv"):
+            scoring = scoring or Scoring(run, _online(run), collected)  # the step's chunks are known by then
+            scoring.ask(chunk)
+    assert scoring is not None  # a step has prompts
+    with run.working(collected, "adv"):
+        scoring.finish()
 
 
 def _chunks(run: Run, collected: Collected) -> Iterator[Chunk]:

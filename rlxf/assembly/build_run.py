@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -293,7 +294,7 @@ def _source(
 
 def _with_waiting(lengths: SeenLengths, resume: Resume | None) -> SeenLengths:
     """The lengths of complete steps, and of those that are sampled and wait."""
-    found = lengths.copy()
+    found = copy.deepcopy(lengths)
     for step in resume.waiting if resume else ():
         if step.rollouts is not None:
             found.add(step.rollouts)

@@ -71,9 +71,7 @@ def _source(
 ) -> TokenTerm | TextTerm:
     name = str(source.name)
     leave_out = source.missing == "leave_out"
-    term = Term(
-        name=name, weight=source.weight, scale=source.scale, leave_out=leave_out, whole_step=source.whole_step
-    )
+    term = Term(name=name, weight=source.weight, scale=source.scale, leave_out=leave_out, whole_step=source.whole_step)
     if name in models:
         return TokenTerm(term=term, scorer=models[name])
     here = source.kind in ("function", "rule") and config.reward_workers == 0

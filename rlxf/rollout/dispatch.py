@@ -27,6 +27,17 @@ class Dispatch:
     shares: tuple[Rows, ...] | None  # of each engine, as it begins them; None: each takes the next of ``order``
     chunks: tuple[Rows, ...]  # that are scored together: every prompt is in one. Planned: each belongs to one engine
 
+    def sizes(self) -> tuple[Rows, ...]:
+        """Prompts in the chunks of each share, one after the other; () of each where the step is one chunk."""
+        shares = self.shares or ()
+        if len(self.chunks) <= 1:
+            return ((),) * len(shares)
+        engine_of = {row: engine for engine, share in enumerate(shares) for row in share}
+        found: list[list[int]] = [[] for _ in shares]
+        for chunk in self.chunks:
+            found[engine_of[chunk[0]]].append(len(chunk))
+        return tuple(map(tuple, found))
+
 
 def deal(
     work: Sequence[float],

@@ -81,15 +81,52 @@ class ProbeResult:
     policy_version: int
 
 
+class Session(Protocol):
+    """Prompts that an engine samples, handed back one by one.
+
+    An engine has one session at a time. Another session, ``generate``, ``probe`` and ``begin_update`` close it, and so
+    does an error in it: what was under way is dropped, and ``add`` and ``advance`` raise SyncError from then on.
+    """
+
+    @property
+    def num_slots(self) -> int | None:
+        """Completions that the engine decodes at the same time at most. None: all that wait when it begins a call."""
+        ...
+
+    def add(self, prompts: PromptBatch) -> None:
+        """More prompts, also while others are under way. Their completions are those of ``generate``."""
+        ...
+
+    def advance(self) -> Rollouts | None:
+        """Sample until at least one prompt has all of its ``num_samples`` completions.
+
+        Returns:
+            Those prompts, in the order in which they were added, with their completions (row ``p * K + k``);
+            ``ended_s`` counts from the session's begin. None: nothing is under way.
+        """
+        ...
+
+    def close(self) -> None:
+        """Drop what is under way; the engine does nothing more for it. It may be called again."""
+        ...
+
+
 class RolloutEngine(Protocol):
     """Samples completions from the newest weights that it was given.
 
     An update is ``begin_update``, every bucket of the plan, ``end_update``. Any failure in between leaves the engine
-    stale (``EngineState``): ``generate`` then raises SyncError until a whole update has ended.
+    stale (``EngineState``): sampling then raises SyncError until a whole update has ended.
     """
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
-        """``num_samples`` completions of each prompt, row ``p * K + k``; an EOS that was sampled is included."""
+        """``num_samples`` completions of each prompt, row ``p * K + k``; an EOS that was sampled is included.
+
+        ``ended_s`` counts from this call's begin, where the engine can tell.
+        """
+        ...
+
+    def session(self, sampling: Sampling) -> Session:
+        """Begin to sample prompts that are added and handed back one by one; it closes the session before it."""
         ...
 
     def begin_update(self) -> None: ...
@@ -117,6 +154,7 @@ class Completion:
 
     tokens: list[int]  # the EOS included when it was sampled
     logps: list[float]  # raw log-probs, one per token
+    ended_s: float | None = None  # seconds until its last token; None: not measured
 
 
 class EngineState(Enum):
@@ -213,6 +251,7 @@ def pack_rollouts(
 ) -> Rollouts:
     """``completions`` (row ``p * num_samples + k``) with the prompts that they answer."""
     rows = [row for row in prompts.prompts.rows() for _ in range(num_samples)]
+    ended_s = [completion.ended_s for completion in completions if completion.ended_s is not None]
     return Rollouts(
         prompts=prompts,
         sequences=Sequences.from_rows(rows, [completion.tokens for completion in completions]),
@@ -220,4 +259,5 @@ def pack_rollouts(
         sample_index=torch.arange(num_samples).repeat(len(prompts)),
         engine_logps=torch.tensor([logp for completion in completions for logp in completion.logps]),
         policy_version=torch.full((len(completions),), policy_version),
+        ended_s=torch.tensor(ended_s, dtype=torch.float32) if len(ended_s) == len(completions) else None,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,17 @@ from rlxf.rollout.engine import (
     EngineState,
     ProbeResult,
     Sampling,
+    Session,
     WeightState,
     pack_rollouts,
     sample_requests,
 )
 from rlxf.rollout.hf_decoder import Decoder
+from rlxf.rollout.session import OpenSession, RequestSession, complete
 from rlxf.sync.plan import Bucket
+
+Ending = Generator[list[tuple[int, Completion]], None, None]
+"""Numbers and completions of rows, each time that some have ended."""
 
 
 class HfEngine:
@@ -50,16 +57,22 @@ class HfEngine:
         self._missing: set[str] = set()
         waits = settings.stale or megatron_checkpoint(Path(folder)) is not None  # the first push brings the weights
         self._state = WeightState(EngineState.STALE if waits else EngineState.READY)
+        self._open = OpenSession()
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
+        self._open.close()
         self._state.require_ready()
-        completions: list[Completion] = []
-        for requests in sample_requests(prompts, sampling, self._prompts_per_call):
-            rows, seeds = zip(*requests, strict=True)
-            completions += self._sample(rows, seeds, sampling, self._eos_ids)
+        calls = sample_requests(prompts, sampling, self._prompts_per_call)
+        completions = complete(self._requests(sampling, self._eos_ids), calls)
         return pack_rollouts(prompts, sampling.num_samples, completions, self._state.version)
 
+    def session(self, sampling: Sampling) -> Session:
+        self._open.close()
+        self._state.require_ready()
+        return self._open.open(RequestSession(self._requests(sampling, self._eos_ids), sampling, self._state.version))
+
     def begin_update(self) -> None:
+        self._open.close()
         self._state.begin()
         self._missing = set(self._parameters)
 
@@ -84,26 +97,74 @@ class HfEngine:
         self._state.end(version)
 
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
+        self._open.close()
         self._state.require_ready()
         sampling = Sampling(num_samples=1, max_new_tokens=num_tokens, temperature=0)
-        (completion,) = self._sample(prompt.rows(), [0], sampling, eos_ids=())
+        (completion,) = complete(self._requests(sampling, eos_ids=()), [[(row, 0) for row in prompt.rows()]])
         return ProbeResult(completion=completion.tokens, logps=completion.logps, policy_version=self._state.version)
 
-    def _sample(
-        self, rows: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, eos_ids: tuple[int, ...]
-    ) -> list[Completion]:
+    def _requests(self, sampling: Sampling, eos_ids: tuple[int, ...]) -> HfRequests:
         from rlxf.rollout.hf_sampling import Sampler, sample_completions
 
-        return sample_completions(
-            self._decoder,
-            rows,
-            Sampler(seeds, sampling, rows),
-            max_new_tokens=sampling.max_new_tokens,
-            eos_ids=eos_ids,
-            stops=StopStrings(self._tokenizer, sampling.stop),
-            platform=self._platform,
-            device=self._device,
-        )
+        def sample(rows: Sequence[list[int]], seeds: Sequence[int]) -> Ending:
+            return sample_completions(
+                self._decoder,
+                rows,
+                Sampler(seeds, sampling, rows),
+                max_new_tokens=sampling.max_new_tokens,
+                eos_ids=eos_ids,
+                stops=StopStrings(self._tokenizer, sampling.stop),
+                platform=self._platform,
+                device=self._device,
+            )
+
+        size = None if self._prompts_per_call is None else self._prompts_per_call * sampling.num_samples
+        return HfRequests(sample, num_slots=size)
+
+
+class HfRequests:
+    """Completions of one model, in calls: what is added in the middle of a call waits for the next one.
+
+    Args:
+        sample: a call. It takes prompts and their seeds, and gives completions as they end.
+        num_slots: completions of one call; None: all that wait.
+    """
+
+    def __init__(
+        self, sample: Callable[[Sequence[list[int]], Sequence[int]], Ending], *, num_slots: int | None
+    ) -> None:
+        self.num_slots = num_slots
+        self._sample = sample
+        self._waiting: list[tuple[int, list[int], int]] = []
+        self._call: Ending | None = None
+        self._numbers: list[int] = []  # of the call's rows
+        self._left = 0  # rows of the call that have not ended
+        self._begin = time.perf_counter()
+
+    def add(self, number: int, prompt: list[int], seed: int) -> None:
+        self._waiting.append((number, prompt, seed))
+
+    def step(self) -> list[tuple[int, Completion]]:
+        if self._call is None:
+            begun = self._waiting[: self.num_slots]
+            del self._waiting[: self.num_slots]
+            self._numbers, self._left = [number for number, _, _ in begun], len(begun)
+            self._call = self._sample([prompt for _, prompt, _ in begun], [seed for _, _, seed in begun])
+        ended, ended_s = next(self._call), time.perf_counter() - self._begin
+        self._left -= len(ended)
+        if not self._left:
+            self._end_call()
+        return [(self._numbers[row], replace(completion, ended_s=ended_s)) for row, completion in ended]
+
+    def close(self) -> None:
+        self._waiting.clear()
+        self._end_call()
+
+    def _end_call(self) -> None:
+        """The call's memory is free from here on."""
+        if self._call is not None:
+            self._call.close()
+        self._call = None
 
 
 def _load_model(folder: str, dtype: str, trust_remote_code: bool) -> Any:

@@ -7,7 +7,7 @@ with its last token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -160,10 +160,11 @@ def sample_completions(
     stops: StopStrings,
     platform: Platform,
     device: torch.device,
-) -> list[Completion]:
+) -> Generator[list[tuple[int, Completion]], None, None]:
     """A completion of each prompt, up to its first EOS, the end of its first stop string or ``max_new_tokens``.
 
-    Equal prompts are computed once.
+    Equal prompts are computed once. Each time that rows end, their numbers and completions come out, in the order of
+    the rows.
     """
     distinct = {row: number for number, row in enumerate(dict.fromkeys(map(tuple, prompts)))}
     source = torch.tensor([distinct[tuple(row)] for row in prompts], device=device)  # [B] distinct prompt of each row
@@ -173,7 +174,6 @@ def sample_completions(
     rows = torch.arange(len(prompts), device=device)
     tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)
     logps = torch.zeros(len(prompts), max_new_tokens, device=device)
-    counts = torch.zeros(len(prompts), dtype=torch.int64, device=device)
     eos = torch.tensor(list(eos_ids), dtype=torch.int64, device=device)
     readers = [stops.reader() for _ in prompts] if stops else []
     for index in range(max_new_tokens):
@@ -181,21 +181,28 @@ def sample_completions(
         chosen = sampler.choose(logits, rows.tolist())  # [n]
         tokens[rows, index] = chosen
         logps[rows, index] = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1)
-        counts[rows] = index + 1
         ended = torch.isin(chosen, eos)
         if readers:
             pairs = zip(rows.tolist(), chosen.tolist(), strict=True)
             ended |= torch.tensor([readers[row].add(token) for row, token in pairs], device=device)
+        if index + 1 == max_new_tokens:
+            ended = torch.ones_like(ended)
         if bool(ended.any()):
+            yield _completions(rows[ended], index + 1, tokens, logps)
             order = cache.drop(ended)
             rows, positions, chosen = rows[order], positions[order], chosen[order]
-        if index + 1 == max_new_tokens or not len(rows):
-            break
+        if not len(rows):
+            return
         logits = decoder.next_logits(chosen, positions, cache.attend)
         cache.advance()
         positions = positions + 1
-    sampled = zip(tokens.tolist(), logps.tolist(), counts.tolist(), strict=True)
-    return [Completion(tokens=row[:count], logps=row_logps[:count]) for row, row_logps, count in sampled]
+
+
+def _completions(rows: Tensor, count: int, tokens: Tensor, logps: Tensor) -> list[tuple[int, Completion]]:
+    """Number and completion of each of ``rows``: ``count`` tokens."""
+    rows = rows.sort().values
+    sampled = zip(rows.tolist(), tokens[rows, :count].tolist(), logps[rows, :count].tolist(), strict=True)
+    return [(row, Completion(tokens=found, logps=found_logps)) for row, found, found_logps in sampled]
 
 
 def _prefill(

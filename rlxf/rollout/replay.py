@@ -13,6 +13,7 @@ from rlxf.core.errors import ConfigError, SyncError
 from rlxf.core.types import PromptBatch, Rollouts, Sequences, Tokens
 from rlxf.observe.record import RecordedRollouts
 from rlxf.rollout.engine import ProbeResult, Sampling
+from rlxf.rollout.session import WholeSession
 from rlxf.sync.plan import Bucket
 
 if TYPE_CHECKING:
@@ -107,6 +108,10 @@ class ReplayEngine:
             engine_logps=torch.full((int(sequences.completion_lengths.sum()),), torch.nan),
             policy_version=torch.tensor(versions, dtype=torch.int64),
         )
+
+    def session(self, sampling: Sampling) -> WholeSession:
+        """Recorded completions, as `generate` gives them."""
+        return WholeSession(self.generate, sampling)
 
     def begin_update(self) -> None:
         """Accepted; there are no weights to change."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from torch import Tensor
 
 from rlxf.core.errors import ConfigError, RlxfError, SyncError
 from rlxf.core.model_folder import assets_folder, megatron_checkpoint
-from rlxf.core.progress import progress
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.stop_strings import StopStrings
@@ -23,15 +20,17 @@ from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform.base import Platform
 from rlxf.platform.environment import is_needed
 from rlxf.rollout.engine import (
-    Completion,
     EngineSettings,
     EngineState,
     ProbeResult,
     Sampling,
+    Session,
     WeightState,
     pack_rollouts,
     sample_requests,
 )
+from rlxf.rollout.session import OpenSession, RequestSession, complete
+from rlxf.rollout.vllm_requests import VllmRequests, structure
 from rlxf.sync.plan import Bucket
 
 _WORKER_EXTENSION = "rlxf.rollout.vllm_worker.WeightLoader"
@@ -55,6 +54,7 @@ class VllmEngine:
         self._prompts_per_call = settings.prompts_per_call
         waits = settings.stale or megatron_checkpoint(Path(folder)) is not None  # the first push brings the weights
         self._state = WeightState(EngineState.STALE if waits else EngineState.READY)
+        self._open = OpenSession()
         probe_length = _BLOCKS_FOR_PROBE * platform.kv_block_size
         self._llm = _start(settings, platform, max_model_len=min(positions, max(settings.max_length, probe_length)))
         if settings.rollout.structured_outputs is not None:
@@ -62,13 +62,20 @@ class VllmEngine:
         _check_block_size(self._llm, platform.kv_block_size)
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
+        self._open.close()
         self._state.require_ready()
-        completions: list[Completion] = []
-        for requests in sample_requests(prompts, sampling, self._prompts_per_call):
-            completions += self._sample(requests, sampling, self._eos_ids)
+        calls = sample_requests(prompts, sampling, self._prompts_per_call)
+        completions = complete(self._requests(sampling, self._eos_ids), calls)
         return pack_rollouts(prompts, sampling.num_samples, completions, self._state.version)
 
+    def session(self, sampling: Sampling) -> Session:
+        """What is added joins the requests that are under way, whatever ``prompts_per_call`` says."""
+        self._open.close()
+        self._state.require_ready()
+        return self._open.open(RequestSession(self._requests(sampling, self._eos_ids), sampling, self._state.version))
+
     def begin_update(self) -> None:
+        self._open.close()
         self._state.begin()
         self._llm.collective_rpc("rlxf_begin_update")
 
@@ -91,42 +98,14 @@ class VllmEngine:
         self._state.end(version)
 
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
+        self._open.close()
         self._state.require_ready()
         sampling = Sampling(num_samples=1, max_new_tokens=num_tokens, temperature=0)
-        (completion,) = self._sample([(row, 0) for row in prompt.rows()], sampling, eos_ids=())
+        (completion,) = complete(self._requests(sampling, eos_ids=()), [[(row, 0) for row in prompt.rows()]])
         return ProbeResult(completion=completion.tokens, logps=completion.logps, policy_version=self._state.version)
 
-    def _sample(
-        self, requests: Sequence[tuple[list[int], int]], sampling: Sampling, eos_ids: tuple[int, ...]
-    ) -> list[Completion]:
-        from vllm import SamplingParams
-
-        shared: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": max(sampling.top_k, 0),  # vLLM's "off" is 0
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "max_tokens": sampling.max_new_tokens,
-            "stop_token_ids": list(eos_ids),
-            "ignore_eos": True,  # the stop ids above are the only ones
-            "logprobs": 0,  # of the sampled token alone
-            "detokenize": False,
-        }
-        prompts = [{"prompt_token_ids": row} for row, _ in requests]
-        params = [
-            SamplingParams(**shared, seed=seed, **_structure(sampling.structured_outputs)) for _, seed in requests
-        ]
-        stops = StopStrings(self._tokenizer, sampling.stop)
-        if stops:
-            found = _until_stop(self._llm.llm_engine, prompts, params, stops)
-        else:
-            outputs = self._llm.generate(prompts, params, use_tqdm=False)
-            found = [_completion(output.outputs[0]) for output in outputs]
-        if sampling.structured_outputs is None:
-            return found
-        # vLLM takes out what a form forbids before it looks at the log-probs, so these are not the model's.
-        return [replace(completion, logps=[math.nan] * len(completion.logps)) for completion in found]
+    def _requests(self, sampling: Sampling, eos_ids: tuple[int, ...]) -> VllmRequests:
+        return VllmRequests(self._llm.llm_engine, sampling, eos_ids, StopStrings(self._tokenizer, sampling.stop))
 
 
 def prepare_environment(expected: Mapping[str, str]) -> None:
@@ -191,15 +170,6 @@ def _tokenizer_arguments(settings: EngineSettings) -> dict[str, Any]:
     return {"tokenizer": str(assets_folder(Path(settings.tokenizer)))}
 
 
-def _structure(wanted: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The argument of one request: vLLM notes in it what it makes of the form."""
-    if wanted is None:
-        return {}
-    from vllm.sampling_params import StructuredOutputsParams
-
-    return {"structured_outputs": StructuredOutputsParams(**wanted)}
-
-
 def _check_structure(llm: Any, wanted: Mapping[str, Any]) -> None:
     """Have vLLM read the form at the start, and not in the first request.
 
@@ -209,7 +179,7 @@ def _check_structure(llm: Any, wanted: Mapping[str, Any]) -> None:
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
-    params, config = SamplingParams(**_structure(wanted)), llm.llm_engine.vllm_config
+    params, config = SamplingParams(**structure(wanted)), llm.llm_engine.vllm_config
     try:
         params._validate_structured_outputs(config.model_config, config.structured_outputs_config, llm.get_tokenizer())
     except ImportError as error:  # vLLM 0.32 imports all of its libraries for forms, also those that it does not use
@@ -222,42 +192,3 @@ def _check_structure(llm: Any, wanted: Mapping[str, Any]) -> None:
             f"rollout.structured_outputs = {json.dumps(dict(wanted))[:200]}: vLLM cannot follow it "
             f"({' '.join(str(error).split())[:300]}); change it, or remove it"
         ) from error
-
-
-def _completion(output: Any) -> Completion:
-    """The tokens of an output and their log-probs."""
-    tokens = list(output.token_ids)
-    logps = [step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)]
-    return Completion(tokens=tokens, logps=logps)
-
-
-def _until_stop(engine: Any, prompts: Sequence[Any], params: Sequence[Any], stops: StopStrings) -> list[Completion]:
-    """A completion of each prompt, up to its end or the token that completes a stop string.
-
-    Each token is looked at as it comes, and a request that has ended is taken back. vLLM's own stop strings would be
-    another rule: it decodes the end of the prompt along with the completion.
-    """
-    from vllm.sampling_params import RequestOutputKind
-
-    found = [Completion(tokens=[], logps=[]) for _ in prompts]
-    readers, names = [stops.reader() for _ in prompts], [f"stop-{number}" for number in range(len(prompts))]
-    numbers = {name: number for number, name in enumerate(names)}
-    try:
-        for name, prompt, wanted in zip(names, prompts, params, strict=True):
-            wanted.output_kind = RequestOutputKind.DELTA
-            engine.add_request(name, prompt, wanted)
-        while engine.has_unfinished_requests():
-            progress.tick()
-            for output in engine.step():
-                number = numbers[output.request_id]
-                new = _completion(output.outputs[0])
-                for token, logp in zip(new.tokens, new.logps, strict=True):
-                    found[number].tokens.append(token)
-                    found[number].logps.append(logp)
-                    if readers[number].add(token):
-                        engine.abort_request([output.request_id])
-                        break
-    except BaseException:  # a stop that the user asked for, among others: nothing may run on
-        engine.abort_request(names)
-        raise
-    return found

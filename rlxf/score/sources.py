@@ -167,9 +167,7 @@ class Rewards:
             if not source.here and len(sources) > 1:
                 waiting[number] = in_thread(partial(source.answer, rollouts, asked), f"reward {source.term.name}")
         answers = {
-            number: source.answer(rollouts, asked)
-            for number, source in sources.items()
-            if number not in waiting
+            number: source.answer(rollouts, asked) for number, source in sources.items() if number not in waiting
         }
         answers |= {number: self._wait(future) for number, future in waiting.items()}
         return {number: answers[number] for number in numbers}

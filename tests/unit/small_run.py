@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from collections.abc import Callable
@@ -455,7 +456,7 @@ def small_run(
     sync, recorder = SmallSync(actor, engine, trace, deliver=deliver), LastRecord()
     steps = deque(load_waiting(resumed) if resumed else ())
     lengths = SeenLengths.load(resumed) if resumed else SeenLengths()
-    all_lengths = lengths.copy()
+    all_lengths = copy.deepcopy(lengths)
     for step in steps:
         if step.rollouts is not None:
             all_lengths.add(step.rollouts)

@@ -48,7 +48,10 @@ EXCEPTIONS = {(room, "rlxf.sync.plan") for room in ("rollout", "update", "refere
 
 # Packages that few places may import: the files, or the folders (with a slash at the end), that may.
 HOMES: dict[str, tuple[str, ...]] = {
-    "vllm": ("rlxf/rollout/vllm.py", "rlxf/rollout/vllm_worker.py"),  # the engine, and what runs inside it
+    "vllm": (
+        *("rlxf/rollout/vllm.py", "rlxf/rollout/vllm_requests.py"),  # the engine
+        "rlxf/rollout/vllm_worker.py",  # what runs inside it
+    ),
     "torch_npu": ("rlxf/platform/npu.py",),
     "megatron": ("rlxf/models/megatron/", "rlxf/platform/", "rlxf/data/indexed.py"),
     "bitsandbytes": ("rlxf/models/megatron/nf4.py",),

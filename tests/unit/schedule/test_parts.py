@@ -47,12 +47,15 @@ def test_the_error_of_the_maker_is_raised_after_the_parts_before_it() -> None:
         yield 7
         raise ValueError("broken down")
 
-    parts, seen = Parts[int](), []
+    def take() -> None:
+        for number in parts.follow(nobody_stops):
+            seen.append(number)
+
+    parts, seen = Parts[int](), list[int]()
     with pytest.raises(ValueError, match="broken down") as first:
         fill(parts, break_down())
     with pytest.raises(ValueError, match="broken down") as second:
-        for number in parts.follow(nobody_stops):
-            seen.append(number)
+        take()
     assert seen == [7]
     assert first.value is second.value
 

@@ -16,6 +16,7 @@ from rlxf.config.schema import SyncConfig
 from rlxf.core.errors import SyncError, WorkerLost
 from rlxf.core.types import PromptBatch, Rollouts, Sequences, Tokens
 from rlxf.rollout.engine import Completion, ProbeResult, Sampling, WeightState, pack_rollouts
+from rlxf.rollout.session import WholeSession
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
 from rlxf.sync.probe import Probe
 from rlxf.sync.push import WeightSync
@@ -67,6 +68,10 @@ class Engine:
         (weight,) = set(self.weights.values())
         rows = [Completion(tokens=[int(weight) + 100], logps=[0.0])] * (len(prompts) * sampling.num_samples)
         return pack_rollouts(prompts, sampling.num_samples, rows, self.state.version)
+
+    def session(self, sampling: Sampling) -> WholeSession:
+        self.state.require_ready()
+        return WholeSession(self.generate, sampling)
 
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
         self.state.require_ready()
