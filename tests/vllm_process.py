@@ -81,6 +81,10 @@ class VllmProxy:
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
         return self._call("probe", prompt, num_tokens)
 
+    def num_unfinished(self) -> int:
+        """Requests that vLLM has under way."""
+        return self._call("num_unfinished")
+
     def set_prompts_per_call(self, count: int | None) -> None:
         self._call("set_prompts_per_call", count)
 

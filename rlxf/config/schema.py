@@ -175,8 +175,9 @@ class RolloutConfig(Strict):
     share the device."""
     cpu_kv_cache_gib: Positive = 1
     """Size of the KV cache of an engine on a CPU, in GiB."""
-    max_num_seqs: Positive = 256
-    """Number of sequences that one engine decodes at the same time."""
+    max_num_seqs: Positive | None = None
+    """Number of sequences that one engine decodes at the same time (engine vllm only). Unset: vLLM's own number for the
+    device; on a CPU 256."""
     lookahead: int = Field(0, ge=0)
     """Number of driver steps that sampling runs ahead of training. 0: the engines wait while the trainer updates, and
     the trainer waits while they sample. 1: they sample the next step with the weights before the update, while it is

@@ -85,5 +85,8 @@ class Platform(Protocol):
         ...
 
     def vllm_arguments(self, *, colocated: bool) -> dict[str, Any]:
-        """Arguments of ``vllm.LLM`` that depend on the device; ``colocated``: the engine shares it with training."""
+        """Arguments of ``vllm.LLM`` that depend on the device, unless the recipe sets them.
+
+        ``colocated``: the engine shares the device with training.
+        """
         ...

@@ -91,7 +91,8 @@ class CpuPlatform:
         return torch.cat(outputs).to(query.dtype)
 
     def vllm_arguments(self, *, colocated: bool) -> dict[str, Any]:
-        return {"enforce_eager": True}
+        # vLLM's own default is this number times the ranks that share the model.
+        return {"enforce_eager": True, "max_num_seqs": 256}
 
 
 @functools.lru_cache(maxsize=32)

@@ -143,15 +143,21 @@ def _start(settings: EngineSettings, platform: Platform, *, max_model_len: int) 
         tensor_parallel_size=ranks,
         distributed_executor_backend="mp" if ranks > 1 else "uni",
         max_model_len=max_model_len,
-        max_num_seqs=settings.rollout.max_num_seqs,
         gpu_memory_utilization=settings.rollout.gpu_memory_utilization,
         enable_prefix_caching=True,
         logprobs_mode="raw_logprobs",
         generation_config="vllm",  # the folder's sampling defaults must not mix in
         worker_extension_cls=_WORKER_EXTENSION,
         use_tqdm_on_load=False,
-        **platform.vllm_arguments(colocated=settings.colocated),
+        **_arguments(settings, platform),
     )
+
+
+def _arguments(settings: EngineSettings, platform: Platform) -> dict[str, Any]:
+    """What depends on the device; the recipe's word counts first."""
+    arguments = platform.vllm_arguments(colocated=settings.colocated)
+    limit = settings.rollout.max_num_seqs
+    return arguments if limit is None else arguments | {"max_num_seqs": limit}
 
 
 def _check_block_size(llm: Any, expected: int) -> None:

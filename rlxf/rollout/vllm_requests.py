@@ -26,7 +26,8 @@ class _Request:
 
     def take(self, output: Any) -> bool:
         """Add new tokens up to the end of the first stop string, and say whether there is one."""
-        for token, step in zip(output.token_ids, output.logprobs, strict=True):
+        steps = output.logprobs if output.token_ids else []  # vLLM 0.23 gives all of them with no new token
+        for token, step in zip(output.token_ids, steps, strict=True):
             self.tokens.append(token)
             self.logps.append(step[token].logprob)
             if self.reader is not None and self.reader.add(token):

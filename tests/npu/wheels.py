@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
+INSTALLED = "installed"
 CACHE = Path(os.environ.get("RLXF_WHEEL_CACHE", Path.home() / ".cache" / "rlxf" / "wheels"))
 
 
@@ -22,5 +24,11 @@ def wheel(requirement: str) -> zipfile.ZipFile:
 
 
 def source(requirement: str, path: str) -> str:
-    """One file of a wheel, as text."""
+    """One file of a wheel, as text; with ``INSTALLED`` that of the package that can be imported here."""
+    if requirement == INSTALLED:
+        package, _, inside = path.partition("/")
+        spec = find_spec(package)
+        assert spec is not None, f"{package} is not installed"
+        assert spec.origin is not None
+        return (Path(spec.origin).parent / inside).read_text()
     return wheel(requirement).read(path).decode()

@@ -120,3 +120,14 @@ def test_a_checkpoint_of_an_earlier_version_sampled_and_weighed_as_the_defaults_
         "actor_rollout.ld_alpha null -> 0.5",
         "rollout.min_p 0.0 -> 0.1",
     ]
+
+
+def test_a_recipe_that_says_256_sequences_keeps_them_and_a_run_that_goes_on_without_tells_it() -> None:
+    """Earlier versions wrote 256 into config.yaml where nobody had set it."""
+    config = load_config(recipe())
+    assert config.rollout.max_num_seqs is None
+    before = config.dump()
+    before["rollout"]["max_num_seqs"] = 256
+    assert load_config(before).rollout.max_num_seqs == 256
+    changes = compare(before, config)
+    assert (changes.curve, changes.layout) == ([], ["rollout.max_num_seqs 256 -> null"])

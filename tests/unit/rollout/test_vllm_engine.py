@@ -130,6 +130,67 @@ def test_a_repetition_penalty_is_that_of_the_hf_engine_and_min_p_bounds_what_is_
         assert bool((own >= 0.299 * probabilities.amax(-1)).all())
 
 
+# Of one sample a prompt, up to 200 tokens: about half of them meet an EOS on the way.
+SPREAD = Sampling(num_samples=1, max_new_tokens=200, seed=5)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [SPREAD, replace(RANDOM, max_new_tokens=40, stop=(*"abcdefghijklmnopqrst", "Q1"))],
+    ids=["eos", "stop strings"],
+)
+def test_a_session_gives_the_completions_of_generate_as_they_end(world: World, sampling: Sampling) -> None:
+    batch, samples = prompt_batch(random_prompts(SHORT * 3 + (60, 3, 7))), sampling.num_samples
+    whole = world.engine.generate(batch, sampling)
+    rows, logps = whole.sequences.rows(), whole.engine_logps.split(whole.sequences.completion_lengths.tolist())
+    assert whole.ended_s is not None
+    session = world.engine.session(sampling)
+    assert session.num_slots == 64
+    session.add(batch.slice(0, 6))
+    parts = [session.advance()]
+    session.add(batch.slice(6, 15))  # in the middle
+    while parts[-1] is not None:
+        parts.append(session.advance())
+    found = [part for part in parts if part is not None]
+    assert sorted(row for part in found for row in part.prompts.row_ids.tolist()) == list(range(15))
+    assert len(found) > 3
+    assert found[0].prompts.row_ids.max() < 6
+    last = 0.0
+    for part in found:
+        places = (part.prompts.row_ids.repeat_interleave(samples) * samples + part.sample_index).tolist()
+        assert part.sequences.rows() == [rows[place] for place in places]
+        torch.testing.assert_close(part.engine_logps, torch.cat([logps[place] for place in places]), rtol=0, atol=1e-5)
+        assert part.ended_s is not None
+        assert part.ended_s.view(-1, samples).amax(1).min() > last  # as soon as its last completion had ended
+        last = float(part.ended_s.max())
+
+
+def test_a_session_that_ends_in_the_middle_leaves_nothing_in_the_engine(world: World) -> None:
+    batch = prompt_batch(random_prompts(SHORT * 3))
+    expected = world.engine.generate(batch, SPREAD).sequences.rows()
+    for end in ("close", "generate", "probe", "session", "begin_update"):
+        session = world.engine.session(SPREAD)
+        session.add(batch)
+        assert session.advance() is not None
+        assert world.engine.num_unfinished() > 0
+        if end == "close":
+            session.close()
+        elif end == "generate":
+            assert world.engine.generate(batch, SPREAD).sequences.rows() == expected
+        elif end == "probe":
+            world.engine.probe(batch.slice(0, 1).prompts, 4)
+        elif end == "session":
+            world.engine.session(SPREAD)
+        else:
+            world.sync().push(version=3)
+        assert world.engine.num_unfinished() == 0
+        with pytest.raises(SyncError, match="is closed"):
+            session.advance()
+    world.engine.begin_update()
+    with pytest.raises(SyncError, match="mixture of version 3"):
+        world.engine.session(SPREAD)
+
+
 @pytest.fixture
 def formed(process: tuple[VllmProcess, list[Path]]) -> VllmProxy:
     """An engine that has a tokenizer, because its recipe has a form."""

@@ -8,9 +8,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from rlxf.config.schema import RolloutConfig
 from rlxf.core.errors import ConfigError
-from rlxf.platform import get_platform
-from rlxf.rollout.vllm import _check_block_size, prepare_environment
+from rlxf.platform import PLATFORMS, get_platform
+from rlxf.rollout.engine import EngineSettings
+from rlxf.rollout.vllm import _arguments, _check_block_size, prepare_environment
 
 EXPECTED = get_platform("cpu").rollout_environment(1, 2)
 
@@ -58,3 +60,14 @@ def test_a_cache_block_that_a_probe_would_fit_into_is_refused(found: int, fits: 
         return
     with pytest.raises(ConfigError, match="256 tokens per cache block, the platform says 128"):
         _check_block_size(llm, 128)
+
+
+@pytest.mark.parametrize(("device", "unset"), [("cpu", 256), ("npu", None), ("cuda", None)])
+def test_the_recipe_decides_how_many_sequences_are_decoded_and_else_the_device(device: str, unset: int | None) -> None:
+    """None: vLLM's own default for the device."""
+    platform = PLATFORMS[device]()
+    for said, expected in ((None, unset), (64, 64)):
+        settings = EngineSettings(
+            model="m", tokenizer="m", dtype="float32", max_length=8, rollout=RolloutConfig(max_num_seqs=said)
+        )
+        assert _arguments(settings, platform).get("max_num_seqs") == expected
