@@ -28,6 +28,8 @@ class Policy:
     def __init__(self, *_: Any) -> None:
         self._weight = torch.zeros(PLAN[0].tensors[0].shape)
 
+    def prepare(self, batch: Batch, step: int) -> None: ...
+
     def update(self, batch: Batch, step: int) -> Metrics:
         return {"loss": 0.0}
 

@@ -36,6 +36,9 @@ class ActorWorker(Worker):
         waits = {"checkpoint_written": True, "save_checkpoint": False}  # the value of its flag with which it waits
         return f"{method} (waits)" if method in waits and args[-1] is waits[method] else method
 
+    def prepare(self, batch: Batch, step: int) -> None:
+        self.room.prepare(batch, step)
+
     def update(self, batch: Batch, step: int) -> Metrics | None:
         return self.answer(self.room.update(batch, step))
 
@@ -100,6 +103,9 @@ class RemoteActor:
 
     def __init__(self, group: WorkerGroup) -> None:
         self._group = group
+
+    def prepare(self, batch: Batch, step: int) -> None:
+        self._group.call("prepare", batch, step)
 
     def update(self, batch: Batch, step: int) -> Metrics:
         metrics: Metrics = self._group.call("update", batch, step)

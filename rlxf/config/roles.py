@@ -289,6 +289,16 @@ class ActorConfig(RoleConfig, DataConfig, SamplingConfig, LossConfig, OptimizerC
     inference_tensor_model_parallel_size: Positive = 1
     """Number of devices of one rollout engine."""
 
+    def first_rows(self, num_rows: int | None = None) -> int | None:
+        """Rows of a driver step's first optimizer step, which are the step's first; None: ``shuffle_minibatch``.
+
+        ``num_rows``: of the whole step; None: not known yet, and at least as many as the result.
+        """
+        if self.shuffle_minibatch:
+            return None
+        size = self.ppo_mini_batch_size * (self.num_gpus_for_train // self.devices_per_replica)
+        return size if num_rows is None else min(size, num_rows)
+
 
 class ReferenceConfig(RoleConfig):
     """The frozen model that DPO compares the policy with. Without ``load`` it is loaded from the actor's folder."""

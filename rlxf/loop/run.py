@@ -118,6 +118,13 @@ class Reference(Protocol):
 class Actor(Protocol):
     """The model being trained."""
 
+    def prepare(self, batch: Batch, step: int) -> None:
+        """Gradients of the first mini-batch of driver step ``step``, whose rows ``batch`` holds; no optimizer step.
+
+        ``update`` goes on from there. It gives the same numbers whether this call was made or not.
+        """
+        ...
+
     def update(self, batch: Batch, step: int) -> Metrics:
         """All optimizer steps of driver step ``step`` (0 is the first), and their metrics (docs/metrics.md)."""
         ...

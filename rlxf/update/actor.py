@@ -16,7 +16,7 @@ from torch.distributed import ReduceOp
 
 from rlxf.config.roles import LoraConfig, OptimizerConfig
 from rlxf.core.disk import disk_error, explain, is_lasting
-from rlxf.core.errors import DiskError, TrainingError
+from rlxf.core.errors import DiskError, ShapeError, TrainingError
 from rlxf.core.types import Batch, Metrics, Pairs, PairValues, Sequences
 from rlxf.models.backend import pair_logps, token_logps
 from rlxf.models.batching import MicroBatchLimits, my_batches
@@ -24,7 +24,7 @@ from rlxf.models.hf_folder import save_hf_folder
 from rlxf.models.megatron.parallel import reduce_over_data_parallel
 from rlxf.models.peft_folder import save_adapter
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
-from rlxf.update.batches import mini_batches
+from rlxf.update.batches import digest, mini_batches
 from rlxf.update.objective import MicroBatch, MiniBatch, Objective
 from rlxf.update.schedule import make_schedule
 
@@ -46,6 +46,17 @@ class ActorSettings:
     ld_alpha: float | None = None  # weight of the tokens by which one side of a pair is longer; None: as all others
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Prepared:
+    """A mini-batch whose gradients are accumulated, with its report."""
+
+    step: int
+    digest: str  # of its rows
+    sums: Tensor
+    maxima: Tensor
+    dropout: dict[str, Tensor]  # random states after it; empty without dropout
+
+
 class MegatronActor:
     """One rank of the trained model. Every rank of the role is called with the same arguments.
 
@@ -58,6 +69,7 @@ class MegatronActor:
 
     _write: Write | None = None  # the newest checkpoint
     _num_made = 0  # optimizer steps of the newest update, including one that was cut half way
+    _prepared: _Prepared | None = None  # the gradients that the model holds now
 
     def __init__(
         self,
@@ -81,6 +93,35 @@ class MegatronActor:
 
         self.trainable = TrainableModel(model, settings.optimizer)
 
+    def prepare(self, batch: Batch, step: int) -> None:
+        """Forward and backward of a step's first mini-batch, before the step's other rows are known; no optimizer step.
+
+        ``update`` of that step goes on from there, with the same numbers to the bit as without this call, if its first
+        mini-batch is equal to ``batch`` and nothing has changed gradients or weights. Otherwise it computes it anew.
+
+        Args:
+            batch: the rows of that mini-batch, all of them and in their order (``ActorConfig.first_rows``), with the
+                step's beta; the same on every rank.
+            step: the driver step.
+
+        Raises:
+            TrainingError: the loss is not finite; nothing was changed.
+            ShapeError: more rows than a mini-batch has, or ``shuffle_minibatch``: the first mini-batch is not known.
+        """
+        if self._optimizer.shuffle_minibatch:
+            raise ShapeError("prepare: actor_rollout.shuffle_minibatch = true draws the first mini-batch from all rows")
+        if len(batch) > self._mini_batch_size:
+            raise ShapeError(f"prepare: expected at most {self._mini_batch_size} rows, a mini-batch, got {len(batch)}")
+        self._num_made, self._prepared = 0, None
+        before = self._dropout_states()
+        self._seed_dropout(step)
+        rows = torch.arange(len(batch))
+        sums, maxima = self._accumulate(self.objective.mini_batch(batch, rows, first_pass=True), rows, step)
+        self._prepared = _Prepared(
+            step=step, digest=digest(batch), sums=sums, maxima=maxima, dropout=self._dropout_states()
+        )
+        self._set_dropout_states(before)  # a checkpoint that is written now is as if this call had not been made
+
     def update(self, batch: Batch, step: int) -> Metrics:
         """Train on the step's batch: ``ppo_epochs`` passes, one optimizer step per mini-batch.
 
@@ -97,10 +138,7 @@ class MegatronActor:
                 the mini-batches before it were (``is_untouched``).
         """
         self._num_made = 0
-        if self._lora.lora_dropout:
-            from rlxf.models.megatron.lora import seed_dropout
-
-            seed_dropout(self._seed, step)
+        self._seed_dropout(step)
         learning_rate = self.schedule(step)
         objective = self.objective
         sums = torch.zeros(len(objective.sums), dtype=torch.float64)
@@ -108,14 +146,43 @@ class MegatronActor:
         norms: list[float | None] = []
         for epoch in range(self._optimizer.ppo_epochs):
             key = (self._seed, step, epoch) if self._optimizer.shuffle_minibatch else None
-            size = self._optimizer.ppo_mini_batch_size * self.layout.dp_size
-            for rows in mini_batches(len(batch), size, shuffle_key=key):
-                # Before the first optimizer step the weights are those that the batch was sampled from.
-                found, largest = self._accumulate(objective.mini_batch(batch, rows, first_pass=not norms), rows, step)
+            for rows in mini_batches(len(batch), self._mini_batch_size, shuffle_key=key):
+                prepared, self._prepared = self._prepared, None
+                if prepared is not None and prepared.step == step and prepared.digest == digest(batch.select(rows)):
+                    found, largest = prepared.sums, prepared.maxima
+                    self._set_dropout_states(prepared.dropout)
+                else:
+                    # Before the first optimizer step the weights are those that the batch was sampled from.
+                    mini_batch = objective.mini_batch(batch, rows, first_pass=not norms)
+                    found, largest = self._accumulate(mini_batch, rows, step)
                 sums += found
                 maxima = torch.maximum(maxima, largest)
                 norms.append(self._step(learning_rate, step))
         return {**objective.metrics(sums, maxima), **self._step_metrics(norms), "learning_rate": learning_rate}
+
+    @property
+    def _mini_batch_size(self) -> int:
+        """Rows of an optimizer step, on all data-parallel ranks."""
+        return self._optimizer.ppo_mini_batch_size * self.layout.dp_size
+
+    def _seed_dropout(self, step: int) -> None:
+        if self._lora.lora_dropout:
+            from rlxf.models.megatron.lora import seed_dropout
+
+            seed_dropout(self._seed, step)
+
+    def _dropout_states(self) -> dict[str, Tensor]:
+        if not self._lora.lora_dropout:
+            return {}
+        from rlxf.models.megatron.lora import dropout_states
+
+        return dropout_states()
+
+    def _set_dropout_states(self, states: dict[str, Tensor]) -> None:
+        if self._lora.lora_dropout:
+            from rlxf.models.megatron.lora import set_dropout_states
+
+            set_dropout_states(states)
 
     def _step_metrics(self, norms: Sequence[float | None]) -> Metrics:
         """Metrics of the optimizer steps. A norm is None if the step was skipped because gradients overflowed fp16."""
@@ -126,7 +193,7 @@ class MegatronActor:
         return metrics
 
     def is_untouched(self) -> bool:
-        """Whether the newest update, which failed, made no optimizer step, so that it changed no weight."""
+        """Whether the newest ``prepare`` or ``update`` made no optimizer step, so that it changed no weight."""
         return self._num_made == 0
 
     def evaluate(self, batch: Batch) -> Metrics:
@@ -287,6 +354,7 @@ class MegatronActor:
         """Load what ``save_checkpoint`` wrote; random states only if the layout is the same."""
         from rlxf.models.megatron.checkpoint import load
 
+        self._prepared = None  # its gradients are those of other weights
         load(folder, self.trainable)
 
 

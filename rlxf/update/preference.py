@@ -68,7 +68,7 @@ class PreferenceObjective:
     """
 
     sums: tuple[str, ...] = ("count", *_MEANS, "drift/sum", "drift/count", *SUMS)
-    maxima: tuple[str, ...] = ("drift/max",)
+    maxima: tuple[str, ...] = ("drift/max", "beta")  # every micro-batch of a step has the same beta
 
     def __init__(
         self,
@@ -84,17 +84,13 @@ class PreferenceObjective:
         self._ld_alpha, self._weighs = config.ld_alpha, config.dpo_weighting == "wpo"
         self._context = context
 
-    @property
-    def _beta(self) -> float:
-        return self._loss.settings.beta
-
-    def _take_beta(self, batch: ReferencedPairs) -> None:
-        """From now on the loss has the beta of this batch's step."""
-        if batch.beta is not None and batch.beta != self._beta:
-            self._loss = replace(self._loss, settings=replace(self._loss.settings, beta=batch.beta))
+    def _loss_of(self, batch: ReferencedPairs) -> WeightedLoss:
+        """The loss with the beta of this batch's step; of a batch without one, the beta of the first epoch."""
+        if batch.beta is None:
+            return self._loss
+        return replace(self._loss, settings=replace(self._loss.settings, beta=batch.beta))
 
     def mini_batch(self, batch: ReferencedPairs, rows: Tensor, *, first_pass: bool) -> MiniBatch:
-        self._take_beta(batch)
         picked = batch.select(rows)
         mean_length = _mean_length(picked.pairs)
         known = self._whole(picked, mean_length) if self._loss.needs_whole_batch else None
@@ -145,7 +141,7 @@ class PreferenceObjective:
             difference, times = _difference(log_ratios, counts.repeat_interleave(sequences.completion_lengths))
             columns = [*self._columns(part, values, actor), times * difference, times]
             off_policy = off_policy_sums(log_ratios, sequences.completion_lengths, counts)
-            found = report(columns, [_largest(difference)], counted, off_policy)
+            found = report(columns, [_largest(difference), self._beta(part)], counted, off_policy)
             share = (scale * weights).to(values) if counted else torch.zeros_like(values)
             return (share * values).sum(), context.count(len(part), counted), found
 
@@ -154,7 +150,11 @@ class PreferenceObjective:
     def _losses(self, part: ReferencedPairs, mean_length: float, actor: PairValues) -> Tensor:
         reference = part.reference.to(actor.chosen.device)
         margin = part.pairs.margin if isinstance(part.pairs, OnlinePairs) else None
-        return self._loss(actor, reference, _lengths(part.pairs), mean_length, margin)
+        return self._loss_of(part)(actor, reference, _lengths(part.pairs), mean_length, margin)
+
+    def _beta(self, part: ReferencedPairs) -> Tensor:
+        """Float64: of the loss."""
+        return torch.tensor(self._loss_of(part).settings.beta, dtype=torch.float64)
 
     def _whole(self, picked: ReferencedPairs, mean_length: float) -> tuple[Tensor, PairValues]:
         """Losses and gradients over all pairs of the mini-batch, from a first pass of the model without gradient."""
@@ -174,7 +174,7 @@ class PreferenceObjective:
         if not self._has_reference:  # the implicit reward of reference-free losses is per token
             chosen = actor.chosen / part.pairs.chosen.completion_lengths.to(actor.chosen)
             rejected = actor.rejected / part.pairs.rejected.completion_lengths.to(actor.chosen)
-        beta = self._beta
+        beta = self._loss_of(part).settings.beta
         weights = _weights(part.pairs).to(losses.device).double()
         values = [
             losses,
@@ -199,10 +199,9 @@ class PreferenceObjective:
         if found["drift/count"]:
             drift["rollout/logp_diff_mean"] = found["drift/sum"] / found["drift/count"]
             drift["rollout/logp_diff_max"] = float(maxima[0])
-        return {**means, **drift, **off_policy, "beta": self._beta}
+        return {**means, **drift, **off_policy, "beta": float(maxima[1])}
 
     def evaluate(self, batch: ReferencedPairs) -> Metrics:
-        self._take_beta(batch)
         model, limits = self._context.model, self._context.limits
         actor = pair_logps(model, batch.pairs, limits, ld_alpha=self._ld_alpha)
         losses, weights = self._losses(batch, _mean_length(batch.pairs), actor), _weights(batch.pairs)
@@ -211,7 +210,7 @@ class PreferenceObjective:
         nothing = torch.zeros(0)
         columns = [*self._columns(batch, losses, actor), nothing, nothing]
         found = report(columns, [], counted=True, totals=off_policy_sums(None, nothing))
-        metrics = self.metrics(found, torch.zeros(1))
+        metrics = self.metrics(found, torch.zeros(len(self.maxima)))
         del metrics["beta"]
         return metrics | moments(weights * losses, weights)
 

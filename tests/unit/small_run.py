@@ -122,6 +122,9 @@ class SmallActor(Bigram):
         self.during_update: Callable[[], None] = lambda: None
         self.untouched: Callable[[], bool] = lambda: True  # whether a failed update made no optimizer step
 
+    def prepare(self, batch: ReferencedPairs, step: int) -> None:
+        self._trace.append("prepare")
+
     def update(self, batch: ReferencedPairs, step: int) -> Metrics:
         self._trace.append("update")
         self.during_update()

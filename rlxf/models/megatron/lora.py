@@ -181,6 +181,19 @@ def seed_dropout(seed: int, step: int) -> None:
         tracker.add(name, number)
 
 
+def dropout_states() -> dict[str, Tensor]:
+    """Dropout's random states as they are now, for ``set_dropout_states``."""
+    states: dict[str, Tensor] = get_cuda_rng_tracker().get_states()
+    return {name: states[name] for name in (_REPLICATED, _SHARDED) if name in states}
+
+
+def set_dropout_states(states: Mapping[str, Tensor]) -> None:
+    """Dropout goes on from here; a state that is not among them has no value any more."""
+    tracker = get_cuda_rng_tracker()
+    others = {name: state for name, state in tracker.get_states().items() if name not in (_REPLICATED, _SHARDED)}
+    tracker.set_states(others | dict(states))
+
+
 @torch.no_grad()
 def merged_weight(linear: Any) -> Tensor:
     """This rank's share of W + scale * B A, computed in fp32, in W's dtype; W itself for a linear without adapter."""
