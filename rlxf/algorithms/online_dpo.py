@@ -16,6 +16,7 @@ from rlxf.core.types import Batch, Examples, Pairs, PairValues, PromptBatch, Rol
 from rlxf.loop.collected import Collected, ReferredChunk, pair_names
 from rlxf.loop.run import Online, Reference, Run
 from rlxf.observe.formulas import data_metrics
+from rlxf.observe.tail import tail_metrics
 from rlxf.rollout.chunks import Chunk, Gathered, chunks_of
 from rlxf.rollout.dispatch import Dispatch, deal
 from rlxf.schedule.lookahead import Stage
@@ -26,7 +27,7 @@ class OnlineDpo:
 
     def stages(self, run: Run) -> tuple[Stage[Collected], ...]:
         streams = run.config.streams
-        return (
+        stages: tuple[Stage[Collected], ...] = (
             Stage(
                 name="gen",
                 lane=run.lane("infer"),
@@ -42,6 +43,8 @@ class OnlineDpo:
             ),
             reference_stage(run, self, before=lambda item: _refer(run, item) if streams else None, streams=streams),
         )
+        size = run.config.actor_rollout.first_rows()
+        return (*stages, _first_mini_batch(run, size)) if streams and size is not None else stages
 
     def record(self, run: Run, collected: Collected) -> None:
         assert collected.scored is not None
@@ -78,6 +81,8 @@ def _sample(run: Run, collected: Collected) -> None:
                     collected.sampled.put(chunk)
             rollouts = gathered.whole()
         source.lengths.add(rollouts)
+        num_slots = source.rollout.num_slots(run.training_sampling()) or len(rollouts)
+        collected.metrics |= tail_metrics(rollouts, num_engines=source.rollout.num_engines, num_slots=num_slots)
         collected.rollouts = rollouts
 
 
@@ -171,6 +176,18 @@ def _in_order(answers: list[ReferredChunk], names: Tensor) -> PairValues:
     return PairValues(
         chosen=torch.cat([chunk.reference.chosen for chunk in answers])[index],
         rejected=torch.cat([chunk.reference.rejected for chunk in answers])[index],
+    )
+
+
+def _first_mini_batch(run: Run, size: int) -> Stage[Collected]:
+    """The actor begins with the first ``size`` pairs of a step whose other pairs are still being made."""
+    return Stage(
+        name="first",
+        lane=run.lane("train"),
+        is_done=lambda item: item.begun or (item.data is not None and not len(item.data)),
+        work=lambda item: _begin_update(run, item, size),
+        late=True,
+        streams=True,
     )
 
 

@@ -108,8 +108,7 @@ def build_run(
     reference = _reference(config, data, roles, stop, platform)
     judging = build_judge(config, run_dir, models=roles.models, function=roles.judge)
     evaluation = _evaluation(config, data, roles, reference, state, platform, stop, judging)
-    refresh = _refresh(config, roles)
-    sync = _sync(config, data, roles, platform)
+    refresh, sync = _refresh(config, roles), _sync(config, data, roles, platform)
 
     def describe(state: State) -> dict[str, Any]:
         next_step = next_to_sample(state.step, left_over(steps, state, config))

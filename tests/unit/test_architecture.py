@@ -33,9 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Which stage of which step runs when: pure of what a step is made of.
     "schedule": {"core"},
     # The loop's members as protocols: no device, no model, nothing that builds a room.
-    "loop": BASE | {"judge", "rollout", "schedule", "score", "sync"},
+    "loop": BASE | {"rollout", "schedule", "score", "sync"},
     # What a step collects: stages called by their protocols, no model.
-    "algorithms": BASE | {"judge", "loop", "observe", "pair", "rollout", "schedule", "score"},
+    "algorithms": BASE | {"loop", "observe", "pair", "schedule", "score"},
     "checkpointing": BASE | {"loop", "observe"},
     "evaluate": BELOW_ROOMS | ROOMS | {"algorithms", "loop"},
     "driver": BASE | {"algorithms", "loop", "observe", "schedule"},
@@ -43,8 +43,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "assembly": BELOW_ROOMS | ROOMS | {"checkpointing", "driver", "evaluate", "loop", "schedule"},
     "tools": BELOW_ROOMS | ROOMS | {"assembly", "checkpointing"},
 }
-# The wire format between trainer and engines belongs to both.
-EXCEPTIONS = {(room, "rlxf.sync.plan") for room in ("rollout", "update", "reference")}
+EXCEPTIONS = {
+    # The wire format between trainer and engines belongs to both.
+    *((room, "rlxf.sync.plan") for room in ("rollout", "update", "reference")),
+    # What is fixed before a step is sampled, and what comes back while it is.
+    *(("algorithms", f"rlxf.rollout.{module}") for module in ("dispatch", "chunks")),
+    # What judging took, chunk by chunk.
+    *((part, "rlxf.judge.both_orders") for part in ("algorithms", "loop")),
+}
 
 # Packages that few places may import: the files, or the folders (with a slash at the end), that may.
 HOMES: dict[str, tuple[str, ...]] = {
