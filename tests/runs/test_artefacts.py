@@ -21,7 +21,7 @@ STEP_NAMES = {
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
     "objective/kl", "objective/entropy", "objective/scores", "objective/scores_margin", "val/contain_eos_token",
     "pair/kept", "pair/dropped", "pair/tie_rate", "pair/margin",
-    "rollout/tokens_per_s", "rollout/logp_diff_mean", "rollout/logp_diff_max", "sync/bytes", "sync/version_lag",
+    "rollout/tokens_per_s", "rollout/tail_s", "rollout/longest_over_mean", "rollout/imbalance", "rollout/logp_diff_mean", "rollout/logp_diff_max", "sync/bytes", "sync/version_lag",
     "timing/gen", "timing/adv", "timing/ref", "timing/update_actor", "timing/sync", "timing/all", "timing/eval",
     "timing/save", "timing/idle_train", "timing/idle_infer", "timing/idle_ref", "timing/idle_reward",
     "pipeline/wait_rollout_s", "pipeline/wait_train_s", "memory/driver_rss_gib",
