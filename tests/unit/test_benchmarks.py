@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,12 @@ import torch
 
 from benchmarks import soak
 from benchmarks.random_world import EOS, SIZES, word_tokenizer
-from benchmarks.sides import Work, end_at
-from tests.tiny_models import config
+from benchmarks.sides import SAMPLES, Work, end_at, fix_lengths
+from rlxf.assembly.roles import engine_settings
+from rlxf.platform import get_platform
+from rlxf.rollout.engine import Sampling
+from tests.rollout_world import prompt_batch, random_prompts, run_config
+from tests.tiny_models import config, save_causal_lm
 
 
 def test_lengths_are_lognormal_where_the_workload_says_so_and_the_same_for_every_caller() -> None:
@@ -98,3 +104,27 @@ def test_the_soak_counts_every_event_also_beside_other_load() -> None:
 def test_beside_stubs_the_driver_has_a_limit_of_its_own() -> None:
     stubs = argparse.Namespace(**{**vars(LIMITS), "engine": "stub"})
     assert soak.broken(soaked(kb_a_step=1.1), stubs) == ["driver: memory grows by 1.1 KB a step, limit 1"]
+
+
+def test_an_engine_gives_the_lengths_of_the_workload_whatever_the_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlxf.rollout import hf, hf_sampling, session, vllm
+
+    patched = ((hf, "sample_requests"), (session, "sample_requests"), (vllm, "sample_requests"))
+    for module, name in (*patched, (hf_sampling, "Sampler"), (vllm, "VllmRequests")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # to be undone
+    work = Work(workloads=("lognormal",), prompts=4, max_new_tokens=12, mean_tokens=5)
+    fix_lengths(work)
+    save_causal_lm(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))
+    engine = hf.HfEngine(engine_settings(run_config(tmp_path)), get_platform("cpu"))
+    sampling = Sampling(num_samples=SAMPLES, max_new_tokens=12)
+    batch = prompt_batch(random_prompts([3, 4, 5, 6]), first_id=8)  # the third step
+    whole = engine.generate(batch, sampling)
+    assert whole.sequences.completion_lengths.tolist() == work.lengths(2).flatten().tolist()
+    opened = engine.session(sampling)
+    opened.add(batch.select([2, 0]))
+    while (found := opened.advance()) is not None:
+        places = found.prompts.positions - 8
+        assert found.sequences.completion_lengths.tolist() == work.lengths(2)[places].flatten().tolist()

@@ -87,6 +87,14 @@ def test_replay_gives_the_live_steps_bit_for_bit(tmp_path: Path) -> None:
         again = with_scores(rollouts, scorer.score(rollouts), eos_ids=(EOS,), shaping=Shaping(missing_eos_penalty=0.3))
         assert_same(live[step], again)
         assert rollouts.engine_logps.isnan().all()
+        session = engine.session(SAMPLING)
+        session.add(engine.next_batch(step).slice(1, 2))
+        (found, end) = (session.advance(), session.advance())
+        assert found is not None
+        assert end is None
+        assert found.sequences.rows() == [
+            row for row, p in zip(rollouts.sequences.rows(), rollouts.prompt_index.tolist(), strict=True) if p == 1
+        ]
         pairs = [best_worst(scored, PairingSettings(min_score_margin=0.1)).pairs for scored in (live[step], again)]
         assert pairs[0].chosen.rows() == pairs[1].chosen.rows()
         assert torch.equal(pairs[0].margin, pairs[1].margin)

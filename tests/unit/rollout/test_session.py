@@ -140,6 +140,13 @@ def test_what_is_added_in_the_middle_of_a_call_waits_for_the_next_one(engine: Hf
     assert rest[-1].prompts.positions.tolist() == [70]
 
 
+def test_a_call_has_as_many_prompts_as_the_recipe_says(make: Callable[..., HfEngine]) -> None:
+    session = make(2).session(RANDOM)
+    session.add(BATCH)
+    order = [position for part in handed_back(session) for position in part.prompts.positions.tolist()]
+    assert [set(order[start : start + 2]) for start in (0, 2, 4, 6)] == [{70, 71}, {72, 73}, {74, 75}, {76, 77}]
+
+
 def test_a_prompt_comes_back_when_its_last_completion_ends(engine: HfEngine) -> None:
     session = engine.session(RANDOM)
     session.add(BATCH)
@@ -259,11 +266,12 @@ def test_a_stop_in_the_middle_leaves_nothing_under_way(engine: HfEngine, monkeyp
 
 
 class Backwards:
-    """Ends one completion a step, the last one first."""
+    """Ends some completions a step, the last one first."""
 
     num_slots = 4
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = 1) -> None:
+        self.at_once = at_once
         self.waiting: list[int] = []
         self.closed = 0
 
@@ -273,8 +281,8 @@ class Backwards:
         self.waiting.append(number)
 
     def step(self) -> list[tuple[int, Completion]]:
-        number = self.waiting.pop()
-        return [(number, Completion(tokens=[number], logps=[0.0]))]
+        numbers = [self.waiting.pop() for _ in range(self.at_once)]
+        return [(number, Completion(tokens=[number], logps=[0.0])) for number in numbers]
 
     def close(self) -> None:
         self.closed += 1
@@ -292,6 +300,13 @@ def test_no_prompt_comes_back_before_its_last_sample() -> None:
     session.add(prompt_batch([[8]], first_id=2))
     assert [part.sequences.rows() for part in handed_back(session)] == [[[8, 4], [8, 5]], [[5, 0], [5, 1]]]
     assert session.num_slots == 4
+
+
+def test_prompts_that_end_together_come_back_in_the_order_of_adding() -> None:
+    session = RequestSession(Backwards(at_once=4), replace(RANDOM, num_samples=2), version=0)
+    session.add(prompt_batch([[5], [6]]))
+    (found,) = handed_back(session)
+    assert found.sequences.rows() == [[5, 0], [5, 1], [6, 2], [6, 3]]
 
 
 def test_a_prompt_that_the_engine_refuses_closes_the_session() -> None:
