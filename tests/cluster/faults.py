@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 PLAN = "RLXF_TEST_FAULTS"  # environment variable: the plan of the processes below
+REST_S = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +32,15 @@ class Fault:
     rows: int | None = None  # instead: the first call when the run has so many complete steps, as metrics.jsonl says
     rank: int = 0
     after: bool = False
-    how: Literal["kill", "stop", "hang"] = "kill"  # SIGKILL; SIGSTOP; the call never comes back
+    how: Literal["kill", "stop", "hang", "rest"] = "kill"  # SIGKILL; SIGSTOP; the call never comes back; it is late
 
     def happen(self) -> None:
         """Here and now."""
         if self.how == "hang":
             time.sleep(1e6)
+        if self.how == "rest":
+            time.sleep(REST_S)
+            return
         os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGSTOP)
 
 
