@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import soak
+from benchmarks import dispatch, soak
 from benchmarks.random_world import EOS, SIZES, word_tokenizer
 from benchmarks.sides import SAMPLES, Work, end_at, fix_lengths
 from rlxf.assembly.roles import engine_settings
@@ -128,3 +128,30 @@ def test_an_engine_gives_the_lengths_of_the_workload_whatever_the_order(
     while (found := opened.advance()) is not None:
         places = found.prompts.positions - 8
         assert found.sequences.completion_lengths.tolist() == work.lengths(2)[places].flatten().tolist()
+
+
+def test_a_stub_engine_fills_its_slots_and_counts_busy_rows() -> None:
+    """Two slots, 1 + busy rows a step: 2 steps of 3 s, the third completion begins, 2 of 3 s, and 1 of 2 s alone."""
+    lengths = np.array([[2, 4], [3, 0]])
+    engine = dispatch.StubEngine(2, 1)
+    engine.add([2, 4, 3])
+    ends = []
+    while engine.next_end() < float("inf"):
+        engine.advance()
+        ends.append(engine.now)
+    assert ends == [6, 12, 14]
+    assert dispatch.times_of_shares([[0], []], lengths, 2, 1) == [2 * 3 + 2 * 2, 0]
+    assert dispatch.idle([10, 0]) == 0.5
+
+
+def test_a_queued_prompt_goes_to_the_engine_that_has_room_first() -> None:
+    """Two slots each and two completions a prompt: the fifth prompt follows the shortest, the sixth the next one."""
+    lengths = np.array([[9, 9], [2, 2], [5, 5], [7, 7], [6, 6], [1, 1]])
+    assert dispatch.times_of_queue(range(6), lengths, 2, 0) == [18, 16, 12, 14]
+
+
+def test_the_lengths_of_two_epochs_correlate_as_the_workload_says() -> None:
+    work = dispatch.Workload()
+    last, now = work.draw(np.random.default_rng(3), 20_000, work.alike())
+    assert dispatch.correlation(last, now) == pytest.approx(0.7, abs=0.02)
+    assert abs(now.mean() - 62) < 2  # a few are cut at 256
