@@ -8,7 +8,7 @@ from rlxf.core.types import Metrics
 from rlxf.loop.collected import Collected
 from rlxf.loop.rescue import save_last_step
 from rlxf.loop.run import AFTER_UPDATE, WITHOUT_UPDATE, Run, Schedule
-from rlxf.loop.settle import evaluate, save, settle
+from rlxf.loop.settle import evaluate, published, save, settle
 from rlxf.observe.formulas import num_tokens, version_lag, without_drift_of_others
 from rlxf.schedule import Lookahead
 
@@ -86,6 +86,7 @@ def learn(run: Run, schedule: Schedule, collected: Collected) -> None:
     batch = with_beta(collected.batch, run.config.actor_rollout.beta_after(state.epoch))
 
     def update() -> Metrics:
+        published(run)
         state.updating = True
         with run.clock("update_actor", version=state.policy_version):
             return run.actor.update(batch, collected.step)

@@ -275,11 +275,11 @@ class Folder(Protocol):
     """What a run leaves on disk."""
 
     def save_checkpoint(self, state: State) -> None:
-        """Save the complete steps, unless they are; with ``training.async_save`` written while training goes on."""
+        """Save the complete steps, unless they are; with ``training.async_save`` written until ``wait`` returns."""
         ...
 
     def save_due(self, state: State) -> None:
-        """The same in the middle of a run, which goes on if the disk takes no checkpoint for a while."""
+        """The same in the middle of a run, which samples while it is published, and goes on if the disk takes none."""
         ...
 
     def is_time_to_save(self, state: State) -> bool:
@@ -305,6 +305,15 @@ class Folder(Protocol):
 
     def poll(self) -> None:
         """Finish a checkpoint that has been written in the background, if there is one."""
+        ...
+
+    @property
+    def is_publishing(self) -> bool:
+        """Whether a checkpoint that the actor has written has no name yet, and the next update must wait for it."""
+        ...
+
+    def published(self) -> None:
+        """Return when no checkpoint ``is_publishing``."""
         ...
 
     def wait(self) -> None:

@@ -83,3 +83,13 @@ def save(run: Run, schedule: Schedule, *, last: bool = False) -> None:
             run.folder.wait()
         else:
             run.folder.save_due(run.state)
+
+
+def published(run: Run) -> None:
+    """Return when the checkpoint of the step before has its name: a crash in an update costs no more than its step.
+
+    It had the time of the sampling.
+    """
+    if run.folder.is_publishing:
+        with run.clock("save", version=run.state.policy_version), run.stop.uninterruptible():
+            run.folder.published()

@@ -363,6 +363,11 @@ class SavedSteps:
     def poll(self) -> None:
         return None
 
+    is_publishing = False
+
+    def published(self) -> None:
+        return None
+
     def wait(self) -> None:
         self.waits += 1
 
