@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rlxf.algorithms import ALGORITHMS, Algorithm, with_beta
 from rlxf.core.errors import TrainingError
 from rlxf.core.types import Metrics
@@ -28,7 +30,7 @@ def train(run: Run) -> None:
             run.stop.check()
             with run.clock.waiting():
                 collected = schedule.take(state.step)  # prompts to pairs with their reference; offline, from a file
-            algorithm.record(run, collected)
+            run.later.add(partial(algorithm.record, run, collected))
             if collected.batch is not None:
                 learn(run, schedule, collected)
             else:
@@ -50,7 +52,10 @@ def look_ahead(run: Run, algorithm: Algorithm) -> Schedule:
         return Collected(step=step, sampled_at=boundary, version=run.state.policy_version)
 
     ahead, num_steps = run.config.rollout.lookahead, run.config.training.train_iters
-    return Lookahead(algorithm.stages(run), run.lanes, make, num_ahead=ahead, num_steps=num_steps, steps=run.steps)
+    return Lookahead(
+        algorithm.stages(run), run.lanes, make,
+        num_ahead=ahead, num_steps=num_steps, steps=run.steps, meanwhile=run.later.do,
+    )  # fmt: skip
 
 
 def begin(run: Run, schedule: Schedule) -> None:

@@ -33,6 +33,7 @@ from rlxf.evaluate import EvalBackends, Evaluation, EvaluationSettings, OfflineE
 from rlxf.judge import Judge
 from rlxf.judge.judged import Judging
 from rlxf.loop.collected import Collected
+from rlxf.loop.later import Later
 from rlxf.loop.run import Actor, Evaluate, FileSource, MemoryUse, Online, Reference, Rollout, Run, State, Sync
 from rlxf.models.stop_strings import StopStrings
 from rlxf.models.tokenizer import eos_token_ids
@@ -41,7 +42,7 @@ from rlxf.observe.report import ReportSettings, RunReport
 from rlxf.platform.base import Platform
 from rlxf.reference.cached import CachedReference, cache_folder
 from rlxf.rollout.replay import ReplayEngine
-from rlxf.schedule.lanes import Lanes
+from rlxf.schedule.lanes import Lanes, OneAfterTheOther
 from rlxf.score.combine import RunningScales
 from rlxf.score.penalty import Shaping
 from rlxf.score.scorer import ModelScorer
@@ -162,6 +163,7 @@ def build_run(
         memory=memory,
         steps=steps,
         resumed=resume.folder if resume else None,
+        later=Later(at_once=isinstance(lanes, OneAfterTheOther)),
     )
 
 

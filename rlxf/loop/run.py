@@ -30,6 +30,7 @@ from rlxf.core.types import (
     Sequences,
 )
 from rlxf.loop.collected import Collected
+from rlxf.loop.later import Later
 from rlxf.rollout.engine import Sampling
 from rlxf.schedule.lanes import Lanes
 from rlxf.schedule.lookahead import Lookahead
@@ -389,6 +390,7 @@ class Run:
     memory: MemoryUse
     steps: deque[Collected]  # sampled, or being sampled, and not trained on yet; of a resumed run those that waited
     resumed: Path | None = None  # the checkpoint that the run goes on from
+    later: Later = field(default_factory=Later)  # what the driver does while it waits
 
     def reference_for(self, collected: Collected) -> Reference:
         """The reference; what it is asked counts as the step's stage ``ref``."""

@@ -31,6 +31,7 @@ from rlxf.core.types import (
 )
 from rlxf.evaluate import no_evaluation
 from rlxf.loop.collected import Collected
+from rlxf.loop.later import Later
 from rlxf.loop.run import UNSAVED, Evaluate, FileSource, Online, PromptSource, Run, State
 from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_requests
 from rlxf.schedule import Lanes, OneAfterTheOther
@@ -471,6 +472,7 @@ def small_run(
         memory=lambda step: {},
         steps=steps,
         resumed=resumed,
+        later=Later(at_once=isinstance(chosen, OneAfterTheOther)),
     )
     return SmallRun(run, actor, reference, engine, sync, recorder, notes, folder, stop, trace)
 
