@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rlxf.algorithms import ALGORITHMS, Algorithm, with_beta
 from rlxf.core.errors import TrainingError
 from rlxf.core.types import Metrics
 from rlxf.loop.collected import Collected
 from rlxf.loop.rescue import save_last_step
 from rlxf.loop.run import AFTER_UPDATE, WITHOUT_UPDATE, Run, Schedule
-from rlxf.loop.settle import evaluate, save, settle
+from rlxf.loop.settle import evaluate, published, save, settle
 from rlxf.observe.formulas import num_tokens, version_lag, without_drift_of_others
 from rlxf.schedule import Lookahead
 
@@ -28,7 +30,7 @@ def train(run: Run) -> None:
             run.stop.check()
             with run.clock.waiting():
                 collected = schedule.take(state.step)  # prompts to pairs with their reference; offline, from a file
-            algorithm.record(run, collected)
+            run.later.add(partial(algorithm.record, run, collected))
             if collected.batch is not None:
                 learn(run, schedule, collected)
             else:
@@ -51,7 +53,10 @@ def look_ahead(run: Run, algorithm: Algorithm) -> Schedule:
         return Collected(step=step, sampled_at=boundary, version=run.state.policy_version)
 
     ahead, num_steps = run.config.rollout.lookahead, run.config.training.train_iters
-    return Lookahead(algorithm.stages(run), run.lanes, make, num_ahead=ahead, num_steps=num_steps, steps=run.steps)
+    return Lookahead(
+        algorithm.stages(run), run.lanes, make,
+        num_ahead=ahead, num_steps=num_steps, steps=run.steps, meanwhile=run.later.do,
+    )  # fmt: skip
 
 
 def begin(run: Run, schedule: Schedule) -> None:
@@ -87,6 +92,7 @@ def learn(run: Run, schedule: Schedule, collected: Collected) -> None:
     batch = with_beta(collected.batch, run.config.actor_rollout.beta_after(state.epoch))
 
     def update() -> Metrics:
+        published(run)
         state.updating = True
         with run.clock("update_actor", version=state.policy_version):
             return run.actor.update(batch, collected.step)

@@ -34,6 +34,7 @@ from rlxf.evaluate import EvalBackends, Evaluation, EvaluationSettings, OfflineE
 from rlxf.judge import Judge
 from rlxf.judge.judged import Judging
 from rlxf.loop.collected import Collected
+from rlxf.loop.later import Later
 from rlxf.loop.run import Actor, Evaluate, FileSource, MemoryUse, Online, Reference, Rollout, Run, State, Sync
 from rlxf.models.stop_strings import StopStrings
 from rlxf.models.tokenizer import eos_token_ids
@@ -44,7 +45,7 @@ from rlxf.reference.cached import CachedReference, cache_folder
 from rlxf.rollout.lengths import SeenLengths
 from rlxf.rollout.one_engine import OneEngine
 from rlxf.rollout.replay import ReplayEngine
-from rlxf.schedule.lanes import Lanes
+from rlxf.schedule.lanes import Lanes, OneAfterTheOther
 from rlxf.score.combine import RunningScales
 from rlxf.score.penalty import Shaping
 from rlxf.score.scorer import ModelScorer
@@ -166,6 +167,7 @@ def build_run(
         memory=memory,
         steps=steps,
         resumed=resume.folder if resume else None,
+        later=Later(at_once=isinstance(lanes, OneAfterTheOther)),
     )
 
 

@@ -64,10 +64,14 @@ class Saving:
     temporary: Path
     rolling: bool = False  # the next checkpoint replaces it
     published: Future[None] | None = None  # None: the actor is still writing
+    since: float = 0.0  # when a thread began to publish it
 
 
 class RunFolder:
     """The folders of one run. A checkpoint is complete or not there: temporary folder, fsync, manifest, rename.
+
+    The run waits while the actor writes its state. A thread hashes and renames it and deletes old checkpoints, while
+    the next step is sampled: nothing of that needs a device.
 
     Args:
         config: the recipe.
@@ -116,7 +120,7 @@ class RunFolder:
     def save_checkpoint(self, state: State) -> None:
         """``<checkpoints>/iter_0000020`` after 20 steps: what the actor writes, and ``driver.json``. Not twice.
 
-        Returns when it is complete; with ``training.async_save`` when the state is copied, and ``poll`` does the rest.
+        Returns when it is complete; with ``training.async_save`` when the state is copied, and ``wait`` does the rest.
         While the disk takes nothing, it is tried again for half a minute.
 
         Raises:
@@ -127,22 +131,31 @@ class RunFolder:
             self.wait()  # never two at a time
         except SaveError as error:
             log.warning("%s", error)  # the one that follows takes its place
-        if self._newest is not None and step_of(self._newest) == state.step:
-            self._keep(state.step)
-        else:
-            patient(lambda: self._save(state, rolling=False), sleep=self._sleep)
+        self._save_once(state)
+        if not self._config.training.async_save:
+            self.wait()
 
     def save_due(self, state: State) -> None:
         """The same in the middle of a run, which goes on without a checkpoint or two.
+
+        Returns when the actor has written its state, and ``published`` does the rest; with ``training.async_save`` when
+        the state is copied, and ``poll`` does the rest.
 
         Raises:
             SaveError: more than ``training.max_failed_saves`` in a row could not be written.
             CheckpointError: as above.
         """
+        self._go_on(wait=True)
         try:
-            self.save_checkpoint(state)
+            self._save_once(state)
         except SaveError as error:
-            self._missed(error)
+            self._missed(error, rolling=False)
+
+    def _save_once(self, state: State) -> None:
+        if self._newest is not None and step_of(self._newest) == state.step:
+            self._keep(state.step)
+        else:
+            patient(lambda: self._save(state, rolling=False), sleep=self._sleep)
 
     def is_time_to_save(self, state: State) -> bool:
         """Whether ``training.save_every_minutes`` have passed since the last checkpoint; never after the last step.
@@ -162,17 +175,20 @@ class RunFolder:
         """
         if not self.is_time_to_save(state):
             return
+        self._go_on(wait=True)
         try:
-            self.wait()
             self._save(state, rolling=True)
         except SaveError as error:
+            self._missed(error, rolling=True)
+
+    def _missed(self, error: SaveError, *, rolling: bool) -> None:
+        """A checkpoint could not be written: the run goes on, or has missed too many that were due."""
+        if rolling:
             if self._failed_at is None:  # told once
                 minutes = self._config.training.save_every_minutes
                 self._tell(f"{error} (training.save_every_minutes = {minutes:g}; 0 = off)")
             self._failed_at = self._now()
-
-    def _missed(self, error: SaveError) -> None:
-        """A due checkpoint could not be written: the run goes on, or has missed too many."""
+            return
         self._num_failed += 1
         self._failed_at = self._now()
         limit = self._config.training.max_failed_saves
@@ -201,11 +217,9 @@ class RunFolder:
             self._actor.save_checkpoint(self._saving.temporary, background)
             self._also(self._saving.temporary, state)
             write_json(self._saving.temporary / DRIVER, self._driver(state))
-            self._sync_logs()
             self._saved_at = self._now()
             if not background:
-                self._saving.published = self._start_publishing(self._saving)
-                self._finish_publishing(self._saving)
+                self._start_publishing(self._saving)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint: of this run, or the one that it goes on from."""
@@ -233,11 +247,34 @@ class RunFolder:
 
         Raises:
             SaveError: as ``save_due`` does.
+            CheckpointError: it is being published for longer than ``training.stage_timeout_s``.
         """
+        self._go_on(wait=False)
+
+    @property
+    def is_publishing(self) -> bool:
+        """Whether a checkpoint that the actor has written has no name yet, and the next update must wait for it.
+
+        ``training.async_save`` lets updates go on.
+        """
+        return self._saving is not None and not self._config.training.async_save
+
+    def published(self) -> None:
+        """Return when no checkpoint ``is_publishing``.
+
+        Raises:
+            SaveError, CheckpointError: as ``poll`` does.
+        """
+        if self.is_publishing:
+            self._go_on(wait=True)
+
+    def _go_on(self, *, wait: bool) -> None:
+        """Finish what is being written, if there is something; if it fails, the run may go on without it."""
+        rolling = self._saving is not None and self._saving.rolling
         try:
-            self._advance(wait=False)
+            self._advance(wait=wait)
         except SaveError as error:
-            self._missed(error)
+            self._missed(error, rolling=rolling)
 
     def wait(self) -> None:
         """Return when no checkpoint is being written."""
@@ -249,19 +286,24 @@ class RunFolder:
             return
         with self._discarded_on_failure():
             if saving.published is None and self._actor.checkpoint_written(wait):
-                saving.published = self._start_publishing(saving)
-            if saving.published is not None and (wait or saving.published.done()):
+                self._start_publishing(saving)
+            if saving.published is not None and (wait or saving.published.done() or not self._seconds_left(saving)):
                 self._finish_publishing(saving)
 
-    def _start_publishing(self, saving: Saving) -> Future[None]:
+    def _start_publishing(self, saving: Saving) -> None:
         """In a thread: hashing takes its time, and a disk that hangs must not keep the process alive."""
-        return in_thread(lambda: self._publish(saving), "publish")
+        saving.since = self._now()
+        saving.published = in_thread(lambda: self._publish(saving), "publish")
+
+    def _seconds_left(self, saving: Saving) -> float:
+        """Until a checkpoint that is being published counts as one that the disk never takes."""
+        return max(0.0, saving.since + self._config.training.stage_timeout_s - self._now())
 
     def _finish_publishing(self, saving: Saving) -> None:
         assert saving.published is not None
         limit = self._config.training.stage_timeout_s
         try:
-            saving.published.result(timeout=limit)
+            saving.published.result(timeout=self._seconds_left(saving))
         except FutureTimeout as error:
             if saving.published.done():  # the disk's own words
                 raise
@@ -273,16 +315,29 @@ class RunFolder:
         self._complete()
 
     def _publish(self, saving: Saving) -> None:
-        write_manifest(saving.temporary)
-        publish(saving.temporary, saving.folder)
-        write_text(self._checkpoints / LATEST, f"{step_of(saving.folder)}\n")
+        """All of it that nobody waits for, in a thread; nothing else touches the folder of checkpoints meanwhile."""
+
+        def write() -> None:
+            with self._saving_errors():
+                if saving.temporary.exists():  # else an earlier try has given it its name
+                    self._sync_logs()
+                    write_manifest(saving.temporary)
+                    publish(saving.temporary, saving.folder)
+                write_text(self._checkpoints / LATEST, f"{step_of(saving.folder)}\n")
+
+        patient(write, sleep=self._sleep)
+        self._replace_earlier(saving)
 
     def _complete(self) -> None:
         assert self._saving is not None
         saving, self._saving = self._saving, None
-        self._newest, step = saving.folder, step_of(saving.folder)
+        self._newest = saving.folder
         self._failed_at, self._num_failed = None, 0
         self._saved(saving.folder)
+
+    def _replace_earlier(self, saving: Saving) -> None:
+        """Delete the checkpoints in whose place this one is."""
+        step = step_of(saving.folder)
         try:
             drop_rolling(self._checkpoints, but=step)
             mark_rolling(self._checkpoints, {step} if saving.rolling else ())

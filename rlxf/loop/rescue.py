@@ -22,6 +22,7 @@ def save_last_step(run: Run, error: Exception) -> None:
         error.complete_steps = state.step
     was_cut = isinstance(error, StopRequested) and run.stop.grace_expired()
     run.lanes.close()  # what later steps have under way is dropped
+    _do_later(run)
     if not state.step:  # nothing is complete that could be lost
         return
     with run.stop.uninterruptible():  # the stage was limited, the save takes as long as it takes
@@ -70,6 +71,14 @@ def _standing(run: Run, error: Exception, was_cut: bool) -> tuple[bool, str]:
             f"the move of the reference after step {state.step} did not finish, so a part of its weights is old",
         )
     return True, ""
+
+
+def _do_later(run: Run) -> None:
+    """What the driver has put off; also of the step that failed, which its message may name."""
+    try:
+        run.later.do()
+    except Exception as second:  # the disk of the run folder may be what is full
+        log.debug("what was put off could not be done", exc_info=second)
 
 
 def _report_row(run: Run) -> None:

@@ -31,6 +31,7 @@ from rlxf.core.types import (
 )
 from rlxf.judge.both_orders import Counts
 from rlxf.loop.collected import Collected
+from rlxf.loop.later import Later
 from rlxf.rollout.dispatch import Dispatch
 from rlxf.rollout.engine import Sampling
 from rlxf.rollout.lengths import SeenLengths
@@ -293,11 +294,11 @@ class Folder(Protocol):
     """What a run leaves on disk."""
 
     def save_checkpoint(self, state: State) -> None:
-        """Save the complete steps, unless they are; with ``training.async_save`` written while training goes on."""
+        """Save the complete steps, unless they are; with ``training.async_save`` written until ``wait`` returns."""
         ...
 
     def save_due(self, state: State) -> None:
-        """The same in the middle of a run, which goes on if the disk takes no checkpoint for a while."""
+        """The same in the middle of a run, which samples while it is published, and goes on if the disk takes none."""
         ...
 
     def is_time_to_save(self, state: State) -> bool:
@@ -323,6 +324,15 @@ class Folder(Protocol):
 
     def poll(self) -> None:
         """Finish a checkpoint that has been written in the background, if there is one."""
+        ...
+
+    @property
+    def is_publishing(self) -> bool:
+        """Whether a checkpoint that the actor has written has no name yet, and the next update must wait for it."""
+        ...
+
+    def published(self) -> None:
+        """Return when no checkpoint ``is_publishing``."""
         ...
 
     def wait(self) -> None:
@@ -397,6 +407,7 @@ class Run:
     memory: MemoryUse
     steps: deque[Collected]  # sampled, or being sampled, and not trained on yet; of a resumed run those that waited
     resumed: Path | None = None  # the checkpoint that the run goes on from
+    later: Later = field(default_factory=Later)  # what the driver does while it waits
 
     def reference_for(self, collected: Collected) -> Reference:
         """The reference; what it is asked counts as the step's stage ``ref``."""

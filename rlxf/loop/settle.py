@@ -49,6 +49,7 @@ def settle(run: Run, schedule: Schedule) -> None:
         save(run, schedule)
     elif run.folder.is_time_to_save(state):
         schedule.drained()
+        run.later.do()
         with run.clock("save", version=state.policy_version), run.stop.uninterruptible():
             run.folder.save_in_time(state)
     run.folder.poll()
@@ -77,9 +78,20 @@ def evaluate(run: Run) -> Metrics:
 def save(run: Run, schedule: Schedule, *, last: bool = False) -> None:
     """A checkpoint of the steps that are complete, unless there is one; the ``last`` is there when this returns."""
     schedule.drained()
+    run.later.do()  # a run that goes on from there finds the rows of its steps
     with run.clock("save", version=run.state.policy_version), run.stop.uninterruptible():
         if last:
             run.folder.save_checkpoint(run.state)
             run.folder.wait()
         else:
             run.folder.save_due(run.state)
+
+
+def published(run: Run) -> None:
+    """Return when the checkpoint of the step before has its name: a crash in an update costs no more than its step.
+
+    It had the time of the sampling.
+    """
+    if run.folder.is_publishing:
+        with run.clock("save", version=run.state.policy_version), run.stop.uninterruptible():
+            run.folder.published()

@@ -72,6 +72,7 @@ class Lookahead(Generic[S]):
         num_steps: of the run; nothing is sampled for steps behind the last one.
         steps: those that are sampled, or being sampled, and not trained on yet, in order: at first those of a resumed
             run that an earlier process left. The schedule keeps it up to date.
+        meanwhile: called before each wait, when all that can begin has begun.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Lookahead(Generic[S]):
         num_ahead: int,
         num_steps: int,
         steps: deque[S],
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         self._stages = tuple(stages)
         self._lanes = lanes
@@ -90,6 +92,7 @@ class Lookahead(Generic[S]):
         self._num_ahead = num_ahead
         self._num_steps = num_steps
         self._steps = steps
+        self._meanwhile = meanwhile
         while steps and steps[-1].step >= num_steps:  # the earlier run was to be longer
             steps.pop()
         self._turn = -1  # the step that is taken
@@ -120,16 +123,17 @@ class Lookahead(Generic[S]):
     def beside(self, lane: str, work: Callable[[], R]) -> R:
         """What ``work`` gives, done while the stages of later steps go on, but for those of the same lane.
 
-        A stage that fails meanwhile does not cut it: whatever is called next but ``beside`` raises the error.
+        What fails meanwhile does not cut it: whatever is called next but ``beside`` raises the error.
         """
         self._main_lane = lane  # no other work begins on it
         try:
             self._run_until(lambda: all(stage.lane != lane for stage in self._running))
             future: Future[Any] = self._lanes.start(lane, work)
             while not future.done():
+                self._quietly(self._meanwhile)
                 under_way = [] if self._failure else [other for _, other in self._running.values()]
                 self._lanes.wait([future, *under_way])
-                self._go_on_quietly()
+                self._quietly(self._go_on)
             result: R = future.result()
         finally:
             self._main_lane = None
@@ -168,6 +172,7 @@ class Lookahead(Generic[S]):
         self._go_on()
         while not is_done():
             assert self._running, f"nothing would end this wait: {self._missing()}"
+            self._meanwhile()
             self._lanes.wait([future for _, future in self._running.values()])
             self._go_on()
 
@@ -176,10 +181,10 @@ class Lookahead(Generic[S]):
         found = ((item.step, stage.name) for item in self._steps for stage in self._stages if not stage.is_done(item))
         return ", ".join(f"step {step} lacks {name}" for step, name in found)
 
-    def _go_on_quietly(self) -> None:
+    def _quietly(self, action: Callable[[], None]) -> None:
         try:
             if self._failure is None:
-                self._go_on()
+                action()
         except Exception as error:  # noqa: BLE001  raised once the update is complete
             self._failure = error
 

@@ -31,6 +31,7 @@ from rlxf.core.types import (
 )
 from rlxf.evaluate import no_evaluation
 from rlxf.loop.collected import Collected
+from rlxf.loop.later import Later
 from rlxf.loop.run import UNSAVED, Evaluate, FileSource, Online, PromptSource, Run, State
 from rlxf.rollout.lengths import SeenLengths
 from rlxf.rollout.one_engine import OneEngine
@@ -322,6 +323,11 @@ class SavedSteps:
     def poll(self) -> None:
         return None
 
+    is_publishing = False
+
+    def published(self) -> None:
+        return None
+
     def wait(self) -> None:
         self.waits += 1
 
@@ -433,6 +439,7 @@ def small_run(
         memory=lambda step: {},
         steps=steps,
         resumed=resumed,
+        later=Later(at_once=isinstance(chosen, OneAfterTheOther)),
     )
     return SmallRun(run, actor, reference, engine, sync, recorder, notes, folder, stop, trace)
 

@@ -63,7 +63,7 @@ class Saving:
     def due(self, step: int) -> None:
         self.seconds += AGAIN_S
         self.folder.save_due(State(step=step))
-        self.folder.poll()
+        self.folder.published()
 
     @property
     def steps(self) -> list[int]:
@@ -121,6 +121,7 @@ def test_after_a_failure_it_is_tried_again_in_a_minute(tmp_path: Path) -> None:
     run.disk.failures.clear()
     run.seconds += AGAIN_S
     run.folder.save_in_time(State(step=3))
+    run.folder.published()
     assert run.steps == [3]
     assert not run.folder.is_time_to_save(State(step=4))
 
