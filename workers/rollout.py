@@ -63,13 +63,17 @@ class RolloutWorker(Worker):
         bounds = pairwise(accumulate(sizes, initial=0))
         self.share = Gathered(prompts, [tuple(range(*pair)) for pair in bounds]) if sizes else None
         self.session.add(prompts)
-        return self.advance()
+        return self._next_chunks()
 
     def advance(self, more: PromptBatch | None = None) -> list[Rollouts]:
         """Sample until another chunk of what was begun is whole; none is left if it gives none."""
         assert self.session is not None  # started
         if more is not None:
             self.session.add(more)
+        return self._next_chunks()
+
+    def _next_chunks(self) -> list[Rollouts]:
+        assert self.session is not None
         while (part := self.session.advance()) is not None:
             whole = [part] if self.share is None else [chunk.rollouts for chunk in self.share.add(part)]
             if whole:

@@ -74,7 +74,8 @@ def _sample(run: Run, collected: Collected) -> None:
             collected.metrics = data_metrics(source, collected.step)
             dispatch = _dispatch(run, source, prompts)
             collected.chunks = dispatch.chunks
-            gathered = Gathered(prompts, dispatch.chunks)
+            num_samples = None if run.config.engine == "replay" else run.training_sampling().num_samples
+            gathered = Gathered(prompts, dispatch.chunks, num_samples=num_samples)
             for part in source.rollout.sample(prompts, run.training_sampling(), dispatch):
                 _require_version(run, part, collected)
                 for chunk in gathered.add(part):

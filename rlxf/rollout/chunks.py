@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from rlxf.core.errors import ShapeError
 from rlxf.core.types import PromptBatch, Rollouts
 from rlxf.rollout.shares import join, part_of
 
@@ -32,9 +33,13 @@ class Gathered:
     Args:
         prompts: of the step.
         chunks: rows of the prompts of each chunk; every prompt is in one.
+        num_samples: completions of each prompt; None: of a recording, whose prompts may have different numbers.
     """
 
-    def __init__(self, prompts: PromptBatch, chunks: Sequence[tuple[int, ...]]) -> None:
+    def __init__(
+        self, prompts: PromptBatch, chunks: Sequence[tuple[int, ...]], *, num_samples: int | None = None
+    ) -> None:
+        self._num_samples = num_samples
         self._prompts, self._chunks = prompts, chunks
         self._row_at = {position: row for row, position in enumerate(prompts.positions.tolist())}
         self._chunk_of = {row: number for number, rows in enumerate(chunks) for row in rows}
@@ -43,11 +48,17 @@ class Gathered:
         self._found: dict[int, tuple[int, int]] = {}  # of each row that is there: its part, and its row in that
 
     def add(self, part: Rollouts) -> list[Chunk]:
-        """All completions of some prompts are there; the chunks that are whole now, in the order of their numbers."""
+        """All completions of some prompts are there; the chunks that are whole now, in the order of their numbers.
+
+        Raises:
+            ShapeError: some completions of a prompt are missing, or a prompt has come before.
+        """
+        self._require_all_samples(part)
         whole = []
         for inside, position in enumerate(part.prompts.positions.tolist()):
             row = self._row_at[position]
-            assert row not in self._found  # each prompt is sampled once
+            if row in self._found:
+                raise ShapeError(f"the prompt at position {position} was sampled twice")
             self._found[row] = len(self._parts), inside
             number = self._chunk_of[row]
             self._missing[number] -= 1
@@ -55,6 +66,15 @@ class Gathered:
                 whole.append(number)
         self._parts.append(part)
         return [Chunk(rows=self._chunks[number], rollouts=self._rollouts(number)) for number in sorted(whole)]
+
+    def _require_all_samples(self, part: Rollouts) -> None:
+        counts = part.prompt_index.bincount(minlength=len(part.prompts))
+        short = (counts != self._num_samples).nonzero().flatten() if self._num_samples is not None else []
+        if len(short):
+            position, count = int(part.prompts.positions[short[0]]), int(counts[short[0]])
+            raise ShapeError(
+                f"the prompt at position {position} came with {count} of its {self._num_samples} completions"
+            )
 
     def whole(self) -> Rollouts:
         """All completions, in the order of the prompts; every prompt has come."""
