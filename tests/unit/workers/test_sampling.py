@@ -92,11 +92,9 @@ def sample(world: World, dispatch: Dispatch) -> list[Rollouts]:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("mode", ["planned", "queue"])
 @pytest.mark.parametrize(
-    "dies_in", [([],), ([], [], []), (["start"], [], ["advance"]), (["advance"], ["advance"]), (["start"],)]
+    "dies_in", [([],), ([], [], []), (["start"], [], []), ([], ["advance"]), (["advance"],), (["start"],)]
 )
 def test_every_prompt_comes_once(dies_in: tuple[list[str], ...], mode: str, seed: int) -> None:
-    if mode == "queue" and sum(map(bool, dies_in)) > 1:
-        dies_in = (dies_in[0], *([] for _ in dies_in[1:]))  # else the second one may be lost over prompts of the first
     world, draw = world_of(*map(list, dies_in)), random.Random(seed)
     world.waiter.choose, world.waiter.late = draw.choice, set()
     dispatch = dispatch_of(world, mode, chunk=2)
