@@ -25,6 +25,7 @@ class SmallEngine:
         self.seeds: list[list[int]] = []  # of each call, one per completion
         self.during_generate: Callable[[], None] = lambda: None
         self.busy = False
+        self.next_prompt = -1  # of those that are left, the one that a session ends first
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         assert not self.busy
@@ -61,7 +62,7 @@ class SmallEngine:
 
 
 class SmallSession:
-    """Hands over a prompt at a time, the last one first."""
+    """Hands over a prompt at a time."""
 
     num_slots = None
 
@@ -81,7 +82,7 @@ class SmallSession:
         if not self._left:
             return None
         self._trace.append("part")
-        return self._engine.sample(self._left.pop(), self._sampling, self._version)
+        return self._engine.sample(self._left.pop(self._engine.next_prompt), self._sampling, self._version)
 
     def close(self) -> None:
         self._engine.busy = False

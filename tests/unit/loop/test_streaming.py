@@ -126,6 +126,36 @@ def test_a_chunk_is_scored_and_referred_while_others_are_sampled() -> None:
     assert not missed
 
 
+def test_the_first_mini_batch_is_prepared_while_the_last_prompt_is_sampled() -> None:
+    """The engine waits with each step's last prompt until the actor has been given the pairs of the first two."""
+    prepared, missed = threading.Semaphore(0), list[str]()
+
+    class Handshake(Trace):
+        parts = 0
+
+        def append(self, name: str) -> None:
+            if name == "rollout":
+                self.parts = 0
+            if name == "part":
+                self.parts += 1
+                if self.parts == SIZE and not prepared.acquire(timeout=DEADLINE_S):
+                    missed.append(name)
+            if name == "prepare":
+                prepared.release()
+            super().append(name)
+
+    class NoTies(TokenCounter):
+        def score(self, rollouts: Rollouts) -> Tensor:
+            return torch.arange(len(rollouts)).float()
+
+    config = streamed(1, training__train_iters=2, actor_rollout__ppo_mini_batch_size=2)
+    small = start(config, lanes="threads", trace=Handshake())
+    small.engine.next_prompt = 0
+    finish(with_scorer(small, NoTies(small.trace)))
+    assert not missed
+    assert small.trace.count("prepare") == small.trace.count("update") == 2
+
+
 @pytest.mark.parametrize("term", [{"scale": "batch"}, {"scale": "running"}, {"scale": "rank"}, {"whole_step": True}])
 @pytest.mark.parametrize("lanes", LANES)
 def test_what_needs_the_whole_step_waits_for_it(lanes: str, term: dict[str, Any]) -> None:
