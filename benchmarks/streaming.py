@@ -10,6 +10,9 @@ per step, 2 samples each of 64 tokens, or of lognormal lengths (sigma 0.8, mean 
 time and take turns of several steps; the first two turns of each do not count. ``hidden`` is the share of the seconds
 of scoring and of the reference that lie beside the sampling of the same step.
 
+``host``: the driver's own CPU seconds of a step: 64 stub engines, 64 chunks of 16 prompts, 2 samples each, of a file of
+1,000,000 prompts whose answers have all been seen.
+
 ``chunks``: CPU seconds of scoring, and of the reference, for a step in chunks of so many prompts, over those of the
 whole step, in one process.
 """
@@ -29,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import measure, random_world, turns  # noqa: E402 - the root must be importable first
+from benchmarks import measure, random_world, stub_steps, turns  # noqa: E402 - the root must be importable first
 from benchmarks.against_trl import spread  # noqa: E402
 from benchmarks.ray_overhead import measure_turns  # noqa: E402
 from benchmarks.sides import Ours, Work, run_ours  # noqa: E402
@@ -39,13 +42,15 @@ CORES = 2
 STEPS_PER_TURN = 4
 SIDES = ("k0", "k0_chunks", "k1", "k1_chunks")
 WORKLOADS = ("fixed", "lognormal")
-PARTS = ("steps", "chunks")
+PARTS = ("host", "steps", "chunks")
 
 
 def main() -> None:
     arguments = parse()
     report: dict[str, Any] = {"repeats": arguments.repeats, "results": {}, "machine": measure.machine()}
     with tempfile.TemporaryDirectory(prefix="rlxf") as scratch:
+        if "host" in arguments.parts:
+            report["host"] = stub_steps.measure(arguments.repeats)
         if "steps" in arguments.parts:
             world = random_world.build(Path(scratch, "world"), "26M")
             for workload in arguments.workloads:
@@ -210,6 +215,8 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
             shares = side.get("hidden", {})
             cells = [*(_cell(side.get(key)) for key in keys), *(f"{shares.get(s, 0):.2f}" for s in ("adv", "ref"))]
             yield f"| {workload} | {name} | " + " | ".join(cells) + " |"
+    if "host" in report:
+        yield f"driver's own CPU of a step, 64 engines and 64 chunks, ms: {_cell(report['host'])}"
     if "chunks" in report:
         yield "| prompts of a chunk, of 64 | score, CPU of the whole step's | reference |"
         yield "|---|---|---|"

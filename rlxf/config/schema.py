@@ -183,8 +183,9 @@ class RolloutConfig(Strict):
     the trainer waits while they sample. 1: they sample the next step with the weights before the update, while it is
     made. Every completion of a step is sampled by the weights of exactly this many steps before."""
     stream_prompts: Positive | None = None
-    """Prompts of one chunk. A chunk is scored, paired and sent to the reference as soon as all its completions are
-    there, while others are still being sampled. Unset: each stage takes the whole step. See docs/streaming.md."""
+    """Prompts of one chunk, or about as many: an engine's share is cut evenly. A chunk is scored, paired and sent to the
+    reference as soon as all its completions are there, while others are still being sampled. Unset: each stage takes
+    the whole step. See docs/streaming.md."""
     dispatch: Literal["planned", "queue"] = "planned"
     """How prompts are shared out among the rollout engines. `planned`: before sampling starts, by the lengths that are
     expected of their answers. `queue`: an engine takes the next prompt when it has room; sums then differ in their last

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlxf.core.errors import ShapeError
-from rlxf.core.types import Comparisons, OnlinePairs, PairingResult, Rollouts, ScoredRollouts
+from rlxf.core.types import Comparisons, OnlinePairs, PairingResult, Rollouts, ScoredRollouts, Sequences, select_rows
 from rlxf.pair.candidates import Candidates, Extremes, Verdicts, extremes, scored_pairs, verdicts_of
 from rlxf.pair.judged import best_against_worst
 from rlxf.pair.pairing import PairingSettings
@@ -149,14 +149,9 @@ def _drawn(rollouts: Rollouts, candidates: Candidates, settings: PairingSettings
 def _pairs(rollouts: Rollouts, kept: Candidates) -> OnlinePairs:
     chosen_rows, rejected_rows = kept.chosen, kept.rejected
     chosen, rejected = rollouts.sequences.select(chosen_rows), rollouts.sequences.select(rejected_rows)
-    if chosen.prompt_rows() != rejected.prompt_rows():
+    if not _same_prompts(chosen, rejected):
         raise ShapeError("two completions of one prompt row do not start with the same prompt tokens")
-    by_row = torch.split(rollouts.engine_logps, rollouts.sequences.completion_lengths.tolist())
-
-    def engine_logps(rows: Tensor) -> Tensor:
-        picked = [by_row[row] for row in rows.tolist()]
-        return torch.cat(picked) if picked else rollouts.engine_logps.new_empty(0)
-
+    lengths = rollouts.sequences.completion_lengths
     prompt_index = rollouts.prompt_index[chosen_rows]
     counts = prompt_index.bincount(minlength=len(rollouts.prompts))  # pairs of each prompt
     return OnlinePairs(
@@ -165,10 +160,23 @@ def _pairs(rollouts: Rollouts, kept: Candidates) -> OnlinePairs:
         row_ids=rollouts.prompts.row_ids[prompt_index],
         margin=kept.margin,
         policy_version=torch.minimum(rollouts.policy_version[chosen_rows], rollouts.policy_version[rejected_rows]),
-        chosen_engine_logps=engine_logps(chosen_rows),
-        rejected_engine_logps=engine_logps(rejected_rows),
+        chosen_engine_logps=select_rows(rollouts.engine_logps, lengths, chosen_rows),
+        rejected_engine_logps=select_rows(rollouts.engine_logps, lengths, rejected_rows),
         prompt_index=prompt_index,
         chosen_rows=chosen_rows,
         rejected_rows=rejected_rows,
         weight=1.0 / counts[prompt_index].float(),
     )
+
+
+def _same_prompts(one: Sequences, other: Sequences) -> bool:
+    return torch.equal(one.prompt_lengths, other.prompt_lengths) and torch.equal(
+        _prompt_tokens(one), _prompt_tokens(other)
+    )
+
+
+def _prompt_tokens(sequences: Sequences) -> Tensor:
+    """[sum of prompt_lengths] int32."""
+    lengths = sequences.lengths
+    place = torch.arange(len(sequences.tokens)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    return sequences.tokens[place < sequences.prompt_lengths.repeat_interleave(lengths)]

@@ -68,12 +68,13 @@ class Gathered:
         return [Chunk(rows=self._chunks[number], rollouts=self._rollouts(number)) for number in sorted(whole)]
 
     def _require_all_samples(self, part: Rollouts) -> None:
+        if self._num_samples is None:
+            return
         counts = part.prompt_index.bincount(minlength=len(part.prompts))
-        short = (counts != self._num_samples).nonzero().flatten() if self._num_samples is not None else []
-        if len(short):
-            position, count = int(part.prompts.positions[short[0]]), int(counts[short[0]])
+        for row in (counts != self._num_samples).nonzero().flatten().tolist():
             raise ShapeError(
-                f"the prompt at position {position} came with {count} of its {self._num_samples} completions"
+                f"the prompt at position {int(part.prompts.positions[row])} came with {int(counts[row])} of its "
+                f"{self._num_samples} completions"
             )
 
     def whole(self) -> Rollouts:
@@ -88,6 +89,8 @@ class Gathered:
             part, place = self._found[row]
             inside.setdefault(part, []).append(place)
         parts = [_of(self._parts[part], tuple(places)) for part, places in inside.items()]
+        if len(parts) == 1:  # whose prompts are in the order of the chunk
+            return parts[0]
         return join(self._prompts.select(rows), parts)
 
 

@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import Literal
 
 import numpy as np
@@ -61,7 +61,8 @@ def deal(
         num_engines: at least 1.
         slots_per_engine: completions that an engine decodes at the same time at most.
         samples_per_prompt: completions of each prompt.
-        chunk: prompts that are scored together at most; None: the whole step, in prompt order.
+        chunk: prompts that are scored together, as near as an engine's share can be divided; None: the whole step, in
+            prompt order.
         mode: ``planned``: shares are fixed here; ``queue``: only the order is.
 
     Raises:
@@ -93,7 +94,10 @@ def _balanced(work: Sequence[float], order: Rows, num_engines: int) -> list[list
 
 
 def _cut(rows: Sequence[int], size: int) -> Iterator[Rows]:
-    return (tuple(rows[start : start + size]) for start in range(0, len(rows), size))
+    """As many chunks as come nearest to ``size`` rows each: no chunk of the few that are left over."""
+    count = max(round(len(rows) / size), 1) if len(rows) else 0
+    bounds = [len(rows) * number // count for number in range(count + 1)] if count else []
+    return (tuple(rows[start:stop]) for start, stop in pairwise(bounds))
 
 
 def _in_turn(chunks: Sequence[Sequence[Rows]]) -> Iterator[Rows]:

@@ -104,8 +104,19 @@ def test_a_chunk_of_a_planned_step_is_cut_from_one_share_in_its_order(
     work: list[float], engines: int, chunk: int
 ) -> None:
     dealt = planned(work, engines, chunk=chunk)
-    cut = [share[i : i + chunk] for share in shares_of(dealt) for i in range(0, len(share), chunk)]
-    assert sorted(cut) == sorted(dealt.chunks)
+    for share in shares_of(dealt):
+        mine = [part for part in dealt.chunks if part[0] in share]
+        assert [row for part in mine for row in part] == list(share)
+        require_even(mine, chunk)
+
+
+def require_even(chunks: list[tuple[int, ...]], size: int) -> None:
+    """As many as come nearest to the size that was asked for, and all of about the same size."""
+    counts = [len(part) for part in chunks]
+    if counts:
+        assert max(counts) - min(counts) <= 1
+        assert len(counts) == 1 or abs(len(counts) - sum(counts) / size) <= 0.5
+        assert max(counts) < 2 * size or size == 1
 
 
 def test_the_first_chunk_of_each_engine_comes_before_the_second_of_any() -> None:
@@ -119,7 +130,7 @@ def test_the_first_chunk_of_each_engine_comes_before_the_second_of_any() -> None
 def test_chunks_of_a_queued_step_are_cut_from_its_order(work: list[float], engines: int, chunk: int) -> None:
     dealt = planned(work, engines, chunk=chunk, mode="queue")
     assert [row for part in dealt.chunks for row in part] == list(dealt.order)
-    assert [len(part) for part in dealt.chunks[:-1]] == [chunk] * (len(dealt.chunks) - 1)
+    require_even(list(dealt.chunks), chunk)
 
 
 @pytest.mark.parametrize("mode", ["planned", "queue"])
