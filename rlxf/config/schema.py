@@ -183,7 +183,7 @@ class RolloutConfig(Strict):
     the trainer waits while they sample. 1: they sample the next step with the weights before the update, while it is
     made. Every completion of a step is sampled by the weights of exactly this many steps before."""
     stream_prompts: Positive | None = None
-    """Prompts of one chunk, or about as many: an engine's share is cut evenly. A chunk is scored, paired and sent to the
+    """Prompts of one chunk, or about as many: a share is cut evenly. A chunk is scored, paired and sent to the
     reference as soon as all its completions are there, while others are still being sampled. Unset: each stage takes
     the whole step. See docs/streaming.md."""
     dispatch: Literal["planned", "queue"] = "planned"
