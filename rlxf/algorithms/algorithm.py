@@ -54,7 +54,6 @@ def reference_stage(
     algorithm: Algorithm,
     *,
     before: Callable[[Collected], None] = lambda collected: None,
-    streams: bool = False,
 ) -> Stage[Collected]:
     """The last stage of every algorithm: ``batch`` from ``data``. A step without rows is done without it.
 
@@ -64,8 +63,7 @@ def reference_stage(
     Args:
         run: the run.
         algorithm: what it collects.
-        before: asks the reference part by part, while the stage before this one is at work.
-        streams: it does.
+        before: asks the reference part by part, in a run whose steps move on in chunks.
     """
     on_actor = run.config.reference_is_base
 
@@ -81,5 +79,5 @@ def reference_stage(
         is_done=lambda item: item.batch is not None or (item.data is not None and not len(item.data)),
         work=refer,
         late=on_actor,
-        streams=streams,
+        streams=run.streams("ref"),
     )

@@ -26,7 +26,6 @@ class OnlineDpo:
     """prompts -> rollout -> score -> pair -> reference. With ``rollout.stream_prompts`` chunk by chunk."""
 
     def stages(self, run: Run) -> tuple[Stage[Collected], ...]:
-        streams = run.config.streams
         stages: tuple[Stage[Collected], ...] = (
             Stage(
                 name="gen",
@@ -39,12 +38,12 @@ class OnlineDpo:
                 lane=run.lane("reward"),
                 is_done=lambda item: item.data is not None,
                 work=lambda item: _score_and_pair(run, item),
-                streams=streams,
+                streams=run.streams("reward"),
             ),
-            reference_stage(run, self, before=lambda item: _refer(run, item) if streams else None, streams=streams),
+            reference_stage(run, self, before=lambda item: _refer(run, item) if run.config.streams else None),
         )
         size = run.config.actor_rollout.first_rows()
-        return (*stages, _first_mini_batch(run, size)) if streams and size is not None else stages
+        return (*stages, _first_mini_batch(run, size)) if run.streams("train") and size is not None else stages
 
     def record(self, run: Run, collected: Collected) -> None:
         assert collected.scored is not None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
@@ -408,6 +409,7 @@ class Run:
     steps: deque[Collected]  # sampled, or being sampled, and not trained on yet; of a resumed run those that waited
     resumed: Path | None = None  # the checkpoint that the run goes on from
     later: Later = field(default_factory=Later)  # what the driver does while it waits
+    turn: Lock = field(default_factory=Lock)  # of reference and reward model, if they share devices
 
     def reference_for(self, collected: Collected) -> Reference:
         """The reference; what it is asked counts as the step's stage ``ref``."""
@@ -420,7 +422,7 @@ class Run:
 
     def lane(self, role: Role) -> str:
         """Who does a role's work: roles that share devices take turns."""
-        return "shared devices" if role in self.config.sharing else role
+        return "shared devices" if role in self.config.sharing and not self._turn_by_turn else role
 
     def check(self) -> None:
         """Raise StopRequested when nobody needs any more what this thread waits for."""
@@ -428,11 +430,24 @@ class Run:
             if self.stop.must_give_up():
                 raise self.stop.error("stopped while waiting for another stage")
 
+    def streams(self, role: Role) -> bool:
+        """Whether a role works on chunks of a step while others are sampled.
+
+        One that shares devices with the trainer or the engines would hold them up while it waits for the next chunk.
+        Reference and reward model, with devices of their own together, take turns chunk by chunk.
+        """
+        return self.config.streams and (role not in self.config.sharing or self._turn_by_turn)
+
+    @property
+    def _turn_by_turn(self) -> bool:
+        return self.config.streams and self.config.sharing == {"ref", "reward"}
+
     @contextmanager
     def working(self, collected: Collected, stage: str) -> Iterator[None]:
         """A stage of a step at work: it counts as the step's time, and may be dropped when the user stops the run."""
         clock = self.clock(stage, step=collected.step, version=collected.version, seconds=collected.seconds)
-        with self.stop.interruptible(), clock:
+        turn = self.turn if self._turn_by_turn and stage in ("adv", "ref") else nullcontext()
+        with turn, self.stop.interruptible(), clock:
             yield
 
     def training_sampling(self) -> Sampling:

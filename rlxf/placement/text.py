@@ -84,7 +84,7 @@ def _streaming(config: RunConfig) -> Iterator[str]:
     for source in late:
         why = "it is asked about the whole step" if source.whole_step else f"its scale is {source.scale}"
         yield f"  pairs and reference wait for the whole step: reward source {source.name} ({why})"
-    if config.runtime == "local" or {"infer", "reward"} <= config.sharing:
+    if config.runtime == "local" or ("reward" in config.sharing and config.sharing != {"ref", "reward"}):
         yield "  here one after the other: no chunk is scored before all are sampled"
     yield ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,7 @@ from tests.unit.loop.ahead import (
 from tests.unit.small_run import NO_TOKENIZER, SmallRun, TokenCounter
 
 DEADLINE_S = 20.0
+HAS_MODEL = {"reward__model": "bigram", "reward__load": "reward"}  # the role is there; the scorer is a test's
 
 
 @cache
@@ -166,6 +168,56 @@ def test_what_needs_the_whole_step_waits_for_it(lanes: str, term: dict[str, Any]
     finish(with_scorer(small, scorer, **term))
     require_equal(small, plain)
     assert {len(rows) for rows in scorer.rows} == ({SIZE} if "whole_step" in term else {1})
+
+
+@pytest.mark.parametrize("num_ahead", [0, 1])
+@pytest.mark.parametrize(
+    ("shared", "streaming"),
+    [
+        (["ref", "reward"], {"ref", "reward", "train"}),
+        (["train", "ref"], {"reward"}),
+        (["infer", "reward"], {"ref", "train"}),
+        (["train", "infer", "ref", "reward"], set()),
+    ],
+)
+def test_roles_that_share_devices_do_not_hold_up_trainer_and_engines(
+    shared: list[str], streaming: set[str], num_ahead: int
+) -> None:
+    config = streamed(1, num_ahead, resource_pool__colocate=shared, **HAS_MODEL)
+    small = start(config, lanes="threads", trace=Trace(jitter=4))
+    assert {role for role in ("ref", "reward", "train") if small.run.streams(role)} == streaming  # type: ignore[arg-type]
+    require_equal(finish(small), whole(num_ahead))
+
+
+def test_reference_and_reward_model_on_the_same_devices_take_turns() -> None:
+    busy, met = threading.Lock(), list[str]()
+
+    class Alone:
+        def __enter__(self) -> None:
+            if not busy.acquire(blocking=False):
+                met.append("both are at work")
+
+        def __exit__(self, *_: object) -> None:
+            if busy.locked():
+                busy.release()
+
+    class Scorer(TokenCounter):
+        def score(self, rollouts: Rollouts) -> Tensor:
+            with Alone():
+                time.sleep(0.002)
+                return super().score(rollouts)
+
+    class Reference:
+        def logps(self, pairs: Pairs) -> PairValues:
+            with Alone():
+                time.sleep(0.002)
+                return small.reference.logps(pairs)
+
+    small = start(streamed(1, 1, resource_pool__colocate=["ref", "reward"], **HAS_MODEL), lanes="threads")
+    with_scorer(small, Scorer(small.trace))
+    small.run = replace(small.run, reference=Reference())  # type: ignore[arg-type]
+    finish(small)
+    assert not met
 
 
 PLACES = [("part", 3), ("part", 17), ("score", 6), ("score", 13), ("reference", 3), ("reference", 9), ("update", 2)]
