@@ -104,8 +104,7 @@ def build_run(
 ) -> Run:
     """The run that the driver trains; with ``resume`` its actor and state are those of the checkpoint."""
     state = resume.state if resume else State()
-    steps = deque(resume.waiting if resume else ())
-    lengths = SeenLengths.load(resume.folder) if resume else SeenLengths()  # of complete steps
+    steps, lengths = deque(resume.waiting if resume else ()), _lengths(resume)
     reference = _reference(config, data, roles, stop, platform)
     judging = build_judge(config, run_dir, models=roles.models, function=roles.judge)
     evaluation = _evaluation(config, data, roles, reference, state, platform, stop, judging)
@@ -291,6 +290,11 @@ def _source(
         complete_lengths=lengths,
         stopped=StopStrings(data.tokenizer, config.rollout.stop).completed if config.rollout.stop else None,
     )
+
+
+def _lengths(resume: Resume | None) -> SeenLengths:
+    """Of the answers in complete steps."""
+    return SeenLengths() if resume is None else SeenLengths.load(resume.folder)
 
 
 def _with_waiting(lengths: SeenLengths, resume: Resume | None) -> SeenLengths:

@@ -123,7 +123,7 @@ def by_hand(said: list[dict[str, Any]]) -> list[float]:
     [
         pytest.param(Call("rlxf.update.actor:MegatronActor.update", 3), marks=pytest.mark.slow),
         pytest.param(Call("rlxf.score.sources:Rewards.score", 3, after=True), marks=pytest.mark.slow),
-        Call("rlxf.checkpointing.run_folder:RunFolder.save_checkpoint", 2, after=True),
+        Call("rlxf.checkpointing.run_folder:RunFolder.save_due", 2, after=True),
     ],
     ids=["in an update", "after scores", "after a checkpoint"],
 )

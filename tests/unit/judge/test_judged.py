@@ -34,7 +34,7 @@ def rollouts(prompts: list[int], samples: list[int]) -> Rollouts:
 def test_a_steps_completions_are_judged_with_their_prompts_and_columns() -> None:
     judge = RuleJudge(reads_columns=True)
     judging = Judging(BothOrders(judge), tournament="knockout")
-    found, metrics = judging(rollouts([1, 0, 0, 1], [0, 1, 0, 1]), ["aaa", "b", "cc", "d"])
+    found, counts = judging(rollouts([1, 0, 0, 1], [0, 1, 0, 1]), ["aaa", "b", "cc", "d"])
     assert list(zip(found.first.tolist(), found.second.tolist(), found.probability.tolist(), strict=True)) == [
         (2, 1, 1.0),
         (0, 3, 1.0),
@@ -44,7 +44,7 @@ def test_a_steps_completions_are_judged_with_their_prompts_and_columns() -> None
         ("prompt 0", "cc", "b"): 0, ("prompt 0", "b", "cc"): 0,
         ("prompt 1", "aaa", "d"): 10, ("prompt 1", "d", "aaa"): 10,
     }  # fmt: skip
-    assert metrics == {
+    assert judging.metrics(counts) == {
         "judge/asked": 4, "judge/cached": 0, "judge/missing": 0, "judge/ties": 0, "judge/position_flip": 0,
     }  # fmt: skip
 
@@ -54,7 +54,8 @@ def test_the_counts_of_all_rounds_are_added_up() -> None:
         return math.nan if "x" in first + second else 1.0  # the first answer is always better
 
     judging = Judging(BothOrders(RuleJudge(rule)), tournament="all", prices=Prices())
-    _, metrics = judging(rollouts([0, 0, 0, 0], [0, 1, 2, 3]), ["a", "b", "x", "a"])
+    _, counts = judging(rollouts([0, 0, 0, 0], [0, 1, 2, 3]), ["a", "b", "x", "a"])
+    metrics = judging.metrics(counts)
     assert metrics["judge/missing"] == 3
     assert metrics["judge/ties"] == 3  # two that flip, and a pair of equal answers
     assert metrics["judge/position_flip"] == 1.0
