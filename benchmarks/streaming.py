@@ -148,7 +148,6 @@ def chunk_costs(folder: Path, repeats: int) -> dict[str, Any]:
     recipe = Ours(world=world, work=work).recipe()
     for role in ("actor_rollout", "ref", "reward"):
         recipe[role] |= {"micro_batch_size": 8, "max_tokens_per_micro_batch": 2048}
-    recipe["resource_pool"] = {"actor_rollout": [1], "ref": [1], "reward": [1]}
     config, platform = load_config(recipe), get_platform("cpu")
     reference = build_reference(config, platform, Process())
     (scorer,) = build_models(config, platform, Process()).values()

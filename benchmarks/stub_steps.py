@@ -80,11 +80,10 @@ class Stubs:
 
     def sample(self, prompts: PromptBatch, sampling: Sampling, dispatch: Dispatch) -> Iterator[Rollouts]:
         assert self.whole is not None
-        for rows in dispatch.chunks:
-            begin = time.thread_time()
-            part = part_of(self.whole, rows)
-            self.seconds += time.thread_time() - begin
-            yield part
+        begin = time.thread_time()
+        parts = [part_of(self.whole, rows) for rows in dispatch.chunks]
+        self.seconds += time.thread_time() - begin
+        yield from parts
 
     def score(self, rollouts: Rollouts) -> Tensor:
         begin = time.thread_time()

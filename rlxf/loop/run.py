@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -409,7 +409,10 @@ class Run:
     steps: deque[Collected]  # sampled, or being sampled, and not trained on yet; of a resumed run those that waited
     resumed: Path | None = None  # the checkpoint that the run goes on from
     later: Later = field(default_factory=Later)  # what the driver does while it waits
-    turn: Lock = field(default_factory=Lock)  # of reference and reward model, if they share devices
+    turn: AbstractContextManager[Any] = field(init=False)  # of reference and reward model, if they share devices
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "turn", Lock() if self._turn_by_turn else nullcontext())
 
     def reference_for(self, collected: Collected) -> Reference:
         """The reference; what it is asked counts as the step's stage ``ref``."""
@@ -446,7 +449,7 @@ class Run:
     def working(self, collected: Collected, stage: str) -> Iterator[None]:
         """A stage of a step at work: it counts as the step's time, and may be dropped when the user stops the run."""
         clock = self.clock(stage, step=collected.step, version=collected.version, seconds=collected.seconds)
-        turn = self.turn if self._turn_by_turn and stage in ("adv", "ref") else nullcontext()
+        turn = self.turn if stage in ("adv", "ref") else nullcontext()
         with turn, self.stop.interruptible(), clock:
             yield
 

@@ -177,6 +177,6 @@ def _same_prompts(one: Sequences, other: Sequences) -> bool:
 
 def _prompt_tokens(sequences: Sequences) -> Tensor:
     """[sum of prompt_lengths] int32."""
-    lengths = sequences.lengths
-    place = torch.arange(len(sequences.tokens)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    return sequences.tokens[place < sequences.prompt_lengths.repeat_interleave(lengths)]
+    lengths, prompts = sequences.lengths.numpy(), sequences.prompt_lengths.numpy()
+    shift = (lengths.cumsum() - lengths) - (prompts.cumsum() - prompts)
+    return sequences.tokens[torch.from_numpy(np.arange(prompts.sum()) + np.repeat(shift, prompts))]
