@@ -59,6 +59,7 @@ def assert_same(found: Finished, expected: Finished) -> None:
     assert found.losses[:steps] == pytest.approx(expected.losses[:steps], abs=TOLERANCE)
 
 
+@pytest.mark.slow  # 100 s; the layouts without vLLM are tests/unit/models/test_layouts.py
 def test_two_tensor_parallel_ranks_with_vllm(one: Finished, tmp_path: Path) -> None:
     """vLLM's samples are not the HF engine's: one process replays them, all steps, on the model with three heads."""
     found = run(tmp_path / "tp2", "online_dpo_trainer_tiny_tp2")

@@ -123,7 +123,7 @@ def _group(worker: type, role: str, size: int, waiter: Waiter) -> WorkerGroup:
     return group
 
 
-@pytest.fixture(params=["shared_memory", "object_store"])
+@pytest.fixture(params=["shared_memory", pytest.param("object_store", marks=pytest.mark.slow)])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     world = World(TRANSPORTS[request.param])
     yield world

@@ -65,9 +65,7 @@ def test_a_judge_alone_decides_pairs_and_the_best_checkpoint(world: World, tmp_p
     [
         pytest.param(Call("rlxf.update.actor:MegatronActor.update", 3), marks=pytest.mark.slow),
         Call("rlxf.judge.process:ProcessJudge.compare", 4, after=True),
-        pytest.param(
-            Call("rlxf.checkpointing.run_folder:RunFolder.save_due", 2, after=True), marks=pytest.mark.slow
-        ),
+        pytest.param(Call("rlxf.checkpointing.run_folder:RunFolder.save_due", 2, after=True), marks=pytest.mark.slow),
     ],
     ids=["in an update", "after verdicts", "after a checkpoint"],
 )

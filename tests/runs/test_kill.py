@@ -98,6 +98,7 @@ def test_killed_inside_a_save_and_at_the_end(recipe: Recipe, undisturbed: Finish
     )
 
 
+@pytest.mark.slow
 def test_stopped_by_sigterm_in_the_middle_of_anything(recipe: Recipe, undisturbed: Finished, tmp_path: Path) -> None:
     term = signal.SIGTERM
     assert_survives(

@@ -64,7 +64,11 @@ def test_threads_change_nothing(world: World, tmp_path: Path) -> None:
     ("by_signal", "changes"),
     [
         pytest.param(False, {}, marks=pytest.mark.slow),
-        (True, {"ref": {"ref_update_interval": 2}, "training": {"eval_interval": 2, "save_hf_interval": 2}}),
+        pytest.param(
+            True,
+            {"ref": {"ref_update_interval": 2}, "training": {"eval_interval": 2, "save_hf_interval": 2}},
+            marks=pytest.mark.slow,
+        ),
         (False, {"actor_rollout": {"lora_r": 4, "lora_alpha": 8, "lr": 1e-2}}),
     ],
     ids=["frozen", "moving", "lora"],

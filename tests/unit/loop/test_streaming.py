@@ -55,11 +55,14 @@ def require_equal(one: SmallRun, other: SmallRun) -> None:
 
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("num_ahead", [0, 1, 2])
-@pytest.mark.parametrize("chunk", [1, 3, SIZE, 9])
+@pytest.mark.parametrize("chunk", [1, 3])
 def test_chunks_change_no_number(chunk: int, num_ahead: int, lanes: str) -> None:
-    for jitter in (1, 2):
-        small = finish(start(streamed(chunk, num_ahead), lanes=lanes, trace=Trace(jitter=jitter)))
-        require_equal(small, whole(num_ahead))
+    small = finish(start(streamed(chunk, num_ahead), lanes=lanes, trace=Trace(jitter=1 + chunk)))
+    require_equal(small, whole(num_ahead))
+
+
+def test_a_chunk_may_be_larger_than_a_step() -> None:
+    require_equal(finish(start(streamed(9, 1), lanes="threads", trace=Trace(jitter=3))), whole(1))
 
 
 class Asked(TokenCounter):
@@ -223,8 +226,7 @@ def test_reference_and_reward_model_on_the_same_devices_take_turns() -> None:
 PLACES = [("part", 3), ("part", 17), ("score", 6), ("score", 13), ("reference", 3), ("reference", 9), ("update", 2)]
 
 
-@pytest.mark.parametrize("lanes", LANES)
-@pytest.mark.parametrize("num_ahead", [0, 1, 2])
+@pytest.mark.parametrize(("num_ahead", "lanes"), [(0, "in turn"), (0, "threads"), (1, "threads")])
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0]}-{place[1]}")
 def test_a_run_that_breaks_down_in_the_middle_of_chunks_goes_on(
     tmp_path: Path, place: tuple[str, int], num_ahead: int, lanes: str

@@ -72,6 +72,7 @@ print("kept")
     assert run(code) == "kept"
 
 
+@pytest.mark.slow
 def test_the_cpu_bridge_hushes_what_a_cuda_build_of_torch_says_without_a_device() -> None:
     code = """
 import logging, sys
