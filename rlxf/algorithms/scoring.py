@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,15 +34,6 @@ def pairing_settings(config: AlgorithmConfig, *, seed: int, step: int) -> Pairin
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Said:
-    """What sources and judge say of a chunk."""
-
-    rows: tuple[int, ...]  # of the step's prompts
-    scores: Scores | None  # None: they are known
-    comparisons: Comparisons | None
-
-
 class Scoring:
     """One step on its way from completions to pairs.
 
@@ -58,7 +49,8 @@ class Scoring:
     def __init__(self, run: Run, source: Online, collected: Collected) -> None:
         self._run, self._source, self._collected = run, source, collected
         self._failed_before = run.state.all_failed_scores
-        self._said: list[_Said] = []
+        self._scores: list[tuple[tuple[int, ...], Scores]] = []  # of each chunk, by the rows of its prompts
+        self._verdicts: list[tuple[tuple[int, ...], Comparisons]] = []
         self._counts: Counts | None = None
         self._asks_for_scores = collected.raw_scores is None
         self._asks_judge = source.judge is not None and collected.comparisons is None
@@ -69,12 +61,16 @@ class Scoring:
 
     def ask(self, chunk: Chunk) -> None:
         """Scores and verdicts of a chunk, and its pairs if they depend on nothing else."""
-        scores = self._score(chunk.rollouts) if self._asks_for_scores else None
-        comparisons = self._judged(chunk.rollouts) if self._asks_judge else None
-        self._said.append(_Said(rows=chunk.rows, scores=scores, comparisons=comparisons))
+        comparisons = None
+        if self._asks_for_scores:
+            self._scores.append((chunk.rows, self._score(chunk.rollouts)))
+        if not self._in_chunks:
+            self._settle_scores()  # now: they stay known if the judge fails
+        if self._asks_judge:
+            comparisons = self._judged(chunk.rollouts)
+            self._verdicts.append((chunk.rows, comparisons))
         if self._pairs_early:
-            assert scores is not None
-            sums = combine(scores.table, self._source.rewards.terms, {})
+            sums = combine(self._scores[-1][1].table, self._source.rewards.terms, {})
             _, found = self._paired_by(chunk.rollouts, sums, comparisons)
             self._put(chunk.rows, found.pairs, pair_names(found.pairs, chunk.rollouts, chunk.rows))
             self._paired.add(chunk.rows)
@@ -84,16 +80,11 @@ class Scoring:
         return rewards.score(rollouts, where=_in_chunk) if self._in_chunks else rewards.score(rollouts)
 
     def finish(self) -> None:
-        """``raw_scores`` [B] unless they are known, then N pairs; all chunks have been asked about."""
+        """The step's pairs; all chunks have been asked about."""
         run, source, collected, rollouts = self._run, self._source, self._collected, self._collected.rollouts
         assert rollouts is not None  # the stage before has ended
-        known = collected.raw_scores
-        if known is None:
-            self._gather_scores(rollouts)
-        if collected.table is not None and collected.table.shape[1] == len(source.rewards.terms):
-            # Steps come here in their order: a running scale has seen all before this one.
-            sums, collected.running = source.scales.add(collected.table)
-            collected.raw_scores = known if known is not None else sums
+        if self._in_chunks:
+            self._settle_scores()
         if self._asks_judge:
             self._gather_verdicts(rollouts)
         collected.failed += run.state.all_failed_scores - self._failed_before
@@ -141,11 +132,23 @@ class Scoring:
         self._counts.add(counts)
         return found
 
+    def _settle_scores(self) -> None:
+        """``raw_scores`` [B] unless they are known, and ``table``."""
+        collected, source = self._collected, self._source
+        assert collected.rollouts is not None
+        known = collected.raw_scores
+        if known is None:
+            self._gather_scores(collected.rollouts)
+        if collected.table is not None and collected.table.shape[1] == len(source.rewards.terms):
+            # Steps come here in their order: a running scale has seen all before this one.
+            sums, collected.running = source.scales.add(collected.table)
+            collected.raw_scores = known if known is not None else sums
+
     def _gather_scores(self, rollouts: Rollouts) -> None:
         """``table`` [B, S], ``extra`` and the metrics that reward functions logged."""
         collected = self._collected
         where = CompletionRows(rollouts)
-        parts = [(where.of(said.rows), said.scores) for said in self._said if said.scores is not None]
+        parts = [(where.of(prompts), scores) for prompts, scores in self._scores]
         if not self._in_chunks:
             found = parts[0][1]
             collected.table, collected.extra = found.table, found.extra
@@ -171,12 +174,11 @@ class Scoring:
     def _gather_verdicts(self, rollouts: Rollouts) -> None:
         """``comparisons`` of rows of the step, and ``judge/*``."""
         first, second, probability, where = [], [], [], CompletionRows(rollouts)
-        for said in self._said:
-            assert said.comparisons is not None
-            rows = where.of(said.rows)
-            first.append(rows[said.comparisons.first])
-            second.append(rows[said.comparisons.second])
-            probability.append(said.comparisons.probability)
+        for prompts, found in self._verdicts:
+            rows = where.of(prompts)
+            first.append(rows[found.first])
+            second.append(rows[found.second])
+            probability.append(found.probability)
         self._collected.comparisons = Comparisons(
             first=torch.cat(first), second=torch.cat(second), probability=torch.cat(probability)
         )
