@@ -128,9 +128,10 @@ def run_ours(gate: Gate, side: Ours, folder: Path) -> None:
 
         fix_lengths(side.work, gate)
     else:
+        from workers import crew
         from workers import launch as launcher  # type: ignore[no-redef]
 
-        launcher.WORKERS["infer"] = FixedLengthWorker  # type: ignore[attr-defined]
+        crew.WORKERS["infer"] = FixedLengthWorker
     start.Clock = partial(GatedClock, gate)  # type: ignore[misc, assignment]
     if config.rollout.lookahead:
         drain_at_turns(gate)
@@ -215,10 +216,10 @@ def fix_lengths(work: Work, gate: Gate | None = None) -> None:
 class FixedLengthWorker(RolloutWorker):
     """The rollout worker with completions of given lengths, by either engine."""
 
-    def build(self, config: Any, master: tuple[str, int]) -> None:
+    def build(self, config: Any, master: tuple[str, int], again: bool = False) -> None:
         values = json.loads(os.environ[SPEC])
         fix_lengths(Work(**{**values, "workloads": tuple(values["workloads"])}))
-        super().build(config, master)
+        super().build(config, master, again)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
