@@ -113,7 +113,7 @@ class Step:
         seen = SeenLengths()
         if known != NONE:
             seen.add(rollouts(self.prompts, self.last if known == HISTORY else self.now))
-        return seen.work(self.prompts, [], self.now.shape[1])
+        return seen.work(self.prompts, self.now.shape[1])
 
     def shares(self, name: str, slots: int) -> Shares:
         if name == TODAY:
@@ -363,7 +363,7 @@ def costs(repeats: int) -> dict[str, float]:
     done = rollouts(replace(batch, row_ids=rows), draw.integers(1, 256, (4096, 2)))
     seen, every = SeenLengths(), prompt_batch(np.ones(million, dtype=np.int64))
     seen.add(rollouts(every, draw.integers(1, 256, (million, 1))))
-    work = seen.work(done.prompts, [done], 2)
+    work = seen.work(done.prompts, 2)
     dealt = deal(work, 64, slots_per_engine=64, samples_per_prompt=2, chunk=64, mode="planned")
     parts = [part_of(done, share) for share in dealt.shares or ()]
     with tempfile.TemporaryDirectory(prefix="rlxf") as scratch:
@@ -374,7 +374,7 @@ def costs(repeats: int) -> dict[str, float]:
                 work, 64, slots_per_engine=64, samples_per_prompt=2, chunk=64, mode="planned"
             ),
             "SeenLengths.add, 4096 of 1,000,000 prompts": lambda: seen.add(done),
-            "SeenLengths.work, the same, a step waits": lambda: seen.work(done.prompts, [done], 2),
+            "SeenLengths.work, the same": lambda: seen.work(done.prompts, 2),
             "SeenLengths.save, 1,000,000 prompts": lambda: seen.save(folder),
             "SeenLengths.load, 1,000,000 prompts": lambda: SeenLengths.load(folder),
             "join, 64 parts, 8192 completions": lambda: join(done.prompts, parts),

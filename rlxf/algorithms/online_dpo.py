@@ -42,8 +42,8 @@ class OnlineDpo:
             ),
             reference_stage(run, self, before=lambda item: _refer(run, item) if run.config.streams else None),
         )
-        size = run.config.actor_rollout.first_rows()
-        return (*stages, _first_mini_batch(run, size)) if run.streams("train") and size is not None else stages
+        size = _first_rows(run) if run.streams("train") else None
+        return stages if size is None else (*stages, _first_mini_batch(run, size))
 
     def record(self, run: Run, collected: Collected) -> None:
         assert collected.scored is not None
@@ -66,34 +66,33 @@ def _online(run: Run) -> Online:
 
 def _sample(run: Run, collected: Collected) -> None:
     """``rollouts``: B = P * K completions, all of them by the weights that the schedule says; in chunks before."""
-    source = _online(run)
+    source, sampling = _online(run), run.training_sampling()
     with collected.sampled.made():
         with run.working(collected, "gen"):
             prompts = source.prompts.next_batch(collected.step)  # P prompts
             collected.metrics = data_metrics(source, collected.step)
-            dispatch = _dispatch(run, source, prompts)
-            collected.chunks = dispatch.chunks
-            num_samples = None if run.config.engine == "replay" else run.training_sampling().num_samples
-            gathered = Gathered(prompts, dispatch.chunks, num_samples=num_samples)
-            for part in source.rollout.sample(prompts, run.training_sampling(), dispatch):
+            num_slots = source.rollout.num_slots(sampling) or len(prompts) * sampling.num_samples
+            dispatch = _dispatch(run, source, prompts, num_slots)
+            collected.chunks = dispatch.chunks if run.config.streams else ()
+            num_samples = None if run.config.engine == "replay" else sampling.num_samples
+            gathered = Gathered(prompts, collected.chunks, num_samples=num_samples)
+            for part in source.rollout.sample(prompts, sampling, dispatch):
                 _require_version(run, part, collected)
                 for chunk in gathered.add(part):
                     collected.sampled.put(chunk)
             rollouts = gathered.whole()
         source.lengths.add(rollouts)
-        num_slots = source.rollout.num_slots(run.training_sampling()) or len(rollouts)
         collected.metrics |= tail_metrics(rollouts, num_engines=source.rollout.num_engines, num_slots=num_slots)
         collected.rollouts = rollouts
 
 
-def _dispatch(run: Run, source: Online, prompts: PromptBatch) -> Dispatch:
+def _dispatch(run: Run, source: Online, prompts: PromptBatch, num_slots: int) -> Dispatch:
     """Which engine samples which prompts, and which move on together. Steps are sampled in their order."""
-    rollout, sampling = run.config.rollout, run.training_sampling()
-    num_samples = sampling.num_samples
+    rollout, num_samples = run.config.rollout, run.config.actor_rollout.n_samples_per_prompt
     return deal(
-        source.lengths.work(prompts, (), num_samples),
+        source.lengths.work(prompts, num_samples),
         source.rollout.num_engines,
-        slots_per_engine=source.rollout.num_slots(sampling) or len(prompts) * num_samples,
+        slots_per_engine=num_slots,
         samples_per_prompt=num_samples,
         chunk=rollout.stream_prompts,
         mode=rollout.dispatch,
@@ -177,6 +176,16 @@ def _in_order(answers: list[ReferredChunk], names: Tensor) -> PairValues:
         chosen=torch.cat([chunk.reference.chosen for chunk in answers])[index],
         rejected=torch.cat([chunk.reference.rejected for chunk in answers])[index],
     )
+
+
+def _first_rows(run: Run) -> int | None:
+    """Pairs of a step's first optimizer step; None: they are all its pairs, or drawn from all of them."""
+    config, algorithm = run.config, run.config.algorithm
+    samples = config.actor_rollout.n_samples_per_prompt
+    most = samples * (samples - 1) // 2 if algorithm.pairing in ("all", "threshold") else 1  # of one prompt
+    most = min(most, algorithm.max_pairs_per_prompt or most)
+    size = config.actor_rollout.first_rows()
+    return size if size is not None and size < most * config.training.global_batch_size else None
 
 
 def _first_mini_batch(run: Run, size: int) -> Stage[Collected]:

@@ -289,15 +289,14 @@ class ActorConfig(RoleConfig, DataConfig, SamplingConfig, LossConfig, OptimizerC
     inference_tensor_model_parallel_size: Positive = 1
     """Number of devices of one rollout engine."""
 
-    def first_rows(self, num_rows: int | None = None) -> int | None:
-        """Rows of a driver step's first optimizer step, which are the step's first; None: ``shuffle_minibatch``.
+    def first_rows(self) -> int | None:
+        """Rows of a driver step's first optimizer step, which are the step's first ones, if it has as many.
 
-        ``num_rows``: of the whole step; None: not known yet, and at least as many as the result.
+        None: ``shuffle_minibatch`` draws them.
         """
         if self.shuffle_minibatch:
             return None
-        size = self.ppo_mini_batch_size * (self.num_gpus_for_train // self.devices_per_replica)
-        return size if num_rows is None else min(size, num_rows)
+        return self.ppo_mini_batch_size * (self.num_gpus_for_train // self.devices_per_replica)
 
 
 class ReferenceConfig(RoleConfig):

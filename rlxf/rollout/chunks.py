@@ -32,7 +32,7 @@ class Gathered:
 
     Args:
         prompts: of the step.
-        chunks: rows of the prompts of each chunk; every prompt is in one.
+        chunks: rows of the prompts of each chunk; every prompt is in one, or there is none.
         num_samples: completions of each prompt; None: of a recording, whose prompts may have different numbers.
     """
 
@@ -60,10 +60,11 @@ class Gathered:
             if row in self._found:
                 raise ShapeError(f"the prompt at position {position} was sampled twice")
             self._found[row] = len(self._parts), inside
-            number = self._chunk_of[row]
-            self._missing[number] -= 1
-            if not self._missing[number]:
-                whole.append(number)
+            number = self._chunk_of.get(row)
+            if number is not None:
+                self._missing[number] -= 1
+                if not self._missing[number]:
+                    whole.append(number)
         self._parts.append(part)
         return [Chunk(rows=self._chunks[number], rollouts=self._rollouts(number)) for number in sorted(whole)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +41,10 @@ class SeenLengths:
         self._sums = (0, 0)  # tokens and completions of all rows
 
     def add(self, rollouts: Rollouts) -> None:
-        """Note the completions of a complete step: they take the place of what its prompts gave before."""
+        """Note the completions of a step: they take the place of what its prompts gave before."""
         self._put(_totals(rollouts))
 
-    def work(self, prompts: PromptBatch, waiting: Sequence[Rollouts], num_samples: int) -> list[float]:
+    def work(self, prompts: PromptBatch, num_samples: int) -> list[float]:
         """Tokens that sampling each prompt is expected to cost: its own, and those of ``num_samples`` completions.
 
         A completion is expected to be as long as the mean of the prompt's newest ones. Of a prompt that was not sampled
@@ -54,20 +53,11 @@ class SeenLengths:
 
         Args:
             prompts: of the step that is to be sampled.
-            waiting: steps that were sampled and not added yet, oldest first. They count as if they were added.
             num_samples: completions of each prompt.
         """
-        newest = _newest([_totals(rollouts) for rollouts in waiting])
-        rows, own = prompts.row_ids.numpy(), prompts.prompts.lengths.numpy().astype(np.float64)
-        tokens, counts = self._look_up(rows)
-        if len(newest.rows):
-            places = np.searchsorted(newest.rows, rows).clip(max=len(newest.rows) - 1)
-            found = newest.rows[places] == rows
-            tokens, counts = (
-                np.where(found, newest.tokens[places], tokens),
-                np.where(found, newest.counts[places], counts),
-            )
-        expected = np.where(counts > 0, tokens / np.maximum(counts, 1), self._unseen(newest, own))
+        own = prompts.prompts.lengths.numpy().astype(np.float64)
+        tokens, counts = self._look_up(prompts.row_ids.numpy())
+        expected = np.where(counts > 0, tokens / np.maximum(counts, 1), self._unseen(own))
         return [float(each) for each in own + num_samples * expected]
 
     def save(self, folder: Path) -> None:
@@ -102,7 +92,8 @@ class SeenLengths:
         self._grow(int(new.rows[-1]) + 1)
         before = self._tokens[new.rows], self._counts[new.rows]
         self._tokens[new.rows], self._counts[new.rows] = new.tokens, new.counts
-        self._sums = _moved(self._sums, new, *before)
+        gained = int(new.tokens.sum() - before[0].sum()), int(new.counts.sum() - before[1].sum())
+        self._sums = self._sums[0] + gained[0], self._sums[1] + gained[1]
 
     def _grow(self, size: int) -> None:
         if size > len(self._counts):
@@ -117,9 +108,9 @@ class SeenLengths:
         tokens[inside], counts[inside] = self._tokens[rows[inside]], self._counts[rows[inside]]
         return tokens, counts
 
-    def _unseen(self, newest: _Totals, own: NDArray[np.float64]) -> float:
+    def _unseen(self, own: NDArray[np.float64]) -> float:
         """What a completion of a prompt that was not sampled yet is expected to have."""
-        tokens, counts = _moved(self._sums, newest, *self._look_up(newest.rows))
+        tokens, counts = self._sums
         if counts:
             return tokens / counts
         return float(own.mean()) if len(own) else 0.0
@@ -130,22 +121,6 @@ def _totals(rollouts: Rollouts) -> _Totals:
     tokens = np.zeros(len(rows), dtype=np.int64)
     np.add.at(tokens, place, rollouts.sequences.completion_lengths.numpy())
     return _Totals(rows, tokens, np.bincount(place, minlength=len(rows)))
-
-
-def _newest(steps: Sequence[_Totals]) -> _Totals:
-    """Several steps, oldest first, as one: of a row in more than one of them, the newest."""
-    if not steps:
-        return _Totals(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
-    rows, tokens, counts = (
-        np.concatenate([getattr(step, name) for step in reversed(steps)]) for name in ("rows", "tokens", "counts")
-    )
-    kept, first = np.unique(rows, return_index=True)
-    return _Totals(kept, tokens[first], counts[first])
-
-
-def _moved(sums: tuple[int, int], new: _Totals, tokens: Integers, counts: NDArray[np.int32]) -> tuple[int, int]:
-    """Tokens and completions of all rows when ``new`` takes the place of ``tokens`` and ``counts`` of its rows."""
-    return sums[0] + int(new.tokens.sum() - tokens.sum()), sums[1] + int(new.counts.sum() - counts.sum())
 
 
 def _checked(found: _Totals) -> _Totals:

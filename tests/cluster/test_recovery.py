@@ -36,13 +36,18 @@ TWO_ENGINES = ("resource_pool.actor_rollout=3", "actor_rollout.num_gpus_for_infe
 @pytest.fixture(scope="module")
 def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The run without a fault, made once; with two engines on Ray."""
-    folder, made = tmp_path_factory.mktemp("undisturbed"), dict[tuple[str, ...], Path]()
+    return made_once(recipe, tmp_path_factory.mktemp("undisturbed"), COMMON)
+
+
+def made_once(recipe: Recipe, folder: Path, common: Sequence[str]) -> Callable[..., Path]:
+    """Runs without a fault: with two engines on Ray, else in one process."""
+    made = dict[tuple[str, ...], Path]()
 
     def found(*overrides: str) -> Path:
         if overrides not in made:
             run_dir = folder / f"run{len(made)}"
             runtime = () if any("resource_pool" in key for key in overrides) else ("runtime=local",)
-            succeed(recipe.run(run_dir, *COMMON, *overrides, *runtime))
+            succeed(recipe.run(run_dir, *common, *overrides, *runtime))
             assert not (run_dir / "events.jsonl").exists()
             made[overrides] = run_dir
         return made[overrides]

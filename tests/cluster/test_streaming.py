@@ -10,8 +10,7 @@ import pytest
 from rlxf.observe.formulas import read_jsonl
 from tests.cluster.conftest import Recipe
 from tests.cluster.faults import Fault
-from tests.cluster.test_launch import succeed
-from tests.cluster.test_recovery import COMMON, TWO_ENGINES, assert_same, events, faulty
+from tests.cluster.test_recovery import COMMON, TWO_ENGINES, assert_same, events, faulty, made_once
 
 pytestmark = pytest.mark.cluster
 
@@ -22,16 +21,7 @@ CHUNKS = (*COMMON, "rollout.stream_prompts=1", "actor_rollout.ppo_mini_batch_siz
 @pytest.fixture(scope="module")
 def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The run without a fault, in one process, made once."""
-    folder, made = tmp_path_factory.mktemp("undisturbed"), dict[tuple[str, ...], Path]()
-
-    def found(*overrides: str) -> Path:
-        if overrides not in made:
-            run_dir = folder / f"run{len(made)}"
-            succeed(recipe.run(run_dir, *CHUNKS, *overrides, "runtime=local"))
-            made[overrides] = run_dir
-        return made[overrides]
-
-    return found
+    return made_once(recipe, tmp_path_factory.mktemp("undisturbed"), CHUNKS)
 
 
 LATE = (

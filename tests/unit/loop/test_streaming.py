@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlxf.algorithms import ALGORITHMS
 from rlxf.core.types import Pairs, PairValues, Rollouts
 from rlxf.loop.run import Online
 from rlxf.score.combine import RunningScales, Term
@@ -97,26 +99,48 @@ def test_chunks_are_cut_before_sampling_and_not_by_who_is_ready_first(lanes: str
     assert scorer.rows[0] == [2, 3]
 
 
-def test_a_chunk_is_scored_and_referred_while_others_are_sampled() -> None:
-    """Each stage waits for the next one to be done with the part before: without overlap nobody would go on."""
-    scored, referred, missed = threading.Semaphore(0), threading.Semaphore(0), list[str]()
+class Waiting(Trace):
+    """The engine waits with some prompts of a step until something else has happened.
 
-    class Scorer(TokenCounter):
+    Args:
+        before: which prompt of a step, counted from 1, waits.
+        events: what has to happen for each of them, once.
+    """
+
+    def __init__(self, before: Callable[[int], bool], *events: threading.Semaphore) -> None:
+        super().__init__()
+        self._before, self._events = before, events
+        self._number = 0
+        self.missed = 0
+        self.prepared = threading.Semaphore(0)
+
+    def append(self, name: str) -> None:
+        if name == "rollout":
+            self._number = 0
+        if name == "part":
+            self._number += 1
+            if self._before(self._number):
+                self.missed += not all(event.acquire(timeout=DEADLINE_S) for event in self._events or (self.prepared,))
+        if name == "prepare":
+            self.prepared.release()
+        super().append(name)
+
+
+class NoTies(TokenCounter):
+    """Each prompt has a pair."""
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        return torch.arange(len(rollouts)).float()
+
+
+def test_a_chunk_is_scored_and_referred_while_others_are_sampled() -> None:
+    """Each prompt is sampled when the one before is scored and referred: without overlap nobody would go on."""
+    scored, referred = threading.Semaphore(0), threading.Semaphore(0)
+
+    class Scorer(NoTies):
         def score(self, rollouts: Rollouts) -> Tensor:
             scored.release()
-            return torch.arange(len(rollouts)).float()  # no ties: each chunk has a pair
-
-    class Handshake(Trace):
-        parts = 0
-
-        def append(self, name: str) -> None:
-            if name == "rollout":
-                self.parts = 0
-            if name == "part":
-                self.parts += 1
-                if self.parts > 1 and not (scored.acquire(timeout=DEADLINE_S) and referred.acquire(timeout=DEADLINE_S)):
-                    missed.append(name)
-            super().append(name)
+            return super().score(rollouts)
 
     class Reference:
         def logps(self, pairs: Pairs) -> PairValues:
@@ -124,41 +148,31 @@ def test_a_chunk_is_scored_and_referred_while_others_are_sampled() -> None:
             referred.release()
             return found
 
-    small = start(streamed(1, training__train_iters=2), lanes="threads", trace=Handshake())
+    trace = Waiting(lambda number: number > 1, scored, referred)
+    small = start(streamed(1, training__train_iters=2), lanes="threads", trace=trace)
     with_scorer(small, Scorer(small.trace))
     small.run = replace(small.run, reference=Reference())  # type: ignore[arg-type]
     finish(small)
-    assert not missed
+    assert not trace.missed
 
 
 def test_the_first_mini_batch_is_prepared_while_the_last_prompt_is_sampled() -> None:
-    """The engine waits with each step's last prompt until the actor has been given the pairs of the first two."""
-    prepared, missed = threading.Semaphore(0), list[str]()
-
-    class Handshake(Trace):
-        parts = 0
-
-        def append(self, name: str) -> None:
-            if name == "rollout":
-                self.parts = 0
-            if name == "part":
-                self.parts += 1
-                if self.parts == SIZE and not prepared.acquire(timeout=DEADLINE_S):
-                    missed.append(name)
-            if name == "prepare":
-                prepared.release()
-            super().append(name)
-
-    class NoTies(TokenCounter):
-        def score(self, rollouts: Rollouts) -> Tensor:
-            return torch.arange(len(rollouts)).float()
-
+    """The last prompt of each step waits until the actor has been given the pairs of the first two."""
+    trace = Waiting(lambda number: number == SIZE)
     config = streamed(1, training__train_iters=2, actor_rollout__ppo_mini_batch_size=2)
-    small = start(config, lanes="threads", trace=Handshake())
+    small = start(config, lanes="threads", trace=trace)
     small.engine.next_prompt = 0
     finish(with_scorer(small, NoTies(small.trace)))
-    assert not missed
+    assert not trace.missed
     assert small.trace.count("prepare") == small.trace.count("update") == 2
+
+
+@pytest.mark.parametrize(("pairing", "size", "early"), [("best_worst", 3, 1), ("best_worst", 4, 0), ("all", 4, 1)])
+def test_nothing_is_prepared_where_the_first_mini_batch_is_the_whole_step(pairing: str, size: int, early: int) -> None:
+    """With three samples of each of four prompts ``all`` gives twelve pairs."""
+    config = streamed(1, actor_rollout__ppo_mini_batch_size=size, algorithm__pairing=pairing)
+    algorithm = ALGORITHMS["ray_online_dpo"]
+    assert [stage.name for stage in algorithm.stages(start(config).run)].count("first") == early
 
 
 @pytest.mark.parametrize("term", [{"scale": "batch"}, {"scale": "running"}, {"scale": "rank"}, {"whole_step": True}])

@@ -45,29 +45,21 @@ def test_a_prompt_is_expected_to_give_what_it_gave_last() -> None:
     seen = SeenLengths()
     seen.add(sampled([(4, [10, 20]), (1, [1, 3])]))
     seen.add(sampled([(4, [6, 8])]))
-    assert seen.work(prompts({4: 5, 1: 5, 9: 100}), [], 3) == [5 + 3 * 7, 5 + 3 * 2, 100 + 3 * 4.5]
+    assert seen.work(prompts({4: 5, 1: 5, 9: 100}), 3) == [5 + 3 * 7, 5 + 3 * 2, 100 + 3 * 4.5]
 
 
 def test_while_nothing_is_known_an_answer_is_as_long_as_the_mean_prompt() -> None:
     seen = SeenLengths()
-    assert seen.work(prompts({0: 10, 1: 30}), [], 2) == [10 + 2 * 20, 30 + 2 * 20]
-    assert seen.work(prompts({}), [], 2) == []
+    assert seen.work(prompts({0: 10, 1: 30}), 2) == [10 + 2 * 20, 30 + 2 * 20]
+    assert seen.work(prompts({}), 2) == []
     seen.add(sampled([]))
-    assert seen.work(prompts({0: 10}), [], 2) == [30]
+    assert seen.work(prompts({0: 10}), 2) == [30]
 
 
 def test_a_prompt_that_comes_twice_in_a_step_counts_with_all_its_answers() -> None:
     seen = SeenLengths()
     seen.add(sampled([(3, [1, 2]), (3, [3, 6])]))
-    assert seen.work(prompts([(3, 1), (3, 2), (8, 0)]), [], 1) == [1 + 3, 2 + 3, 3]
-
-
-def test_of_steps_that_wait_the_newest_counts_and_the_table_stays_as_it_is() -> None:
-    seen = SeenLengths()
-    seen.add(sampled([(0, [8]), (1, [2])]))
-    waiting = [sampled([(0, [4]), (5, [10])]), sampled([(0, [6])])]
-    assert seen.work(prompts({0: 0, 1: 0, 5: 0, 6: 0}), waiting, 1) == [6, 2, 10, 18 / 3]
-    assert seen.work(prompts({0: 0, 1: 0, 5: 0, 6: 0}), [], 1) == [8, 2, 5, 5]
+    assert seen.work(prompts([(3, 1), (3, 2), (8, 0)]), 1) == [1 + 3, 2 + 3, 3]
 
 
 STEP = st.lists(st.tuples(st.integers(0, 12), st.lists(st.integers(0, 50), min_size=1, max_size=3)), max_size=6)
@@ -89,10 +81,9 @@ def test_a_resumed_run_expects_exactly_what_the_undisturbed_one_does(
         saved.add(each)
     saved.save(folder)
     resumed, asked = SeenLengths.load(folder), prompts({row: row % 5 + 1 for row in range(14)})
-    assert resumed.work(asked, rollouts[complete:], 3) == undisturbed.work(asked, [], 3)  # to the last bit
     for each in rollouts[complete:]:
         resumed.add(each)
-    assert resumed.work(asked, [], 3) == undisturbed.work(asked, [], 3)
+    assert resumed.work(asked, 3) == undisturbed.work(asked, 3)  # to the last bit
     both = [tmp_path_factory.mktemp("checkpoint") for _ in range(2)]
     undisturbed.save(both[0])
     resumed.save(both[1])
@@ -103,7 +94,7 @@ def test_a_resumed_run_expects_exactly_what_the_undisturbed_one_does(
 def test_a_file_holds_the_rows_that_were_seen_and_no_file_none(tmp_path: Path) -> None:
     SeenLengths().save(tmp_path)
     assert not list(tmp_path.iterdir())
-    assert SeenLengths.load(tmp_path).work(prompts({0: 4}), [], 1) == [8]
+    assert SeenLengths.load(tmp_path).work(prompts({0: 4}), 1) == [8]
     seen = SeenLengths()
     seen.add(sampled([(1_000_000, [3, 4]), (7, [1])]))
     seen.save(tmp_path)
@@ -142,6 +133,6 @@ def test_a_million_prompts_cost_a_step_little() -> None:
     for _ in range(5):
         begin = time.process_time()
         seen.add(batch)
-        seen.work(batch.prompts, [batch, batch], 2)
+        seen.work(batch.prompts, 2)
         seconds.append(time.process_time() - begin)
     assert min(seconds) < 0.01  # 1 ms on a quiet core
