@@ -140,13 +140,11 @@ class WholeSession:
     Args:
         generate: the engine's; it is called by ``advance``.
         sampling: of every prompt.
-        num_slots: completions that the engine decodes at the same time at most; None: all that were added.
     """
 
-    def __init__(
-        self, generate: Callable[[PromptBatch, Sampling], Rollouts], sampling: Sampling, *, num_slots: int | None = None
-    ) -> None:
-        self.num_slots = num_slots
+    num_slots = None  # all that were added
+
+    def __init__(self, generate: Callable[[PromptBatch, Sampling], Rollouts], sampling: Sampling) -> None:
         self._generate, self._sampling = generate, sampling
         self._waiting = deque[PromptBatch]()
         self._open = True
