@@ -143,7 +143,7 @@ def test_waiting_ends_when_all_nodes_have_joined(
     """A node that has died does not count."""
     (tmp_path / "ray.py").write_text(COUNTS.replace("LATE", str(late)))
     python = spaced / ".venv" / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec "{sys.executable}" "$@"\n')
     script, home = spaced / "scripts" / "cluster_up.sh", str(spaced.parent / "home")
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"

@@ -51,7 +51,10 @@ def verified(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
     if verify is None:
         pytest.skip("systemd-analyze is not installed")
     file = folder / "rlxf.service"
-    text = text.replace("/opt/rlxf/.venv/bin/python", sys.executable).replace("/opt/rlxf", str(ROOT))
+    python, checkout = folder / "python", folder / "rlxf"  # names without the spaces that the real ones may have
+    python.symlink_to(sys.executable)
+    checkout.symlink_to(ROOT)
+    text = text.replace("/opt/rlxf/.venv/bin/python", str(python)).replace("/opt/rlxf", str(checkout))
     file.write_text(text.replace("User=rlxf", f"User={os.getuid()}"))
     return run(verify, "verify", "--man=no", file)
 

@@ -186,7 +186,8 @@ def ray_program(scratch: Path) -> list[str]:
     """`ray`, by a path without spaces, as scripts/cluster_up.sh calls it: Ray's own shell lines do not quote it."""
     if shlex.quote(sys.prefix) == sys.prefix:
         return [str(RAY)]
-    (scratch / "environment").symlink_to(sys.prefix)
+    if not (scratch / "environment").is_symlink():  # the second node
+        (scratch / "environment").symlink_to(sys.prefix)
     return [f"{scratch}/environment/bin/python", f"{scratch}/environment/bin/ray"]
 
 
