@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlxf.core.errors import ShapeError
+from rlxf.core.tensors import to_device
 
 Messages = list[dict[str, str]]
 Text = str | Messages  # a plain prompt, or chat messages with "role" and "content"
@@ -392,7 +393,7 @@ class PairValues:
         return PairValues(chosen=self.chosen[index], rejected=self.rejected[index])
 
     def to(self, device: torch.device) -> PairValues:
-        return PairValues(chosen=self.chosen.to(device), rejected=self.rejected.to(device))
+        return PairValues(chosen=to_device(self.chosen, device), rejected=to_device(self.rejected, device))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

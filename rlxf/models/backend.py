@@ -15,6 +15,7 @@ from torch import Tensor
 from rlxf.config.roles import LoraConfig, RoleConfig
 from rlxf.config.schema import ModelConfig
 from rlxf.core.errors import ConfigError
+from rlxf.core.tensors import to_device
 from rlxf.core.types import Pairs, PairValues, Sequences
 from rlxf.models.batching import MicroBatchLimits, my_batches, pair_groups, shared_prompt_groups
 from rlxf.models.megatron.parallel import ParallelSizes, init_parallel, reduce_over_data_parallel
@@ -235,18 +236,17 @@ def sum_sides(values: Tensor, lengths: Tensor, ld_alpha: float | None = None) ->
     """
     if ld_alpha is None:
         return sum_rows(values, lengths)
-    lengths = lengths.to(values.device)
     shared = torch.minimum(*lengths.chunk(2)).repeat(2)
-    column = torch.arange(len(values), device=values.device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    is_public = column < shared.repeat_interleave(lengths)
+    column = torch.arange(len(values)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    is_public = to_device(column < shared.repeat_interleave(lengths), values.device)
     return sum_rows(torch.where(is_public, values, ld_alpha * values), lengths)
 
 
 def sum_rows(values: Tensor, lengths: Tensor) -> Tensor:
-    """[B] sums of ``values``' consecutive rows of the given lengths."""
-    lengths = lengths.to(values.device)
-    row = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
-    column = torch.arange(len(values), device=values.device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    """[B] sums of ``values``' consecutive rows of the given lengths ([B] int64 on the CPU)."""
+    row = torch.arange(len(lengths)).repeat_interleave(lengths)
+    column = torch.arange(len(values)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    places = to_device(torch.stack([row, column]), values.device)  # made on the host, which knows the lengths
     padded = values.new_zeros(len(lengths), int(lengths.max()))
     # One write per place: deterministic on every device, unlike an atomic scatter-add.
-    return padded.index_put((row, column), values).sum(dim=1)
+    return padded.index_put((places[0], places[1]), values).sum(dim=1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlxf.core.tensors import to_device
 from rlxf.core.types import OnlinePairs, Pairs, PairValues, Sequences
 from rlxf.models.batching import MicroBatchLimits
 
@@ -39,7 +40,7 @@ class Completions:
 
     def of_pairs(self, values: Tensor) -> PairValues:
         """The sides of each pair, of ``values`` ([D]); what flows back to a completion is the sum over its pairs."""
-        chosen, rejected = self.chosen.to(values.device), self.rejected.to(values.device)
+        chosen, rejected = (to_device(rows, values.device) for rows in (self.chosen, self.rejected))
         return PairValues(chosen=values[chosen], rejected=values[rejected])
 
     def of_each(self, values: Tensor, lengths: Tensor) -> Tensor:

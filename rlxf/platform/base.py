@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlxf.platform.attention import AttentionBlocks
+from rlxf.platform.elementwise import Elementwise
 from rlxf.platform.linear import Linear
 
 
@@ -23,6 +25,15 @@ class Process:
     listen_fd: int | None = None  # rank 0: a socket that listens at master_port, so that nobody else can take it
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogitChunks:
+    """How much of a head's logits, [tokens, vocabulary], exists at a time."""
+
+    elements: int = 2**21  # in fp32: 8 MiB, which stays in a CPU's cache
+    rows: int = 1024  # at most
+    columns: int | None = None  # about as many, whatever the rows; None: as many as ``elements`` leaves
+
+
 class Platform(Protocol):
     """One kind of device. Values first, then the few things that must be done differently."""
 
@@ -35,6 +46,8 @@ class Platform(Protocol):
     kv_block_size: int  # tokens per block of the rollout engine's KV cache
     weights_in_host_memory: bool  # of trainer and engine, so that processes of one machine can share them
     linear: Linear  # linear layers, and the products of hand-written backward passes
+    elementwise: Elementwise  # norms, rotations, gates, and the softmax of the head
+    logit_chunks: LogitChunks
 
     def is_available(self) -> bool:
         """Whether this machine has such a device and the software for it."""
@@ -69,17 +82,16 @@ class Platform(Protocol):
         ...
 
     def packed_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, blocks: AttentionBlocks, scale: float
     ) -> Tensor:
         """[T, heads, d] causal attention of packed blocks, aligned at the end of each.
 
         A block's last query sees all keys of the block, the one before all but the last, and so on.
 
         Args:
-            query: [T, heads, d]; block ``i`` has rows ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]``.
-            key, value: [S, kv_heads, d]; block ``i`` has rows ``cu_seqlens_kv[i]`` to ``cu_seqlens_kv[i + 1]``, at
-                least as many as queries.
-            cu_seqlens_q, cu_seqlens_kv: [blocks + 1] int32.
+            query: [T, heads, d].
+            key, value: [S, kv_heads, d].
+            blocks: which rows see which.
             scale: of the scores.
         """
         ...

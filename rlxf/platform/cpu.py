@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import resource
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rlxf.config.kinds import CpuLinear
+from rlxf.platform.attention import AttentionBlocks, attention_by_block
+from rlxf.platform.base import LogitChunks
+from rlxf.platform.elementwise import Elementwise
 from rlxf.platform.linear import cpu_linear
 
 
@@ -26,6 +27,8 @@ class CpuPlatform:
     head_sizes: tuple[int, ...] | None = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
     kv_block_size = 128
     weights_in_host_memory = True
+    elementwise = Elementwise()
+    logit_chunks = LogitChunks()
 
     def __init__(self, linear: CpuLinear = "auto") -> None:
         self.linear = cpu_linear(linear)
@@ -73,29 +76,14 @@ class CpuPlatform:
         return 0
 
     def packed_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, blocks: AttentionBlocks, scale: float
     ) -> Tensor:
         # torch's varlen and nested-tensor attention have no CPU kernel; a loop of SDPA leaves all else packed.
-        queries, keys = ((cu[1:] - cu[:-1]).tolist() for cu in (cu_seqlens_q, cu_seqlens_kv))
         # The fused kernel is twice as slow in half precision, its backward pass above all.
         half = query.dtype in (torch.bfloat16, torch.float16)
         wide = [x.float() if half else x for x in (query, key, value)]
-        pieces = torch.split(wide[0], queries), torch.split(wide[1], keys), torch.split(wide[2], keys)
-        outputs = []
-        for q, k, v in zip(*pieces, strict=True):
-            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-            square = q.size(2) == k.size(2)
-            mask = None if square else _aligned_at_end(q.size(2), k.size(2))
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=square, scale=scale, enable_gqa=True)
-            outputs.append(out.squeeze(0).transpose(0, 1))
-        return torch.cat(outputs).to(query.dtype)
+        return attention_by_block(wide[0], wide[1], wide[2], blocks, scale).to(query.dtype)
 
     def vllm_arguments(self, *, colocated: bool) -> dict[str, Any]:
         # vLLM's own default is this number times the ranks that share the model.
         return {"enforce_eager": True, "max_num_seqs": 256}
-
-
-@functools.lru_cache(maxsize=32)
-def _aligned_at_end(queries: int, keys: int) -> Tensor:
-    """[queries, keys] bool: which keys each query sees."""
-    return torch.ones(queries, keys, dtype=torch.bool).tril(diagonal=keys - queries)

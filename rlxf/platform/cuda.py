@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlxf.platform.attention import AttentionBlocks, attention_by_block
+from rlxf.platform.base import LogitChunks
+from rlxf.platform.compiled import CompiledElementwise
+from rlxf.platform.elementwise import Elementwise
 from rlxf.platform.linear import Linear
 
 
@@ -22,6 +29,8 @@ class CudaPlatform:
     kv_block_size = 16
     weights_in_host_memory = False
     linear = Linear()
+    elementwise: Elementwise = CompiledElementwise()
+    logit_chunks = LogitChunks(elements=2**28, rows=2**13, columns=2**15)  # 1 GiB in fp32
 
     def is_available(self) -> bool:
         return torch.cuda.is_available()
@@ -63,26 +72,34 @@ class CudaPlatform:
         return int(torch.cuda.mem_get_info()[1])
 
     def packed_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, blocks: AttentionBlocks, scale: float
     ) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        longest_q, longest_kv = (int((cu[1:] - cu[:-1]).max()) for cu in (cu_seqlens_q, cu_seqlens_kv))
+        if query.dtype not in (torch.bfloat16, torch.float16):  # FlashAttention has no kernels for others
+            return attention_by_block(query, key, value, blocks, scale)
+        longest_q, longest_kv = max(blocks.queries), max(blocks.keys)
         window = (-1, 0)  # causal, aligned at the end: everything before, nothing after
-        out = varlen_attn(
+        out = varlen_attention()(
             query,
             key,
             value,
-            cu_seqlens_q,
-            cu_seqlens_kv,
+            blocks.cu_seqlens_q,
+            blocks.cu_seqlens_kv,
             longest_q,
             longest_kv,
             scale=scale,
             window_size=window,
-            enable_gqa=True,
         )
         assert isinstance(out, Tensor)
         return out
 
     def vllm_arguments(self, *, colocated: bool) -> dict[str, Any]:
         return {"enforce_eager": False, "enable_sleep_mode": colocated}
+
+
+@functools.cache
+def varlen_attention() -> Callable[..., Any]:
+    """torch's, for grouped heads: from 2.12 on they must be asked for, before they are taken as they come."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in known else varlen_attn

@@ -7,14 +7,35 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlxf.platform.attention import AttentionBlocks
+from rlxf.platform.base import LogitChunks
+from rlxf.platform.elementwise import Elementwise
 from rlxf.platform.linear import Linear
 
 _CAUSAL_MASK_SIZE = 2048  # the compressed causal mask that npu_fusion_attention expects with sparse_mode 3
+
+
+class NpuElementwise(Elementwise):
+    """Norm, rotation and gate by one kernel each, with its own backward. Not yet run on hardware."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out: Tensor = _torch_npu().npu_rms_norm(x, weight, epsilon=eps)[0]
+        return out
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        # Layout SBND with a batch of 1; the angles are S11D.
+        out: Tensor = _torch_npu().npu_rotary_mul(x.unsqueeze(1), cos.unsqueeze(1), sin.unsqueeze(1))
+        return out.squeeze(1)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        out: Tensor = _torch_npu().npu_swiglu(x, dim=-1)
+        return out
 
 
 class NpuPlatform:
@@ -29,6 +50,8 @@ class NpuPlatform:
     kv_block_size = 128
     weights_in_host_memory = False
     linear = Linear()
+    elementwise: Elementwise = NpuElementwise()
+    logit_chunks = LogitChunks(elements=2**27, rows=2**12, columns=2**15)  # 512 MiB in fp32
 
     def is_available(self) -> bool:
         if importlib.util.find_spec("torch_npu") is None:
@@ -81,7 +104,7 @@ class NpuPlatform:
         return int(_torch_npu().npu.mem_get_info()[1])
 
     def packed_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, blocks: AttentionBlocks, scale: float
     ) -> Tensor:
         out: Tensor = _torch_npu().npu_fusion_attention(
             query,
@@ -91,8 +114,8 @@ class NpuPlatform:
             "TND",
             atten_mask=_causal_mask(query.device),
             scale=scale,
-            actual_seq_qlen=cu_seqlens_q[1:].tolist(),
-            actual_seq_kvlen=cu_seqlens_kv[1:].tolist(),
+            actual_seq_qlen=list(accumulate(blocks.queries)),
+            actual_seq_kvlen=list(accumulate(blocks.keys)),
             sparse_mode=3,  # causal, aligned at the end
         )[0]
         return out

@@ -23,6 +23,7 @@ from transformers import (
 
 from rlxf.core.progress import progress
 from rlxf.models.stop_strings import StopStrings
+from rlxf.platform.attention import AttentionBlocks
 from rlxf.platform.base import Platform
 from rlxf.rollout.engine import Completion, Sampling
 from rlxf.rollout.hf_decoder import Decoder
@@ -218,7 +219,9 @@ def _prefill(
         of_row = torch.arange(len(rows), device=device).repeat_interleave(lengths[mine])  # an entry per row and token
         inside = torch.arange(len(of_row), device=device) - (lengths[mine].cumsum(0) - lengths[mine])[of_row]
         columns, places = (cache.used - lengths[mine])[of_row] + inside, bounds[mine][of_row] + inside
-        attend = _PromptAttention(cache, platform, bounds.int(), rows[of_row], columns, places)
+        sizes = [len(prompt) for prompt in part]
+        blocks = AttentionBlocks.of(sizes, sizes, device)
+        attend = _PromptAttention(cache, platform, blocks, rows[of_row], columns, places)
         tokens = torch.tensor([token for prompt in part for token in prompt], device=device)
         positions = torch.arange(len(tokens), device=device) - bounds[:-1].repeat_interleave(lengths)
         logits.append(decoder.logits(decoder.hidden_states(tokens, positions, attend)[bounds[1:] - 1]))
@@ -229,14 +232,20 @@ class _PromptAttention:
     """Attention inside prompts that lie end to end; token ``places[i]`` also goes to ``rows[i], columns[i]``."""
 
     def __init__(
-        self, cache: KeyValueCache, platform: Platform, bounds: Tensor, rows: Tensor, columns: Tensor, places: Tensor
+        self,
+        cache: KeyValueCache,
+        platform: Platform,
+        blocks: AttentionBlocks,
+        rows: Tensor,
+        columns: Tensor,
+        places: Tensor,
     ) -> None:
-        self._cache, self._attention, self._bounds = cache, platform.packed_attention, bounds
+        self._cache, self._attention, self._blocks = cache, platform.packed_attention, blocks
         self._rows, self._columns, self._places = rows, columns, places
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self._cache.put_prompts(layer, self._rows, self._columns, key[self._places], value[self._places])
-        return self._attention(query, key, value, self._bounds, self._bounds, scale)
+        return self._attention(query, key, value, self._blocks, scale)
 
 
 def _parts(prompts: list[tuple[int, ...]]) -> Iterator[tuple[int, list[tuple[int, ...]]]]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlxf.core.tensors import to_device
 from rlxf.core.types import PairValues
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
@@ -277,7 +278,11 @@ class WeightedLoss:
             mean_chosen_length: mean over the chosen sides of the whole mini-batch, by the weights of the pairs.
             margin: [N] how much better chosen is by its score; None where nothing says so.
         """
-        chosen, rejected = lengths.to(actor.chosen).chunk(2)
+        device, dtype = actor.chosen.device, actor.chosen.dtype
+        chosen, rejected = to_device(lengths.to(dtype), device).chunk(2)
+        offset = None
+        if self.margin_weight and margin is not None:
+            offset = self.margin_weight * to_device(margin.to(dtype), device)
         inputs = LossInputs(
             actor=actor,
             reference=reference,
@@ -285,7 +290,7 @@ class WeightedLoss:
             rejected_lengths=rejected,
             mean_chosen_length=mean_chosen_length,
             settings=self.settings,
-            offset=self.margin_weight * margin.to(actor.chosen) if self.margin_weight and margin is not None else None,
+            offset=offset,
         )
         total = torch.zeros_like(actor.chosen)
         for name, weight in zip(self.names, self.weights, strict=True):

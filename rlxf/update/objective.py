@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from rlxf.models.megatron.packing import Packed
 
 MOMENTS = "moments/"  # prefix of the metrics of an evaluation from which standard errors are computed
-Loss = tuple[Tensor, Tensor, Tensor]  # summed loss, number of items in the sum, and the report on the CPU
+# The report on the CPU. It is asked for after all passes of an optimizer step, so that the host waits once.
+Report = Callable[[], Tensor]
+Loss = tuple[Tensor, Tensor, Report]  # summed loss, and number of items in the sum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +93,7 @@ class ObjectiveContext:
         """The number of items, by which gradients are divided. Only one of the context-parallel ranks counts them."""
         layout = self.model.layout
         counts = counted and layout.cp_rank == 0
-        return torch.tensor(number if counts else 0, dtype=torch.int, device=layout.device)
+        return torch.full((), number if counts else 0, dtype=torch.int, device=layout.device)  # no copy to wait for
 
 
 def moments(losses: Tensor, counts: Tensor) -> Metrics:

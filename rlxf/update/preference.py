@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from rlxf.config.roles import LossConfig
 from rlxf.core.errors import ShapeError
+from rlxf.core.tensors import to_device
 from rlxf.core.types import Metrics, OnlinePairs, Pairs, PairValues, ReferencedPairs
 from rlxf.models.backend import log_alignment, pair_logps, pair_wpo_weights, side_sums, wpo_weights
-from rlxf.models.sharing import completions_of, pair_units
+from rlxf.models.sharing import Completions, completions_of, pair_units
 from rlxf.update.losses import LossSettings, WeightedLoss, gradients
 from rlxf.update.objective import Loss, MicroBatch, MiniBatch, ObjectiveContext, moments, report
 from rlxf.update.off_policy import SUMS, off_policy_metrics, off_policy_sums
@@ -118,7 +120,6 @@ class PreferenceObjective:
         context, pairs = self._context, part.pairs
         completions = completions_of(pairs)
         sequences, weights = completions.sequences, _weights(pairs)
-        counts = completions.weights(weights)  # a completion counts as much as its pairs
         engine = None
         if first_pass and isinstance(pairs, OnlinePairs) and counted:
             engine = completions.of_each(pairs.all_engine_logps(), _lengths(pairs))
@@ -137,15 +138,42 @@ class PreferenceObjective:
             if self._weighs:
                 alignment = log_alignment(context.model, hidden, packed, token_logps)
                 values = values * wpo_weights(completions.of_pairs(alignment))
-            log_ratios = None if engine is None else token_logps.detach().cpu().double() - engine
-            difference, times = _difference(log_ratios, counts.repeat_interleave(sequences.completion_lengths))
-            columns = [*self._columns(part, values, actor), times * difference, times]
-            off_policy = off_policy_sums(log_ratios, sequences.completion_lengths, counts)
-            found = report(columns, [_largest(difference), self._beta(part)], counted, off_policy)
-            share = (scale * weights).to(values) if counted else torch.zeros_like(values)
+            seen = [tensor.detach() for tensor in (values, actor.chosen, actor.rejected, token_logps)]
+            share = torch.zeros_like(values)
+            if counted:
+                share = to_device((scale * weights).to(values.dtype), values.device)
+            found = partial(self._report, part, completions, seen, engine, counted)
             return (share * values).sum(), context.count(len(part), counted), found
 
         return MicroBatch(packed=packed, loss=loss)
+
+    def _report(
+        self,
+        part: ReferencedPairs,
+        completions: Completions,
+        seen: Sequence[Tensor],
+        engine: Tensor | None,
+        counted: bool,
+    ) -> Tensor:
+        """Of a micro-batch.
+
+        Args:
+            part: its pairs.
+            completions: of them.
+            seen: losses ([n]), log-probs of the chosen and of the rejected sides ([n]), and those of all tokens.
+            engine: [tokens] float32 log-probs of the sampling engine; None: unknown, or not those of these weights.
+            counted: False for a filler.
+        """
+        whole = torch.cat(list(seen)).cpu()
+        losses, chosen, rejected, logps = torch.split(whole, [len(values) for values in seen])
+        lengths = completions.sequences.completion_lengths
+        counts = completions.weights(_weights(part.pairs))  # a completion counts as much as its pairs
+        log_ratios = None if engine is None else logps.double() - engine
+        difference, times = _difference(log_ratios, counts.repeat_interleave(lengths))
+        columns = self._columns(part, losses, PairValues(chosen=chosen, rejected=rejected))
+        off_policy = off_policy_sums(log_ratios, lengths, counts)
+        maxima = [_largest(difference), self._beta(part)]
+        return report([*columns, times * difference, times], maxima, counted, off_policy)
 
     def _losses(self, part: ReferencedPairs, mean_length: float, actor: PairValues) -> Tensor:
         reference = part.reference.to(actor.chosen.device)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlxf.core.tensors import to_device
 from rlxf.core.types import Metrics, RewardPairs, Sequences
 from rlxf.models.backend import pair_scores
 from rlxf.models.batching import pair_groups
@@ -63,16 +66,21 @@ class RewardObjective:
 
         def loss(hidden: Tensor) -> Loss:
             chosen, rejected = context.model.scores(hidden, packed).chunk(2)
-            losses, found = self._report(part, chosen, rejected, counted)
+            losses = self._losses(part, chosen, rejected)
+            found = partial(self._report, losses.detach(), chosen.detach(), rejected.detach(), counted)
             return losses.sum() * (1.0 if counted else 0.0), context.count(len(part), counted), found
 
         return MicroBatch(packed=packed, loss=loss)
 
-    def _report(self, part: RewardPairs, chosen: Tensor, rejected: Tensor, counted: bool) -> tuple[Tensor, Tensor]:
-        losses = bradley_terry_loss(chosen, rejected, part.margin.to(chosen.device), centering=self._centering)
+    def _losses(self, part: RewardPairs, chosen: Tensor, rejected: Tensor) -> Tensor:
+        margin = to_device(part.margin, chosen.device)
+        return bradley_terry_loss(chosen, rejected, margin, centering=self._centering)
+
+    def _report(self, losses: Tensor, chosen: Tensor, rejected: Tensor, counted: bool) -> Tensor:
+        losses, chosen, rejected = torch.stack([losses, chosen, rejected]).cpu()
         means = [losses, (chosen > rejected).float(), chosen - rejected, (chosen + rejected) / 2]
         both = torch.cat([chosen, rejected])
-        return losses, report([torch.ones_like(losses), *means], [both, -both], counted)
+        return report([torch.ones_like(losses), *means], [both, -both], counted)
 
     def metrics(self, sums: Tensor, maxima: Tensor) -> Metrics:
         count, *totals = sums.tolist()
@@ -81,6 +89,7 @@ class RewardObjective:
 
     def evaluate(self, batch: RewardPairs) -> Metrics:
         scores = pair_scores(self._context.model, batch, self._context.limits)
-        losses, found = self._report(batch, scores.chosen, scores.rejected, counted=True)
+        losses = self._losses(batch, scores.chosen, scores.rejected)
+        found = self._report(losses, scores.chosen, scores.rejected, counted=True)
         metrics = self.metrics(found[: len(self.sums)], found[len(self.sums) :])
         return metrics | moments(losses, torch.ones_like(losses))

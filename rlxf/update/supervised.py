@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from rlxf.core.tensors import to_device
 from rlxf.core.types import Examples, Metrics
 from rlxf.models.backend import sum_rows, token_logps
 from rlxf.update.objective import Loss, MicroBatch, MiniBatch, ObjectiveContext, moments, report
@@ -31,7 +34,7 @@ class SupervisedObjective:
     def _micro_batch(self, part: Examples, counted: bool) -> MicroBatch:
         from rlxf.models.megatron.packing import pack_for_logps
 
-        context = self._context
+        context, places = self._context, part.counted.nonzero()[:, 0]
         packed = pack_for_logps(
             part.sequences,
             context.model.layout,
@@ -41,9 +44,9 @@ class SupervisedObjective:
 
         def loss(hidden: Tensor) -> Loss:
             logps = context.model.logps(hidden, packed)  # [completion tokens]
-            losses = -logps[part.counted.to(logps.device)]
+            losses = -logps.index_select(0, to_device(places, logps.device))
             total = losses.sum() * (1.0 if counted else 0.0)
-            found = report([torch.ones_like(losses), losses], [], counted)
+            found = partial(_report, losses.detach(), counted)
             return total, context.count(int(part.counted.sum()), counted), found
 
         return MicroBatch(packed=packed, loss=loss)
@@ -56,3 +59,8 @@ class SupervisedObjective:
         logps = token_logps(self._context.model, batch.sequences, self._context.limits).double()
         losses = sum_rows(-logps * batch.counted, batch.sequences.completion_lengths)  # [N] of whole examples
         return {"loss": -float(logps[batch.counted].mean()), **moments(losses, batch.num_counted)}
+
+
+def _report(losses: Tensor, counted: bool) -> Tensor:
+    losses = losses.cpu()
+    return report([torch.ones_like(losses), losses], [], counted)

@@ -28,10 +28,10 @@ def calls() -> list[tuple[str, ast.Call]]:
     return found
 
 
-def attention_arguments() -> list[str]:
-    """Parameter names of npu_fusion_attention, as the wheel documents its schema."""
+def arguments_of(operation: str) -> list[str]:
+    """Parameter names, as the wheel documents its schema."""
     text = source(TORCH_NPU, "torch_npu/_op_plugin_docs.py")
-    schema = re.search(r"^torch_npu\.npu_fusion_attention\((.*?)\) ->", text, re.MULTILINE)
+    schema = re.search(rf"^torch_npu\.{operation}\((.*?)\) ->", text, re.MULTILINE)
     assert schema is not None
     return [part.split("=")[0].split()[-1] for part in schema.group(1).split(", ") if part != "*"]
 
@@ -49,12 +49,36 @@ def test_device_functions_exist() -> None:
 
 
 def test_attention_arguments_exist() -> None:
-    known = attention_arguments()
+    known = arguments_of("npu_fusion_attention")
     (call,) = [node for name, node in calls() if name == "npu_fusion_attention"]
     positional = [ast.unparse(argument) for argument in call.args]
     assert known[: len(positional)] == ["query", "key", "value", "head_num", "input_layout"]
     assert positional[3:] == ["query.shape[1]", "'TND'"]
     assert {keyword.arg for keyword in call.keywords} <= set(known)
+
+
+@pytest.mark.parametrize(
+    ("operation", "first", "named"),
+    [
+        ("npu_rms_norm", ["self", "gamma"], {"epsilon"}),
+        ("npu_rotary_mul", ["input", "r1", "r2"], set()),
+        ("npu_swiglu", ["self"], {"dim"}),
+    ],
+)
+def test_arguments_of_the_fused_operations_exist(operation: str, first: list[str], named: set[str]) -> None:
+    known = arguments_of(operation)
+    (call,) = [node for name, node in calls() if name == operation]
+    assert known[: len(call.args)] == first
+    assert {keyword.arg for keyword in call.keywords} == named <= set(known)
+
+
+def test_the_rotation_turns_halves_and_takes_angles_for_all_heads() -> None:
+    text = source(TORCH_NPU, "torch_npu/_op_plugin_docs.py").split("npu_rotary_mul(")[1].split('"""')[0]
+    assert "rotary_mode='half'" in text
+    lines = [line.strip() for line in text.splitlines()]
+    half = lines.index("half模式：")
+    assert lines[half + 2 : half + 4] == ["x_new = torch.cat((-x2, x1), dim=-1)", "output = r1 * input + r2 * x_new"]
+    assert "input为SBND: S11D" in text
 
 
 def test_sequence_ends_are_cumulative_without_a_leading_zero() -> None:
@@ -63,7 +87,8 @@ def test_sequence_ends_are_cumulative_without_a_leading_zero() -> None:
     assert "2 2 2 2 2, 则actual_seq_qlen传: 2 4 6 8 10" in text
     platform = Path(rlxf.platform.npu.__file__).read_text()
     assert all(
-        f"actual_seq_{side}len=cu_seqlens_{name}[1:].tolist()" in platform for side, name in (("q", "q"), ("kv", "kv"))
+        f"actual_seq_{side}len=list(accumulate(blocks.{name}))" in platform
+        for side, name in (("q", "queries"), ("kv", "keys"))
     )
 
 

@@ -28,7 +28,7 @@ from rlxf.models.megatron.dist_folder import open_weights
 from rlxf.models.megatron.families import family_of
 from rlxf.models.megatron.hf_config import check_head, rope_frequencies, transformer_config
 from rlxf.models.megatron.lora import exported_parameter
-from rlxf.models.megatron.modules import PackedRotaryEmbedding, block_spec
+from rlxf.models.megatron.modules import block_spec, rotation
 from rlxf.models.megatron.packing import Packed
 from rlxf.models.megatron.parallel import Layout
 from rlxf.models.megatron.weights import Entry, Geometry, entries, load_entries, to_full
@@ -39,15 +39,22 @@ SCORE = "score.weight"  # a reward model's head
 
 
 class HiddenStates(GPTModel):  # type: ignore[misc]
-    """A GPTModel whose last stage gives hidden states: the head is applied to the few rows that need it."""
+    """A GPTModel whose last stage gives hidden states: the head is applied to the few rows that need it.
+
+    ``inverse_frequencies`` ([head_size / 2] float32) of the rotary embedding, which core attention applies.
+    """
+
+    def __init__(self, *, inverse_frequencies: Tensor, **settings: Any) -> None:
+        super().__init__(position_embedding_type="none", **settings)
+        self._inverse_frequencies = inverse_frequencies
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states
 
     def forward(self, packed: Packed) -> Tensor:
         """[T / cp, 1, H] final hidden states, or this stage's output; with sequence parallel [T / tp, 1, H]."""
-        self.rotary_pos_emb.positions = packed.positions
-        hidden: Tensor = super().forward(packed.tokens, None, None, packed_seq_params=packed.parameters())
+        turned = rotation(packed.positions, self._inverse_frequencies, self.config.params_dtype)
+        hidden: Tensor = super().forward(packed.tokens, None, None, packed_seq_params=packed.parameters(turned))
         return hidden
 
     def sharded_state_dict(
@@ -98,7 +105,7 @@ class MegatronModel:
     ) -> None:
         self.folder = Path(folder)
         self.layout = layout
-        self.linear = platform.linear
+        self.platform = platform
         self.dtype = dtype
         self.reward = reward
         self.hf_config = load_hf_config(folder, trust_remote_code=trust_remote_code)
@@ -123,11 +130,10 @@ class MegatronModel:
             max_sequence_length=self.hf_config.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(**place),
             post_process=parallel_state.is_pipeline_last_stage(**place),
-            position_embedding_type="rope",
+            inverse_frequencies=rope_frequencies(self.hf_config).to(self.layout.device),
             share_embeddings_and_output_weights=self.tied,
             vp_stage=stage,
         )
-        gpt.rotary_pos_emb = PackedRotaryEmbedding(rope_frequencies(self.hf_config).to(self.layout.device))
         if self.reward and gpt.post_process:
             del gpt.output_layer
             gpt.score = torch.nn.Parameter(torch.zeros(1, self.config.hidden_size, dtype=self.dtype))
@@ -221,9 +227,16 @@ class MegatronModel:
     def logps(self, hidden: Tensor, packed: Packed) -> Tensor:
         """[packed.num_values] float32 log-probabilities of the targets, from hidden states of the last stage."""
         group = parallel_state.get_tensor_model_parallel_group() if self.layout.tp_size > 1 else None
-        rows = self._whole(hidden)[packed.rows, 0].to(self.dtype)
+        platform = self.platform
         values = target_logps(
-            rows, self.head, packed.targets, group=group, vocab_size=self.hf_config.vocab_size, linear=self.linear
+            self._read_rows(hidden, packed),
+            self.head,
+            packed.targets,
+            group=group,
+            vocab_size=self.hf_config.vocab_size,
+            chunks=platform.logit_chunks,
+            linear=platform.linear,
+            elementwise=platform.elementwise,
         )
         return self._of_all(values, packed)
 
@@ -231,13 +244,23 @@ class MegatronModel:
     def log_collisions(self, hidden: Tensor, packed: Packed) -> Tensor:
         """[packed.num_values] float32: log of the sum of all tokens' squared probabilities where a target stands."""
         group = parallel_state.get_tensor_model_parallel_group() if self.layout.tp_size > 1 else None
-        rows = self._whole(hidden)[packed.rows, 0].to(self.dtype)
-        values = log_collisions(rows, self.head, group=group, vocab_size=self.hf_config.vocab_size, linear=self.linear)
+        values = log_collisions(
+            self._read_rows(hidden, packed),
+            self.head,
+            group=group,
+            vocab_size=self.hf_config.vocab_size,
+            chunks=self.platform.logit_chunks,
+            linear=self.platform.linear,
+        )
         return self._of_all(values, packed)
+
+    def _read_rows(self, hidden: Tensor, packed: Packed) -> Tensor:
+        """[R, H] hidden states of ``packed.rows``."""
+        return self._whole(hidden)[:, 0].index_select(0, packed.rows).to(self.dtype)
 
     def scores(self, hidden: Tensor, packed: Packed) -> Tensor:
         """[B] float32 scores of a reward model, read at the last token of each sequence."""
-        rows = self._whole(hidden)[packed.rows, 0]  # [B, H]
+        rows = self._whole(hidden)[:, 0].index_select(0, packed.rows)  # [B, H]
         return self._of_all(torch.nn.functional.linear(rows, self.last.score).squeeze(1).float(), packed)
 
     def _whole(self, hidden: Tensor) -> Tensor:

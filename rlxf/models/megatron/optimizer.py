@@ -17,8 +17,9 @@ from megatron.core.distributed import (
     param_and_grad_buffer,
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 
 from rlxf.config.roles import OptimizerConfig
@@ -54,7 +55,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
             if not parameters:
                 continue
             first, second = zip(*(self._moments(parameter) for parameter in parameters), strict=True)
-            step = torch.tensor(float(group["step"]), device=parameters[0].device)
+            step = torch.full((), float(group["step"]), device=parameters[0].device)
             torch._fused_adamw_(
                 parameters,
                 [parameter.grad for parameter in parameters],
@@ -112,12 +113,30 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _norms_and_scales_in_one_call() -> None:
+    """Without Apex megatron-core reads the norm of each gradient by itself, and the host waits for every one."""
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+        clip_grads.multi_tensor_scale_impl = _scale
+
+
+def _l2_norm(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], *_: Any) -> tuple[Tensor, None]:
+    """[1] norm of all tensors of the first list together, by the call of Apex's ``multi_tensor_l2norm``."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(lists[0]))).view(1), None
+
+
+def _scale(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], factor: float) -> None:
+    """The second list becomes the first one, which is the same here, times ``factor``."""
+    torch._foreach_mul_(lists[1], factor)
+
+
 class TrainableModel:
     """A model with gradient buffers and an optimizer: zero, accumulate over micro-batches, step."""
 
     def __init__(self, model: MegatronModel, config: OptimizerConfig) -> None:
         _use_group_step_adamw()
         _skip_collectives_of_one()
+        _norms_and_scales_in_one_call()
         self.model = model
         self.clip_grad = config.clip_grad
         self.weight_decay = config.weight_decay
@@ -156,7 +175,7 @@ class TrainableModel:
 
         Args:
             step: runs one of ``batches`` through one chunk. Returns the output, and the function that makes of the last
-                stage's output the loss, the number of pairs, and the report.
+                stage's output the loss, the number of pairs, and a function that gives the report.
             batches: at least one; each has its ``packed`` tokens.
             report_size: length of a report.
 
@@ -170,7 +189,7 @@ class TrainableModel:
         found = run_schedule(step, self.chunks, batches, layout, forward_only=False)
         reports = torch.zeros(len(batches), report_size, dtype=torch.float64)
         if layout.is_last_stage:
-            reports = torch.stack(found)
+            reports = torch.stack([report() for report in found])
         return from_last_stage(reports, layout)
 
     @property

@@ -16,30 +16,29 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from rlxf.core.errors import ShapeError
+from rlxf.core.tensors import to_device
 from rlxf.core.types import Sequences
 from rlxf.models.batching import prompt_groups
 from rlxf.models.megatron.parallel import Layout
+from rlxf.platform.attention import AttentionBlocks
 
 Indices = np.ndarray[tuple[int, ...], np.dtype[Any]]  # int64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blocks:
-    """Attention of a packed stream: consecutive query rows, each block with its own rows of keys and values.
+    """Attention of a packed stream: consecutive query rows, each block with its own rows of keys and values."""
 
-    Aligned at the end: a block's last query sees all of its keys, the one before all but the last, and so on.
-    """
-
-    cu_seqlens_q: Tensor  # [N + 1] int32
-    cu_seqlens_kv: Tensor  # [N + 1] int32
-    kv_rows: Tensor | None  # [cu_seqlens_kv[-1]] int64 rows of the stream's keys; None: each block sees its own rows
+    sizes: AttentionBlocks
+    kv_rows: Tensor | None  # [sum of sizes.keys] int64 rows of the stream's keys; None: each block sees its own rows
 
 
 @dataclass
 class PackedStream(PackedSeqParams):  # type: ignore[misc]
-    """What megatron hands to rotary embedding and core attention, with the blocks of our own attention."""
+    """What megatron hands to core attention: the blocks, and the rotation of each token."""
 
     blocks: Blocks | None = None
+    rotation: tuple[Tensor, Tensor] | None = None  # cosine and sine, [T / cp, 1, head_size] each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +46,8 @@ class Packed:
     """Sequences laid end to end for one forward pass, as far as this context-parallel rank computes them."""
 
     tokens: Tensor  # [1, T / cp] int64
-    positions: Tensor  # [T] int64, restarting with each sequence; of the whole stream
+    positions: Tensor  # [T / cp] int64, restarting with each sequence
+    num_tokens: int  # T, of the whole stream
     blocks: Blocks
     rows: Tensor  # [R] int64 own rows whose hidden state is read: predictors of completion tokens, or last tokens
     targets: Tensor  # [R] int64: the token that each of ``rows`` predicts
@@ -59,18 +59,9 @@ class Packed:
         """Rows that are read on all context-parallel ranks together."""
         return int(self.lengths.sum())
 
-    def parameters(self) -> PackedStream:
-        """One whole range for the rotary embedding, whose angles are gathered already, and the blocks for attention."""
-        total = self.positions.numel()
-        whole = torch.tensor([0, total], dtype=torch.int32, device=self.tokens.device)
-        return PackedStream(
-            qkv_format="thd",
-            cu_seqlens_q=whole,
-            cu_seqlens_kv=whole,
-            max_seqlen_q=total,
-            max_seqlen_kv=total,
-            blocks=self.blocks,
-        )
+    def parameters(self, rotation: tuple[Tensor, Tensor]) -> PackedStream:
+        """What every layer gets; ``rotation``: cosine and sine of the tokens' angles."""
+        return PackedStream(qkv_format="thd", blocks=self.blocks, rotation=rotation)
 
 
 def pack_for_logps(
@@ -146,14 +137,19 @@ class _Stream:
         tokens = np.concatenate([self._tokens[np.concatenate(self._sources)], np.zeros(padding, dtype=np.int64)])
         blocks = [*self._blocks, (padding, np.arange(self._length, total))] if padding else self._blocks
         whole = _Share(
-            tokens=tokens, blocks=blocks, rows=np.concatenate(rows), targets=self._tokens[targets], places=None
+            tokens=tokens,
+            positions=np.concatenate([*self._positions, np.arange(padding)]),
+            blocks=blocks,
+            rows=np.concatenate(rows),
+            targets=self._tokens[targets],
+            places=None,
         )
         mine = _share_of(whole, layout) if layout.cp_size > 1 else whole
-        positions = np.concatenate([*self._positions, np.arange(padding)])
         device = layout.device
         return Packed(
             tokens=_tensor(mine.tokens, device).unsqueeze(0),
-            positions=_tensor(positions, device),
+            positions=_tensor(mine.positions, device),
+            num_tokens=total,
             blocks=_blocks(mine.blocks, device, own_rows=not self.shares and layout.cp_size == 1),
             rows=_tensor(mine.rows, device),
             targets=_tensor(mine.targets, device),
@@ -167,6 +163,7 @@ class _Share:
     """A stream, or what one context-parallel rank has of it."""
 
     tokens: Indices
+    positions: Indices
     blocks: list[tuple[int, Indices]]
     rows: Indices
     targets: Indices
@@ -190,6 +187,7 @@ def _share_of(whole: _Share, layout: Layout) -> _Share:
     own = (chunks[layout.cp_rank], chunks[2 * layout.cp_size - 1 - layout.cp_rank])
     return _Share(
         tokens=whole.tokens[mine],
+        positions=whole.positions[mine],
         blocks=[(q, gathered[keys]) for chunk in own for q, keys in _cut(whole.blocks, chunk[0], chunk[-1] + 1)],
         rows=local[whole.rows[places]],
         targets=whole.targets[places],
@@ -208,13 +206,9 @@ def _cut(blocks: Iterable[tuple[int, Indices]], start: int, stop: int) -> Iterab
 
 
 def _blocks(blocks: Sequence[tuple[int, Indices]], device: torch.device, *, own_rows: bool) -> Blocks:
-    queries = np.cumsum([0, *(q for q, _ in blocks)])
-    keys = np.cumsum([0, *(len(k) for _, k in blocks)])
-    return Blocks(
-        cu_seqlens_q=_tensor(queries, device).int(),
-        cu_seqlens_kv=_tensor(keys, device).int(),
-        kv_rows=None if own_rows else _tensor(np.concatenate([k for _, k in blocks]), device),
-    )
+    sizes = AttentionBlocks.of([q for q, _ in blocks], [len(k) for _, k in blocks], device)
+    rows = None if own_rows else _tensor(np.concatenate([k for _, k in blocks]), device)
+    return Blocks(sizes=sizes, kv_rows=rows)
 
 
 def _groups(sequences: Sequences, share_prompts: bool) -> list[list[int]]:
@@ -229,4 +223,4 @@ def _padded_length(length: int, layout: Layout, num_tokens: int | None) -> int:
 
 
 def _tensor(values: Indices, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device)
+    return to_device(torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)), device)

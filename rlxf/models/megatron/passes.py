@@ -80,7 +80,7 @@ def run_schedule(
         data_iterator=[iter(batches) for _ in chunks] if several else iter(batches),
         model=list(chunks) if several else chunks[0],
         num_microbatches=len(batches),
-        seq_length=first.positions.numel(),  # read where the length is fixed; else shapes travel with the tensors
+        seq_length=first.num_tokens,  # read where the length is fixed; else shapes travel with the tensors
         micro_batch_size=1,
         **options,
     )

@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlxf.models import logps
 from rlxf.models.logps import log_collisions, target_logps
 from rlxf.platform import get_platform, linear
+from rlxf.platform.base import LogitChunks
 from tests.ranks import on_ranks
 
 ROWS, HIDDEN, VOCABULARY = 40, 16, 24
@@ -43,10 +45,26 @@ def test_chunks_of_any_size_equal_the_full_log_softmax(rows_at_a_time: int) -> N
     expected = full(hidden, weight, targets, grad)
     hidden.requires_grad_()
     weight.requires_grad_()
-    values = target_logps(hidden, weight, targets, chunk_elements=rows_at_a_time * VOCABULARY)
+    values = target_logps(hidden, weight, targets, chunks=LogitChunks(elements=rows_at_a_time * VOCABULARY))
     values.backward(grad)
     for found, wanted in zip((values.detach(), hidden.grad, weight.grad), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
+
+
+def test_equal_parts_of_the_vocabulary_equal_the_full_log_softmax() -> None:
+    """As an accelerator cuts it: parts of about one width, whatever the number of rows."""
+    hidden, weight, targets, grad = inputs()
+    expected = full(hidden, weight, targets, grad)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    chunks = LogitChunks(elements=2**20, rows=7, columns=9)
+    values = target_logps(hidden, weight, targets, chunks=chunks)
+    values.backward(grad)
+    for found, wanted in zip((values.detach(), hidden.grad, weight.grad), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
+    parts = list(logps._vocabulary_chunks(128256, 3000, LogitChunks(columns=2**15)))
+    assert {part.stop - part.start for part in parts} == {32064}
+    assert list(logps._vocabulary_chunks(0, 3000, LogitChunks(columns=2**15))) == []
 
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 7, ROWS])
@@ -54,7 +72,9 @@ def test_chunks_of_any_size_equal_the_full_log_softmax(rows_at_a_time: int) -> N
 def test_collisions_are_the_sum_of_squared_probabilities(rows_at_a_time: int, real: int) -> None:
     hidden, weight, *_ = inputs()
     expected = (hidden @ weight[:real].t()).softmax(-1).square().sum(-1).log()
-    found = log_collisions(hidden, weight, vocab_size=real, chunk_elements=rows_at_a_time * VOCABULARY // 2)
+    found = log_collisions(
+        hidden, weight, vocab_size=real, chunks=LogitChunks(elements=rows_at_a_time * VOCABULARY // 2)
+    )
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 
@@ -62,7 +82,7 @@ def test_bf16_sums_in_fp32() -> None:
     hidden, weight, targets, grad = inputs()
     expected = full(hidden, weight, targets, grad)
     half_hidden, half_weight = (x.bfloat16().requires_grad_() for x in (hidden, weight))
-    values = target_logps(half_hidden, half_weight, targets, chunk_elements=3 * VOCABULARY)
+    values = target_logps(half_hidden, half_weight, targets, chunks=LogitChunks(elements=3 * VOCABULARY))
     values.backward(grad)
     assert values.dtype == torch.float32
     for found, wanted in zip((values.detach(), half_hidden.grad, half_weight.grad), expected, strict=True):
@@ -94,7 +114,11 @@ def test_padding_rows_of_the_head_take_no_part(rows_at_a_time: int) -> None:
     expected = full(hidden, weight, targets, grad)
     padded = torch.cat([weight, torch.full((5, HIDDEN), 100.0)]).requires_grad_()  # would be the largest logits of all
     values = target_logps(
-        hidden.requires_grad_(), padded, targets, vocab_size=VOCABULARY, chunk_elements=rows_at_a_time * VOCABULARY
+        hidden.requires_grad_(),
+        padded,
+        targets,
+        vocab_size=VOCABULARY,
+        chunks=LogitChunks(elements=rows_at_a_time * VOCABULARY),
     )
     values.backward(grad)
     assert padded.grad is not None
@@ -110,7 +134,7 @@ def test_logits_of_hundreds_neither_overflow_nor_vanish() -> None:
     weight = torch.tensor([[400.0 * math.sin(column)] for column in range(VOCABULARY)])
     expected = full(hidden.double(), weight.double(), targets, grad.double())
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    values = target_logps(hidden, weight, targets, chunk_elements=ROWS * 2)
+    values = target_logps(hidden, weight, targets, chunks=LogitChunks(elements=ROWS * 2))
     values.backward(grad)
     # A logit of 400 is exact to 3e-5 in fp32, so is a probability; the gradient of hidden adds 400 times that.
     tolerances = (1e-4, 2e-2, 1e-4)
@@ -124,7 +148,11 @@ def test_the_fast_linear_path_gives_the_same(monkeypatch: pytest.MonkeyPatch) ->
     expected = full(hidden, weight, targets, grad)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     values = target_logps(
-        hidden, weight, targets, chunk_elements=ROWS * 10, linear=get_platform("cpu", cpu_linear="onednn").linear
+        hidden,
+        weight,
+        targets,
+        chunks=LogitChunks(elements=ROWS * 10),
+        linear=get_platform("cpu", cpu_linear="onednn").linear,
     )
     values.backward(grad)
     for found, wanted in zip((values.detach(), hidden.grad, weight.grad), expected, strict=True):
@@ -145,7 +173,7 @@ def test_every_id_equals_hugging_face_forward_and_backward(tmp_path: Path) -> No
     wanted = model(tokens).logits[0].detach().log_softmax(-1).gather(1, targets[:, None])[:, 0]
     head = model.lm_head.weight.detach().requires_grad_()
     hidden = model.model(tokens).last_hidden_state[0].detach()
-    values = target_logps(hidden, head, targets, chunk_elements=vocabulary * 50)
+    values = target_logps(hidden, head, targets, chunks=LogitChunks(elements=vocabulary * 50))
     values.sum().backward()
     torch.testing.assert_close(values.detach(), wanted, atol=2e-6, rtol=1e-6)
     torch.testing.assert_close(head.grad, expected, atol=1e-5, rtol=1e-5)
@@ -161,7 +189,7 @@ def _rank(rank: int, world_size: int, port: int, out: Path) -> None:
         share = padded.split(size)[rank].clone().requires_grad_()
         values = target_logps(
             hidden.requires_grad_(), share, targets % vocabulary, group=dist.group.WORLD, vocab_size=vocabulary,
-            chunk_elements=5 * size,
+            chunks=LogitChunks(elements=5 * size),
         )  # fmt: skip
         values.backward(grad)
         torch.save((values.detach(), hidden.grad, share.grad), out / f"{vocabulary}_{rank}.pt")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from rlxf.core.errors import ConfigError
 from rlxf.platform import PLATFORMS, get_platform
+from rlxf.platform.attention import AttentionBlocks
 
 
 def test_auto_finds_what_this_machine_has() -> None:
@@ -34,12 +35,12 @@ def test_a_device_that_is_not_there_is_refused_with_the_fix() -> None:
 def test_packed_attention_equals_masked_softmax_per_block(kv_heads: int) -> None:
     torch.manual_seed(0)
     queries, keys, heads, size = [5, 1, 3, 9], [5, 6, 7, 9], 4, 8  # the second and third see keys before their own
-    cu_seqlens = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys)]
+    blocks = AttentionBlocks.of(queries, keys, torch.device("cpu"))
     query, key, value = (
         torch.randn(sum(lengths), n, size, dtype=torch.float64)
         for lengths, n in ((queries, heads), (keys, kv_heads), (keys, kv_heads))
     )
-    out = get_platform("cpu").packed_attention(query, key, value, *cu_seqlens, 0.3)
+    out = get_platform("cpu").packed_attention(query, key, value, blocks, 0.3)
     expected = []
     for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
         k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
