@@ -18,7 +18,7 @@ from rlxf.platform.linear import Linear
 
 
 class CudaPlatform:
-    """Not yet run on hardware by the project's own tests; see docs/platforms.md."""
+    """Training and the HF engine ran on one device; docs/platforms.md says what has not run yet."""
 
     name = "cuda"
     torch_device = "cuda"
@@ -39,6 +39,8 @@ class CudaPlatform:
         # One connection keeps the order of communication and compute kernels, which Megatron's overlap relies on.
         return {
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            # torch.compile has four small functions to build; by default each worker starts up to 32 processes for it.
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
         }

@@ -82,6 +82,30 @@ def test_no_layer_makes_the_host_wait(tmp_path: Path, monkeypatch: pytest.Monkey
     assert few == many
 
 
+def test_gradients_are_measured_and_clipped_in_one_call_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Apex megatron-core reads the norm of each gradient by itself."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    trained(tmp_path, 2)
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(size, generator=generator) for size in (3, 1000, 17)]
+    theirs, overflow = [grad.clone() for grad in grads], torch.zeros(1, dtype=torch.int)
+    wanted, _ = utils.local_multi_tensor_l2_norm(1, overflow, [theirs], False)
+    utils.local_multi_tensor_scale(1, overflow, [theirs, theirs], 0.3)
+    calls = collections.Counter[str]()
+    for name in ("_foreach_norm", "_foreach_mul_"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, n=name, f=original: (calls.update([n]), f(*a))[1])
+    found, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, overflow, [grads], False)
+    clip_grads.multi_tensor_applier(clip_grads.multi_tensor_scale_impl, overflow, [grads, grads], 0.3)
+    assert torch.equal(found, wanted)
+    assert all(map(torch.equal, grads, theirs))
+    assert calls == {"_foreach_norm": 1, "_foreach_mul_": 1}
+
+
 @pytest.mark.usefixtures("twin")
 def test_the_report_is_read_after_the_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     actor = trained(tmp_path, 2)

@@ -104,3 +104,7 @@ def test_without_a_compiler_the_function_itself_is_called(
         assert doubled(torch.ones(2)).tolist() == doubled(torch.ones(2)).tolist() == [2.0, 2.0]
     assert len(calls) == len(caplog.records) == 1
     assert "no C compiler found" in caplog.text
+
+
+def test_a_worker_compiles_without_processes_of_its_own() -> None:
+    assert cuda.CudaPlatform().worker_environment(1)["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
