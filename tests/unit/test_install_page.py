@@ -51,5 +51,6 @@ def test_the_environment_of_workers_is_what_the_page_says() -> None:
 
 
 def test_the_page_claims_no_hardware() -> None:
-    for lane in ("npu", "cuda"):
-        assert cells(lane)[-1] == "**not yet run on hardware**"
+    """Beyond what docs/platforms.md reports: parts of the CUDA lane, with an older torch."""
+    assert cells("npu")[-1] == "**not yet run on hardware**"
+    assert cells("cuda")[-1].startswith("**not yet run on hardware** with these versions")
