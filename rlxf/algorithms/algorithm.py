@@ -54,6 +54,7 @@ def reference_stage(
     algorithm: Algorithm,
     *,
     before: Callable[[Collected], None] = lambda collected: None,
+    also: Callable[[Collected], None] = lambda collected: None,
 ) -> Stage[Collected]:
     """The last stage of every algorithm: ``batch`` from ``data``. A step without rows is done without it.
 
@@ -64,6 +65,7 @@ def reference_stage(
         run: the run.
         algorithm: what it collects.
         before: asks the reference part by part, in a run whose steps move on in chunks.
+        also: asks it what is not trained on, once the step has pairs.
     """
     on_actor = run.config.reference_is_base
 
@@ -71,6 +73,7 @@ def reference_stage(
         before(collected)
         assert collected.data is not None  # the stages before this one
         if len(collected.data):
+            also(collected)
             collected.batch = algorithm.batch(collected.data, run.reference_for(collected))
 
     return Stage(

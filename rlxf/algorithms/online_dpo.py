@@ -12,7 +12,7 @@ from rlxf.algorithms.algorithm import reference_stage, with_reference
 from rlxf.algorithms.early import FirstPairs
 from rlxf.algorithms.scoring import Scoring
 from rlxf.core.errors import ShapeError, SyncError
-from rlxf.core.types import Batch, Examples, Pairs, PairValues, PromptBatch, Rollouts
+from rlxf.core.types import Batch, Examples, Pairs, PairValues, PromptBatch, ReferenceRecord, Rollouts, Sequences
 from rlxf.loop.collected import Collected, ReferredChunk, pair_names
 from rlxf.loop.run import Online, Reference, Run
 from rlxf.observe.formulas import data_metrics
@@ -40,7 +40,12 @@ class OnlineDpo:
                 work=lambda item: _score_and_pair(run, item),
                 streams=run.streams("reward"),
             ),
-            reference_stage(run, self, before=lambda item: _refer(run, item) if run.config.streams else None),
+            reference_stage(
+                run,
+                self,
+                before=lambda item: _refer(run, item) if run.config.streams else None,
+                also=lambda item: _refer_shown(run, item),
+            ),
         )
         size = _first_rows(run) if run.streams("train") else None
         return stages if size is None else (*stages, _first_mini_batch(run, size))
@@ -48,7 +53,9 @@ class OnlineDpo:
     def record(self, run: Run, collected: Collected) -> None:
         assert collected.scored is not None
         assert collected.pairing is not None
-        _online(run).recorder.write(collected.step + 1, collected.scored, collected.pairing)
+        whole = run.config.actor_rollout.ld_alpha is None  # else a pair's sum is no log-prob of its completions
+        reference = ReferenceRecord(tokens=collected.shown, pairs=collected.reference if whole else None)
+        _online(run).recorder.write(collected.step + 1, collected.scored, collected.pairing, reference)
 
     def complete(self, run: Run, collected: Collected) -> None:
         assert collected.rollouts is not None
@@ -176,6 +183,15 @@ def _in_order(answers: list[ReferredChunk], names: Tensor) -> PairValues:
         chosen=torch.cat([chunk.reference.chosen for chunk in answers])[index],
         rejected=torch.cat([chunk.reference.rejected for chunk in answers])[index],
     )
+
+
+def _refer_shown(run: Run, collected: Collected) -> None:
+    """``shown``: what the reference says of each token of the pairs that people are shown of this step."""
+    assert collected.pairing is not None
+    pairs = _online(run).recorder.shown(collected.step + 1, collected.pairing.pairs)
+    if collected.shown is None and len(pairs):
+        with run.working(collected, "ref"):
+            collected.shown = run.reference.token_logps(Sequences.concat([pairs.chosen, pairs.rejected]))
 
 
 def _first_rows(run: Run) -> int | None:

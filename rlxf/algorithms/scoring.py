@@ -14,6 +14,7 @@ from rlxf.core.types import Comparisons, Metrics, OnlinePairs, PairingResult, Ro
 from rlxf.judge.both_orders import Counts
 from rlxf.loop.collected import Collected, PairedChunk, pair_names
 from rlxf.loop.run import Online, Run
+from rlxf.observe.answers import judge_agreement
 from rlxf.observe.formulas import pair_metrics, rollout_metrics
 from rlxf.pair import PAIRINGS, PairingSettings
 from rlxf.rollout.chunks import Chunk
@@ -96,7 +97,8 @@ class Scoring:
             scored = replace(scored, sources=named, extra=collected.extra)
         has_scores = bool(source.rewards.terms)
         metrics = rollout_metrics(scored, collected.seconds["gen"], has_scores=has_scores)
-        collected.metrics |= metrics | pair_metrics(pairing)
+        agreement = judge_agreement(judged, scored.scores) if judged is not None and has_scores else {}
+        collected.metrics |= metrics | pair_metrics(pairing) | agreement
         for rows in collected.chunks if self._in_chunks else ():
             if rows not in self._paired:
                 mine = torch.isin(pairing.pairs.prompt_index, torch.tensor(rows))

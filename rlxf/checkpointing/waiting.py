@@ -86,6 +86,8 @@ def _tensors(step: Collected, rollouts: Rollouts) -> dict[str, Tensor]:
         found |= {"judged.first": judged.first, "judged.second": judged.second, "judged": judged.probability}
     if step.reference is not None:
         found |= {"reference.chosen": step.reference.chosen, "reference.rejected": step.reference.rejected}
+    if step.shown is not None:
+        found["shown"] = step.shown
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in found.items()}
 
 
@@ -148,6 +150,7 @@ def _fill(step: Collected, tensors: dict[str, Tensor], texts: list[Any], columns
         policy_version=tensors["policy_version"],
     )
     step.raw_scores, step.table = tensors.get("raw_scores"), tensors.get("table")
+    step.shown = tensors.get("shown")
     if "judged" in tensors:
         step.comparisons = Comparisons(
             first=tensors["judged.first"], second=tensors["judged.second"], probability=tensors["judged"]

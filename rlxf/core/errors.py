@@ -49,6 +49,10 @@ class WorkerLost(RlxfError):
     stage: str | None = None  # in which it was noticed, as ``timing/*`` names it
 
 
+class UnhealthyRun(RlxfError):
+    """The run's curves say what `health.stop_on` ends a run for. Its last step is complete."""
+
+
 class RunInterrupted(RlxfError):
     """The run cannot go on here and now, but later it can: devices are missing, or it was rebuilt too often.
 

@@ -397,6 +397,14 @@ class PairValues:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceRecord:
+    """What the reference said of a step, as far as it is recorded for people."""
+
+    tokens: Tensor | None = None  # [sum completion tokens] float32 of the shown pairs, chosen sides first
+    pairs: PairValues | None = None  # [N] sums over the completions of the step's pairs; None: weighted, or not known
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReferencedPairs:
     """Pairs with the log-probabilities that the frozen reference gives them: what one update needs."""
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlxf.config.schema import EvalConfig, TrainingConfig
+from rlxf.core.jsonl import Row
 from rlxf.core.types import Metrics, PromptBatch, ScoredRollouts, Sequences
 from rlxf.evaluate.answers import Scores, mean, measured, standard_error, wins
 from rlxf.evaluate.reference_answers import reference_answers
@@ -24,6 +25,8 @@ from rlxf.judge.judged import wins as judged_wins
 from rlxf.loop.due import evaluation_is_due
 from rlxf.loop.run import Actor, Reference, Rollout
 from rlxf.models.stop_strings import StopStrings
+from rlxf.observe.answers import distinct
+from rlxf.observe.tokens import answer
 from rlxf.rollout.engine import Purpose, Sampling
 from rlxf.score.penalty import Shaping, with_scores
 from rlxf.score.scorer import Scorer
@@ -56,6 +59,7 @@ class EvaluationSettings:
     eos_ids: tuple[int, ...]  # what ends a completion
     stop: tuple[str, ...] = ()  # texts that end it, too
     structured_outputs: Mapping[str, Any] | None = None  # form of completions
+    num_shown: int = 0  # answers that people are shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +88,11 @@ class Evaluation:
         rooms: EvalBackends,
         *,
         tokenizer: PreTrainedTokenizerBase,
+        show: Callable[[int, list[Row]], None] | None = None,
     ) -> None:
+        """``show``: gets the answers to the first ``log.eval_answers`` prompts of each evaluation, for people."""
         self._settings = settings
+        self._show = show
         self._config, self._training = settings.config, settings.training
         self._prompts = prompts
         self._rooms = rooms
@@ -151,15 +158,19 @@ class Evaluation:
         if not alone:
             others = {"win_rate": self._baseline, "win_rate_previous": self._previous}
         samples = self._sample("eval", step)
+        logps, reference_logps = self._logps(samples.scored.rollouts.sequences)
         metrics = {
             **self._rewards(samples, ""),
             **self._win_rates(samples, greedy, others),
-            **self._kl(samples.scored.rollouts.sequences),
+            **_kl(logps, reference_logps),
             **_lengths(samples, ""),
+            "eval/distinct": distinct(samples.scored.rollouts.sequences),
         }
         if greedy is not None:
             metrics |= {**self._rewards(greedy, "greedy_"), **_lengths(greedy, "greedy_")}
         metrics |= self._from_user(samples.texts, self._initial_texts)
+        if self._show is not None:
+            self._show(step, self._shown(samples, logps, reference_logps))
         self._previous = self._answers(samples, greedy)  # last: this one is complete
         return metrics
 
@@ -221,12 +232,29 @@ class Evaluation:
                     metrics |= measured(side, judged_wins(found.probability))
         return metrics | judge.metrics(counts, prefix="eval/judge/")
 
-    def _kl(self, sequences: Sequences) -> Metrics:
-        """Mean over completions of the summed log-ratio: an estimate of the KL of whole completions, nats."""
-        difference = self._rooms.actor.token_logps(sequences) - self._rooms.reference.token_logps(sequences)
-        parts = torch.split(difference.double(), sequences.completion_lengths.tolist())
-        error = standard_error(torch.stack([part.sum() for part in parts]))
-        return {"eval/kl": float(difference.double().sum()) / len(sequences), "eval/kl_se": error}
+    def _logps(self, sequences: Sequences) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Per completion [tokens] float32 log-probs of the policy, and of the reference."""
+        lengths = sequences.completion_lengths.tolist()
+        both = self._rooms.actor.token_logps(sequences), self._rooms.reference.token_logps(sequences)
+        return torch.split(both[0], lengths), torch.split(both[1], lengths)
+
+    def _shown(self, samples: Samples, logps: Sequence[Tensor], reference_logps: Sequence[Tensor]) -> list[Row]:
+        """Rows for ``eval.jsonl``: the answers to the first prompts, which are the same in every evaluation."""
+        scored, rows = samples.scored, []
+        tokens = scored.rollouts.sequences.completion_rows()
+        for row in range(min(self._settings.num_shown, len(tokens))):
+            score = float(scored.scores[row])
+            rows.append(
+                {
+                    "prompt": self._prompts.texts[int(scored.rollouts.prompt_index[row])],
+                    "text": samples.texts[row],
+                    "score": score if math.isfinite(score) else None,
+                    "length": len(tokens[row]),
+                    "eos": bool(scored.contains_eos[row]),
+                    **answer(self._tokenizer, tokens[row], logps[row].tolist(), reference_logps[row].tolist()),
+                }
+            )
+        return rows
 
     def _from_user(self, texts: list[str], initial_texts: list[str]) -> Metrics:
         if self._user_metrics is None:
@@ -257,6 +285,13 @@ def _win_rates(sampled: Samples, greedy: Samples | None, others: Mapping[str, Sc
         if other is not None and greedy is not None and other.greedy is not None:
             metrics |= measured(f"greedy_{name}", wins(greedy.scores, other.greedy))
     return metrics
+
+
+def _kl(logps: Sequence[Tensor], reference_logps: Sequence[Tensor]) -> Metrics:
+    """Mean over completions of the summed log-ratio: an estimate of the KL of whole completions, nats."""
+    ratios = [(own - other).double() for own, other in zip(logps, reference_logps, strict=True)]
+    sums = torch.stack([ratio.sum() for ratio in ratios])
+    return {"eval/kl": float(torch.cat(ratios).sum()) / len(sums), "eval/kl_se": standard_error(sums)}
 
 
 def _lengths(samples: Samples, prefix: str) -> Metrics:

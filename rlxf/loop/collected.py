@@ -75,6 +75,8 @@ class Collected:
     data: Pairs | Examples | None = None  # pairs, or what a file holds; without any rows no update is made
     reference: PairValues | None = None  # its answer about pairs, if the objective reads it
     referred: str | None = None  # digest of those pairs
+    # [sum completion tokens] float32: the reference's log-probs of the pairs that people are shown, chosen sides first.
+    shown: Tensor | None = None
     batch: Batch | None = None  # the same with what the objective needs besides
     metrics: Metrics = field(default_factory=dict)  # of its making
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage

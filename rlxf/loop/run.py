@@ -22,10 +22,12 @@ from rlxf.core.types import (
     Comparisons,
     Examples,
     Metrics,
+    OnlinePairs,
     PairingResult,
     Pairs,
     PairValues,
     PromptBatch,
+    ReferenceRecord,
     Rollouts,
     ScoredRollouts,
     Sequences,
@@ -198,7 +200,11 @@ class Recorder(Protocol):
         """What it writes to."""
         ...
 
-    def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult) -> None: ...
+    def shown(self, step: int, pairs: OnlinePairs) -> OnlinePairs:
+        """Those of a step's pairs that people are shown; ``step`` counts from 1."""
+        ...
+
+    def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult, reference: ReferenceRecord) -> None: ...
 
 
 class Evaluate(Protocol):
@@ -215,6 +221,10 @@ class Report(Protocol):
         ...
 
     def stepped(self, step: int, metrics: Metrics) -> None: ...
+
+    def require_health(self) -> None:
+        """Raise UnhealthyRun if a verdict has held that is to end the run."""
+        ...
 
     def saved(self, folder: Path) -> None: ...
 

@@ -8,13 +8,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from rlxf.core.types import Metrics
+if TYPE_CHECKING:
+    from rlxf.core.types import Metrics  # which brings torch: a second that scripts/watch.py does not need
+
 
 # Label, metric and format of the progress line; what a step does not have (offline: reward, tokens/s) is left out.
 LINE = (

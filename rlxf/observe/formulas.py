@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rlxf.core.types import Examples, Metrics, OnlinePairs, PairingResult, Pairs, ScoredRollouts
+from rlxf.observe.answers import distinct, score_shape
 
 
 class Source(Protocol):
@@ -37,6 +38,7 @@ def rollout_metrics(scored: ScoredRollouts, generate_s: float, *, has_scores: bo
         "val/contain_eos_token": _mean(scored.contains_eos.double()),
         **_spread("response_length", sequences.completion_lengths.double()),
         **_spread("prompt_length", scored.rollouts.prompts.prompts.lengths.double()),
+        "rollout/distinct": distinct(sequences),
         "rollout/tokens_per_s": float(sequences.completion_lengths.sum()) / max(generate_s, 1e-9),
     }
 
@@ -49,6 +51,7 @@ def _score_metrics(scored: ScoredRollouts) -> Metrics:
         "score/missing": float(len(scored) - len(scores)),
         **source_metrics(scored),
         **_spread("reward/score", scores),
+        **score_shape(scored),
     }
 
 
@@ -77,12 +80,14 @@ def best_minus_worst(scored: ScoredRollouts) -> Tensor:
 def pair_metrics(pairing: PairingResult) -> Metrics:
     """How many pairs there are, why others are not, and how far apart the two sides are."""
     lengths = {} if pairing.too_different is None else {"pair/too_different": float(pairing.too_different)}
+    difference = pairing.pairs.chosen.completion_lengths - pairing.pairs.rejected.completion_lengths
     return {
         "pair/kept": float(len(pairing.pairs)),
         "pair/dropped": float(pairing.dropped),
         "pair/missing": float(pairing.missing),
         "pair/tie_rate": pairing.ties / max(pairing.num_asked, 1),
         "pair/margin": _mean(pairing.pairs.margin.double()),
+        "pair/length_difference": _mean(difference.double()),
         **lengths,
     }
 

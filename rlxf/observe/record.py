@@ -5,7 +5,8 @@ A row of `rollouts.jsonl` is one prompt:
 "policy_version": n}``.
 ``step`` counts from 1, and a replay does not need it. ``token_ids`` include the EOS that was sampled, ``score`` is the
 raw score (penalties apply on replay as they do live), with several sources of rewards their sum, and then ``scores``
-holds those of each source; ``extra`` holds what reward functions logged. Rows stand in the order in which the run saw
+holds those of each source; ``extra`` holds what reward functions logged; ``kl`` is the summed log-ratio to the
+reference, nats, of completions that are in a pair. Rows stand in the order in which the run saw
 the prompts: with the run's batch size, a replay makes the same steps.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor
 
 from rlxf.core.jsonl import JsonLines, Row, describe, open_after
-from rlxf.core.types import PairingResult, ScoredRollouts
+from rlxf.core.types import OnlinePairs, PairingResult, PairValues, ReferenceRecord, ScoredRollouts
+from rlxf.observe.tokens import beside_reference, log_probs, pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,9 +132,12 @@ class RolloutRecorder:
         """
         self.file = open_after(Path(path), after, unwritten)
 
-    def write(self, step: int, scored: ScoredRollouts) -> None:
-        """Append the prompts of one step, in batch order, each with its completions by sample index."""
-        rows = ({"step": step, **row} for row in _record(scored))
+    def write(self, step: int, scored: ScoredRollouts, kl: Tensor | None = None) -> None:
+        """Append the prompts of one step, in batch order, each with its completions by sample index.
+
+        ``kl``: [B] float32, each completion's summed log-ratio to the reference, nats; NaN where it is not known.
+        """
+        rows = ({"step": step, **row} for row in _record(scored, kl))
         lines = [json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in rows]
         self.file.write("".join(lines).encode())
 
@@ -139,8 +145,10 @@ class RolloutRecorder:
         self.file.close()
 
 
-def _record(scored: ScoredRollouts) -> list[Row]:
+def _record(scored: ScoredRollouts, kl: Tensor | None) -> list[Row]:
     rollouts = scored.rollouts
+    ratios = [math.nan] * len(scored) if kl is None else [round(value, 4) for value in kl.tolist()]
+    known = [{"kl": ratio} if math.isfinite(ratio) else {} for ratio in ratios]
     completions = rollouts.sequences.completion_rows()
     raw_scores = scored.raw_scores.tolist()  # a float32 as a double: its repr gives the same float32 back
     by_prompt: list[list[int]] = [[] for _ in range(len(rollouts.prompts))]
@@ -150,7 +158,12 @@ def _record(scored: ScoredRollouts) -> list[Row]:
         {
             "prompt_ids": prompt,
             "completions": [
-                {"token_ids": completions[row], "score": _or_null(raw_scores[row]), **_details(scored, row)}
+                {
+                    "token_ids": completions[row],
+                    "score": _or_null(raw_scores[row]),
+                    **known[row],
+                    **_details(scored, row),
+                }
                 for row in rows
             ],
             "policy_version": min(int(rollouts.policy_version[row]) for row in rows),
@@ -179,7 +192,10 @@ def _or_null(score: float) -> float | None:
 
 
 class SampleRecorder:
-    """Writes `samples.jsonl`: prompts and completions as text, for people to read."""
+    """Writes `samples.jsonl`: pairs as text, for people to read, with what both models say of each token.
+
+    A row takes 30 to 45 bytes per token, the two texts included; a step has at most ``max_rows``.
+    """
 
     def __init__(
         self,
@@ -190,41 +206,86 @@ class SampleRecorder:
         after: int | None = None,
         unwritten: bytes = b"",
     ) -> None:
-        """``max_rows``: pairs written per step, the first ones of the batch. The others: as above."""
+        """``max_rows``: pairs written per step. The others: as above."""
         self.file = open_after(Path(path), after, unwritten)
+        self.max_rows = max_rows
         self._tokenizer = tokenizer
-        self._max_rows = max_rows
 
-    def write(self, step: int, scored: ScoredRollouts, chosen_rows: Tensor, rejected_rows: Tensor) -> list[Row]:
+    def write(
+        self, step: int, scored: ScoredRollouts, pairs: OnlinePairs, reference: Tensor | None = None
+    ) -> list[Row]:
         """Append pairs of one step and return them.
 
-        ``chosen_rows`` and ``rejected_rows``: [N] int64, rows of ``scored``, as a pairing gives them.
+        Args:
+            step: counts from 1.
+            scored: the step's completions.
+            pairs: what is written: N pairs of ``scored``.
+            reference: [sum completion tokens] float32 log-probs of both sides, chosen ones first; None: not known.
         """
-        rollouts = scored.rollouts
-        completions = rollouts.sequences.completion_rows()
-        table: list[Row] = []
-        for chosen, rejected in zip(chosen_rows.tolist(), rejected_rows.tolist(), strict=True):
-            if len(table) == self._max_rows:
-                break
-            table.append(
-                {
-                    "step": step,
-                    "prompt": rollouts.prompts.texts[int(rollouts.prompt_index[chosen])],
-                    "chosen": self._tokenizer.decode(completions[chosen], skip_special_tokens=True),
-                    "rejected": self._tokenizer.decode(completions[rejected], skip_special_tokens=True),
-                    "chosen_score": float(scored.scores[chosen]),
-                    "rejected_score": float(scored.scores[rejected]),
-                    "chosen_eos": bool(scored.contains_eos[chosen]),
-                    "rejected_eos": bool(scored.contains_eos[rejected]),
-                    **{f"chosen_{name}": value for name, value in _details(scored, chosen).items()},
-                    **{f"rejected_{name}": value for name, value in _details(scored, rejected).items()},
-                }
-            )
+        sides = {"chosen": (pairs.chosen_rows, pairs.chosen), "rejected": (pairs.rejected_rows, pairs.rejected)}
+        engine = {"chosen": pairs.chosen_engine_logps, "rejected": pairs.rejected_engine_logps}
+        known = dict(zip(sides, _halves(pairs, reference), strict=True)) if reference is not None else {}
+        columns = {
+            name: [
+                self._side(scored, row, tokens, logps.tolist(), None if not known else known[name][place].tolist())
+                for place, (row, tokens, logps) in enumerate(
+                    zip(
+                        rows.tolist(),
+                        sequences.completion_rows(),
+                        torch.split(engine[name], sequences.completion_lengths.tolist()),
+                        strict=True,
+                    )
+                )
+            ]
+            for name, (rows, sequences) in sides.items()
+        }
+        texts = scored.rollouts.prompts.texts
+        table: list[Row] = [
+            {
+                "step": step,
+                "prompt": texts[int(pairs.prompt_index[place])],
+                "policy_version": int(pairs.policy_version[place]),
+                "margin": float(pairs.margin[place]),
+                **{
+                    name if key == "text" else f"{name}_{key}": side[key]
+                    for key in columns["chosen"][place]
+                    for name, side in (("chosen", columns["chosen"][place]), ("rejected", columns["rejected"][place]))
+                    if key in side
+                },
+            }
+            for place in range(len(pairs))
+        ]
         self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table).encode())
         return table
 
+    def _side(
+        self, scored: ScoredRollouts, row: int, tokens: list[int], logps: list[float], reference: list[float] | None
+    ) -> Row:
+        """One side of a pair."""
+        return {
+            "text": self._tokenizer.decode(tokens, skip_special_tokens=True),
+            "score": _or_null(float(scored.scores[row])),
+            "eos": bool(scored.contains_eos[row]),
+            "length": len(tokens),
+            **_details(scored, row),
+            "tokens": pieces(self._tokenizer, tokens),
+            "logps": log_probs(logps),
+            **(
+                {"reference_logps": log_probs(reference), "kl": beside_reference(logps, reference)}
+                if reference is not None
+                else {}
+            ),
+        }
+
     def close(self) -> None:
         self.file.close()
+
+
+def _halves(pairs: OnlinePairs, values: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Values of every completion token, chosen sides first: of each chosen side, and of each rejected one."""
+    chosen, rejected = (side.completion_lengths.tolist() for side in (pairs.chosen, pairs.rejected))
+    parts = torch.split(values, [*chosen, *rejected])
+    return parts[: len(chosen)], parts[len(chosen) :]
 
 
 class Recorders:
@@ -236,12 +297,35 @@ class Recorders:
         self._interval = samples_interval
         self.files = [recorder.file for recorder in (rollouts, samples) if recorder is not None]
 
-    def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult) -> None:
+    def shown(self, step: int, pairs: OnlinePairs) -> OnlinePairs:
+        """The pairs of a step that ``samples.jsonl`` gets: few pairs of many prompts; none in most steps."""
+        due = self._samples is not None and (step == 1 or step % self._interval == 0)
+        order = _prompts_in_turn(pairs.prompt_index) if due else torch.zeros(0, dtype=torch.int64)
+        return pairs.select(order if self._samples is None else order[: self._samples.max_rows])
+
+    def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult, reference: ReferenceRecord) -> None:
         if self._rollouts is not None:
-            self._rollouts.write(step, scored)
-        if self._samples is not None and (step == 1 or step % self._interval == 0):
-            order = _prompts_in_turn(pairing.pairs.prompt_index)
-            self._samples.write(step, scored, pairing.chosen_rows[order], pairing.rejected_rows[order])
+            kl = None if reference.pairs is None else _kl(scored, pairing.pairs, reference.pairs)
+            self._rollouts.write(step, scored, kl)
+        if self._samples is not None:
+            shown = self.shown(step, pairing.pairs)
+            if len(shown):
+                self._samples.write(step, scored, shown, reference.tokens)
+
+
+def _kl(scored: ScoredRollouts, pairs: OnlinePairs, reference: PairValues) -> Tensor:
+    """[B] float32: the summed log-ratio of each completion that is in a pair, nats; NaN of the others.
+
+    The policy's log-probs are those of the engine, by the weights that sampled.
+    """
+    rollouts = scored.rollouts
+    lengths = rollouts.sequences.completion_lengths
+    row = torch.arange(len(scored)).repeat_interleave(lengths)
+    sums = torch.zeros(len(scored), dtype=torch.float64).index_add(0, row, rollouts.engine_logps.double())
+    found = torch.full((len(scored),), math.nan, dtype=torch.float64)
+    for rows, logps in ((pairs.chosen_rows, reference.chosen), (pairs.rejected_rows, reference.rejected)):
+        found[rows] = sums[rows] - logps.double().cpu()
+    return found.float()
 
 
 def _prompts_in_turn(prompt_index: Tensor) -> Tensor:

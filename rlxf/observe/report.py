@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +15,18 @@ from rich.console import Console
 from rlxf.config.schema import LogConfig, TrainingConfig
 from rlxf.config.stages import STAGES
 from rlxf.core.disk import patient, writing
+from rlxf.core.errors import UnhealthyRun
 from rlxf.core.files import file_sizes, write_json
-from rlxf.core.jsonl import finite_or_null
+from rlxf.core.jsonl import Row, finite_or_null
 from rlxf.core.kept_file import KeptFile
 from rlxf.core.types import Metrics
+from rlxf.health import Health, Verdict, facts_of
 from rlxf.observe.console import Progressbar, duration, final_table
+from rlxf.observe.diary import Diary
+from rlxf.observe.report_process import NAME as PAGE
+from rlxf.observe.rows import table_rows
 from rlxf.observe.sinks import JsonlSink, Sink, TensorBoardSink
 from rlxf.observe.trackers import Recipe, TrackerSink
-
-# Rows of the final table. Read together, because each of them alone can look good in a run that has gone wrong.
-EVAL_ROWS = (
-    ("reward score", "eval/reward"),
-    ("reward score, greedy", "eval/greedy_reward"),
-    ("reward score before penalties", "eval/raw_reward"),
-    ("reward score before penalties, greedy", "eval/greedy_raw_reward"),
-    ("win rate against the initial policy", "eval/win_rate"),
-    ("win rate against the initial policy, greedy", "eval/greedy_win_rate"),
-    ("win rate against the previous evaluation", "eval/win_rate_previous"),
-    ("win rate against the reference answers", "eval/win_rate_reference"),
-    ("win rate against the reference answers, greedy", "eval/greedy_win_rate_reference"),
-    ("verdicts that change with the order", "eval/judge/position_flip"),
-    ("KL to the reference, nats", "eval/kl"),
-    ("completion length, tokens", "eval/length"),
-    ("EOS rate", "eval/eos_rate"),
-    ("held-out loss", "eval/loss"),
-    ("held-out accuracy", "eval/accuracy"),
-    ("held-out implicit reward accuracy", "eval/rewards/accuracies"),
-    ("held-out implicit reward margin", "eval/rewards/margins"),
-)
-TRAINING_ROWS = (
-    ("training reward score", "objective/scores"),
-    ("tie rate", "pair/tie_rate"),
-    ("dropped pairs", "pair/dropped"),
-    ("score margin of the pairs", "pair/margin"),
-    ("loss", "loss"),
-    ("reward model's accuracy", "accuracy"),
-    ("reward model's margin", "margin"),
-    ("implicit reward accuracy", "rewards/accuracies"),
-    ("implicit reward margin", "rewards/margins"),
-    ("KL on the training pairs, nats", "objective/kl"),
-)
-# These metrics are in files only; the final table leaves them out.
-_JUDGED = ("asked", "cached", "missing", "ties", "calls", "prompt_tokens", "completion_tokens", "cost")
-_UNSHOWN = (
-    *("eval/greedy_win_rate_previous", "eval/greedy_length", "eval/greedy_eos_rate"),
-    *(f"eval/judge/{name}" for name in _JUDGED),
-)
-_BEFORE_PENALTY = ("eval/raw_reward", "eval/greedy_raw_reward")  # equal to the rewards where there is no penalty
-# Of pairs that the policy did not sample: no estimate of the KL.
-_OFFLINE_TITLES = {"objective/kl": "mean log-ratio on the pairs, nats"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +52,8 @@ class ReportSettings:
     training: TrainingConfig
     log: LogConfig
     has_penalty: bool  # completions can lose some of their score, such as those without EOS
-    recipe: Recipe  # for trackers
+    recipe: Recipe  # for trackers, and what verdicts must know
+    stop_on: Sequence[str] = ()  # verdicts that end the run
 
 
 class RunReport:
@@ -106,6 +71,7 @@ class RunReport:
         after = earlier.final_step if earlier else None
         earlier = earlier or NOTHING_REPORTED
         self._run_dir = run_dir
+        self._diary = Diary(run_dir)
         self._sinks = sinks
         if training.eval_only:
             after = sys.maxsize  # the run may have later rows: cut none of them
@@ -119,7 +85,7 @@ class RunReport:
         self._title = stage.title
         self._product = "reward model" if stage.objective == "reward" else "policy"
         self._online = stage.online
-        self._unshown = {*_UNSHOWN, *(() if settings.has_penalty else _BEFORE_PENALTY)}
+        self._has_penalty = settings.has_penalty
         self._num_steps = training.train_iters
         self._bar = Progressbar(console, earlier.step, self._num_steps, settings.log.interval)
         self._started = time.monotonic()
@@ -128,6 +94,10 @@ class RunReport:
         self._start: Metrics = dict(earlier.start)  # the first evaluation and the first step
         self._end: Metrics = dict(earlier.end)  # the newest ones
         self._measured: Metrics = {}  # by this process before its first step
+        self._health = Health(facts_of(settings.recipe))
+        self._stop_on = settings.stop_on
+        self._has_page = settings.log.report and not training.eval_only
+        self._answers: tuple[int, list[Row]] | None = None  # of the newest evaluation, and after how many steps
 
     def describe(self) -> dict[str, Any]:
         """What the report of a resumed run needs, as JSON data."""
@@ -151,6 +121,28 @@ class RunReport:
         """Seconds that the run has taken so far, those before it was resumed included."""
         return self._seconds_before + time.monotonic() - self._started
 
+    def answered(self, step: int, answers: list[Row]) -> None:
+        """What the policy says at the evaluation after ``step`` steps, for its row of ``eval.jsonl``."""
+        self._answers = step, answers
+
+    def remember(self, rows: Sequence[Row], evaluations: Sequence[Row]) -> None:
+        """What the earlier processes of a resumed run saw, so that verdicts go on from there."""
+        self._health.restore(rows, evaluations)
+
+    def require_health(self) -> None:
+        """Whether the run may go on.
+
+        Raises:
+            UnhealthyRun: a verdict of ``health.stop_on`` has held.
+        """
+        for verdict in self._health.verdicts:
+            if verdict.name in self._stop_on:
+                raise UnhealthyRun(
+                    f"health.stop_on: {verdict.name} holds since step {verdict.step}: {verdict.seen}. "
+                    f"{verdict.advice} See {verdict.anchor}. To go on all the same, take {verdict.name} out of "
+                    "health.stop_on"
+                )
+
     def evaluated(self, step: int, metrics: Metrics) -> None:
         """The evaluation before the first step, empty if none was due; later ones come with their step's metrics."""
         for sink in self._sinks:
@@ -158,6 +150,8 @@ class RunReport:
                 sink.write(step, metrics)
         self._measured = metrics
         self._keep(step, metrics)
+        if not self._only:
+            self._tell(step, self._health.add_evaluation(step, metrics))
         self._bar.begin()
 
     def stepped(self, step: int, metrics: Metrics) -> None:
@@ -166,8 +160,16 @@ class RunReport:
             sink.write(step, metrics)
         self._keep(step, metrics)
         self._bar.show(step, metrics)
+        self._tell(step, self._health.add(step, metrics))
+
+    def _tell(self, step: int, verdicts: Sequence[Verdict]) -> None:
+        for verdict in verdicts:
+            self._diary.write("verdict", step, name=verdict.name, seen=verdict.seen)
+            self.say(f"step {step}: {_line(verdict)}")
 
     def saved(self, folder: Path) -> None:
+        step = folder.name.rpartition("_")[2]  # its name ends with it
+        self._diary.write("checkpoint", int(step) if step.isdigit() else self._step, folder=str(folder))
         self.say(f"checkpoint: {folder}")
 
     def finished(self, policy: Path) -> None:
@@ -188,29 +190,25 @@ class RunReport:
             **({} if self._only else {"policy_files": file_sizes(policy)}),
             "start": finite_or_null(self._start),
             "end": finite_or_null(self._end),
+            **({} if self._only else {"verdicts": [asdict(verdict) for verdict in self._health.verdicts]}),
         }
         patient(lambda: self._write_summary(summary))
         done = f"evaluated after {self._step} steps" if self._only else f"{self._step} steps"
         title = f"{self._title}: {done} in {duration(seconds)}"
+        rows = table_rows(self._end, online=self._online, has_penalty=self._has_penalty)
         columns = {"value": self._measured} if self._only else {"start": self._start, "end": self._end}
-        self._console.print(final_table(title, self._rows(), columns))
+        self._console.print(final_table(title, rows, columns))
+        for verdict in () if self._only else self._health.verdicts:
+            self.say(f"steps {verdict.step} to {verdict.last}: {_line(verdict)}")
         self.say(f"{self._product}: {policy}")
+        if self._has_page:
+            self.say(f"report: {self._run_dir / PAGE}")
         self.say(f"run folder: {self._run_dir}")
 
     def _write_summary(self, summary: Mapping[str, Any]) -> None:
         path = self._run_dir / "summary.json"
         with writing(path, "hydra.run.dir"):
             write_json(path, summary)
-
-    def _rows(self) -> list[tuple[str, str]]:
-        """Of the final table, with what the stage or ``eval.metrics`` adds to the usual evaluation."""
-        known = {name for _, name in EVAL_ROWS} | self._unshown
-        known |= {name for name in self._end if name.removesuffix("_se") in self._end and name.endswith("_se")}
-        added = [name for name in self._end if name.startswith("eval/") and name not in known]
-        kind = "" if self._online else "held-out "
-        training = [(_OFFLINE_TITLES.get(name, title) if kind else title, name) for title, name in TRAINING_ROWS]
-        usual = [row for row in EVAL_ROWS if row[1] not in self._unshown]
-        return [*usual, *((kind + name.removeprefix("eval/"), name) for name in added), *training]
 
     def say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -231,7 +229,9 @@ class RunReport:
         self._start = first | self._start
         self._end = self._end | metrics
         if evaluation and self._evaluations is not None:
-            self._evaluations.write(step, evaluation)
+            answers = self._answers
+            shown = {"answers": answers[1]} if answers is not None and answers[0] == step else {}
+            self._evaluations.write(step, evaluation, **shown)
 
 
 def make_report(
@@ -253,4 +253,19 @@ def make_report(
     for name in dict.fromkeys(logs.report_to):
         if name != "tensorboard":
             sinks.append(TrackerSink(name, logs, settings.recipe, run_dir, ids.get(name)))
-    return RunReport(settings, run_dir, sinks, console, earlier)
+    report = RunReport(settings, run_dir, sinks, console, earlier)
+    if earlier is not None and trains:
+        report.remember(_rows(run_dir / "metrics.jsonl"), _rows(run_dir / "eval.jsonl"))
+    return report
+
+
+def _line(verdict: Verdict) -> str:
+    return f"{verdict.title}: {verdict.seen}. {verdict.advice} ({verdict.anchor})"
+
+
+def _rows(path: Path) -> list[Row]:
+    """The rows of a file that the sinks have cut already; none if it is not there, or cannot be read."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []

@@ -39,9 +39,10 @@ class JsonlSink:
         """
         self.file = open_after(path, after, unwritten)
 
-    def write(self, step: int, metrics: Metrics) -> None:
-        """Line by line: a killed run keeps what it wrote."""
-        self.file.write((json.dumps({"step": step, **finite_or_null(metrics)}) + "\n").encode())
+    def write(self, step: int, metrics: Metrics, **more: Any) -> None:
+        """Line by line: a killed run keeps what it wrote. ``more``: JSON data that are no metrics."""
+        row = {"step": step, **finite_or_null(metrics), **more}
+        self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
     def close(self, *, complete: bool = False) -> None:
         self.file.close()

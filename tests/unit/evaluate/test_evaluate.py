@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from rlxf.assembly.build_run import evaluation_settings
 from rlxf.core.errors import ConfigError, StopRequested
+from rlxf.core.jsonl import Row
 from rlxf.core.types import PromptBatch, Tokens
 from rlxf.evaluate import EvalBackends, Evaluation, load_metrics
 from rlxf.evaluate.answers import Scores, win_rate
@@ -22,7 +24,7 @@ NUM_PROMPTS = 64
 SAMPLED = {
     "eval/reward", "eval/raw_reward", "eval/win_rate", "eval/win_rate_previous", "eval/kl",
     "eval/reward_se", "eval/raw_reward_se", "eval/win_rate_se", "eval/win_rate_previous_se", "eval/kl_se",
-    "eval/length", "eval/eos_rate",
+    "eval/length", "eval/eos_rate", "eval/distinct",
 }  # fmt: skip
 GREEDY = {
     "eval/greedy_reward", "eval/greedy_raw_reward", "eval/greedy_win_rate", "eval/greedy_win_rate_previous",
@@ -31,7 +33,10 @@ GREEDY = {
 }  # fmt: skip
 
 
-def evaluation(small: SmallRun) -> Evaluation:
+OPEN = "eval/distinct"  # a file's own metric of this name, which is older, takes its place
+
+
+def evaluation(small: SmallRun, show: Callable[[int, list[Row]], None] | None = None) -> Evaluation:
     prompts = PromptBatch(
         prompts=Tokens.from_rows([[2, 2 + i % 4] for i in range(NUM_PROMPTS)]),
         row_ids=torch.arange(NUM_PROMPTS),
@@ -40,7 +45,8 @@ def evaluation(small: SmallRun) -> Evaluation:
         columns={},
     )
     rooms = EvalBackends(rollout=small.engine, scorer=TokenCounter([]), actor=small.actor, reference=small.reference)
-    return Evaluation(evaluation_settings(small.run.config, (EOS,)), prompts, rooms, tokenizer=byte_tokenizer())
+    settings = evaluation_settings(small.run.config, (EOS,))
+    return Evaluation(settings, prompts, rooms, tokenizer=byte_tokenizer(), show=show)
 
 
 def small(**changes: object) -> SmallRun:
@@ -75,6 +81,31 @@ def test_a_policy_that_says_what_scores_wins_and_is_far_from_the_reference() -> 
     other = (1 - probability) / (VOCAB - 1)
     kl_per_token = probability * math.log(probability * VOCAB) + (1 - probability) * math.log(other * VOCAB)
     assert after["eval/kl"] == pytest.approx(kl_per_token * after["eval/length"], rel=0.15)
+
+
+def test_it_shows_the_answers_to_the_same_prompts_with_their_share_of_the_kl() -> None:
+    run, shown = small(log__eval_answers=NUM_PROMPTS), dict[int, list[Row]]()
+    evaluate = evaluation(run, shown.__setitem__)
+    evaluate(0)
+    with torch.no_grad():
+        run.actor.logits[:, LIKED] += 1.0
+    run.sync.push(1)
+    metrics = evaluate(2)
+    assert evaluate(3) == {}
+    assert list(shown) == [0, 2]
+    assert [[row["prompt"] for row in rows] for rows in shown.values()] == [
+        [f"prompt {i}" for i in range(NUM_PROMPTS)]
+    ] * 2
+    rows = shown[2]
+    assert sum(row["kl"] for row in rows) / len(rows) == pytest.approx(metrics["eval/kl"], abs=1e-3)
+    assert sum(row["score"] for row in rows) / len(rows) == pytest.approx(metrics["eval/reward"])
+    assert sum(row["length"] for row in rows) / len(rows) == pytest.approx(metrics["eval/length"])
+    assert sum(row["eos"] for row in rows) / len(rows) == pytest.approx(metrics["eval/eos_rate"])
+    assert len({tuple(row["logps"]) for row in rows}) > 1
+    assert all(len(row["tokens"]) == len(row["logps"]) == len(row["reference_logps"]) == row["length"] for row in rows)
+    few = dict[int, list[Row]]()
+    evaluation(small(log__eval_answers=3), few.__setitem__)(0)
+    assert few[0] == shown[0][:3]
 
 
 def test_a_standard_error_is_how_far_a_mean_spreads_over_other_samples() -> None:
@@ -321,7 +352,7 @@ def test_a_file_may_define_dataclasses(tmp_path: Path) -> None:
 
 def test_an_evaluations_own_names_are_those_that_a_file_may_not_take() -> None:
     judged = {name for name in BUILT_IN if name.startswith("judge/") or "win_rate_reference" in name}
-    assert {f"eval/{name}" for name in BUILT_IN - judged} == SAMPLED | GREEDY
+    assert {f"eval/{name}" for name in BUILT_IN - judged} == (SAMPLED | GREEDY) - {OPEN}
 
 
 @pytest.mark.parametrize("greedy", [True, False])

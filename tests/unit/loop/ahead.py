@@ -124,9 +124,13 @@ def start(
     lanes: str = "in turn",
     trace: Trace | None = None,
     ended: SmallRun | None = None,
+    shown: int = 0,
     **others: Any,
 ) -> SmallRun:
-    """A run that is ready; with ``ended`` one that goes on where that one ended."""
+    """A run that is ready; with ``ended`` one that goes on where that one ended.
+
+    ``shown``: pairs of each step that people are shown.
+    """
     trace = Trace() if trace is None else trace
     evaluate = Boundaries()
     arguments = {"trace": trace, "lanes": LANES[lanes], "evaluate": evaluate, **others}
@@ -134,6 +138,7 @@ def start(
     evaluate.small = small
     source = replace(small.run.source, rewards=one_source(SomeStepsScore(trace, small.run.state), small.run.state))  # type: ignore[type-var]
     small.run = replace(small.run, source=source)
+    small.recorder.num_shown = shown
     small.folder.during_save = lambda: trace.append("save")
     return small
 
@@ -169,12 +174,20 @@ def samples(small: SmallRun) -> dict[int, tuple[list[int], list[int], list[float
     }
 
 
+def references(small: SmallRun) -> dict[int, list[float]]:
+    """What the reference says of each token that people are shown, by step, as it was recorded."""
+    said = zip(small.recorder.steps, small.recorder.references, strict=True)
+    return {step: reference.tokens.tolist() for step, reference in said if reference.tokens is not None}
+
+
 def require_same(whole: SmallRun, ended: SmallRun, again: SmallRun) -> None:
     """A run that ended early, and the one that went on: together what one is that nothing disturbed."""
     saved = ended.folder.states[-1] if ended.folder.states else State()
     first_rows = {step: row for step, row in numbers(ended).items() if step <= saved.reported_step}
     assert first_rows | numbers(again) == numbers(whole)
     assert {step: row for step, row in samples(ended).items() if step <= saved.step} | samples(again) == samples(whole)
+    shown = {step: tokens for step, tokens in references(ended).items() if step <= saved.step}
+    assert shown | references(again) == references(whole)
     assert torch.equal(again.actor.logits, whole.actor.logits)
     for name in ("step", "policy_version", "empty_steps", "num_tokens", "failed_scores", "owed"):
         assert getattr(again.run.state, name) == getattr(whole.run.state, name), name

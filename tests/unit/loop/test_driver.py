@@ -23,6 +23,7 @@ ONLINE_NAMES = {
     "loss", "epoch", "data/dropped", "num_tokens", "objective/scores", "objective/scores_margin",
     "val/contain_eos_token", "score/missing",
     "pair/kept", "pair/dropped", "pair/missing", "pair/tie_rate", "pair/margin", "rollout/tokens_per_s",
+    "pair/length_difference", "rollout/distinct", "score/std", "score/at_max", "score/length_correlation",
     "rollout/longest_over_mean", "rollout/imbalance",
     "sync/bytes", "sync/version_lag",
     "timing/gen", "timing/adv", "timing/ref", "timing/update_actor", "timing/sync", "timing/eval",

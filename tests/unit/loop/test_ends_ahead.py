@@ -27,6 +27,7 @@ from tests.unit.loop.ahead import (
     ends_early,
     finish,
     numbers,
+    references,
     require_same,
     samples,
     start,
@@ -43,8 +44,8 @@ PLACES = [
 
 
 @cache
-def undisturbed(num_ahead: int) -> SmallRun:
-    return finish(start(ahead_config(num_ahead)))
+def undisturbed(num_ahead: int, shown: int = 0) -> SmallRun:
+    return finish(start(ahead_config(num_ahead), shown=shown))
 
 
 @pytest.mark.parametrize(("num_ahead", "lanes"), RUNS)
@@ -54,10 +55,12 @@ def test_a_run_that_breaks_down_and_goes_on_equals_one_that_nothing_disturbed(
 ) -> None:
     config = ahead_config(num_ahead)
     trace = Trace(place, break_down, jitter=3 if lanes == "threads" else 0)
-    ended = ends_early(start(config, lanes=lanes, trace=trace, root=tmp_path / "first"))
+    ended = ends_early(start(config, lanes=lanes, trace=trace, root=tmp_path / "first", shown=2))
     require_last_step(ended)
-    again = finish(start(config, lanes=lanes, ended=ended, root=tmp_path / "again"))
-    require_same(undisturbed(num_ahead), ended, again)
+    again = finish(start(config, lanes=lanes, ended=ended, root=tmp_path / "again", shown=2))
+    whole = undisturbed(num_ahead, 2)
+    assert len(references(whole)) == NUM_STEPS - len(EMPTY)
+    require_same(whole, ended, again)
     require_nothing_twice(ended, again)
 
 

@@ -13,7 +13,7 @@ import pytest
 from rlxf import driver
 from rlxf.core.errors import DiskError, TrainingError
 from rlxf.core.stop import Stop
-from rlxf.core.types import PairingResult, ScoredRollouts
+from rlxf.core.types import PairingResult, ReferenceRecord, ScoredRollouts
 from rlxf.driver import train
 from rlxf.loop.later import Later
 from rlxf.schedule import InThreads, Lookahead, Stage
@@ -92,8 +92,8 @@ def test_a_step_is_recorded_beside_its_update(lookahead: int) -> None:
     small, recorded = threaded(rollout__lookahead=lookahead), threading.Event()
     write = small.recorder.write
 
-    def note(step: int, scored: ScoredRollouts, pairing: PairingResult) -> None:
-        write(step, scored, pairing)
+    def note(step: int, scored: ScoredRollouts, pairing: PairingResult, reference: ReferenceRecord) -> None:
+        write(step, scored, pairing, reference)
         recorded.set()
 
     def during_update() -> None:
@@ -150,7 +150,7 @@ def test_rows_of_a_step_whose_update_fails_are_there_to_be_looked_at() -> None:
 def test_rows_that_cannot_be_written_at_the_end_do_not_hide_why_the_run_ended() -> None:
     small = threaded()
 
-    def write(step: int, scored: ScoredRollouts, pairing: PairingResult) -> None:
+    def write(step: int, scored: ScoredRollouts, pairing: PairingResult, reference: ReferenceRecord) -> None:
         raise DiskError("full")
 
     def during_update() -> None:

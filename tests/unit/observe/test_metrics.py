@@ -60,6 +60,10 @@ def test_rollout_metrics_count_what_was_sampled() -> None:
         "prompt_length/max": 2.0,
         "prompt_length/min": 1.0,
         "rollout/tokens_per_s": 20.0,
+        "rollout/distinct": 1.0,
+        "score/at_max": 0.25,
+        "score/std": pytest.approx(math.sqrt(4.75 / 3)),
+        "score/length_correlation": pytest.approx(math.sqrt(0.5)),  # of two prompts, one of which has equal scores
     }
 
 
@@ -84,6 +88,7 @@ def test_pair_metrics_tell_ties_from_other_drops() -> None:
     batch = scored([1.0, 4.0, 2.0, 2.0, math.nan, 0.0, 5.0, 0.0], [[EOS]] * 8)
     metrics = pair_metrics(best_worst(batch, PairingSettings()))
     expected = {"pair/kept": 2.0, "pair/dropped": 2.0, "pair/missing": 1.0, "pair/tie_rate": 0.25, "pair/margin": 4.0}
+    expected["pair/length_difference"] = 0.0
     assert metrics == expected
 
 

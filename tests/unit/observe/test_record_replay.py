@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rlxf.assembly.data import open_replay
 from rlxf.config.recording import holds_scores
 from rlxf.core.errors import ConfigError, DataError, SyncError
-from rlxf.core.types import Rollouts, ScoredRollouts
+from rlxf.core.types import PairValues, ReferenceRecord, Rollouts, ScoredRollouts
 from rlxf.observe.record import RecordedRollouts, Recorders, RolloutRecorder, SampleRecorder
 from rlxf.pair import PairingSettings
 from rlxf.pair.strategies import all_pairs, best_worst
@@ -231,7 +231,7 @@ def test_scores_are_present_when_one_is(score: float | None, expected: bool, tmp
 def test_samples_show_every_prompt_before_the_second_pair_of_any(tmp_path: Path) -> None:
     made = scored_of([[2.0, 1.0, 0.0], [0.0, 0.0], [3.0, 4.0]])
     samples = SampleRecorder(tmp_path / "samples.jsonl", chat_tokenizer(), max_rows=3)
-    Recorders(None, samples, 1).write(1, made, all_pairs(made, PairingSettings()))
+    Recorders(None, samples, 1).write(1, made, all_pairs(made, PairingSettings()), ReferenceRecord())
     samples.close()
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     found = [(row["prompt"], row["chosen_score"], row["rejected_score"]) for row in rows]
@@ -245,7 +245,7 @@ def test_samples_show_text_and_scores(tmp_path: Path) -> None:
     scored = with_scores(rollouts, torch.tensor([0.1, 0.2]), eos_ids=(EOS,), shaping=Shaping(missing_eos_penalty=1.0))
     result = best_worst(scored, PairingSettings())
     recorder = SampleRecorder(tmp_path / "samples.jsonl", tokenizer)
-    table = recorder.write(6, scored, result.chosen_rows, result.rejected_rows)
+    table = recorder.write(6, scored, result.pairs)
     recorder.close()
     (row,) = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [row] == table
@@ -258,3 +258,46 @@ def test_samples_show_text_and_scores(tmp_path: Path) -> None:
         "rejected_eos": False,
     }
     assert [row["chosen_score"], row["rejected_score"]] == pytest.approx([0.1, -0.8])
+
+
+def test_samples_show_what_both_models_say_of_each_token(tmp_path: Path) -> None:
+    made = scored_of([[2.0, 1.0], [0.0, 0.0], [3.0, 4.0]])
+    samples = SampleRecorder(tmp_path / "samples.jsonl", chat_tokenizer(), max_rows=2)
+    recorders = Recorders(None, samples, 10)
+    pairing = all_pairs(made, PairingSettings())
+    shown = recorders.shown(10, pairing.pairs)
+    assert not len(recorders.shown(9, pairing.pairs))
+    lengths = [*shown.chosen.completion_lengths.tolist(), *shown.rejected.completion_lengths.tolist()]
+    reference = torch.arange(sum(lengths)).float()
+    recorders.write(9, made, pairing, ReferenceRecord())
+    recorders.write(10, made, pairing, ReferenceRecord(tokens=reference))
+    samples.close()
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 10]
+    sides = [row[f"{side}_reference_logps"] for side in ("chosen", "rejected") for row in rows]
+    assert sides == [part.tolist() for part in torch.split(reference, lengths)]
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            assert len(row[f"{side}_tokens"]) == len(row[f"{side}_logps"]) == row[f"{side}_length"]
+        assert row["margin"] == row["chosen_score"] - row["rejected_score"]
+        assert row["policy_version"] == 0
+
+
+def test_rollouts_have_the_kl_of_completions_in_pairs(tmp_path: Path) -> None:
+    made = scored_of([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    pairing = best_worst(made, PairingSettings())
+    sums = [
+        part.sum()
+        for part in torch.split(made.rollouts.engine_logps, made.rollouts.sequences.completion_lengths.tolist())
+    ]
+    recorders = Recorders(RolloutRecorder(tmp_path / "rollouts.jsonl"), None, 0)
+    values = PairValues(chosen=torch.tensor([-3.0]), rejected=torch.tensor([-5.0]))
+    recorders.write(1, made, pairing, ReferenceRecord(pairs=values))
+    recorders.write(2, made, pairing, ReferenceRecord())
+    for file in recorders.files:
+        file.close()
+    rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    found = [[completion.get("kl") for completion in row["completions"]] for row in rows]
+    expected = [round(float(sums[0]) + 3.0, 4), None, round(float(sums[2]) + 5.0, 4)]
+    assert found[0] == (expected if all(map(math.isfinite, sums)) else [None] * 3)
+    assert found[1:] == [[None] * 3] * 3

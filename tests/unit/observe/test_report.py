@@ -12,10 +12,11 @@ from rich.console import Console
 
 from rlxf.assembly.build_run import report_settings
 from rlxf.config.schema import RunConfig
+from rlxf.core.errors import UnhealthyRun
 from rlxf.core.types import Metrics
 from rlxf.observe.console import Progressbar, duration, with_error
 from rlxf.observe.formulas import read_jsonl
-from rlxf.observe.report import Reported, make_report
+from rlxf.observe.report import Reported, RunReport, make_report
 from tests.unit.small_run import small_config
 
 STEP = {
@@ -184,3 +185,52 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_processes(tmp_path: P
     again.finished(tmp_path / "policy")
     assert json.loads((tmp_path / "summary.json").read_text())["seconds"] >= 3675
     assert "2 steps in 1:01:1" in text.getvalue()
+
+
+def ties(step: int) -> Metrics:
+    """More and more prompts whose scores are all equal."""
+    return {**STEP, "pair/tie_rate": min(step / 40, 0.9)}
+
+
+def test_a_verdict_is_told_once_and_stands_at_the_end(tmp_path: Path) -> None:
+    console, text = plain_console()
+    report = make_report(
+        report_settings(small_config(log__tensorboard=False, training__train_iters=40)), tmp_path, console
+    )
+    report.evaluated(0, {})
+    for step in range(1, 41):
+        report.stepped(step, ties(step))
+    report.finished(tmp_path / "policy")
+    told = " ".join(text.getvalue().split())
+    assert told.count("Ties rising: ") == 2  # when it first held, and below the final table
+    (verdict,) = json.loads((tmp_path / "summary.json").read_text())["verdicts"]
+    (row,) = read_jsonl(tmp_path / "run.jsonl")
+    assert (row["what"], row["name"], row["step"]) == ("verdict", "ties_rising", verdict["step"])
+    assert f"step {verdict['step']}: Ties rising: {row['seen']}." in told
+    assert f"steps {verdict['step']} to 40: Ties rising: {verdict['seen']}." in told
+    assert verdict["last"] == 40
+
+
+def test_a_run_ends_on_a_verdict_that_it_is_to_end_on_also_when_it_goes_on(tmp_path: Path) -> None:
+    def report_of(*stop_on: str, earlier: Reported | None = None) -> RunReport:
+        config = small_config(log__tensorboard=False, training__train_iters=80, health__stop_on=stop_on)
+        return make_report(report_settings(config), tmp_path, plain_console()[0], earlier)
+
+    report = report_of("collapsed", "ties_rising")
+
+    def go_on() -> None:
+        for step in range(1, 81):
+            report.require_health()
+            report.stepped(step, ties(step))
+
+    message = r"health.stop_on: ties_rising holds since step \d+: .* See docs/health.md#"
+    with pytest.raises(UnhealthyRun, match=message) as ended:
+        go_on()
+    report.close()
+    steps = read_jsonl(tmp_path / "metrics.jsonl")[-1]["step"]
+    assert 1 < steps < 80
+    assert f"since step {steps}" in str(ended.value)
+    done = Reported(step=steps, final_step=steps)
+    with pytest.raises(UnhealthyRun, match=f"ties_rising holds since step {steps}"):
+        report_of("ties_rising", earlier=done).require_health()
+    report_of("collapsed", earlier=done).require_health()
