@@ -28,6 +28,7 @@ def train(run: Run) -> None:
         while state.step < run.config.training.train_iters:
             run.clock.start(state.step)
             run.stop.check()
+            run.report.require_health()
             with run.clock.waiting():
                 collected = schedule.take(state.step)  # prompts to pairs with their reference; offline, from a file
             run.later.add(partial(algorithm.record, run, collected))

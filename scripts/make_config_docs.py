@@ -136,7 +136,7 @@ def page() -> str:
     parts.append(section("ref", roles.ReferenceConfig, above=roles.RoleConfig))
     parts.append(section("reward", roles.RewardConfig, above=roles.RoleConfig))
     parts.append(section("reward.sources[]", rewards.RewardSource))
-    for name in ("rollout", "sync", "algorithm", "judge", "resource_pool", "resilience", "eval", "log"):
+    for name in ("rollout", "sync", "algorithm", "judge", "resource_pool", "resilience", "eval", "log", "health"):
         parts.append(section(name, keys.SECTIONS[name]))
     parts.append(section("model.<name>", schema.ModelConfig))
     return "".join([*parts, older_names()])

@@ -107,7 +107,7 @@ def build_run(
     steps, lengths = deque(resume.waiting if resume else ()), _lengths(resume)
     reference = _reference(config, data, roles, stop, platform)
     judging = build_judge(config, run_dir, models=roles.models, function=roles.judge)
-    evaluation = _evaluation(config, data, roles, reference, state, platform, stop, judging)
+    evaluation = _evaluation(config, data, roles, reference, state, platform, stop, judging, report)
     refresh, sync = _refresh(config, roles), _sync(config, data, roles, platform)
 
     def describe(state: State) -> dict[str, Any]:
@@ -352,6 +352,7 @@ def _evaluation(
     platform: Platform,
     stop: Stop,
     judging: Judging | None,
+    report: RunReport,
 ) -> Evaluate | None:
     if config.offline and data.evaluation:
         assert not isinstance(data.evaluation, PromptBatch)
@@ -372,13 +373,25 @@ def _evaluation(
         judge=judging,
     )
     eos_ids = _eos_ids(config, data)
-    return Evaluation(evaluation_settings(config, eos_ids), data.evaluation, rooms, tokenizer=data.tokenizer)
+    return Evaluation(
+        evaluation_settings(config, eos_ids),
+        data.evaluation,
+        rooms,
+        tokenizer=data.tokenizer,
+        show=report.answered if config.log.eval_answers else None,
+    )
 
 
 def report_settings(config: RunConfig) -> ReportSettings:
     """What a run's report must know of it."""
     has_penalty = Shaping.of(config.actor_rollout, max_new_tokens=config.max_new_tokens).changes_scores
-    return ReportSettings(training=config.training, log=config.log, has_penalty=has_penalty, recipe=config.dump())
+    return ReportSettings(
+        training=config.training,
+        log=config.log,
+        has_penalty=has_penalty,
+        recipe=config.dump(),
+        stop_on=config.health.stop_on,
+    )
 
 
 def evaluation_settings(config: RunConfig, eos_ids: tuple[int, ...]) -> EvaluationSettings:
@@ -391,4 +404,5 @@ def evaluation_settings(config: RunConfig, eos_ids: tuple[int, ...]) -> Evaluati
         eos_ids=eos_ids,
         stop=config.rollout.stop,
         structured_outputs=config.rollout.structured_outputs,
+        num_shown=config.log.eval_answers,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,10 @@ from rlxf.core.stop import Stop
 from rlxf.driver import train
 from rlxf.evaluate import evaluate_only
 from rlxf.observe.console import Screen
+from rlxf.observe.diary import started
 from rlxf.observe.memory import MemoryReport, ProcessMemory, driver_memory
 from rlxf.observe.report import make_report
+from rlxf.observe.report_process import kept_page
 from rlxf.observe.trace import NAME, Trace
 from rlxf.platform import Platform
 from rlxf.schedule import Lanes
@@ -68,7 +70,7 @@ def prepared(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None) 
         with owned_checkpoints(root, run_dir):
             found = _prepare(config, run_dir, stop, typed, data)
             try:
-                with recorded_events(run_dir):
+                with recorded_events(run_dir), _page(found), _in_diary(found, typed):
                     yield found
             except Exception as error:
                 if typed is not None and (list_checkpoints(root) or isinstance(error, RunInterrupted)):
@@ -139,6 +141,26 @@ def clocked(found: Prepared, *, role_rows: bool = False) -> Iterator[Clock]:
         yield Clock(roles, trace)
     finally:
         trace.close()
+
+
+def _page(found: Prepared | None) -> AbstractContextManager[None]:
+    """Keeps the page of a run up to date, if the recipe asks for one."""
+    return kept_page(found.run_dir) if found is not None and found.config.log.report else nullcontext()
+
+
+def _in_diary(found: Prepared | None, typed: Typed | None) -> AbstractContextManager[None]:
+    """Writes down when a run that trains starts and how it ends."""
+    if found is None or found.config.training.eval_only:
+        return nullcontext()
+    config = found.config
+    return started(
+        found.run_dir,
+        step=found.resume.state.step if found.resume else 0,
+        num_steps=config.training.train_iters,
+        recipe=typed.config_name if typed else "",
+        command=[*typed.program, *typed.arguments] if typed else [],
+        device=config.training.device,
+    )
 
 
 def _prepare(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None, data: Data | None) -> Prepared | None:

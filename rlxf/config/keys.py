@@ -12,6 +12,7 @@ from rlxf.config.roles import ActorConfig, ReferenceConfig, RewardConfig
 from rlxf.config.schema import (
     AlgorithmConfig,
     EvalConfig,
+    HealthConfig,
     LogConfig,
     ModelConfig,
     ResilienceConfig,
@@ -36,6 +37,7 @@ SECTIONS: dict[str, type[Strict]] = {
     "resilience": ResilienceConfig,
     "eval": EvalConfig,
     "log": LogConfig,
+    "health": HealthConfig,
 }
 TOP_LEVEL = tuple(RunConfig.model_fields)
 ROLE_KEYS = frozenset(key for role in ROLES.values() for key in role.model_fields)
@@ -286,6 +288,7 @@ def _places() -> Mapping[str, str]:
     places = {key: f"model.<name>.{key}" for key in ModelConfig.model_fields}
     for section in (
         "judge",
+        "health",
         "log",
         "eval",
         "resilience",

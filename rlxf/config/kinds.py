@@ -114,6 +114,26 @@ LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab"]
 
 
+HealthRule = Literal[
+    "over_optimised",
+    "length_exploitation",
+    "eos_lost",
+    "collapsed",
+    "useless_reward",
+    "ties_rising",
+    "reference_too_near",
+    "reference_too_far",
+    "rate_too_high",
+    "stale_engine",
+    "staleness_hurts",
+    "offline_collapse",
+    "evaluation_too_small",
+    "data_repeated",
+    "one_engine_bounds",
+    "pool_idle",
+]
+
+
 DataFormat = Literal["auto", "standard", "messages", "alpaca", "sharegpt"]
 
 

@@ -25,6 +25,7 @@ from rlxf.config.kinds import (
     Device,
     File,
     Finite,
+    HealthRule,
     PairingName,
     Pool,
     Positive,
@@ -286,6 +287,11 @@ class LogConfig(Strict):
     """Driver steps between progress lines."""
     samples_interval: int = Field(50, ge=0)
     """Driver steps between records of some pairs as text in `samples.jsonl`. 0 writes none."""
+    report: bool = True
+    """Keep the page `report.html` in the run folder up to date, by a process of its own. See docs/report.md."""
+    eval_answers: int = Field(8, ge=0)
+    """Number of evaluation prompts whose answers `eval.jsonl` holds, the same ones at every evaluation, with the
+    log-probs of each token. 0 writes none."""
     rollouts: bool = False
     """Write all completions and scores to `rollouts.jsonl`, which `engine=replay` can read."""
     tensorboard: bool = True
@@ -299,6 +305,13 @@ class LogConfig(Strict):
     """Name of the project in the trackers (mlflow: of the experiment)."""
     run_name: str | None = None
     """Name of the run in the trackers. Unset: the name of the run folder."""
+
+
+class HealthConfig(Strict):
+    """What the run does about the verdicts on its curves. See docs/health.md."""
+
+    stop_on: Annotated[tuple[HealthRule, ...], BeforeValidator(as_names)] = ()
+    """Verdicts that end the run, with a checkpoint, as soon as they hold: names such as `over_optimised`."""
 
 
 class RunConfig(Strict):
@@ -322,6 +335,7 @@ class RunConfig(Strict):
     resilience: ResilienceConfig = ResilienceConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    health: HealthConfig = HealthConfig()
 
     @property
     def objective(self) -> ObjectiveName:

@@ -19,11 +19,13 @@ from rlxf.core.clock import Clock
 from rlxf.core.stop import Stop
 from rlxf.core.types import (
     Metrics,
+    OnlinePairs,
     PairingResult,
     Pairs,
     PairValues,
     PromptBatch,
     ReferencedPairs,
+    ReferenceRecord,
     Rollouts,
     ScoredRollouts,
     Sequences,
@@ -234,9 +236,15 @@ class LastRecord:
         self.steps: list[int] = []
         self.pairings: list[PairingResult] = []
         self.scored: list[ScoredRollouts] = []
+        self.references: list[ReferenceRecord] = []
+        self.num_shown = 0  # pairs of every step, whose tokens the reference is asked about
 
-    def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult) -> None:
+    def shown(self, step: int, pairs: OnlinePairs) -> OnlinePairs:
+        return pairs.select(torch.arange(min(len(pairs), self.num_shown)))
+
+    def write(self, step: int, scored: ScoredRollouts, pairing: PairingResult, reference: ReferenceRecord) -> None:
         assert not self.steps or step == self.steps[-1] + 1
+        self.references.append(reference)
         self.steps.append(step)
         self.scored.append(scored)
         self.pairings.append(pairing)
@@ -255,6 +263,9 @@ class Notes:
 
     def stepped(self, step: int, metrics: Metrics) -> None:
         self.steps[step] = metrics
+
+    def require_health(self) -> None:
+        return None
 
     def saved(self, folder: Path) -> None:
         return None

@@ -26,8 +26,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "core": set(),
     "config": {"core"},
     "placement": BASE,
+    # Verdicts on the curves of a run: numbers in, sentences out.
+    "health": set(),
     "platform": BASE,
-    "observe": BASE,
+    "observe": BASE | {"health"},
     "models": BASE | {"platform"},
     **dict.fromkeys(ROOMS, BELOW_ROOMS),
     # Which stage of which step runs when: pure of what a step is made of.
@@ -42,6 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The only ones that build rooms.
     "assembly": BELOW_ROOMS | ROOMS | {"checkpointing", "driver", "evaluate", "loop", "schedule"},
     "tools": BELOW_ROOMS | ROOMS | {"assembly", "checkpointing"},
+    # Reads the files of runs: neither a model nor a loop.
+    "report": BASE | {"observe", "health"},
 }
 EXCEPTIONS = {
     # The wire format between trainer and engines belongs to both.
@@ -108,8 +112,10 @@ DATES = (
     "rlxf/observe/trace.py",  # one offset for a process, so that its times never go back
     "rlxf/observe/sinks.py",
     "rlxf/core/events.py",
+    "rlxf/observe/diary.py",
     "rlxf/observe/trackers.py",
     "rlxf/tools/compare/formats.py",
+    *("rlxf/report/make.py", "rlxf/report/watch.py"),  # how old the files of a run are
     "rlxf/core/http.py",  # `Retry-After` is a date; the wait that it gives has a limit
 )
 

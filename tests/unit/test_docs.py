@@ -19,7 +19,9 @@ from workers import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
-COMMANDS = (ROOT / "rlxf/tools/convert/command.py").read_text(encoding="utf-8")  # scripts/convert_ckpt.py's
+# Of scripts that are thin: convert_ckpt.py, report.py, watch.py.
+OPTIONS = ("rlxf/tools/convert/command.py", "rlxf/report/command.py", "rlxf/report/watch.py")
+COMMANDS = "".join((ROOT / path).read_text(encoding="utf-8") for path in OPTIONS)
 USERS_OWN = re.compile(r"_mine(\.yaml)?$")  # recipes that a reader is told to write
 
 

@@ -166,6 +166,8 @@ def test_the_wheel_holds_the_library_its_data_and_the_launcher_and_no_more(wheel
         ("rlxf", "rlxf", "*.py"),
         ("rlxf/data/templates", "rlxf/data/templates", "*.jinja"),
         ("rlxf/judge/templates", "rlxf/judge/templates", "*.txt"),
+        *(("rlxf/report/assets", "rlxf/report/assets", pattern) for pattern in ("*.html", "*.css", "*.js")),
+        *(("rlxf/report/assets", "rlxf/report/assets", pattern) for pattern in ("*.LICENSE*", "*.NOTICE")),
         ("configs/rlxf", "rlxf/recipes", "*.yaml"),
         ("workers", "rlxf_workers", "*.py"),
     ]

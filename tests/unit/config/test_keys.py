@@ -125,9 +125,8 @@ def test_the_nearest_key_is_named(key: str, meant: str) -> None:
 
 
 def test_a_key_like_no_other_is_answered_with_its_section() -> None:
-    assert "log holds interval, project, report_to, rollouts, run_name, samples_interval, tensorboard" in unknown_key(
-        ["log", "zzzz"]
-    )
+    names = "eval_answers, interval, project, report, report_to, rollouts, run_name, samples_interval, tensorboard"
+    assert f"log holds {names}" in unknown_key(["log", "zzzz"])
     assert "known: runtime, dry_run, training" in unknown_key(["zzzz", "qqqq"])
     assert "nothing is nested below rollout.engine" in unknown_key(["rollout", "engine", "vllm"])
 

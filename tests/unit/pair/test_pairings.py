@@ -34,6 +34,7 @@ def test_all_takes_every_two_completions_that_differ() -> None:
     assert (result.dropped, result.ties, result.missing, result.num_prompts) == (1, 1, 0, 3)
     assert pair_metrics(result) == {
         "pair/kept": 5.0, "pair/dropped": 1.0, "pair/tie_rate": 1 / 3, "pair/missing": 0.0, "pair/margin": 1.6,
+        "pair/length_difference": pytest.approx(0.2),
     }  # fmt: skip
 
 
