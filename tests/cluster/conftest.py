@@ -101,7 +101,7 @@ def make_recipe(folder: Path) -> Recipe:
         "ref": {"model": "small", "load": str(policy)},
         "reward": {"model": "small", "load": str(reward)},
         "rollout": {"engine": "hf"},
-        "log": {"tensorboard": False},
+        "log": {"tensorboard": False, "report": False},
     }  # fmt: skip
     (folder / "small.yaml").write_text(yaml.safe_dump(content))
     return Recipe(folder)

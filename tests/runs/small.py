@@ -59,7 +59,7 @@ class World:
             "ref": {"model": "small", "load": str(self.folder / "policy")},
             "reward": {"model": "small", "load": str(self.folder / "reward")},
             "rollout": {},
-            "log": {"tensorboard": False, "samples_interval": 0},
+            "log": {"tensorboard": False, "samples_interval": 0, "report": False},
         }  # fmt: skip
         for section, values in changes.items():
             base.setdefault(section, {}).update(values)
@@ -107,6 +107,14 @@ class Finished:
     @property
     def rollouts(self) -> list[dict[str, Any]]:
         return read_jsonl(self.folder / "rollouts.jsonl")
+
+    @property
+    def sampled(self) -> list[dict[str, Any]]:
+        """``rollouts`` without the KL of completions, which needs an engine's log-probs: a replay has none."""
+        rows = self.rollouts
+        for completion in (completion for row in rows for completion in row["completions"]):
+            completion.pop("kl", None)
+        return rows
 
     @property
     def weights(self) -> dict[str, Tensor]:

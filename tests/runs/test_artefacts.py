@@ -20,7 +20,8 @@ STEP_NAMES = {
     "loss", "grad_norm", "learning_rate", "beta", "epoch", "data/dropped", "num_tokens",
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
     "objective/kl", "objective/entropy", "objective/scores", "objective/scores_margin", "val/contain_eos_token",
-    "pair/kept", "pair/dropped", "pair/tie_rate", "pair/margin",
+    "pair/kept", "pair/dropped", "pair/tie_rate", "pair/margin", "pair/length_difference", "rollout/distinct",
+    "score/std", "score/at_max", "score/length_correlation",
     "rollout/tokens_per_s", "rollout/logp_diff_mean", "rollout/logp_diff_max", "sync/bytes", "sync/version_lag",
     "rollout/tail_s", "rollout/longest_over_mean", "rollout/imbalance",
     "timing/gen", "timing/adv", "timing/ref", "timing/update_actor", "timing/sync", "timing/all", "timing/eval",
@@ -34,9 +35,12 @@ STEP_NAMES = {
 }  # fmt: skip
 # Without a judge, and without answers to compare with.
 EVAL_NAMES = {f"eval/{name}" for name in BUILT_IN if not name.startswith("judge/") and "reference" not in name}
+EVAL_NAMES |= {"eval/distinct"}
 PROBED = {"sync/probe_difference"}  # in the first two steps
 SAMPLE_FIELDS = [
-    "step", "prompt", "chosen", "rejected", "chosen_score", "rejected_score", "chosen_eos", "rejected_eos",
+    "step", "prompt", "policy_version", "margin",
+    *(f"{side}{key}" for key in ("", "_score", "_eos", "_length", "_tokens", "_logps", "_reference_logps", "_kl")
+      for side in ("chosen", "rejected")),
 ]  # fmt: skip
 
 
@@ -83,7 +87,7 @@ def test_metrics_agree_with_each_other(done: Finished) -> None:
 def test_evaluations_are_at_the_start_the_interval_and_the_end(done: Finished) -> None:
     rows = read_jsonl(done.folder / "eval.jsonl")
     assert [row["step"] for row in rows] == [0, EVAL_INTERVAL, NUM_STEPS]
-    assert all(set(row) == {"step"} | EVAL_NAMES for row in rows)
+    assert all(set(row) == {"step", "answers"} | EVAL_NAMES for row in rows)
     assert rows[0]["eval/kl"] == pytest.approx(0, abs=1e-5)
     assert rows[2]["eval/kl"] == done.rows[-1]["eval/kl"] != 0
 
@@ -177,7 +181,7 @@ def test_tensorboard_holds_every_scalar_of_every_step(done: Finished) -> None:
 
 def test_nothing_else_is_left(done: Finished) -> None:
     expected = {
-        "metrics.jsonl", "eval.jsonl", "samples.jsonl", "rollouts.jsonl", "summary.json", "config.yaml",
+        "metrics.jsonl", "eval.jsonl", "samples.jsonl", "rollouts.jsonl", "run.jsonl", "summary.json", "config.yaml",
         "policy", "checkpoints", "tensorboard",
     }  # fmt: skip
     assert {path.name for path in done.folder.iterdir()} == expected

@@ -34,7 +34,7 @@ def judged(world: World, folder: Path, **changes: dict[str, Any]) -> Recipe:
         **{
             "reward": {"load": None, "model": None, "workers": 1},
             "judge": {"function": str(folder / "judge.py")},
-            "log": {"rollouts": True, "samples_interval": 1, "tensorboard": False},
+            "log": {"rollouts": True, "samples_interval": 1, "tensorboard": False, "report": False},
             "rollout": {"lookahead": 1},
             **changes,
         }

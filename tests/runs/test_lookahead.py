@@ -168,7 +168,7 @@ def test_a_replay_at_the_same_lookahead_gives_the_same_bits(world: World, one: F
     live = without(one.numbers, (*LIVE_ONLY, "eval/"))
     assert without(whole.numbers, LIVE_ONLY) == live
     assert same_weights(whole, one)
-    assert whole.rollouts == one.rollouts
+    assert whole.sampled == one.sampled
 
 
 def test_a_checkpoint_with_steps_that_wait_is_evaluated_as_the_run_did(world: World, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_replay_without_reward_gives_the_same_bits(recipe: Recipe, live: Finis
     again = run(values, tmp_path / "again")
     assert without(again.numbers, LIVE_ONLY) == without(live.numbers, LIVE_ONLY)
     assert same_weights(again, live)
-    assert again.rollouts == live.rollouts  # raw scores: the penalty has not been added twice
+    assert again.sampled == live.sampled  # raw scores: the penalty has not been added twice
 
 
 def test_a_recording_without_scores_is_scored_live(recipe: Recipe, live: Finished, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_recording_without_scores_is_scored_live(recipe: Recipe, live: Finishe
     bare = write_rows(tmp_path / "bare.jsonl", rows)
     again = run(replay_of(recipe, bare), tmp_path / "again")
     assert again.losses == live.losses
-    assert again.rollouts == live.rollouts
+    assert again.sampled == live.sampled
 
 
 def test_a_reward_model_scores_a_recording_too(world: World, live: Finished, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def model() -> Path:
 @pytest.fixture(scope="module")
 def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     run_dir = tmp_path_factory.mktemp("smollm2") / "run"
-    options = ("--config-name", "online_dpo_trainer_smollm2_135m", "log.rollouts=true")
+    options = ("--config-name", "online_dpo_trainer_smollm2_135m", "log.rollouts=true", "log.report=false")
     result = ray_gpt(*options, f"hydra.run.dir={run_dir}", timeout_s=1500)
     assert result.returncode == 0, result.stderr[-4000:]
     return Finished(run_dir)

@@ -23,7 +23,7 @@ def build_world() -> None:
 
 def run_tiny(run_dir: Path, *overrides: str, recipe: str = "online_dpo_trainer_tiny") -> Finished:
     """The shipped recipe, seed 1, in one process."""
-    options = ("runtime=local", "training.seed=1", f"hydra.run.dir={run_dir}")
+    options = ("runtime=local", "training.seed=1", f"hydra.run.dir={run_dir}", "log.report=false")
     done = ray_gpt("--config-name", recipe, *options, *overrides)
     assert done.returncode == 0, done.stderr[-4000:]
     return Finished(run_dir)
