@@ -110,7 +110,7 @@ def run_seed(seed: int, run_dir: Path, arguments: argparse.Namespace) -> dict[st
 def evaluations(run_dir: Path) -> list[dict[str, float]]:
     """Every evaluation of a run: ``step``, and the values of ``eval/*`` without that prefix."""
     rows = read_jsonl(run_dir / "eval.jsonl")
-    found = [{name.removeprefix("eval/"): value for name, value in row.items()} for row in rows]
+    found = [{name.removeprefix("eval/"): value for name, value in row.items() if name != "answers"} for row in rows]
     summary = json.loads((run_dir / "summary.json").read_text())["end"]
     assert all(summary[f"eval/{name}"] == value for name, value in found[-1].items() if name != "step")
     return found
