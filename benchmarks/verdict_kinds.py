@@ -89,9 +89,17 @@ BROKEN = (
     Kind(
         name="old_recipe",
         what="an earlier quick start: beta 0.1, rate 8e-4",
-        seeds=(1, 2, 3, 4, 5, 6),
+        seeds=tuple(range(1, 13)),
         steps=100,
         overrides=("actor_rollout.dpo_beta=0.1", *rate(8e-4, 5e-5)),
+        if_broken=FAR,
+        may=FAR,
+    ),
+    Kind(
+        name="constant_rate",
+        what="beta 0.1, rate 5e-4 to the end",
+        steps=100,
+        overrides=("actor_rollout.dpo_beta=0.1", "actor_rollout.lr_decay_style=constant", *rate(5e-4, 5e-4)),
         if_broken=FAR,
         may=FAR,
     ),

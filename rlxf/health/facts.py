@@ -49,7 +49,7 @@ def facts_of(config: Mapping[str, object]) -> RunFacts:
     roles = tuple(str(role) for role in shared) if isinstance(shared, Sequence) and not isinstance(shared, str) else ()
     return RunFacts(
         stage=stage if isinstance(stage, str) else "ray_online_dpo",
-        num_steps=0 if training.get("epochs") else _number(training, "train_iters"),
+        num_steps=_number(training, "train_iters"),  # with `epochs`, a run writes down the steps that they make
         lookahead=_number(_section(config, "rollout"), "lookahead"),
         num_samples=_number(actor, "n_samples_per_prompt", 2),
         max_new_tokens=_number(actor, "max_new_tokens") or max(room, 0),

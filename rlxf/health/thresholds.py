@@ -22,7 +22,7 @@ THRESHOLDS = (
     Threshold(
         "over_optimised",
         "kl",
-        0.38,
+        0.35,
         "KL to the reference, nats a token, at least",
         f"{OWN_RUNS}; at a large KL a better proxy is a worse true reward: 2210.10760, for DPO 2406.02900",
     ),
@@ -98,7 +98,7 @@ THRESHOLDS = (
         OWN_RUNS,
     ),
     Threshold("useless_reward", "kl", 0.02, "noise: KL to the reference, nats a token, at least", OWN_RUNS),
-    Threshold("useless_reward", "far", 0.38, "noise: the same, at most", "that of `over_optimised`"),
+    Threshold("useless_reward", "far", 0.35, "noise: the same, at most", "that of `over_optimised`"),
     Threshold(
         "ties_rising",
         "ties",

@@ -7,10 +7,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+from rlxf.config.kinds import HealthRule
 from rlxf.health import RULES, Health, RunFacts, facts_of
 from tests.unit.health.curves import FACTS, evaluation, follow, healthy, rows
 
@@ -94,12 +96,16 @@ def test_a_recipe_of_an_earlier_version_has_the_defaults() -> None:
     assert facts_of({"training": None, "rollout": [], "reward": {"load": "rm"}}) == RunFacts()
     room = {"actor_rollout": {"seq_length": 1024, "max_prompt_length": 512, "max_new_tokens": None}}
     assert facts_of(room).max_new_tokens == 512
-    assert facts_of({"training": {"epochs": 2.0, "train_iters": 100}}).num_steps == 0
+    assert facts_of({"training": {"epochs": 2.0, "train_iters": 100}}).num_steps == 100
     assert facts_of({"resource_pool": {"colocate": ["ref", "train"]}}).pools == [
         ("train", "ref"),
         ("infer",),
         ("reward",),
     ]
+
+
+def test_a_recipe_can_name_every_rule() -> None:
+    assert get_args(HealthRule) == tuple(RULES)
 
 
 def test_rules_tell_people_what_to_do() -> None:

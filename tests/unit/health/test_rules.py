@@ -71,9 +71,13 @@ RAISING: dict[str, list[tuple[Change, RunFacts]]] = {
         ({"judge/agrees_with_scores": 0.5}, replace(FACTS, has_judge=True)),
         ({"judge/agrees_with_scores": 0.1}, replace(FACTS, has_judge=True)),
         ({"rewards/accuracies": 0.5, "objective/scores": 0.1}, FACTS),
+        ({"rewards/accuracies": 0.5, "objective/scores": to(0.1, 0.4)}, FACTS),
     ],
     "ties_rising": [({"pair/tie_rate": to(0, 0.8)}, FACTS)],
-    "reference_too_near": [({"objective/kl": 0.001, "objective/scores": 0.1}, FACTS)],
+    "reference_too_near": [
+        ({"objective/kl": 0.001, "objective/scores": 0.1}, FACTS),
+        ({"objective/kl": 0.001, "objective/scores": 0.1}, replace(FACTS, num_steps=0)),
+    ],
     "reference_too_far": [(FAR | {"objective/kl": to(0, 40)}, FACTS)],
     "rate_too_high": [
         ({"loss": after(1, 0.693, 1.2)}, FACTS),
@@ -124,6 +128,22 @@ INNOCENT: list[tuple[Change, RunFacts]] = [
     ({"response_length/mean": to(16, 30)}, FACTS),  # longer, and the score does not follow the length
     ({"score/length_correlation": 0.9}, FACTS),  # follows it, and answers are no longer
     ({"objective/kl": to(0, 12)}, FACTS),  # far, as various as before
+    ({"objective/kl": to(0, 12), "rollout/distinct": to(1, 0.6), "objective/scores": to(0.2, 0.9)}, FACTS),  # no better
+    (
+        {
+            "objective/kl": to(0, 12), "rollout/distinct": to(1, 0.6), "objective/scores": None, "eval/win_rate": 0.55,
+            "eval/win_rate_se": 0.03,
+        },
+        replace(FACTS, has_judge=True, has_reward=False),
+    ),
+    ({"rollout/distinct": None, "objective/entropy": to(20, 12)}, FACTS),
+    ({"pair/tie_rate": to(0, 0.27)}, FACTS),
+    ({"pair/tie_rate": to(0.35, 0.45)}, FACTS),
+    ({"objective/kl": 0.001}, FACTS),  # near, and scores rise
+    ({"rewards/margins": to(0, 9)}, FACTS),  # of a part of the pairs
+    ({"rewards/margins": -0.5}, FACTS),
+    ({"rollout/logp_diff_mean": to(3e-7, 5e-5)}, FACTS),
+    ({"eval/win_rate": 0.9, "eval/win_rate_se": 0.05}, FACTS),  # few prompts, and a difference that shows
     ({"rollout/distinct": 0.2}, FACTS),  # short answers that were the same from the start
     ({"pair/tie_rate": 0.4}, FACTS),
     ({"val/contain_eos_token": 0.8}, FACTS),
@@ -162,6 +182,11 @@ def test_what_only_looks_like_a_fault_raises_nothing(change: Change, facts: RunF
 @pytest.mark.parametrize("facts", [OFFLINE, SFT])
 def test_a_healthy_run_on_a_file_raises_nothing(facts: RunFacts) -> None:
     assert raised(follow({}, facts, healthy_offline)) == set()
+
+
+def test_log_probs_that_fall_while_nothing_is_learned_are_no_offline_collapse() -> None:
+    fall = {"rewards/chosen": -0.4, "rewards/rejected": -0.4, "logps/chosen": -24.0, "logps/rejected": -24.0}
+    assert raised(follow({**fall, "rewards/accuracies": 0.5}, OFFLINE, healthy_offline)) == set()
 
 
 def test_every_rule_has_a_case() -> None:
