@@ -16,7 +16,9 @@ from rlxf.assembly.local import launch
 from rlxf.checkpointing.store import list_checkpoints
 from rlxf.config.load import load_config
 from rlxf.core.errors import UnhealthyRun
+from rlxf.observe.diary import started
 from rlxf.observe.formulas import read_jsonl
+from rlxf.observe.report_process import kept_page
 from tests.data_world import write_rows
 from tests.runs.small import ROOT, Recipe, World, run
 from tests.unit.report.pages import data_of
@@ -89,10 +91,7 @@ with kept_page(folder), started(folder, step=0, num_steps=9, recipe="mine", comm
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    page, until = tmp_path / "report.html", time.monotonic() + 60
-    while not (page.exists() and data_of(page)["runs"][0]["state"]["word"] == "killed"):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for_page(tmp_path, "killed")
 
 
 def test_a_page_that_cannot_be_made_costs_a_line(
@@ -102,3 +101,22 @@ def test_a_page_that_cannot_be_made_costs_a_line(
     done = run(world.recipe(training={"train_iters": 1}, log={"report": True}), tmp_path / "run")
     assert len(done.rows) == 1
     assert "report.html is not made" in caplog.text
+
+
+def test_a_run_does_not_wait_long_for_its_last_page(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 0.5}])
+    monkeypatch.setattr("rlxf.observe.report_process._LAST_S", 0.0)
+    with kept_page(tmp_path), started(tmp_path, step=0, num_steps=1, recipe="mine", command=[], device="cpu"):
+        pass
+    assert "is still being made" in caplog.text
+    wait_for_page(tmp_path, "ended")
+
+
+def wait_for_page(folder: Path, word: str) -> None:
+    """Until the page says so of its run."""
+    page, until = folder / "report.html", time.monotonic() + 60
+    while not (page.exists() and data_of(page)["runs"][0]["state"]["word"] == word):
+        assert time.monotonic() < until
+        time.sleep(0.05)
