@@ -24,6 +24,10 @@ REWARDS = {
     "saturated": "from rlxf.tools.tiny.world import score\n\n\n"
     "def reward(prompts, completions, completion_ids, **columns):\n"
     "    return [float(score(text) > -2) for text in completions]\n",
+    "slow": "from time import sleep\n\nfrom rlxf.tools.tiny.world import score\n\n\n"
+    "def reward(prompts, completions, completion_ids, **columns):\n"
+    "    sleep(1)\n"
+    "    return [float(score(text)) for text in completions]\n",
     "binary": "from rlxf.tools.tiny.world import score\n\n\n"
     "def reward(prompts, completions, completion_ids, **columns):\n"
     "    return [float(score(text) > 0) for text in completions]\n",
@@ -52,6 +56,7 @@ class Kind:
     if_broken: tuple[str, ...] = ()  # of which a run that has left the grammar has to raise one
     may: tuple[str, ...] = ()  # further ones that are no mistake
     stale: bool = False  # the engine gets no weights after the first push
+    on_ray: bool = False  # each role has its own process; rules are asked as if each had a device of its own
 
 
 def rate(first: float, last: float) -> tuple[str, str]:
@@ -80,6 +85,14 @@ HEALTHY = (
         recipe=OFFLINE,
         steps=80,
         overrides=rate(1e-4, 1e-5),
+    ),
+    Kind(
+        name="good_ray",
+        what="the quick start on Ray, a process for each role",
+        on_ray=True,
+        seeds=(1, 2, 3),
+        steps=30,
+        overrides=("training.eval_interval=0",),
     ),
     Kind(name="good_sft", what="supervised fine-tuning", recipe="sft_trainer_tiny", seeds=(1,), steps=150),
     Kind(name="good_rm", what="a reward model", recipe="reward_trainer_tiny", seeds=(1,), steps=150),
@@ -289,6 +302,27 @@ BROKEN = (
         stale=True,
         must=("stale_engine",),
         may=FAR,
+    ),
+    Kind(
+        name="slow_reward",
+        what="on Ray, a reward function that takes a second",
+        on_ray=True,
+        steps=12,
+        overrides=(function("slow"), "training.eval_interval=0"),
+        must=("pool_idle",),
+    ),
+    Kind(
+        name="uneven_engines",
+        what="on Ray, four prompts a step on three engines that sample one completion at a time",
+        on_ray=True,
+        steps=20,
+        overrides=(
+            *("training.global_batch_size=4", "actor_rollout.ppo_mini_batch_size=4", "training.eval_interval=0"),
+            *("resource_pool.actor_rollout=[4]", "actor_rollout.num_gpus_for_infer=3"),
+            *("actor_rollout.num_samples_per_step=1", "actor_rollout.n_samples_per_prompt=24"),
+        ),
+        must=("one_engine_bounds",),
+        may=(*ANY, "pool_idle"),
     ),
 )
 

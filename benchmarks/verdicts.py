@@ -4,9 +4,10 @@
     python benchmarks/verdicts.py --kinds good length    # only these
     python benchmarks/verdicts.py --only-table
 
-A run is a recipe of the tiny world in one process with the Hugging Face engine (``verdict_kinds.py``). Its rows are
-kept, without times and memory, in ``results/verdicts/<kind>.json.gz``; the tests of the rules read them. Thresholds
-were chosen on the runs with odd seeds; the table shows those with even seeds apart.
+A run is a recipe of the tiny world in one process, or of a few kinds on Ray, with the Hugging Face engine
+(``verdict_kinds.py``). Its rows are kept in ``results/verdicts/<kind>.json.gz``, without memory and in one process
+without times; the tests of the rules read them. Thresholds were chosen on the runs with odd seeds; the table shows
+those with even seeds apart.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +42,7 @@ SETTINGS = (
     *("log.interval=1000", "eval.greedy=false"),
 )
 # What no rule can read in a run of one process, or what says nothing of a policy.
+POOLS = ("timing/idle_", "timing/gen", "rollout/tail_s")  # kept of runs on Ray
 LEFT_OUT = ("timing/", "memory/", "pipeline/", "prompt_length/", "rollout/tokens_per_s", "rollout/tail_s", "sync/bytes")
 DIGITS = 5
 
@@ -69,6 +72,8 @@ class Recorded:
     def verdicts(self) -> tuple[Verdict, ...]:
         """What the rules say after the last row."""
         facts = dict(self.facts, sharing=tuple(self.facts["sharing"]))
+        if KINDS[self.kind].on_ray:
+            facts["on_cpu"] = False
         health = Health(RunFacts(**facts))
         health.restore(self.rows, self.evaluations)
         return health.verdicts
@@ -130,20 +135,32 @@ def make(kind: Kind, seed: int, run_dir: Path, rewards: Path) -> Recorded:
     overrides = [override.replace("{rewards}", str(rewards)) for override in kind.overrides]
     steps = f"training.train_iters={kind.steps}"
     command = ["--config-name", kind.recipe, f"hydra.run.dir={run_dir}", f"training.seed={seed}", steps]
-    process = multiprocessing.get_context("fork").Process(
-        target=run_here, args=([*command, *SETTINGS, *overrides], run_dir, kind.stale)
-    )
-    process.start()
-    process.join()
+    arguments = [*command, *SETTINGS, *overrides]
+    exit_code = on_ray(arguments) if kind.on_ray else forked(arguments, run_dir, stale=kind.stale)
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     return Recorded(
         kind=kind.name,
         seed=seed,
-        exit_code=process.exitcode or 0,
+        exit_code=exit_code,
         facts=asdict(facts_of(config)),
-        rows=[shortened(row) for row in read(run_dir / "metrics.jsonl")],
+        rows=[shortened(row, kept=POOLS if kind.on_ray else ()) for row in read(run_dir / "metrics.jsonl")],
         evaluations=[shortened(row) for row in read(run_dir / "eval.jsonl")],
     )
+
+
+def on_ray(arguments: Sequence[str]) -> int:
+    """The command as it is typed, with a cluster of its own; its exit code."""
+    environment = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, "ray_gpt.py", *arguments, "runtime=ray", "rollout.engine=hf"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False).returncode
+
+
+def forked(arguments: list[str], run_dir: Path, *, stale: bool) -> int:
+    """In a process that has imported all that runs import; its exit code."""
+    target = multiprocessing.get_context("fork").Process(target=run_here, args=(arguments, run_dir, stale))
+    target.start()
+    target.join()
+    return target.exitcode or 0
 
 
 def run_here(arguments: list[str], run_dir: Path, stale: bool) -> None:
@@ -188,10 +205,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def shortened(row: Mapping[str, Any]) -> dict[str, float | None]:
-    kept = {name: value for name, value in row.items() if not name.startswith(LEFT_OUT) and name != "answers"}
+def shortened(row: Mapping[str, Any], *, kept: tuple[str, ...] = ()) -> dict[str, float | None]:
+    """Without what no rule reads, but with names that begin as ``kept`` says, and of fewer digits."""
+    left = [name for name in row if name.startswith(kept) or not (name.startswith(LEFT_OUT) or name == "answers")]
     return {
-        name: value if value is None or name == "step" else float(f"{value:.{DIGITS}g}") for name, value in kept.items()
+        name: value if value is None or name == "step" else float(f"{value:.{DIGITS}g}")
+        for name in left
+        for value in [row[name]]
     }
 
 

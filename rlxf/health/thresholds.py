@@ -181,10 +181,10 @@ THRESHOLDS = (
     Threshold("evaluation_too_small", "errors", 2.0, "difference to the start in standard errors, at most", "95 %"),
     Threshold("data_repeated", "sft", 4.0, "sft: epochs, more than", "2305.16264"),
     Threshold("data_repeated", "preferences", 3.0, "dpo, rm: epochs, more than", "2310.16944"),
-    Threshold("one_engine_bounds", "imbalance", 1.3, "`rollout/imbalance`, at least", ""),
-    Threshold("one_engine_bounds", "tail", 0.4, "`rollout/tail_s` of `timing/gen`, at least", ""),
-    Threshold("pool_idle", "busy_pools", 0.75, "idle share of the trainer's and engines' devices, at least", ""),
-    Threshold("pool_idle", "other_pools", 0.95, "idle share of the other devices, at least", ""),
+    Threshold("one_engine_bounds", "imbalance", 1.3, "`rollout/imbalance`, at least", OWN_RUNS),
+    Threshold("one_engine_bounds", "tail", 0.3, "`rollout/tail_s` of `timing/gen`, at least", OWN_RUNS),
+    Threshold("pool_idle", "busy_pools", 0.75, "idle share of the trainer's and engines' devices, at least", OWN_RUNS),
+    Threshold("pool_idle", "other_pools", 0.95, "idle share of the other devices, at least", OWN_RUNS),
 )
 
 _VALUES = {(one.rule, one.name): one.value for one in THRESHOLDS}

@@ -10,8 +10,6 @@ from benchmarks import verdicts
 from benchmarks.verdict_kinds import HEALTHY, KINDS
 from rlxf.health import RULES
 
-# What one process on a CPU cannot show: several engines, pools of devices.
-NOT_IN_THE_TINY_WORLD = {"one_engine_bounds", "pool_idle"}
 RUNS = {name: verdicts.recorded(name) for name in KINDS}
 ALL = [run for runs in RUNS.values() for run in runs]
 
@@ -27,7 +25,7 @@ def test_there_are_enough_runs() -> None:
     assert len(RUNS["good"]) >= 10
     assert sum(len(RUNS[kind.name]) for kind in HEALTHY) >= 15
     failing = {rule: sum(rule in KINDS[run.kind].must for run in ALL) for rule in RULES}
-    assert {rule for rule, count in failing.items() if count < 3} == NOT_IN_THE_TINY_WORLD
+    assert min(failing.values()) >= 3, failing
 
 
 def test_a_run_that_has_left_the_grammar_raises_a_verdict_before_its_end() -> None:
