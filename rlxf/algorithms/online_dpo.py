@@ -189,7 +189,9 @@ def _refer_shown(run: Run, collected: Collected) -> None:
     """``shown``: what the reference says of each token of the pairs that people are shown of this step."""
     assert collected.pairing is not None
     pairs = _online(run).recorder.shown(collected.step + 1, collected.pairing.pairs)
-    if collected.shown is None and len(pairs):
+    # A resumed run may pair what waited in another way; then it shows other pairs.
+    known = collected.shown is not None and collected.referred == run.digest(collected.pairing.pairs)
+    if len(pairs) and not known:
         with run.working(collected, "ref"):
             collected.shown = run.reference.token_logps(Sequences.concat([pairs.chosen, pairs.rejected]))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def prepared(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None) 
         with owned_checkpoints(root, run_dir):
             found = _prepare(config, run_dir, stop, typed, data)
             try:
-                with recorded_events(run_dir), _page(found), _in_diary(found, typed):
+                with recorded_events(run_dir), _described(found, typed):
                     yield found
             except Exception as error:
                 if typed is not None and (list_checkpoints(root) or isinstance(error, RunInterrupted)):
@@ -143,17 +143,15 @@ def clocked(found: Prepared, *, role_rows: bool = False) -> Iterator[Clock]:
         trace.close()
 
 
-def _page(found: Prepared | None) -> AbstractContextManager[None]:
-    """Keeps the page of a run up to date, if the recipe asks for one."""
-    return kept_page(found.run_dir) if found is not None and found.config.log.report else nullcontext()
-
-
-def _in_diary(found: Prepared | None, typed: Typed | None) -> AbstractContextManager[None]:
-    """Writes down when a run that trains starts and how it ends."""
+@contextmanager
+def _described(found: Prepared | None, typed: Typed | None) -> Iterator[None]:
+    """Writes down when a run that trains starts and how it ends, and keeps its page up to date if it is to have one."""
     if found is None or found.config.training.eval_only:
-        return nullcontext()
+        yield
+        return
     config = found.config
-    return started(
+    page = kept_page(found.run_dir) if config.log.report else nullcontext()
+    diary = started(
         found.run_dir,
         step=found.resume.state.step if found.resume else 0,
         num_steps=config.training.train_iters,
@@ -161,6 +159,8 @@ def _in_diary(found: Prepared | None, typed: Typed | None) -> AbstractContextMan
         command=[*typed.program, *typed.arguments] if typed else [],
         device=config.training.device,
     )
+    with page, diary:  # the last page shows the end
+        yield
 
 
 def _prepare(config: RunConfig, run_dir: Path, stop: Stop, typed: Typed | None, data: Data | None) -> Prepared | None:

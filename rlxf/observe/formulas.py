@@ -124,5 +124,5 @@ def _mean(values: Tensor) -> float:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The rows of a file that a run writes."""
+    return [json.loads(line) for line in path.read_bytes().splitlines()]  # of text, it would split at U+2028, too

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlxf.core.jsonl import JsonLines, Row, describe, open_after
 from rlxf.core.types import OnlinePairs, PairingResult, PairValues, ReferenceRecord, ScoredRollouts
-from rlxf.observe.tokens import beside_reference, log_probs, pieces
+from rlxf.observe.tokens import beside_reference, pieces, rounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,8 +147,8 @@ class RolloutRecorder:
 
 def _record(scored: ScoredRollouts, kl: Tensor | None) -> list[Row]:
     rollouts = scored.rollouts
-    ratios = [math.nan] * len(scored) if kl is None else [round(value, 4) for value in kl.tolist()]
-    known = [{"kl": ratio} if math.isfinite(ratio) else {} for ratio in ratios]
+    ratios = [None] * len(scored) if kl is None else rounded(kl.tolist())
+    known = [{} if ratio is None else {"kl": ratio} for ratio in ratios]
     completions = rollouts.sequences.completion_rows()
     raw_scores = scored.raw_scores.tolist()  # a float32 as a double: its repr gives the same float32 back
     by_prompt: list[list[int]] = [[] for _ in range(len(rollouts.prompts))]
@@ -269,9 +269,9 @@ class SampleRecorder:
             "length": len(tokens),
             **_details(scored, row),
             "tokens": pieces(self._tokenizer, tokens),
-            "logps": log_probs(logps),
+            "logps": rounded(logps),
             **(
-                {"reference_logps": log_probs(reference), "kl": beside_reference(logps, reference)}
+                {"reference_logps": rounded(reference), "kl": beside_reference(logps, reference)}
                 if reference is not None
                 else {}
             ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from rlxf.core.types import Metrics
 from rlxf.health import Health, Verdict, facts_of
 from rlxf.observe.console import Progressbar, duration, final_table
 from rlxf.observe.diary import Diary
+from rlxf.observe.formulas import read_jsonl
 from rlxf.observe.report_process import NAME as PAGE
 from rlxf.observe.rows import table_rows
 from rlxf.observe.sinks import JsonlSink, Sink, TensorBoardSink
@@ -266,6 +266,6 @@ def _line(verdict: Verdict) -> str:
 def _rows(path: Path) -> list[Row]:
     """The rows of a file that the sinks have cut already; none if it is not there, or cannot be read."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_jsonl(path)
     except (OSError, ValueError):
         return []

@@ -40,9 +40,11 @@ class JsonlSink:
         self.file = open_after(path, after, unwritten)
 
     def write(self, step: int, metrics: Metrics, **more: Any) -> None:
-        """Line by line: a killed run keeps what it wrote. ``more``: JSON data that are no metrics."""
-        row = {"step": step, **finite_or_null(metrics), **more}
-        self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        """Line by line: a killed run keeps what it wrote. ``more``: JSON data that are no metrics.
+
+        ASCII only: programs that read the file by ``splitlines`` would split a text at U+2028 or U+0085.
+        """
+        self.file.write((json.dumps({"step": step, **finite_or_null(metrics), **more}) + "\n").encode())
 
     def close(self, *, complete: bool = False) -> None:
         self.file.close()

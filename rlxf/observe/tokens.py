@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CUT = "\N{REPLACEMENT CHARACTER}"  # where the last bytes of a completion are no whole character
-_DIGITS = 4  # of a log-probability in a file for people
+_DIGITS = 4  # of log-probabilities and their sums in a file for people
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
@@ -31,9 +31,9 @@ def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[st
     return [piece or "" for piece in found]
 
 
-def log_probs(logps: Sequence[float]) -> list[float | None]:
-    """For a file: rounded, and null where unknown."""
-    return [round(value, _DIGITS) if math.isfinite(value) else None for value in logps]
+def rounded(nats: Sequence[float]) -> list[float | None]:
+    """For a file: with few digits, and null where unknown."""
+    return [round(value, _DIGITS) if math.isfinite(value) else None for value in nats]
 
 
 def beside_reference(logps: Sequence[float], reference: Sequence[float]) -> float | None:
@@ -49,6 +49,6 @@ def answer(
     return {
         "kl": beside_reference(logps, reference),
         "tokens": pieces(tokenizer, tokens),
-        "logps": log_probs(logps),
-        "reference_logps": log_probs(reference),
+        "logps": rounded(logps),
+        "reference_logps": rounded(reference),
     }

@@ -85,7 +85,10 @@ def test_in_the_runs_own_folder_its_files_stay(world: World, tmp_path: Path) -> 
 
     done = run(recipe(world, tmp_path), tmp_path / "run")
     before = files(tmp_path)
-    launch(load_config({"runtime": "local", **recipe(world, tmp_path, eval_only=True)}), done.folder)
+    only = recipe(world, tmp_path, eval_only=True)
+    only["log"]["report"] = True
+    launch(load_config({"runtime": "local", **only}), done.folder)
+    assert not (done.folder / "report.html").exists()
     after = files(tmp_path)
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"run/eval.jsonl", "run/summary.json"}

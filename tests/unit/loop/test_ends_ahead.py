@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rlxf.core.errors import StopRequested, TrainingError
-from rlxf.core.types import Metrics, Pairs, ReferencedPairs
+from rlxf.core.types import Metrics, Pairs, ReferencedPairs, Sequences
 from rlxf.driver import train
 from rlxf.schedule import InThreads
 from tests.unit.loop.ahead import (
@@ -230,9 +230,9 @@ def test_the_reference_is_asked_again_where_a_changed_recipe_makes_other_pairs(
     tmp_path: Path, changes: dict[str, float]
 ) -> None:
     """What waits keeps its completions and raw scores; its pairs are made when it is taken."""
-    ended = ends_early(start(ahead_config(2), trace=Trace(("sync", 3), break_down), root=tmp_path))
+    ended = ends_early(start(ahead_config(2), trace=Trace(("sync", 3), break_down), root=tmp_path, shown=2))
     assert [referred for *_, referred in ended.folder.waiting[-1]] == [False, True]  # the first one is empty
-    again = start(ahead_config(2, **changes), ended=ended)
+    again = start(ahead_config(2, **changes), ended=ended, shown=2)
     asked: list[Pairs] = []
     logps = again.reference.logps
     again.reference.logps = lambda pairs: asked.append(pairs) or logps(pairs)
@@ -244,3 +244,9 @@ def test_the_reference_is_asked_again_where_a_changed_recipe_makes_other_pairs(
         assert torch.equal(batch.reference.chosen, logps(batch.pairs).chosen)
         assert torch.equal(batch.reference.rejected, logps(batch.pairs).rejected)
     assert len(asked) == len(trained)  # of the one that was referred, too
+    said = references(again)
+    for step, pairing in zip(again.recorder.steps, again.recorder.pairings, strict=True):
+        pairs = again.recorder.shown(step, pairing.pairs)
+        if len(pairs):
+            tokens = again.reference.token_logps(Sequences.concat([pairs.chosen, pairs.rejected]))
+            assert said[step] == tokens.tolist()

@@ -234,3 +234,15 @@ def test_a_run_ends_on_a_verdict_that_it_is_to_end_on_also_when_it_goes_on(tmp_p
     with pytest.raises(UnhealthyRun, match=f"ties_rising holds since step {steps}"):
         report_of("ties_rising", earlier=done).require_health()
     report_of("collapsed", earlier=done).require_health()
+
+
+def test_texts_with_separators_of_lines_stay_in_their_row(tmp_path: Path) -> None:
+    """`str.splitlines` also splits where a text has U+2028 or U+0085, and so do programs of users."""
+    config = small_config(log__tensorboard=False, training__eval_interval=1)
+    report = make_report(report_settings(config), tmp_path, plain_console()[0])
+    answers = [{"prompt": "a\u2028b", "text": "c\u0085d\ne"}]
+    report.answered(0, answers)
+    report.evaluated(0, {"eval/reward": 1.0})
+    report.close()
+    assert read_jsonl(tmp_path / "eval.jsonl") == [{"step": 0, "eval/reward": 1.0, "answers": answers}]
+    assert len((tmp_path / "eval.jsonl").read_text().splitlines()) == 1

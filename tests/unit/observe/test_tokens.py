@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlxf.observe.tokens import answer, beside_reference, log_probs, pieces
+from rlxf.observe.tokens import answer, beside_reference, pieces, rounded
 from tests.tiny_models import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -35,7 +35,7 @@ def test_a_completion_that_ends_within_a_character_says_so() -> None:
 
 
 def test_what_is_not_known_is_null() -> None:
-    assert log_probs([-0.123456, math.nan]) == [-0.1235, None]
+    assert rounded([-0.123456, math.nan]) == [-0.1235, None]
     assert beside_reference([-1.0, -2.0], [-1.5, -2.25]) == 0.75
     assert beside_reference([-1.0, math.nan], [-1.5, -2.25]) is None
 
