@@ -101,6 +101,7 @@ class Bigram:
 class SmallReference(Bigram):
     trace: Trace
     num_pairs: int = 0
+    num_shown: int = 0  # steps of which people are shown something
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -109,6 +110,10 @@ class SmallReference(Bigram):
         self.trace.append("reference")
         self.num_pairs += len(pairs)
         return super().logps(pairs)
+
+    def token_logps(self, sequences: Sequences) -> Tensor:
+        self.num_shown += 1
+        return super().token_logps(sequences)
 
 
 class SmallActor(Bigram):

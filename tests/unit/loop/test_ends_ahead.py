@@ -57,7 +57,11 @@ def test_a_run_that_breaks_down_and_goes_on_equals_one_that_nothing_disturbed(
     trace = Trace(place, break_down, jitter=3 if lanes == "threads" else 0)
     ended = ends_early(start(config, lanes=lanes, trace=trace, root=tmp_path / "first", shown=2))
     require_last_step(ended)
-    again = finish(start(config, lanes=lanes, ended=ended, root=tmp_path / "again", shown=2))
+    again = start(config, lanes=lanes, ended=ended, root=tmp_path / "again", shown=2)
+    known = sum(step.shown is not None and step.reference is not None for step in again.run.steps)
+    assert known == sum(referred for *_, referred in (ended.folder.waiting[-1] if ended.folder.waiting else []))
+    finish(again)
+    assert again.reference.num_shown == len(references(again)) - known
     whole = undisturbed(num_ahead, 2)
     assert len(references(whole)) == NUM_STEPS - len(EMPTY)
     require_same(whole, ended, again)
