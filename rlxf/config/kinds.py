@@ -167,6 +167,9 @@ TournamentName = Literal["knockout", "all"]
 Role = Literal["train", "infer", "ref", "reward"]
 
 
+TransportName = Literal["auto", "ipc", "collective", "shared_memory", "object_store"]
+
+
 class Strict(BaseModel):
     """Frozen; an unknown key is an error, never a silent default; ``true`` is no integer and ``"8"`` no number."""
 

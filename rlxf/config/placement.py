@@ -112,11 +112,6 @@ def placement_problems(config: RunConfig) -> list[tuple[str, str]]:
             f"one engine would span two nodes of resource_pool.actor_rollout = {pool}; make its entries multiples of it"
         )
         problems.append((key, f"{key} = {size}: {expected}"))
-    if "infer" in config.sharing:
-        expected = (
-            "expected 1, because resource_pool.colocate has infer: an engine of several devices cannot share them"
-        )
-        problems.append((key, f"{key} = {size}: {expected}"))
     return problems
 
 

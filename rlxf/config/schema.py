@@ -38,6 +38,7 @@ from rlxf.config.kinds import (
     Strict,
     Structure,
     Tracker,
+    TransportName,
 )
 from rlxf.config.recording import holds_scores
 from rlxf.config.roles import ActorConfig, ReferenceConfig, RewardConfig
@@ -196,9 +197,11 @@ class RolloutConfig(Strict):
 class SyncConfig(Strict):
     """How the actor's weights reach the rollout engines after each update."""
 
-    transport: Literal["auto", "object_store"] = "auto"
-    """How weights travel to the engines. `auto`: through shared memory on a CPU where actor and engines are on one
-    machine, else through Ray's object store."""
+    transport: TransportName = "auto"
+    """How weights travel to the engines. `ipc`: within a device, by handles of its memory, if engines and actor share
+    devices. `collective`: broadcast from device to device, if they have different ones. `shared_memory`: memory of the
+    machine that all have mapped. `object_store`: through Ray, which always works and copies the most. `auto`: the first
+    of these that placement and device allow; on a CPU `shared_memory` comes first. The log says which one and why."""
     bucket_mb: Positive = 256
     """Largest message of weights (bucket), in MiB. A larger layer still travels as one message."""
     verify_first: int = Field(2, ge=0)
@@ -241,7 +244,9 @@ class ResourcePoolConfig(Strict):
     reward: Pool = (1,)
     """Devices for the reward model. A reward function needs none."""
     colocate: Annotated[tuple[Role, ...], BeforeValidator(as_tuple)] = ()
-    """Roles that share devices instead of having their own. They hold their memory at the same time."""
+    """Roles that share devices instead of having their own. `train` and `infer` then take turns: the engines give their
+    memory back while the trainer has its optimizer on the device. `ref` and `reward` keep their memory all the time.
+    See docs/colocation.md."""
     resource_name: str | None = None
     """Name of the Ray resource that stands for one device. Unset: the platform's own (NPU, GPU or CPU)."""
 
@@ -441,6 +446,14 @@ class RunConfig(Strict):
         )
         shared: set[Role] = {role for role in self.resource_pool.colocate if role in present}
         return shared if len(shared) > 1 else set()
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether engines and actor share devices, so that one has its memory while the other does not.
+
+        Not where engines sample ahead, which they can only do in one process: they sample before the update, too.
+        """
+        return {"train", "infer"} <= self.sharing and not self.rollout.lookahead
 
     @property
     def holds_out(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from rlxf.config.judge import OWN_KEYS
+from rlxf.config.keys import ROLES
 from rlxf.config.normalise import Section
 from rlxf.config.stages import stage_names
 from rlxf.core.data_files import indexed_files
@@ -13,7 +14,24 @@ from rlxf.core.data_files import indexed_files
 
 def make_room(recipe: Section, typed: Collection[str]) -> list[str]:
     """Remove replaced keys from ``recipe``. Returns a note for each, to log once the recipe has passed its checks."""
-    return [*_scorer(recipe, typed), *_judge(recipe, typed), *_evaluation(recipe, typed), *_lookahead(recipe, typed)]
+    rules = (_scorer, _judge, _evaluation, _lookahead, _budget)
+    return [note for rule in rules for note in rule(recipe, typed)]
+
+
+def _budget(recipe: Section, typed: Collection[str]) -> list[str]:
+    """A typed ``micro_batch_size`` replaces the section's token budget, with which it would have no effect.
+
+    Not with a virtual pipeline, which needs a budget.
+    """
+    notes = []
+    for name in ("training", *ROLES):
+        section, budget = recipe.get(name, {}), f"{name}.max_tokens_per_micro_batch"
+        given = f"{name}.micro_batch_size"
+        virtual = (recipe.get(where, {}).get("virtual_pipeline_model_parallel_size") for where in ("training", name))
+        if given in typed and budget not in typed and section.get("max_tokens_per_micro_batch") and not any(virtual):
+            del section["max_tokens_per_micro_batch"]
+            notes.append(f"{given} is on the command line: {budget} of the recipe is left out")
+    return notes
 
 
 def _lookahead(recipe: Section, typed: Collection[str]) -> list[str]:

@@ -10,6 +10,7 @@ from rlxf.config.schema import ResourcePoolConfig
 
 __all__ = ["GroupPlan", "NodeResources", "Plan", "RolePlan", "assign", "crowded", "fit", "make_plan", "resource_name"]
 
+ACTOR_GROUP = "actor_rollout"  # the devices that train, and those that sample
 PROCESSES_PER_CORE = 8  # of a CPU machine without accelerator: more of them only wait for each other
 
 
@@ -25,33 +26,62 @@ class NodeResources:
 def assign(plan: Plan, nodes: Sequence[NodeResources]) -> dict[tuple[str, int], str] | None:
     """Which node each entry of each group goes to, ``(group, index) -> node name``; None when they do not all fit.
 
-    Exact: if there is any way to place the entries, one is found.
+    Exact: if there is any way to place the entries, one is found, and of all ways one in which training and sampling
+    are on the fewest nodes, because the weights travel between them after every update.
     """
     entries = [(size, group.name, i) for group in plan.groups for i, size in enumerate(group.nodes)]
     entries.sort(key=lambda entry: -entry[0])
     free = [int(node.free.get(plan.resource, 0)) for node in nodes]
-    dead: set[tuple[int, tuple[int, ...]]] = set()
+    chosen = _search([size for size, _, _ in entries], free)
+    if chosen is None:
+        return None
+    num_used = len({node for node, (_, name, _) in zip(chosen, entries, strict=True) if name == ACTOR_GROUP})
+    first = sorted(entries, key=lambda entry: entry[1] != ACTOR_GROUP)  # each part stays sorted by size
+    num_first = sum(name == ACTOR_GROUP for _, name, _ in entries)
+    for most in range(1, num_used):
+        fewer = _search([size for size, _, _ in first], free, num_first, most)
+        if fewer is not None:
+            entries, chosen = first, fewer
+            break
+    return {(name, i): nodes[node].name for (_, name, i), node in zip(entries, chosen, strict=True)}
+
+
+def _search(sizes: Sequence[int], free: Sequence[int], num_first: int = 0, most: int = 0) -> list[int] | None:
+    """The node of each entry, by its index; the first ``num_first`` entries on at most ``most`` nodes.
+
+    ``sizes`` of these entries, and of the others, should fall: then a hopeless search ends early.
+    """
+    left, used = list(free), [False] * len(free)
+    dead: set[tuple[int, tuple[tuple[int, bool], ...]]] = set()
+
+    def hopeless(index: int) -> bool:
+        """Whether the rest of the first entries exceeds what ``most`` nodes have, each of them filled up."""
+        new = sorted((left[n] for n in range(len(left)) if not used[n]), reverse=True)[: most - sum(used)]
+        return sum(sizes[index:num_first]) > sum(new) + sum(left[n] for n in range(len(left)) if used[n])
 
     def place(index: int) -> list[int] | None:
-        state = (index, tuple(sorted(free)))
-        if index == len(entries):
+        if index == len(sizes):
             return []
-        if state in dead:
+        limited = index < num_first
+        # The rest of the entries needs no more of the past than the room of each node, and whether it may be used.
+        state = (index, tuple(sorted((room, limited and mark) for room, mark in zip(left, used, strict=True))))
+        if state in dead or (limited and hopeless(index)):
             return None
-        for node in sorted(range(len(free)), key=lambda n: free[n]):  # the tightest fit first keeps large gaps open
-            if free[node] >= entries[index][0]:
-                free[node] -= entries[index][0]
-                rest = place(index + 1)
-                free[node] += entries[index][0]
-                if rest is not None:
-                    return [node, *rest]
+        tried: set[tuple[int, bool]] = set()
+        for node in sorted(range(len(left)), key=lambda n: left[n]):  # the tightest fit first keeps large gaps open
+            same, before = (left[node], limited and used[node]), used[node]
+            if left[node] < sizes[index] or same in tried or (limited and not before and sum(used) == most):
+                continue
+            tried.add(same)
+            left[node], used[node] = left[node] - sizes[index], before or limited
+            rest = place(index + 1)
+            left[node], used[node] = left[node] + sizes[index], before
+            if rest is not None:
+                return [node, *rest]
         dead.add(state)
         return None
 
-    chosen = place(0)
-    if chosen is None:
-        return None
-    return {(name, i): nodes[node].name for (_, name, i), node in zip(entries, chosen, strict=True)}
+    return place(0)
 
 
 def fit(plan: Plan, nodes: Sequence[NodeResources]) -> list[str]:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rlxf.config.devices import DEVICES, DeviceFacts, find_device
+from rlxf.config.devices import DEVICES, DeviceFacts, device_facts, find_device
 from rlxf.config.folders import missing_paths, shown
 from rlxf.config.judge import JUDGE_MODEL
 from rlxf.config.roles import ActorConfig, RoleConfig
 from rlxf.config.schema import ModelConfig, RunConfig
-from rlxf.placement.plan import NodeResources, Plan, RolePlan
+from rlxf.placement.plan import NodeResources, Plan, RolePlan, assign
 
 _NF4_BYTES = 0.5 + 4 / 64  # of one weight: 4 bits, and its share of a scale in fp32
 _USUAL_NODE = 8  # devices of one accelerator machine
@@ -38,7 +38,7 @@ def describe(config: RunConfig, plan: Plan) -> str:
     place = "one process, without Ray" if config.runtime == "local" else f"{plan.num_devices} x {plan.resource}"
     found = f" (training.device=auto finds {find_device()} here)" if config.training.device == "auto" else ""
     lines = [f"plan: {config.training.stage} ({kind}) on {place}{found}", "", *_table(_rows(config, plan)), ""]
-    lines += [*_streaming(config)]
+    lines += [*_turns(config), *_streaming(config)]
     missing = missing_paths(config)
     if missing:
         lines += ["missing here:", *_table([(f"  {named.key}", shown(named.path)) for named in missing]), ""]
@@ -73,6 +73,19 @@ def _rows(config: RunConfig, plan: Plan) -> Iterator[tuple[str, ...]]:
         if source.load is None:
             what = Path(source.function).name if source.function else source.url or source.rule or ""
             yield ("reward", source.kind, "none", "0", "[]", "", what)
+
+
+def _turns(config: RunConfig) -> Iterator[str]:
+    """Who has the memory of the devices that trainer and engines share; nothing if they share none."""
+    if not config.takes_turns:
+        return
+    yield "turns: train and infer share devices. The engines sleep while the trainer has its optimizer there"
+    frozen = [role for role in ("ref", "reward") if role in config.sharing]
+    if frozen:
+        yield f"  on the same devices, always with their memory: {' and '.join(frozen)}"
+    if config.engine == "vllm" and not device_facts(config.training.device).vllm_sleeps:
+        yield "  vLLM has no sleep on a CPU: it keeps its memory"
+    yield ""
 
 
 def _streaming(config: RunConfig) -> Iterator[str]:
@@ -163,3 +176,24 @@ def describe_nodes(plan: Plan, nodes: Sequence[NodeResources]) -> str:
     rows = [("node", f"has {plan.resource}", "free")]
     rows += [(n.name, f"{n.total.get(plan.resource, 0):g}", f"{n.free.get(plan.resource, 0):g}") for n in nodes]
     return "\n".join(_table(rows)) + "\n"
+
+
+def describe_crossing(plan: Plan, nodes: Sequence[NodeResources]) -> str:
+    """A line if engines are on other nodes than the trainer, so that new weights travel between machines; else empty.
+
+    The nodes are those on which the run would start now.
+    """
+    train, infer, places = plan.role("train"), plan.role("infer"), assign(plan, nodes)
+    if train is None or infer is None or places is None:
+        return ""
+    group = plan.group(train.group)
+    on_train, on_infer = (
+        {places[group.name, group.node_of(bundle)] for bundle in role.bundles} for role in (train, infer)
+    )
+    if on_infer <= on_train:
+        return ""
+    return f"new weights travel between machines: train on {_names(on_train)}; infer on {_names(on_infer)}\n"
+
+
+def _names(nodes: set[str]) -> str:
+    return ", ".join(sorted(nodes))
