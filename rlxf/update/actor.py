@@ -23,8 +23,10 @@ from rlxf.models.batching import MicroBatchLimits, my_batches
 from rlxf.models.hf_folder import save_hf_folder
 from rlxf.models.megatron.parallel import reduce_over_data_parallel
 from rlxf.models.peft_folder import save_adapter
+from rlxf.platform.memory import PhaseMemory
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
 from rlxf.update.batches import digest, mini_batches
+from rlxf.update.kept import KeptWeights
 from rlxf.update.objective import MicroBatch, MiniBatch, Objective
 from rlxf.update.schedule import make_schedule
 
@@ -70,6 +72,7 @@ class MegatronActor:
     _write: Write | None = None  # the newest checkpoint
     _num_made = 0  # optimizer steps of the newest update, including one that was cut half way
     _prepared: _Prepared | None = None  # the gradients that the model holds now
+    _kept: KeptWeights | None = None  # the weights of the last push, if somebody may ask for them later
 
     def __init__(
         self,
@@ -92,6 +95,7 @@ class MegatronActor:
         from rlxf.models.megatron.optimizer import TrainableModel
 
         self.trainable = TrainableModel(model, settings.optimizer)
+        self.memory = PhaseMemory(model.platform)
 
     def prepare(self, batch: Batch, step: int) -> None:
         """Forward and backward of a step's first mini-batch, before the step's other rows are known; no optimizer step.
@@ -105,7 +109,7 @@ class MegatronActor:
             step: the driver step.
 
         Raises:
-            TrainingError: the loss is not finite; nothing was changed.
+            TrainingError: the loss is not finite, or gradients and optimizer are off the device; nothing was changed.
             ShapeError: more rows than a mini-batch has, or ``shuffle_minibatch``: the first mini-batch is not known.
         """
         if self._optimizer.shuffle_minibatch:
@@ -113,6 +117,7 @@ class MegatronActor:
         if len(batch) > self._mini_batch_size:
             raise ShapeError(f"prepare: expected at most {self._mini_batch_size} rows, a mini-batch, got {len(batch)}")
         self._num_made, self._prepared = 0, None
+        self._copy_pushed()
         before = self._dropout_states()
         self._seed_dropout(step)
         rows = torch.arange(len(batch))
@@ -134,10 +139,11 @@ class MegatronActor:
             steps (NaN if fp16 overflows skipped all of them).
 
         Raises:
-            TrainingError: the loss or the gradient norm is not finite; that optimizer step was not made, but those of
-                the mini-batches before it were (``is_untouched``).
+            TrainingError: gradients and optimizer are off the device; or the loss or the gradient norm is not finite:
+                that optimizer step was not made, but those of the mini-batches before it were (``is_untouched``).
         """
         self._num_made = 0
+        self._copy_pushed()
         self._seed_dropout(step)
         learning_rate = self.schedule(step)
         objective = self.objective
@@ -158,7 +164,8 @@ class MegatronActor:
                 sums += found
                 maxima = torch.maximum(maxima, largest)
                 norms.append(self._step(learning_rate, step))
-        return {**objective.metrics(sums, maxima), **self._step_metrics(norms), "learning_rate": learning_rate}
+        metrics = {**objective.metrics(sums, maxima), **self._step_metrics(norms), "learning_rate": learning_rate}
+        return metrics | (self._kept.metrics() if self._kept is not None else {})
 
     @property
     def _mini_batch_size(self) -> int:
@@ -216,6 +223,8 @@ class MegatronActor:
         return sums, largest
 
     def _step(self, learning_rate: float, step: int) -> float | None:
+        if self._kept is not None:
+            self._kept.before_step()
         self._num_made += 1  # counted first: a step that fails half way has changed weights
         try:
             return self.trainable.step(learning_rate)
@@ -238,8 +247,8 @@ class MegatronActor:
             mini_batch.sequences, mini_batch.groups, limits, dp_rank=layout.dp_rank, dp_size=layout.dp_size
         )
         found = [mini_batch.micro_batch(torch.tensor(part), True) for part in mine]
-        filler = mini_batch.micro_batch(torch.tensor([0]), False)
-        return fill_up(found or [filler], layout, filler)
+        filler = partial(mini_batch.micro_batch, torch.tensor([0]), False)  # packed where one is needed
+        return fill_up(found or [filler()], layout, filler)
 
     def token_logps(self, sequences: Sequences) -> Tensor:
         """[sum completion tokens] float32 log-probabilities of every completion token, without gradient."""
@@ -266,12 +275,38 @@ class MegatronActor:
         """The messages that carry all weights, by Hugging Face names; a tied head is not sent twice."""
         return self._sync_plan
 
-    def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+    def bucket_tensors(self, index: int, *, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Name and newest tensor of all that is in bucket ``index``: whole, on the device, on rank 0 only.
 
-        Every rank must call it, in the same order, and exhaust the iterator.
+        Every rank must call it, in the same order, and exhaust the iterator. ``everywhere``: every rank gets them.
         """
-        return self.model.export([spec.name for spec in self._sync_plan[index].tensors])
+        return self.model.export(self._names(index), everywhere=everywhere)
+
+    def _names(self, index: int) -> list[str]:
+        return [spec.name for spec in self._sync_plan[index].tensors]
+
+    def keep_pushed(self) -> None:
+        """From now on ``pushed_copy`` can give the weights of the last push, also when the actor has newer ones."""
+        if self._kept is None:
+            self._kept = KeptWeights(self.model)
+
+    def begin_push(self) -> None:
+        """The weights that the actor has now are those of the last push."""
+        if self._kept is not None:
+            self._kept.pushed()
+
+    def _copy_pushed(self) -> None:
+        """Begin to, before an update changes them."""
+        if self._kept is not None:
+            self._kept.before_update()
+
+    def pushed_copy(self, index: int) -> Tensor:
+        """``export_copy`` of the weights that were pushed last."""
+        assert self._kept is not None  # the run said that somebody may ask
+        bucket = self._sync_plan[index]
+        payload = torch.empty(bucket.num_bytes, dtype=torch.uint8)
+        bucket.fill(payload, self._kept.export(self._names(index)))
+        return payload
 
     def export_copy(self, index: int) -> Tensor:
         """[num_bytes] uint8 on the CPU: the newest weights of bucket ``index``, filled in on rank 0 only.
@@ -355,7 +390,43 @@ class MegatronActor:
         from rlxf.models.megatron.checkpoint import load
 
         self._prepared = None  # its gradients are those of other weights
+        away = self.trainable.is_offloaded
+        if away:  # megatron-core makes a new state on the device
+            self.trainable.restore()
         load(folder, self.trainable)
+        if away:
+            self.trainable.offload()
+
+    def offload(self) -> None:
+        """Gradients and optimizer leave the device, for others that share it; the weights stay.
+
+        Log-probs, ``evaluate``, exports and checkpoints work as before. What was prepared is dropped: the next
+        ``update`` computes it anew, with the same numbers.
+
+        Raises:
+            TrainingError: they are away already.
+        """
+        self.memory.end("update")
+        self.trainable.offload()
+        self._prepared = None  # its gradients are freed
+
+    def restore(self) -> None:
+        """Gradients and optimizer come back, before the next ``prepare`` or ``update``.
+
+        Raises:
+            TrainingError: nothing is away.
+        """
+        self.memory.end("away")
+        self.trainable.restore()
+
+    def free_cache(self) -> None:
+        """Give the device what the allocator holds and nobody uses."""
+        self.model.platform.synchronize()
+        self.model.platform.empty_cache()
+
+    def memory_peaks(self) -> dict[str, int]:
+        """Bytes, by phase: with the optimizer on the device (``update``), and without it (``away``)."""
+        return dict(self.memory.peaks)
 
 
 def _forward(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:

@@ -287,15 +287,30 @@ class MegatronModel:
                 yield name, self.shape_of(name)
 
     @torch.no_grad()
-    def export(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    def export(
+        self,
+        names: Sequence[str],
+        local: Callable[[Piece], Tensor] | None = None,
+        *,
+        everywhere: bool = False,
+    ) -> Iterator[tuple[str, Tensor]]:
         """The named full tensors on rank 0, one parameter at a time, LoRA merged; nothing on the other ranks.
 
         Every rank of the role must ask for the same names and exhaust the iterator: the tensors' shares are collected
         from the tensor-parallel ranks and passed to the first pipeline stage.
+
+        Args:
+            names: by Hugging Face.
+            local: this rank's share of a parameter in place of the model's own.
+            everywhere: on every rank.
         """
         wanted = set(names)
         pieces = (piece for piece in self._exported() if wanted.intersection(piece.entry.hf_names))
-        yield from self.collect(pieces, self.shape_of)
+        yield from self.collect(pieces, self.shape_of, local, everywhere=everywhere)
+
+    def local_pieces(self) -> Iterator[Piece]:
+        """The parameters that ``export`` asks this rank for its share of."""
+        return (piece for piece in self._exported() if piece.stage == self.layout.pp_rank)
 
     @torch.no_grad()
     def export_all(self, local: Callable[[Piece], Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -308,6 +323,8 @@ class MegatronModel:
         shape_of: Callable[[str], tuple[int, ...]],
         local: Callable[[Piece], Tensor] | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        everywhere: bool = False,
     ) -> Iterator[tuple[str, Tensor]]:
         """The full tensors of some parameters, as ``export`` gives them.
 
@@ -316,12 +333,14 @@ class MegatronModel:
             shape_of: name -> full shape.
             local: this rank's share of a parameter that its stage holds; None: the parameter itself, LoRA merged.
             dtype: of what ``local`` gives; None: the model's.
+            everywhere: on every rank.
         """
-        if not self.layout.is_first_replica:
+        if not everywhere and not self.layout.is_first_replica:
             return
         for piece in pieces:
-            full = self._full(piece, shape_of, local or self.local_weight, dtype or self.dtype)
-            if self.layout.pp_rank == self.layout.tp_rank == 0:
+            share = local or self.local_weight
+            full = self._full(piece, shape_of, share, dtype or self.dtype, everywhere=everywhere)
+            if everywhere or self.layout.pp_rank == self.layout.tp_rank == 0:
                 yield from zip(piece.entry.hf_names, full, strict=True)
 
     def _exported(self) -> Iterator[Piece]:
@@ -338,15 +357,22 @@ class MegatronModel:
         shape_of: Callable[[str], tuple[int, ...]],
         local: Callable[[Piece], Tensor],
         dtype: torch.dtype,
+        *,
+        everywhere: bool,
     ) -> list[Tensor]:
-        """The full tensors of one parameter, on the first stage's first rank; meaningless on other ranks."""
+        """The full tensors of one parameter, on the first stage's first rank; meaningless on other ranks.
+
+        ``everywhere``: on every rank.
+        """
         layout, full = self.layout, list[Tensor]()
         if piece.stage == layout.pp_rank:
             own = local(piece).detach()
             full = to_full(piece.entry.kind, _gather_tensor_parallel(own, layout.tp_size), self.geometry)
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if everywhere and layout.pp_size > 1:
+            return self._broadcast(piece, full, shape_of, dtype, group)
         if piece.stage == 0 or layout.tp_rank != 0:
             return full
-        group = parallel_state.get_pipeline_model_parallel_group()
         if piece.stage == layout.pp_rank:
             for tensor in full:
                 dist.send(tensor.contiguous(), group=group, group_dst=0)
@@ -355,6 +381,25 @@ class MegatronModel:
                 tensor = torch.empty(shape_of(name), dtype=dtype, device=layout.device)
                 dist.recv(tensor, group=group, group_src=piece.stage)
                 full.append(tensor)
+        return full
+
+    def _broadcast(
+        self,
+        piece: Piece,
+        full: list[Tensor],
+        shape_of: Callable[[str], tuple[int, ...]],
+        dtype: torch.dtype,
+        group: dist.ProcessGroup,
+    ) -> list[Tensor]:
+        """The full tensors of one parameter from its stage to all stages."""
+        if piece.stage != self.layout.pp_rank:
+            empty = (
+                torch.empty(shape_of(name), dtype=dtype, device=self.layout.device) for name in piece.entry.hf_names
+            )
+            full = list(empty)
+        full = [tensor.contiguous() for tensor in full]
+        for tensor in full:
+            dist.broadcast(tensor, group=group, group_src=piece.stage)
         return full
 
     def local_weight(self, piece: Piece) -> Tensor:

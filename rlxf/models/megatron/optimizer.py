@@ -131,7 +131,12 @@ def _scale(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], factor:
 
 
 class TrainableModel:
-    """A model with gradient buffers and an optimizer: zero, accumulate over micro-batches, step."""
+    """A model with gradient buffers and an optimizer: zero, accumulate over micro-batches, step.
+
+    Between updates both can leave the device; the weights stay.
+    """
+
+    is_offloaded = False  # whether gradients and optimizer are away
 
     def __init__(self, model: MegatronModel, config: OptimizerConfig) -> None:
         _use_group_step_adamw()
@@ -181,7 +186,11 @@ class TrainableModel:
 
         Returns:
             [micro-batches, report_size] float64 on every stage's rank, on the CPU.
+
+        Raises:
+            TrainingError: gradients and optimizer are off the device.
         """
+        self._require_restored()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -203,8 +212,10 @@ class TrainableModel:
         None if gradients overflowed fp16: no parameter was changed, and the loss scale is smaller from now on.
 
         Raises:
-            TrainingError: the norm is not finite, and a smaller loss scale cannot help; no parameter was changed.
+            TrainingError: the norm is not finite, and a smaller loss scale cannot help, or gradients and optimizer are
+                off the device; no parameter was changed.
         """
+        self._require_restored()
         scale = self.loss_scale
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -221,3 +232,51 @@ class TrainableModel:
                 clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=self.clip_grad, total_norm=norm)
         self.optimizer.step_with_ready_grads()
         return norm
+
+    def offload(self) -> None:
+        """Free the gradients, and move the optimizer's state and its copies of the weights to the host.
+
+        Raises:
+            TrainingError: they are away already.
+        """
+        if self.is_offloaded:
+            raise TrainingError("gradients and optimizer are off the device already; call restore before")
+        self.is_offloaded = True
+        platform = self.model.platform
+        platform.synchronize()
+        self.optimizer.zero_grad()  # what is left of them are views of the buffers
+        for chunk in self.chunks:
+            chunk.offload_grad_buffers(synchronize=False, empty_cache=False)
+        views = self._views_of_weights()
+        self.optimizer.offload_to_cpu()
+        for parameter, view in views:
+            parameter.data = view  # in fp32 it is the weight itself, which stays: megatron-core would part the two
+        platform.empty_cache()
+
+    def restore(self) -> None:
+        """What ``offload`` took away is on the device again; the gradients are zero.
+
+        Raises:
+            TrainingError: nothing is away.
+        """
+        if not self.is_offloaded:
+            raise TrainingError("gradients and optimizer are on the device; only what was offloaded can be restored")
+        self.optimizer.restore_from_cpu()
+        for chunk in self.chunks:
+            chunk.restore_grad_buffers(synchronize=False)
+        self.model.platform.synchronize()
+        self.is_offloaded = False
+
+    def _views_of_weights(self) -> list[tuple[Tensor, Tensor]]:
+        """Parameters of the optimizer that have the memory of a weight, each with its tensor."""
+        weights = {weight.untyped_storage().data_ptr() for chunk in self.chunks for weight in chunk.parameters()}
+        return [
+            (parameter, parameter.data)
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.untyped_storage().data_ptr() in weights
+        ]
+
+    def _require_restored(self) -> None:
+        if self.is_offloaded:
+            raise TrainingError("gradients and optimizer are off the device; call restore before an update")

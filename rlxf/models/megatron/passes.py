@@ -53,7 +53,7 @@ def _through_stages(
 
         return chunk(packed), collect
 
-    filled = fill_up(batches, model.layout, batches[0])
+    filled = fill_up(batches, model.layout, lambda: batches[0])
     found = run_schedule(step, model.chunks, filled, model.layout, forward_only=True, collect_non_loss_data=True)
     total = torch.zeros(sum(sizes), device=model.layout.device)
     if model.layout.is_last_stage:
@@ -87,7 +87,10 @@ def run_schedule(
     return results
 
 
-def fill_up(batches: Sequence[T], layout: Layout, filler: T) -> list[T]:
-    """As many batches as the schedule can handle: interleaved stages need a multiple of the pipeline size."""
+def fill_up(batches: Sequence[T], layout: Layout, filler: Callable[[], T]) -> list[T]:
+    """As many batches as the schedule can handle: interleaved stages need a multiple of the pipeline size.
+
+    ``filler``: makes what is added; called only if something is.
+    """
     missing = -len(batches) % layout.pp_size if layout.vp_size > 1 else 0
-    return [*batches, *([filler] * missing)]
+    return [*batches, *([filler()] * missing if missing else [])]
