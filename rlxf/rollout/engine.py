@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -15,7 +15,10 @@ from torch import Tensor
 from rlxf.config.schema import RolloutConfig
 from rlxf.core.errors import SyncError
 from rlxf.core.types import PromptBatch, Rollouts, Sequences, Tokens
+from rlxf.platform.memory import PhaseMemory
+from rlxf.sync.checksums import Checksums
 from rlxf.sync.plan import Bucket
+from rlxf.sync.transports.transport import Address, Message, Transport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +119,9 @@ class RolloutEngine(Protocol):
 
     An update is ``begin_update``, every bucket of the plan, ``end_update``. Any failure in between leaves the engine
     stale (``EngineState``): sampling then raises SyncError until a whole update has ended.
+
+    An engine that shares its device sleeps while others compute: ``sleep``, ``wake_weights``, an update,
+    ``wake_cache``. Another order raises SyncError (``WeightState``). One that can free nothing keeps the order as well.
     """
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
@@ -129,7 +135,31 @@ class RolloutEngine(Protocol):
         """Begin to sample prompts that are added and handed back one by one; it closes the session before it."""
         ...
 
+    @property
+    def memory(self) -> PhaseMemory:
+        """The peaks of its phases: ``load``, ``sample``, ``asleep`` and ``push``."""
+        ...
+
     def begin_update(self) -> None: ...
+
+    def open_receivers(self, transport: Transport, address: Address, first: int, host: str) -> None:
+        """Connect every process of this engine with the actor, in place of an earlier connection.
+
+        Args:
+            transport: the way.
+            address: where the actor's senders are.
+            first: the number of this engine's first process among all receivers.
+            host: the address of this machine.
+        """
+        ...
+
+    def receive(self, bucket: Bucket, message: Message, *, check: bool = False) -> list[Checksums]:
+        """Take one bucket as the transport brings it.
+
+        Returns:
+            The checksums of what each process of the engine received, if asked for (``check``); else nothing.
+        """
+        ...
 
     def load_bucket(self, bucket: Bucket, payload: Tensor) -> None:
         """Take one bucket of HF-named weights. ``payload``: [bucket.num_bytes] uint8, not to be kept."""
@@ -137,6 +167,22 @@ class RolloutEngine(Protocol):
 
     def end_update(self, version: int) -> None:
         """Sample from the loaded weights from now on. Nothing of the old ones may survive (head, prefix cache)."""
+        ...
+
+    def sleep(self) -> None:
+        """Close the session; cache and weights leave the device."""
+        ...
+
+    def wake_weights(self) -> None:
+        """Make room for weights. A whole update has to follow; the cache is still away.
+
+        Raises:
+            SyncError: the device has not enough memory; the engine is asleep as before.
+        """
+        ...
+
+    def wake_cache(self) -> None:
+        """Make room for the cache, after the update: the engine may sample again. Raises as ``wake_weights`` does."""
         ...
 
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
@@ -161,12 +207,24 @@ class EngineState(Enum):
     """Whether an engine may sample."""
 
     ASLEEP = "asleep"  # its weights are not on the device
+    WEIGHTS_AWAKE = "weights awake"  # there is room for weights, and still none for the cache
     STALE = "stale"  # it has only loaded a folder, or is in an update: a whole push has to end first
     READY = "ready"
 
 
+def _nothing() -> None:
+    return None
+
+
 class WeightState:
-    """Which weights an engine holds, and whether it may sample from them.
+    """Which weights an engine holds, and whether it may sample from them. The one place that knows the order.
+
+    ::
+
+        READY or STALE --sleep--> ASLEEP --wake_weights--> WEIGHTS_AWAKE --begin, end, wake_cache--> READY
+        READY or STALE --begin, end--> READY
+
+    After every wake the weights are void until a whole push has ended, also where they came back.
 
     Args:
         state: at the start. ``READY``: what the engine has loaded is what it samples from, as version 0.
@@ -177,6 +235,59 @@ class WeightState:
         self.state = state
         self._receives = False  # between begin and end
         self._broken = False
+        self._whole = False  # a push has ended since the weights woke
+
+    def sleep(self, free: Callable[[], None] = _nothing) -> None:
+        """``free`` gives the memory back. The engine counts as asleep from its begin on, also if it fails.
+
+        Raises:
+            SyncError: the engine is asleep or half awake, or an update is under way.
+        """
+        if self.state is EngineState.ASLEEP:
+            raise SyncError("the rollout engine is asleep already; wake it and push all buckets before it sleeps again")
+        if self.state is EngineState.WEIGHTS_AWAKE:
+            raise SyncError(
+                "the rollout engine is half awake, with room for weights and no cache; push all buckets and wake its "
+                "cache before it sleeps again"
+            )
+        if self._receives:
+            raise SyncError("the rollout engine is in an update and cannot sleep; push all buckets before")
+        self.state, self._whole = EngineState.ASLEEP, False
+        free()
+
+    def wake_weights(self, allocate: Callable[[], None] = _nothing) -> None:
+        """``allocate`` makes room for the weights. If it fails, the engine stays asleep.
+
+        Raises:
+            SyncError: the engine is not asleep.
+        """
+        if self.state is not EngineState.ASLEEP:
+            raise SyncError(
+                f"the rollout engine is {self.state.value}, not asleep: its weights cannot wake twice, since the "
+                "second time would take memory that is in use; let it sleep first"
+            )
+        allocate()
+        self.state, self._receives, self._whole = EngineState.WEIGHTS_AWAKE, False, False
+
+    def wake_cache(self, allocate: Callable[[], None] = _nothing) -> None:
+        """``allocate`` makes room for the cache. If it fails, the engine stays without one.
+
+        Raises:
+            SyncError: no whole push has ended since the weights woke, or the cache is not away.
+        """
+        if self.state is EngineState.ASLEEP:
+            raise SyncError(
+                "the rollout engine is asleep; wake its weights and push all buckets before its cache wakes"
+            )
+        if self.state is not EngineState.WEIGHTS_AWAKE:
+            raise SyncError(f"the rollout engine is {self.state.value} and has its cache; only a sleeping one can wake")
+        if not self._whole:
+            raise SyncError(
+                "the rollout engine has room for weights, but no whole push has ended since it woke; push all buckets "
+                "before its cache wakes"
+            )
+        allocate()
+        self.state = EngineState.READY
 
     def begin(self) -> None:
         """An update begins, in place of one that is under way.
@@ -186,7 +297,9 @@ class WeightState:
         """
         if self.state is EngineState.ASLEEP:
             raise SyncError("the rollout engine is asleep and has no room for weights; wake it before a push")
-        self.state, self._receives, self._broken = EngineState.STALE, True, False
+        if self.state is not EngineState.WEIGHTS_AWAKE:
+            self.state = EngineState.STALE
+        self._receives, self._broken, self._whole = True, False, False
 
     @contextmanager
     def receiving(self) -> Iterator[None]:
@@ -203,9 +316,17 @@ class WeightState:
         self._broken = False
 
     def end(self, version: int) -> None:
-        """Call it last in an update: any exception before it leaves the engine stale."""
+        """Call it last in an update: any exception before it leaves the engine stale.
+
+        Raises:
+            SyncError: no update is under way.
+        """
+        if not self._receives:
+            raise SyncError("an update of a rollout engine ended that had not begun; call begin_update first")
         self.version = version
-        self.state, self._receives = EngineState.READY, False
+        self._receives, self._whole = False, True
+        if self.state is not EngineState.WEIGHTS_AWAKE:
+            self.state = EngineState.READY
 
     def require_ready(self) -> None:
         """Before every sample.
@@ -213,18 +334,29 @@ class WeightState:
         Raises:
             SyncError: the engine is not ready; the message says what is missing.
         """
+        if self.state is EngineState.READY:
+            return
         if self.state is EngineState.ASLEEP:
             raise SyncError("the rollout engine is asleep, without weights; wake it and push all buckets first")
-        if self.state is EngineState.STALE and self._receives:
+        if self._receives:
             raise SyncError(
                 f"the rollout engine holds a mixture of version {self.version} and newer weights, because an update "
                 "began and did not end; push all buckets again before sampling"
             )
-        if self.state is EngineState.STALE:
+        if self._whole:
             raise SyncError(
-                "the rollout engine holds only what it has loaded from a folder, which is not what it is to sample "
-                "from; push all buckets before sampling"
+                f"the rollout engine holds the weights of version {self.version}, but its cache is away; wake the "
+                "cache before sampling"
             )
+        if self.state is EngineState.WEIGHTS_AWAKE:
+            raise SyncError(
+                "the rollout engine has room for weights, but none since it slept; push all buckets and wake its cache "
+                "before sampling"
+            )
+        raise SyncError(
+            "the rollout engine holds only what it has loaded from a folder, which is not what it is to sample "
+            "from; push all buckets before sampling"
+        )
 
 
 def sample_requests(

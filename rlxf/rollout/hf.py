@@ -19,6 +19,8 @@ from rlxf.models.megatron.families import family_of
 from rlxf.models.stop_strings import StopStrings
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform.base import Platform
+from rlxf.platform.memory import PhaseMemory
+from rlxf.platform.visible import visible_device
 from rlxf.rollout.engine import (
     Completion,
     EngineSettings,
@@ -32,7 +34,10 @@ from rlxf.rollout.engine import (
 )
 from rlxf.rollout.hf_decoder import Decoder
 from rlxf.rollout.session import OpenSession, RequestSession, complete
+from rlxf.rollout.waking import take_memory
+from rlxf.sync.checksums import Checksums, checksums
 from rlxf.sync.plan import Bucket
+from rlxf.sync.transports.transport import Address, Message, Receiver, ReceiverPlace, Transport
 
 Ending = Generator[list[tuple[int, Completion]], None, None]
 """Numbers and completions of rows, each time that some have ended."""
@@ -58,6 +63,11 @@ class HfEngine:
         waits = settings.stale or megatron_checkpoint(Path(folder)) is not None  # the first push brings the weights
         self._state = WeightState(EngineState.STALE if waits else EngineState.READY)
         self._open = OpenSession()
+        self._receiver: Receiver | None = None  # once it is connected with the actor
+        self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        self.memory = PhaseMemory(platform)
+        if settings.colocated:
+            self.memory.end("load")
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         self._open.close()
@@ -75,6 +85,21 @@ class HfEngine:
         self._open.close()
         self._state.begin()
         self._missing = set(self._parameters)
+
+    def open_receivers(self, transport: Transport, address: Address, first: int, host: str) -> None:
+        if self._receiver is not None:
+            self._receiver.close()
+        where = visible_device(self._platform, 0)
+        place = ReceiverPlace(number=first, platform=self._platform, device=self._device, where=where, host=host)
+        self._receiver = transport.receiver(address, place)
+
+    def receive(self, bucket: Bucket, message: Message, *, check: bool = False) -> list[Checksums]:
+        assert self._receiver is not None  # connected
+        with self._state.receiving():
+            payload = self._receiver.receive(bucket, message)
+        self.load_bucket(bucket, payload)
+        self._platform.synchronize()  # the sender may use the memory again
+        return [checksums(bucket, payload)] if check else []
 
     @torch.no_grad()
     def load_bucket(self, bucket: Bucket, payload: Tensor) -> None:
@@ -95,6 +120,36 @@ class HfEngine:
                 )
             self._decoder.refresh()
         self._state.end(version)
+
+    def sleep(self) -> None:
+        self._state.sleep(self._free)
+
+    def wake_weights(self) -> None:
+        self._state.wake_weights(self._wake)
+
+    def wake_cache(self) -> None:
+        """The cache belongs to a session, so there is none to wake."""
+        self._state.wake_cache()
+        self.memory.end("push")
+
+    def _free(self) -> None:
+        """Buffers stay: nothing would bring them back."""
+        self._open.close()
+        self._decoder.drop_copies()
+        for parameter in self._parameters.values():
+            parameter.data = parameter.data.new_empty(0)
+        self._platform.synchronize()
+        self._platform.empty_cache()
+        self.memory.end("sample")
+
+    def _wake(self) -> None:
+        self.memory.end("asleep")
+        take_memory(self._allocate, "weights", self._platform, self.memory)
+
+    def _allocate(self) -> None:
+        for name, parameter in self._parameters.items():
+            if parameter.shape != self._shapes[name]:
+                parameter.data = parameter.data.new_empty(self._shapes[name])
 
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
         self._open.close()

@@ -44,12 +44,16 @@ class Decoder:
 
     def refresh(self) -> None:
         """Copy the weights again for ``few_rows``; call it when they have changed."""
-        self._few.clear()  # first, so that the new copies can have the old ones' memory
+        self.drop_copies()  # first, so that the new ones can have their memory
         groups = [
             group for layer in self._body.layers for group in (_qkv(layer), _out(layer), _gate_up(layer), _down(layer))
         ]
         for group in (*groups, (self._head,)):
             self._few[group] = self._linear.frozen(*((module.weight, module.bias) for module in group))
+
+    def drop_copies(self) -> None:
+        """Free the copies of the weights; ``few_rows`` works again after ``refresh``."""
+        self._few.clear()
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, attend: Attention, *, few_rows: bool = False) -> Tensor:
         """[T, H] after the final norm, of ``tokens`` [T] at ``positions`` [T].

@@ -17,6 +17,12 @@ class Samples(Protocol):
 
     def session(self, sampling: Sampling) -> Session: ...
 
+    def sleep(self) -> None: ...
+
+    def wake_weights(self) -> None: ...
+
+    def wake_cache(self) -> None: ...
+
 
 class OneEngine:
     """All engines of a run, where there is one."""
@@ -48,3 +54,12 @@ class OneEngine:
                 yield part
         finally:
             session.close()
+
+    def sleep(self) -> None:
+        self._engine.sleep()
+
+    def wake_weights(self) -> None:
+        self._engine.wake_weights()
+
+    def wake_cache(self) -> None:
+        self._engine.wake_cache()

@@ -14,7 +14,9 @@ from rlxf.core.types import PromptBatch, Rollouts, Sequences, Tokens
 from rlxf.observe.record import RecordedRollouts
 from rlxf.rollout.engine import ProbeResult, Sampling
 from rlxf.rollout.session import WholeSession
+from rlxf.sync.checksums import Checksums
 from rlxf.sync.plan import Bucket
+from rlxf.sync.transports.transport import Address, Message, Transport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,11 +118,26 @@ class ReplayEngine:
     def begin_update(self) -> None:
         """Accepted; there are no weights to change."""
 
+    def open_receivers(self, transport: Transport, address: Address, first: int, host: str) -> None:
+        """It takes no weights."""
+
+    def receive(self, bucket: Bucket, message: Message, *, check: bool = False) -> list[Checksums]:
+        return []
+
     def load_bucket(self, bucket: Bucket, payload: Tensor) -> None:
         """Accepted; there are no weights to change."""
 
     def end_update(self, version: int) -> None:
         """Accepted; the recorded policy versions stay what they are."""
+
+    def sleep(self) -> None:
+        """Accepted; a recording is not on the device."""
+
+    def wake_weights(self) -> None:
+        """Accepted; there are no weights."""
+
+    def wake_cache(self) -> None:
+        """Accepted; there is no cache."""
 
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
         raise SyncError("rollout.engine=replay has no weights to probe; set sync.verify_first=0")

@@ -18,7 +18,8 @@ from rlxf.models.hf_folder import load_hf_config
 from rlxf.models.stop_strings import StopStrings
 from rlxf.models.tokenizer import eos_token_ids, load_tokenizer
 from rlxf.platform.base import Platform
-from rlxf.platform.environment import is_needed
+from rlxf.platform.environment import with_exports
+from rlxf.platform.memory import PhaseMemory
 from rlxf.rollout.engine import (
     EngineSettings,
     EngineState,
@@ -31,7 +32,11 @@ from rlxf.rollout.engine import (
 )
 from rlxf.rollout.session import OpenSession, RequestSession, complete
 from rlxf.rollout.vllm_requests import VllmRequests, structure
+from rlxf.rollout.vllm_sleep import map_memory, map_once
+from rlxf.rollout.waking import take_memory
+from rlxf.sync.checksums import Checksums
 from rlxf.sync.plan import Bucket
+from rlxf.sync.transports.transport import Address, Message, Transport
 
 _WORKER_EXTENSION = "rlxf.rollout.vllm_worker.WeightLoader"
 _BLOCKS_FOR_PROBE = 2
@@ -46,20 +51,28 @@ class VllmEngine:
     def __init__(self, settings: EngineSettings, platform: Platform) -> None:
         folder, trust = settings.model, settings.trust_remote_code
         threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
-        prepare_environment(platform.rollout_environment(threads, settings.rollout.cpu_kv_cache_gib))
+        cache = settings.rollout.cpu_kv_cache_gib
+        prepare_environment(platform.rollout_environment(threads, cache, colocated=settings.colocated))
         positions = load_hf_config(folder, trust_remote_code=trust).get_text_config().max_position_embeddings
         tokenizer = load_tokenizer(settings.tokenizer, trust_remote_code=trust)
         self._eos_ids = eos_token_ids(folder, tokenizer, settings.eos_tokens)
         self._tokenizer = tokenizer
+        self._platform = platform
         self._prompts_per_call = settings.prompts_per_call
         waits = settings.stale or megatron_checkpoint(Path(folder)) is not None  # the first push brings the weights
         self._state = WeightState(EngineState.STALE if waits else EngineState.READY)
         self._open = OpenSession()
         probe_length = _BLOCKS_FOR_PROBE * platform.kv_block_size
         self._llm = _start(settings, platform, max_model_len=min(positions, max(settings.max_length, probe_length)))
+        if platform.vllm_sampler is not None:
+            self._llm.collective_rpc("rlxf_draw_all_rows_at_once", args=(platform.vllm_sampler,))
         if settings.rollout.structured_outputs is not None:
             _check_structure(self._llm, settings.rollout.structured_outputs)
         _check_block_size(self._llm, platform.kv_block_size)
+        self._sleep_level = _prepare_sleep(self._llm, settings, platform)
+        self.memory = PhaseMemory(platform)
+        if settings.colocated:
+            self.memory.end("load")
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         self._open.close()
@@ -79,16 +92,28 @@ class VllmEngine:
         self._state.begin()
         self._llm.collective_rpc("rlxf_begin_update")
 
+    def open_receivers(self, transport: Transport, address: Address, first: int, host: str) -> None:
+        self._llm.collective_rpc("rlxf_open_receiver", args=(transport, address, first, host, self._platform))
+
+    def receive(self, bucket: Bucket, message: Message, *, check: bool = False) -> list[Checksums]:
+        found = self._load(bucket, "rlxf_receive", message, check)
+        return found if check else []
+
     def load_bucket(self, bucket: Bucket, payload: Tensor) -> None:
+        # As an array: no copy in this process, and one plain buffer on the way to worker processes.
+        self._load(bucket, "rlxf_load_bucket", payload.cpu().numpy())
+
+    def _load(self, bucket: Bucket, method: str, *args: Any) -> list[Any]:
+        """What the engine's processes answer."""
         with self._state.receiving():
             try:
-                # As an array: no copy in this process, and one plain buffer on the way to worker processes.
-                self._llm.collective_rpc("rlxf_load_bucket", args=(bucket, payload.cpu().numpy()))
+                found: list[Any] = self._llm.collective_rpc(method, args=(bucket, *args))
             except RlxfError:
                 raise  # a stop that the user asked for, among others
             except Exception as error:
                 names = f"{bucket.tensors[0].name} to {bucket.tensors[-1].name}"
                 raise SyncError(f"vLLM did not take the weights {names}: {type(error).__name__}: {error}") from error
+        return found
 
     def end_update(self, version: int) -> None:
         with self._state.receiving():
@@ -96,6 +121,39 @@ class VllmEngine:
             if not self._llm.reset_prefix_cache():
                 raise SyncError(f"version {version}: vLLM did not reset its prefix cache; requests are still running")
         self._state.end(version)
+
+    def sleep(self) -> None:
+        self._state.sleep(self._free)
+
+    def wake_weights(self) -> None:
+        self._state.wake_weights(lambda: self._wake("weights", "asleep"))
+
+    def wake_cache(self) -> None:
+        """Its prefixes were forgotten when the engine went to sleep, and nothing was sampled since."""
+        self._state.wake_cache(lambda: self._wake("kv_cache", "push"))
+
+    def _free(self) -> None:
+        self._open.close()
+        if self._sleep_level is not None:
+            self._llm.sleep(level=self._sleep_level)
+        self._platform.empty_cache()
+        self.memory.end("sample")
+
+    def _wake(self, tag: str, phase: str) -> None:
+        """Take the memory of one of vLLM's tags again, at the end of a phase."""
+        self.memory.end(phase)
+        if self._sleep_level is None:
+            return
+        take_memory(lambda: self._map(tag), tag.replace("_", " "), self._platform, self.memory)
+        self._llm.wake_up(tags=[tag])
+        if tag == "kv_cache" and self._llm.llm_engine.is_sleeping():  # vLLM only warns of what it cannot wake
+            raise SyncError("vLLM is still asleep after its weights and its cache woke; start the run again")
+
+    def _map(self, tag: str) -> None:
+        """On every worker; one that has its memory already keeps it."""
+        for failure in self._llm.collective_rpc(map_memory, args=(tag, self._platform.name)):
+            if failure is not None:
+                raise MemoryError(failure)
 
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
         self._open.close()
@@ -114,14 +172,15 @@ def prepare_environment(expected: Mapping[str, str]) -> None:
     Raises:
         ConfigError: vLLM was imported without these variables, or one of its own was set to something else.
     """
-    late = [name for name in expected if name not in os.environ] if "vllm" in sys.modules else []
+    wanted = with_exports(expected, os.environ)
+    late = [name for name in wanted if name not in os.environ] if "vllm" in sys.modules else []
     if late:
         raise ConfigError(
             f"vLLM was imported before {', '.join(late)} were set; start the engine in a process of its own"
         )
-    for name, value in expected.items():
+    for name, value in wanted.items():
         found = os.environ.setdefault(name, value)
-        if is_needed(name) and found != value:
+        if found != value:
             raise ConfigError(f"environment variable {name}={found}: this recipe needs {value}; unset it")
 
 
@@ -158,6 +217,15 @@ def _arguments(settings: EngineSettings, platform: Platform) -> dict[str, Any]:
     arguments = platform.vllm_arguments(colocated=settings.colocated)
     limit = settings.rollout.max_num_seqs
     return arguments if limit is None else arguments | {"max_num_seqs": limit}
+
+
+def _prepare_sleep(llm: Any, settings: EngineSettings, platform: Platform) -> int | None:
+    """How deep it sleeps. None: it only keeps the order, for it was built without vLLM's sleep and shares no device."""
+    if not settings.colocated or platform.vllm_sleep_level is None:
+        return None
+    if platform.vllm_allocator is not None:
+        llm.collective_rpc(map_once, args=(platform.vllm_allocator,))
+    return platform.vllm_sleep_level
 
 
 def _check_block_size(llm: Any, expected: int) -> None:
