@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -47,6 +48,30 @@ class Bucket:
         places = dict(self.views(payload))
         for name, tensor in tensors:
             places[name].copy_(tensor)
+
+
+WINDOW = 2  # buckets that have room at a time: the actor writes one while the engines read the one before
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where each bucket of a plan lies in one piece of memory."""
+
+    starts: tuple[int, ...]  # of each bucket, bytes
+    size: int  # bytes
+
+    @classmethod
+    def of(cls, plan: Sequence[Bucket], *, each: bool = False, alignment: int = ALIGNMENT) -> Room:
+        """Room for the largest bucket ``WINDOW`` times, used in turn; or (``each``) for all buckets."""
+        sizes = [-(-bucket.num_bytes // alignment) * alignment for bucket in plan]
+        if each:
+            return cls(tuple(accumulate(sizes[:-1], initial=0)), sum(sizes))
+        slots = min(WINDOW, len(plan))
+        return cls(tuple(index % slots * max(sizes) for index in range(len(plan))), slots * max(sizes))
+
+    def slot(self, memory: Tensor, index: int, num_bytes: int) -> Tensor:
+        """[num_bytes] uint8 view of where bucket ``index`` is written; others may be written there, too."""
+        return memory[self.starts[index] : self.starts[index] + num_bytes]
 
 
 def plan_buckets(tensors: Iterable[TensorSpec], max_bytes: int) -> tuple[Bucket, ...]:

@@ -8,6 +8,7 @@ away over several updates, and ``sync.verify_interval`` repeats the probe to fin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -22,8 +23,9 @@ from rlxf.core.types import Sequences, Tokens
 _NUM_TOKENS = 16  # sampled after the prompt
 # Limits of the mean difference over these tokens. Equal weights of a 135M model differ by 1e-5 (fp32) and 1e-2 (bf16)
 # on average. Single tokens differ by up to 0.1 in bf16, where neighbouring numbers near a logit of 36 are 0.25 apart,
-# so the largest difference says little.
+# so the largest difference says little. Every layer adds rounding errors of its own: they grow with the root of depth.
 _TOLERANCE_FP32, _TOLERANCE_BF16 = 1e-4, 5e-2
+_MEASURED_LAYERS = 30
 
 
 class EngineAnswer(Protocol):
@@ -48,7 +50,14 @@ class Probe:
     tolerance: float  # of the mean absolute difference of log-probs
 
 
-def make_probe(prompts: Tokens, *, block: int, positions: int, precision: Literal["fp32", "bf16", "fp16"]) -> Probe:
+def make_probe(
+    prompts: Tokens,
+    *,
+    block: int,
+    positions: int,
+    precision: Literal["fp32", "bf16", "fp16"],
+    num_layers: int = _MEASURED_LAYERS,
+) -> Probe:
     """A probe of joined training prompts, longer than a block of the engine's cache if the model's positions allow it.
 
     Args:
@@ -57,12 +66,14 @@ def make_probe(prompts: Tokens, *, block: int, positions: int, precision: Litera
         block: tokens of one block of the engine's cache.
         positions: longest sequence that the model knows, tokens.
         precision: of engine and actor.
+        num_layers: of the model; more than those of the measured one widen the tolerance.
     """
+    growth = math.sqrt(max(1.0, num_layers / _MEASURED_LAYERS))
     length = max(1, min(block + block // 4, positions - _NUM_TOKENS))
     return Probe(
         prompt=Tokens.from_rows([list(islice(cycle(prompts.tokens.tolist()), length))]),
         num_tokens=min(_NUM_TOKENS, positions - length),
-        tolerance=_TOLERANCE_FP32 if precision == "fp32" else _TOLERANCE_BF16,
+        tolerance=(_TOLERANCE_FP32 if precision == "fp32" else _TOLERANCE_BF16) * growth,
     )
 
 
@@ -94,7 +105,7 @@ def _explain(who: str, version: int, mean: float, largest: float, probe: Probe) 
     return (
         f"{who} does not hold the actor's weights at version {version}: after a probe of {probe.prompt.tokens.numel()} "
         f"tokens its log-probs differ from the actor's by {mean:.3g} on average and {largest:.3g} at most, tolerance "
-        f"{probe.tolerance:.0e} on average. Likely causes: an output head that was not rebuilt (tied embeddings), a "
+        f"{probe.tolerance:.2g} on average. Likely causes: an output head that was not rebuilt (tied embeddings), a "
         "prefix cache that was not reset, a weight layout of the device's own (VLLM_ASCEND_ENABLE_NZ must be 0), or a "
         "dtype that differs between the two"
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -14,11 +16,17 @@ from torch import Tensor
 from rlxf.config.schema import SyncConfig
 from rlxf.core.errors import SyncError, WorkerLost
 from rlxf.core.types import Metrics, Sequences, Tokens
+from rlxf.platform import Platform, get_platform
+from rlxf.platform.memory import PhaseMemory, largest
+from rlxf.platform.visible import visible_device
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer, Probe, check_answers
 from rlxf.sync.saved import save_buckets, saved_tensors
 from rlxf.sync.transports import TRANSPORTS
-from rlxf.sync.transports.transport import Address, Exports, Receiver, Sender, Transport
+from rlxf.sync.transports.transport import Address, Exports, Receiver, ReceiverPlace, Sender, SenderPlace, Transport
+from rlxf.sync.turns import NoTurns, Turns
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -36,7 +44,22 @@ class WeightSource(Protocol):
 class WeightSink(Protocol):
     """All rollout engines of a run, connected with its actor by a transport."""
 
-    def begin_update(self) -> None: ...
+    @property
+    def transport(self) -> str:
+        """The name of that through which weights travel."""
+        ...
+
+    def holds_start(self) -> bool:
+        """Whether every engine may sample from the files that it loaded, and the actor has loaded the same ones."""
+        ...
+
+    def keep_start(self) -> None:
+        """The actor's weights are those that the engines hold, though they were not pushed: ``pushed`` gives them."""
+        ...
+
+    def begin_update(self, *, check: bool = False) -> None:
+        """``check``: compare a checksum of each tensor where it is sent with one where it is received."""
+        ...
 
     def send(self, index: int, bucket: Bucket) -> None:
         """Bucket ``index`` of the plan from the actor into every engine; it may still be under way on return."""
@@ -47,7 +70,11 @@ class WeightSink(Protocol):
         ...
 
     def end_update(self, version: int) -> None:
-        """Every engine has all buckets, and samples from them."""
+        """Every engine has all buckets, and samples from them.
+
+        Raises:
+            SyncError: an engine received something else than was sent.
+        """
         ...
 
     def pushed(self, index: int, bucket: Bucket) -> Tensor:
@@ -78,6 +105,17 @@ class WeightSink(Protocol):
 class Engine(Protocol):
     """One rollout engine, as far as weights are concerned."""
 
+    def sleep(self) -> None: ...
+
+    def wake_weights(self) -> None: ...
+
+    def wake_cache(self) -> None: ...
+
+    @property
+    def memory(self) -> PhaseMemory:
+        """The peaks of its phases."""
+        ...
+
     def begin_update(self) -> None: ...
 
     def load_bucket(self, bucket: Bucket, payload: Tensor) -> None: ...
@@ -88,9 +126,28 @@ class Engine(Protocol):
 
 
 class LocalSink:
-    """The sink of a run whose actor and engines live in this process."""
+    """The sink of a run whose actor and engines live in this process.
 
-    def __init__(self, actor: Exports, *engines: Engine, transport: Transport = TRANSPORTS["in_process"]) -> None:
+    Args:
+        actor: whose weights are sent.
+        engines: that get them.
+        platform: of the device that they share; None: a CPU.
+        transport: through which they travel.
+        loaded_alike: actor and engines have loaded the same files.
+    """
+
+    def __init__(
+        self,
+        actor: Exports,
+        *engines: Engine,
+        platform: Platform | None = None,
+        transport: Transport = TRANSPORTS["in_process"],
+        loaded_alike: bool = False,
+    ) -> None:
+        self._loaded_alike = loaded_alike
+        self._asleep = self._half = False
+        self._platform = platform or get_platform("cpu")
+        self._device = self._platform.set_device(0)
         self._actor = actor
         self._engines = engines
         self._sender: Sender | None = None
@@ -99,19 +156,55 @@ class LocalSink:
 
     def connect(self, transport: Transport) -> None:
         """Open both ends of ``transport``, in place of those that are open."""
+        self.transport = transport.name
         transport.connect(self, self)  # actor and engines are both here
 
-    def open_sender(self, transport: Transport, keeps: bool) -> Address:
+    def sleep(self) -> None:
+        for engine in self._engines:
+            engine.sleep()
+        self._asleep = True
+
+    def wake_weights(self) -> None:
+        if self._asleep:
+            for engine in self._engines:
+                engine.wake_weights()
+            self._asleep, self._half = False, True
+
+    def wake_cache(self) -> None:
+        if self._half:
+            for engine in self._engines:
+                engine.wake_cache()
+            self._half = False
+
+    def memory_peaks(self) -> dict[str, int]:
+        return largest(engine.memory.peaks for engine in self._engines)
+
+    def holds_start(self) -> bool:
+        return self._loaded_alike
+
+    def keep_start(self) -> None:
+        """``pushed`` gives nothing here."""
+
+    @property
+    def num_receivers(self) -> int:
+        return len(self._engines)
+
+    def open_sender(self, transport: Transport, num_receivers: int, keeps: bool) -> Address:
         earlier, self._sender = self._sender, None  # closed once, also if the new one cannot be made
         if earlier is not None:
             earlier.close()
-        self._sender = transport.sender(self._actor.sync_plan(), rank=0, keeps=keeps)
+        where = visible_device(self._platform, 0)
+        place = SenderPlace(platform=self._platform, device=self._device, where=where, num_receivers=num_receivers)
+        self._sender = transport.sender(self._actor.sync_plan(), place, keeps=keeps)
         return self._sender.address
 
     def open_receivers(self, transport: Transport, address: Address) -> None:
-        self._receivers = [transport.receiver(address) for _ in self._engines]
+        where = visible_device(self._platform, 0)
+        place = ReceiverPlace(platform=self._platform, device=self._device, where=where)
+        self._receivers = [transport.receiver(address, place) for _ in self._engines]
 
-    def begin_update(self) -> None:
+    def begin_update(self, *, check: bool = False) -> None:
+        # Nothing to check: actor and engines read the same memory of one process.
         for engine in self._engines:
             engine.begin_update()
 
@@ -154,13 +247,20 @@ class SyncReport:
 
     version: int
     num_bytes: int
-    seconds: float  # the probe included
+    seconds: float  # without the probe
     probe_difference: float | None  # mean difference of log-probs, engine against actor; None: not probed
     planned: bool = True  # false: probed only because a resumed run begins here
+    transport: str | None = None  # its name; None: nothing was pushed
+    memory: Metrics = field(default_factory=dict)  # peaks of trainer and engines, where they share devices
 
     def metrics(self) -> Metrics:
-        """By the names of docs/metrics.md; the same in a run that was resumed and in one that was not."""
+        """By the names of docs/metrics.md; but for times the same in a run that was resumed and in one that was not."""
         metrics = {"sync/bytes": float(self.num_bytes)}
+        if self.transport is not None:
+            metrics["sync/seconds"] = self.seconds
+            metrics["sync/gb_per_s"] = self.num_bytes / self.seconds / 1e9 if self.seconds else math.nan
+            metrics["sync/transport"] = float(list(TRANSPORTS).index(self.transport))
+        metrics |= self.memory
         if self.planned and self.probe_difference is not None:
             metrics["sync/probe_difference"] = self.probe_difference
         return metrics
@@ -177,10 +277,21 @@ class WeightSync:
         config: which versions are probed.
         probe: what the engines are asked.
         filled: whether the engines hold weights before the first push; those of a megatron checkpoint come with it.
+        alike: whether the actor's first weights are those of the folder, so that engines which loaded the same files
+            need no push of them.
+        turns: of a run whose engines share devices with the actor; None: they do not.
     """
 
     def __init__(
-        self, source: WeightSource, sink: WeightSink, config: SyncConfig, probe: Probe, *, filled: bool = True
+        self,
+        source: WeightSource,
+        sink: WeightSink,
+        config: SyncConfig,
+        probe: Probe,
+        *,
+        filled: bool = True,
+        alike: bool = False,
+        turns: Turns | None = None,
     ) -> None:
         self._source = source
         self._sink = sink
@@ -189,6 +300,10 @@ class WeightSync:
         self._plan = source.sync_plan()
         self._num_updates = 0  # pushes that changed weights: version 0 is what both sides loaded from the same folder
         self._can_sample = filled  # false: empty, or a push broke off
+        self._alike = alike  # until the first push
+        self._seconds = 0.0  # of the newest push
+        self._turns: Turns | NoTurns = turns or NoTurns()
+        self.takes_turns = turns is not None
 
     def push(self, version: int) -> SyncReport:
         """Make every engine sample from the source's newest weights, which are ``version`` from now on.
@@ -196,23 +311,36 @@ class WeightSync:
         Raises:
             SyncError: a probe shows that an engine samples from something else.
         """
-        start = time.perf_counter()
+        if version == 0 and self._alike and not self.takes_turns and self._sink.holds_start():
+            self._sink.keep_start()
+            log.info("the engines sample from what they loaded: the trainer started from the same files")
+            return SyncReport(version=0, num_bytes=0, seconds=0.0, probe_difference=None)
         difference = self._repeated(partial(self._push, version))
         self._num_updates += version > 0
         return SyncReport(
             version=version,
             num_bytes=sum(bucket.num_bytes for bucket in self._plan),
-            seconds=time.perf_counter() - start,
+            seconds=self._seconds,
             probe_difference=difference,
             planned=self._is_planned(version),
+            transport=self._sink.transport,
+            memory=self._turns.metrics(),
         )
 
+    def sampled(self) -> None:
+        """All completions of a step are there. Engines that share devices go to sleep; a push wakes them."""
+        self._turns.sampled()
+
+    def before_update(self) -> None:
+        """An update follows. Where engines share devices, the actor gets its optimizer back."""
+        self._turns.train()
+
     def _push(self, version: int) -> float | None:
-        due = self._is_due(version) or (version > 0 and self._sink.renewed)
-        if due and self._can_sample and not self._sink.renewed:
+        due = self._is_due(version) or self.takes_turns or (version > 0 and self._sink.renewed)
+        if due and self._can_sample and not self._sink.renewed and not self.takes_turns:
             # Fills the prefix cache from the old weights: if the update leaves that there, the probe below shows it.
             self._sink.probe(self._probe.prompt, self._probe.num_tokens)
-        self._send(version, self._sink.send)
+        self._turns.push(partial(self._send, version, self._sink.send, check=due))
         return self._verify(version) if due else None
 
     def _repeated(self, work: Callable[[], Result]) -> Result:
@@ -232,13 +360,14 @@ class WeightSync:
         """Make every engine sample from what ``save_pushed`` wrote, which are ``version``; probed by the next push."""
         self._repeated(partial(self._send, version, partial(self._sink.send_saved, checkpoint=checkpoint)))
 
-    def _send(self, version: int, send: Callable[[int, Bucket], None]) -> None:
-        self._can_sample = False
-        self._sink.begin_update()
+    def _send(self, version: int, send: Callable[[int, Bucket], None], *, check: bool = False) -> None:
+        begin = time.perf_counter()
+        self._can_sample = self._alike = False
+        self._sink.begin_update(check=check)
         for index, bucket in enumerate(self._plan):
             send(index, bucket)
         self._sink.end_update(version)
-        self._can_sample = True
+        self._can_sample, self._seconds = True, time.perf_counter() - begin
 
     def _is_due(self, version: int) -> bool:
         if version == 0:  # both sides still hold the folder that they loaded: nothing to compare

@@ -8,38 +8,53 @@ import torch
 from torch import Tensor
 
 from rlxf.sync.plan import Bucket
-from rlxf.sync.transports.transport import Address, Message, Receiver, Sender, SendsNothing, Transport
+from rlxf.sync.transports.transport import (
+    Address,
+    Message,
+    Receiver,
+    ReceiverPlace,
+    Sender,
+    SenderPlace,
+    SendsNothing,
+    Transport,
+)
 
 
 class InProcess(Transport):
     """The transport of ``runtime=local``."""
 
+    name = "in_process"
     title = "this process"
     window = 1
+    everywhere = False
+    keeps_what_was_sent = False  # in one process the engines have sampled before the actor moves on
 
-    def sender(self, plan: Sequence[Bucket], rank: int, *, keeps: bool = False) -> Sender:
-        # Nothing needs to be kept: in one process the engines have sampled before the actor moves on.
-        return SendsNothing() if rank else Packer(plan)
+    def sender(self, plan: Sequence[Bucket], place: SenderPlace, *, keeps: bool = False) -> Sender:
+        return SendsNothing() if place.rank else Packer(plan, place.device)
 
-    def receiver(self, address: Address) -> Receiver:
+    def receiver(self, address: Address, place: ReceiverPlace) -> Receiver:
         return _AsItIs()
 
 
 class Packer:
-    """Packs buckets into memory of its own on the CPU: the message is the [num_bytes] uint8 bytes of one."""
+    """Packs buckets into memory of its own: the message is the [num_bytes] uint8 bytes of one."""
 
     address = None
 
-    def __init__(self, plan: Sequence[Bucket]) -> None:
+    def __init__(self, plan: Sequence[Bucket], device: torch.device | None = None) -> None:
         self._plan = plan
         # Of the largest bucket, allocated once: fresh pages cost more than the copy into them.
-        self._memory = torch.empty(max(bucket.num_bytes for bucket in plan), dtype=torch.uint8)
+        self._memory = torch.empty(max(bucket.num_bytes for bucket in plan), dtype=torch.uint8, device=device)
+
+    def join(self) -> None:
+        """Nobody waits for it."""
 
     def send(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> Tensor:
-        bucket = self._plan[index]
-        payload = self._memory[: bucket.num_bytes]
-        bucket.fill(payload, tensors)
-        return payload
+        self._plan[index].fill(self._memory, tensors)
+        return self.sent(index)
+
+    def sent(self, index: int) -> Tensor:
+        return self._memory[: self._plan[index].num_bytes]
 
     def close(self) -> None:
         """Does nothing: no other process can open the memory."""
@@ -49,3 +64,6 @@ class _AsItIs:
     def receive(self, bucket: Bucket, message: Message) -> Tensor:
         payload: Tensor = message
         return payload
+
+    def close(self) -> None:
+        """Nothing is open."""

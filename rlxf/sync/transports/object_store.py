@@ -11,22 +11,34 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from rlxf.sync.plan import Bucket
+from rlxf.sync.plan import WINDOW, Bucket
 from rlxf.sync.transports.in_process import Packer
-from rlxf.sync.transports.transport import Address, Message, Receiver, Sender, SendsNothing, Transport
+from rlxf.sync.transports.transport import (
+    Address,
+    Message,
+    Receiver,
+    ReceiverPlace,
+    Sender,
+    SenderPlace,
+    SendsNothing,
+    Transport,
+)
 
 
 class ObjectStore(Transport):
     """Works between any two processes, and copies the most."""
 
+    name = "object_store"
     title = "Ray's object store"
-    window = 2  # the actor packs one bucket while the engines read the one before; more would only fill the store
+    window = WINDOW  # more would only fill the store
+    everywhere = False
+    keeps_what_was_sent = True
 
-    def sender(self, plan: Sequence[Bucket], rank: int, *, keeps: bool = False) -> Sender:
+    def sender(self, plan: Sequence[Bucket], place: SenderPlace, *, keeps: bool = False) -> Sender:
         # A message is a copy, which lasts as long as whoever carries it keeps it.
-        return SendsNothing() if rank else _ArraySender(plan)
+        return SendsNothing() if place.rank else _ArraySender(plan)
 
-    def receiver(self, address: Address) -> Receiver:
+    def receiver(self, address: Address, place: ReceiverPlace) -> Receiver:
         return _ArrayReceiver()
 
 
@@ -36,8 +48,14 @@ class _ArraySender:
     def __init__(self, plan: Sequence[Bucket]) -> None:
         self._packer = Packer(plan)
 
+    def join(self) -> None:
+        """Nobody waits for it."""
+
     def send(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> Message:
         return self._packer.send(index, tensors).numpy()  # an array travels without a copy
+
+    def sent(self, index: int) -> Tensor:
+        return self._packer.sent(index)
 
     def close(self) -> None:
         """Does nothing: a message belongs to the store that carries it."""
@@ -46,3 +64,6 @@ class _ArraySender:
 class _ArrayReceiver:
     def receive(self, bucket: Bucket, message: Message) -> Tensor:
         return torch.from_numpy(message)
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -6,7 +6,6 @@ import mmap
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -14,40 +13,55 @@ import torch
 from torch import Tensor
 
 from rlxf.core.errors import SyncError
-from rlxf.sync.plan import Bucket
-from rlxf.sync.transports.transport import Message, Receiver, Sender, SendsNothing, Transport
-
-MAX_SLOTS = 2  # the actor writes one bucket while the engines read the one before
+from rlxf.sync.plan import WINDOW, Bucket, Room
+from rlxf.sync.transports.transport import (
+    Message,
+    Receiver,
+    ReceiverPlace,
+    Sender,
+    SenderPlace,
+    SendsNothing,
+    Transport,
+)
 
 
 class SharedMemory(Transport):
-    """For processes of one machine, on platforms whose weights are in host memory."""
+    """For processes of one machine. Every process of an engine opens the memory itself: no bytes pass a socket."""
 
+    name = "shared_memory"
     title = "shared memory"
-    window = MAX_SLOTS
+    window = WINDOW
+    everywhere = False
+    keeps_what_was_sent = True
 
-    def sender(self, plan: Sequence[Bucket], rank: int, *, keeps: bool = False) -> Sender:
-        return SendsNothing() if rank else _Writer(plan, keeps=keeps)
+    def sender(self, plan: Sequence[Bucket], place: SenderPlace, *, keeps: bool = False) -> Sender:
+        return SendsNothing() if place.rank else _Writer(plan, place, keeps=keeps)
 
-    def receiver(self, address: MemoryAddress) -> Receiver:
+    def receiver(self, address: MemoryAddress, place: ReceiverPlace) -> Receiver:
         return _Reader(SharedBuckets.open(address))
 
 
 class _Writer:
     """The message of a bucket is its number."""
 
-    def __init__(self, plan: Sequence[Bucket], *, keeps: bool = False) -> None:
+    def __init__(self, plan: Sequence[Bucket], place: SenderPlace, *, keeps: bool = False) -> None:
         self._plan = plan
         self._shared = SharedBuckets.allocate(plan, keeps=keeps)
+        place.platform.links.pin(self._shared.memory)
 
     @property
     def address(self) -> MemoryAddress:
         return self._shared.address
 
+    def join(self) -> None:
+        """Nobody waits for it."""
+
     def send(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> int:
-        bucket = self._plan[index]
-        bucket.fill(self._shared.slot(index, bucket.num_bytes), tensors)
+        self._plan[index].fill(self.sent(index), tensors)
         return index
+
+    def sent(self, index: int) -> Tensor:
+        return self._shared.slot(index, self._plan[index].num_bytes)
 
     def close(self) -> None:
         self._shared.close()
@@ -59,6 +73,9 @@ class _Reader:
 
     def receive(self, bucket: Bucket, message: Message) -> Tensor:
         return self._shared.slot(message, bucket.num_bytes)
+
+    def close(self) -> None:
+        """The mapping ends with its last reader."""
 
 
 def this_machine() -> str:
@@ -75,8 +92,7 @@ class MemoryAddress:
     """Where the memory of ``SharedBuckets`` can be opened, on the machine that allocated it."""
 
     path: str
-    starts: tuple[int, ...]  # of each bucket of the plan, bytes
-    size: int  # bytes
+    room: Room
 
 
 class SharedBuckets:
@@ -92,23 +108,16 @@ class SharedBuckets:
         self._descriptor = descriptor
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         # Populate all pages now: touching them one by one would slow down the first push.
-        memory = mmap.mmap(descriptor, address.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=access)
-        self._bytes = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8))  # keeps the mapping alive
+        memory = mmap.mmap(descriptor, address.room.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=access)
+        self.memory = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8))  # keeps the mapping alive
 
     @classmethod
     def allocate(cls, plan: Sequence[Bucket], *, keeps: bool = False) -> SharedBuckets:
         """Memory to be written by this process: for the largest bucket of ``plan`` twice, or (``keeps``) for each."""
-        sizes = [-(-bucket.num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE for bucket in plan]
-        if keeps:
-            starts = tuple(accumulate(sizes[:-1], initial=0))
-            size = sum(sizes)
-        else:
-            num_slots = min(MAX_SLOTS, len(plan))
-            starts = tuple(index % num_slots * max(sizes) for index in range(len(plan)))
-            size = num_slots * max(sizes)
+        room = Room.of(plan, each=keeps, alignment=mmap.PAGESIZE)
         descriptor = os.memfd_create("rlxf-weights")  # open until it is closed: engines open it by its path
-        os.ftruncate(descriptor, size)
-        address = MemoryAddress(f"/proc/{os.getpid()}/fd/{descriptor}", starts, size)
+        os.ftruncate(descriptor, room.size)
+        address = MemoryAddress(f"/proc/{os.getpid()}/fd/{descriptor}", room)
         return cls(descriptor, address, writable=True)
 
     @classmethod
@@ -136,5 +145,4 @@ class SharedBuckets:
 
     def slot(self, index: int, num_bytes: int) -> Tensor:
         """[num_bytes] uint8 view of where bucket ``index`` of the plan is written; others may be written there, too."""
-        start = self.address.starts[index]
-        return self._bytes[start : start + num_bytes]
+        return self.address.room.slot(self.memory, index, num_bytes)
