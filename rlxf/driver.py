@@ -9,7 +9,7 @@ from rlxf.core.errors import TrainingError
 from rlxf.core.types import Metrics
 from rlxf.loop.collected import Collected
 from rlxf.loop.rescue import save_last_step
-from rlxf.loop.run import AFTER_UPDATE, WITHOUT_UPDATE, Run, Schedule
+from rlxf.loop.run import AFTER_UPDATE, WITHOUT_UPDATE, WITHOUT_UPDATE_ASLEEP, Run, Schedule
 from rlxf.loop.settle import evaluate, published, save, settle
 from rlxf.observe.formulas import num_tokens, version_lag, without_drift_of_others
 from rlxf.schedule import Lookahead
@@ -96,6 +96,7 @@ def learn(run: Run, schedule: Schedule, collected: Collected) -> None:
         published(run)
         state.updating = True
         with run.clock("update_actor", version=state.policy_version):
+            run.sync.before_update()
             return run.actor.update(batch, collected.step)
 
     run.stop.check()
@@ -119,5 +120,5 @@ def skip(run: Run, collected: Collected) -> None:
             f"the scores in rollouts.jsonl (log.rollouts=true), or raise algorithm.max_empty_steps = {limit}"
         )
     state.empty_steps += 1
-    state.complete(collected, collected.metrics, WITHOUT_UPDATE)
+    state.complete(collected, collected.metrics, WITHOUT_UPDATE_ASLEEP if run.sync.takes_turns else WITHOUT_UPDATE)
     run.clock.add(collected.seconds)

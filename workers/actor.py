@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
 from torch import Tensor
 
 from rlxf.assembly.roles import build_actor
+from rlxf.core.model_folder import Files
 from rlxf.core.types import Batch, Metrics, Pairs, PairValues, Sequences
+from rlxf.platform.memory import largest
+from rlxf.platform.visible import visible_device
+from rlxf.sync.checksums import Checksums, checksums
 from rlxf.sync.plan import Bucket
 from rlxf.sync.saved import saved_tensors
-from rlxf.sync.transports.transport import Address, Message, Sender, Transport
+from rlxf.sync.transports import Where
+from rlxf.sync.transports.transport import Address, Message, Sender, SenderPlace, Transport
 
 from .group import WorkerGroup
 from .remote import Pending
@@ -30,6 +38,7 @@ class ActorWorker(Worker):
     make = staticmethod(build_actor)
     room: MegatronActor
     sender: Sender | None = None  # of buckets, once it is connected with the engines
+    everywhere = False  # whether every rank sends
 
     def _phase_of(self, method: str, args: tuple[Any, ...]) -> str:
         """To write a checkpoint takes longer than to begin to, or to ask whether it is written."""
@@ -60,24 +69,64 @@ class ActorWorker(Worker):
     def sync_plan(self) -> tuple[Bucket, ...] | None:
         return self.answer(self.room.sync_plan())
 
-    def open_sender(self, transport: Transport, keeps: bool) -> Address:
+    def open_sender(self, transport: Transport, num_receivers: int, keeps: bool, timeout_s: float) -> Address:
         """This rank's end of the transport through which all buckets travel from now on; where it can be found."""
         earlier, self.sender = self.sender, None  # closed once, also if the new one cannot be made
         if earlier is not None:
             earlier.close()
-        self.sender = transport.sender(self.room.sync_plan(), self.rank, keeps=keeps)
+        place = SenderPlace(
+            rank=self.rank,
+            platform=self.platform,
+            device=self.room.layout.device,
+            where=visible_device(self.platform, 0),
+            host=ray.util.get_node_ip_address(),
+            num_receivers=num_receivers,
+            timeout_s=timeout_s,
+        )
+        self.sender = transport.sender(self.room.sync_plan(), place, keeps=keeps)
+        self.everywhere = transport.everywhere
         return self.sender.address
 
-    def send_bucket(self, index: int) -> tuple[None, Message]:
-        """Nothing, for those who wait; and the message, for the engines."""
-        assert self.sender is not None  # connected
-        return None, self.sender.send(index, self.room.bucket_tensors(index))
+    def join_receivers(self) -> None:
+        assert self.sender is not None  # open
+        self.sender.join()
 
-    def send_saved_bucket(self, index: int, checkpoint: Path) -> tuple[None, Message]:
-        """``send_bucket`` with the weights that a checkpoint holds for the engines; rank 0 reads them."""
-        assert self.sender is not None  # connected
+    def keep_pushed(self) -> None:
+        self.room.keep_pushed()
+
+    def send_bucket(self, index: int, check: bool) -> tuple[Checksums | None, Message]:
+        """Checksums for those who wait, if asked for; and the message, for the engines."""
+        if index == 0:
+            self.room.begin_push()
+        return self._send(index, self.room.bucket_tensors(index, everywhere=self.everywhere), check)
+
+    def send_saved_bucket(self, index: int, checkpoint: Path, check: bool) -> tuple[Checksums | None, Message]:
+        """``send_bucket`` with the weights that a checkpoint holds for the engines."""
+        reads = self.rank == 0 or self.everywhere
         bucket = self.room.sync_plan()[index]
-        return None, self.sender.send(index, saved_tensors(checkpoint, bucket) if self.rank == 0 else ())
+        return self._send(index, saved_tensors(checkpoint, bucket) if reads else iter(()), check)
+
+    def _send(self, index: int, tensors: Iterator[tuple[str, Tensor]], check: bool) -> tuple[Checksums | None, Message]:
+        assert self.sender is not None  # connected
+        message = self.sender.send(index, tensors)
+        asked = check and self.rank == 0
+        return checksums(self.room.sync_plan()[index], self.sender.sent(index)) if asked else None, message
+
+    def offload(self) -> None:
+        self.room.offload()
+
+    def restore(self) -> None:
+        self.room.restore()
+
+    def free_cache(self) -> None:
+        self.room.free_cache()
+
+    def memory_peaks(self) -> dict[str, int]:
+        return self.room.memory_peaks()
+
+    def pushed_copy(self, index: int) -> tuple[None, Any]:
+        """``export_copy`` of the weights that were pushed last."""
+        return None, self.answer(self.room.pushed_copy(index).numpy())
 
     def export_copy(self, index: int) -> tuple[None, Any]:
         """Nothing, for those who wait; and the bytes of bucket ``index``, for the reference."""
@@ -98,11 +147,25 @@ class ActorWorker(Worker):
         self.room.load_checkpoint(folder)
 
 
-class RemoteActor:
-    """The actor on its worker processes."""
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A bucket on its way."""
 
-    def __init__(self, group: WorkerGroup) -> None:
+    calls: list[Pending]  # one of each rank, to be waited for; that of rank 0 gives checksums, if they were asked for
+    message: Any  # a reference to what rank 0 gives, whose bytes do not pass through here
+
+
+class RemoteActor:
+    """The actor on its worker processes.
+
+    Args:
+        group: the ranks.
+        message_s: longest time that a bucket may take, seconds.
+    """
+
+    def __init__(self, group: WorkerGroup, *, message_s: float = 60.0) -> None:
         self._group = group
+        self._message_s = message_s
 
     def prepare(self, batch: Batch, step: int) -> None:
         self._group.call("prepare", batch, step)
@@ -136,35 +199,63 @@ class RemoteActor:
         plan: tuple[Bucket, ...] = self._group.call("sync_plan")
         return plan
 
-    def machine(self) -> str:
-        """Of rank 0, which sends the buckets."""
-        name: str = self._group.call("machine")
-        return name
+    def where(self, device: str) -> tuple[Where, ...]:
+        """Of every rank."""
+        return tuple(place for places in self._group.ask("where", device) for place in places)
 
-    def open_sender(self, transport: Transport, keeps: bool) -> Address:
-        """A new sender in every rank; the address of rank 0's."""
-        return self._group.call("open_sender", transport, keeps)
+    def open_sender(self, transport: Transport, num_receivers: int, keeps: bool) -> Address:
+        """A new sender in every rank; where they are."""
+        return transport.joined(self._group.ask("open_sender", transport, num_receivers, keeps, self._message_s))
 
-    def send_bucket(self, index: int) -> tuple[list[Pending], Message]:
-        """What to wait for, and a reference to the message, whose bytes do not pass through here."""
-        return self._export("send_bucket", index)
+    def start_files(self) -> list[Files | None]:
+        """Of every rank."""
+        return self._group.ask("start_files")
 
-    def send_saved_bucket(self, index: int, checkpoint: Path) -> tuple[list[Pending], Message]:
+    def join_receivers(self) -> list[Pending]:
+        """While the receivers are opened."""
+        return self._group.send("join_receivers")
+
+    def keep_pushed(self) -> None:
+        """From now on ``pushed_copy`` can be asked for."""
+        self._group.call("keep_pushed")
+
+    def send_bucket(self, index: int, *, check: bool) -> Sent:
+        return self._export("send_bucket", index, check)
+
+    def send_saved_bucket(self, index: int, checkpoint: Path, *, check: bool) -> Sent:
         """The same of the weights that a checkpoint holds for the engines."""
-        return self._export("send_saved_bucket", index, checkpoint)
+        return self._export("send_saved_bucket", index, checkpoint, check)
+
+    def offload(self) -> None:
+        self._group.call("offload")
+
+    def restore(self) -> None:
+        self._group.call("restore")
+
+    def free_cache(self) -> None:
+        """It returns when every rank has: no rank of a shared device may hold what an engine is about to take."""
+        self._group.call("free_cache")
+
+    def memory_peaks(self) -> dict[str, int]:
+        return largest(self._group.ask("memory_peaks"))
+
+    def pushed_copy(self, index: int) -> Any:
+        """``export_copy`` of the weights that were pushed last. An actor that is at work gives it afterwards."""
+        sent = self._export("pushed_copy", index)
+        self._group.waiter.gather(sent.calls)
+        return sent.message
 
     def export_copy(self, index: int) -> Any:
         """A reference to the bytes of bucket ``index``, which are there: they do not pass through here either."""
-        calls, payload = self._export("export_copy", index)
-        self._group.waiter.gather(calls)
-        return payload
+        sent = self._export("export_copy", index)
+        self._group.waiter.gather(sent.calls)
+        return sent.message
 
-    def _export(self, method: str, *args: Any) -> tuple[list[Pending], Any]:
-        """What to wait for, and a reference to what rank 0 gives."""
+    def _export(self, method: str, *args: Any) -> Sent:
         members = self._group.members
         found = [getattr(member.handle, method).options(num_returns=2).remote(*args) for member in members]
         calls = [Pending(done, member.name, method) for member, (done, _) in zip(members, found, strict=True)]
-        return calls, found[0][1]
+        return Sent(calls, found[0][1])
 
     def save_hf(self, folder: Path) -> None:
         self._group.call("save_hf", folder)

@@ -23,12 +23,13 @@ from rlxf.platform import Platform
 from rlxf.platform.environment import differing_exports, with_exports
 
 from .actor import ActorWorker
+from .devices import device_environment
+from .engine import RolloutWorker
 from .group import Member, StatelessGroup, WorkerGroup
 from .pools import Pools, Slot
 from .reference import ReferenceWorker
 from .remote import Pending, Waiter
 from .reward import RewardWorker
-from .rollout import RolloutWorker
 from .watch import Watch
 from .worker import NO_RENDEZVOUS
 
@@ -80,9 +81,10 @@ class Crew:
         """The groups whose state is in checkpoints."""
         return {role: group for role, group in self.groups.items() if role not in self.stateless}
 
-    def load(self) -> list[Pending]:
-        """The calls that load all models: made, and not waited for."""
-        return [call for group in self.groups.values() for call in self._load(group, range(len(group.members)))]
+    def load(self, roles: Iterable[Role]) -> list[Pending]:
+        """The calls that load the models of these roles: made, and not waited for."""
+        groups = [self.groups[role] for role in roles]
+        return [call for group in groups for call in self._load(group, range(len(group.members)))]
 
     def gone(self, group: WorkerGroup) -> list[int]:
         """Ranks whose process has ended."""
@@ -148,10 +150,12 @@ class Crew:
         slot, world_size = self._slots[role][rank], len(self._slots[role])
         number = self._starts[role][rank]
         self._starts[role][rank] += 1
-        environment: dict[str, Any] = {"env_vars": _environment(self._config, role, self._platform)}
+        environment: dict[str, Any] = {}
         if shlex.quote(sys.executable) != sys.executable:
             # Ray starts a worker through a shell and quotes everything but the interpreter.
             environment["py_executable"] = shlex.quote(sys.executable)
+        devices = device_environment(slot, self._platform, self._waiter, environment)
+        environment["env_vars"] = {**_environment(self._config, role, self._platform), **devices}
         key = f"{role}-{rank}-{number}"
         worker = ray.remote(WORKERS[role]).options(runtime_env=environment, **slot.options())
         member = Member(worker.remote(rank, world_size, (self._watch.run, key)), f"{role} rank {rank}", slot.node)
@@ -189,14 +193,16 @@ def _environment(config: RunConfig, role: Role, platform: Platform) -> dict[str,
 def _defaults(config: RunConfig, role: Role, platform: Platform) -> dict[str, str]:
     threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     if role == "infer":
-        return platform.rollout_environment(threads, config.rollout.cpu_kv_cache_gib)
+        colocated = config.takes_turns
+        return platform.rollout_environment(threads, config.rollout.cpu_kv_cache_gib, colocated=colocated)
     return platform.worker_environment(threads)
 
 
 def _say_exports(config: RunConfig, roles: Iterable[Role], platform: Platform) -> None:
     """Which exported variables the workers get in place of a default, and which they do not get."""
-    defaults = {name: value for role in roles for name, value in _defaults(config, role, platform).items()}
-    taken, refused = differing_exports(defaults, os.environ)
+    # A role at a time: two roles may have different defaults of one variable.
+    found = [differing_exports(_defaults(config, role, platform), os.environ) for role in roles]
+    taken, refused = (dict.fromkeys(text for each in found for text in each[i]) for i in range(2))
     if taken:
         log.info("the workers use these exported variables: %s", ", ".join(taken))
     if refused:

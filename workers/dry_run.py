@@ -12,7 +12,7 @@ from rlxf.config.devices import device_facts
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import PlacementError
 from rlxf.placement.plan import NodeResources, Plan, crowded, fit, make_plan
-from rlxf.placement.text import describe, describe_nodes
+from rlxf.placement.text import describe, describe_crossing, describe_nodes
 
 from .address import running_cluster
 
@@ -38,7 +38,7 @@ def dry_run(config: RunConfig) -> None:
     problems = fit(plan, nodes)
     if problems:
         raise PlacementError("\n".join(problems))
-    _say("it has room for this recipe\n")
+    _say(f"it has room for this recipe\n{describe_crossing(plan, nodes)}")
 
 
 def require_cores(config: RunConfig) -> None:

@@ -75,6 +75,10 @@ class WorkerGroup:
         member = self.members[rank]
         return Pending(getattr(member.handle, method).remote(*args), member.name, method)
 
+    def ask(self, method: str, *args: Any) -> list[Any]:
+        """Call every rank and wait for all; their answers, in rank order."""
+        return self.waiter.gather(self.send(method, *args))
+
     def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         """Call every rank and wait for all; the answer of rank 0."""
         return self.waiter.gather(self.send(method, *args), timeout_s)[0]

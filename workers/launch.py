@@ -27,7 +27,7 @@ from rlxf.platform import Platform, get_platform
 from rlxf.reference.adapter_off import AdapterOffReference
 from rlxf.reference.none import NoReference
 from rlxf.schedule import InThreads, OneAfterTheOther
-from rlxf.sync.transports import choose_transport
+from rlxf.sync.transports import TRANSPORTS, Choice, Places, choose
 from rlxf.sync.transports.transport import Transport
 
 from .actor import RemoteActor
@@ -69,10 +69,25 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
             waiter = Waiter(clock, stop, config.training.stage_timeout_s, cluster.logs, watch)
             with stop.interruptible():
                 crew = Crew(config, plan, platform, waiter, watch)
-                waiter.gather(crew.load(), config.training.start_timeout_s)
+                if config.samples:  # a transport that cannot work is an error before a model loads
+                    transport_here(config, platform, crew.groups)
+                load(crew, waiter, config)
                 _require_shared_storage(config, found.run_dir, crew)
             roles = replace(make_roles(config, platform, crew.groups), readers=readers, judge=judge)
             _run(found, roles, crew, watch, platform=platform, clock=clock, stop=stop)
+
+
+def load(crew: Crew, waiter: Waiter, config: RunConfig) -> None:
+    """All models, at the same time; but engines on the trainer's devices first, and alone.
+
+    An engine finds out how much memory is left for its cache: what others take meanwhile would count as its own.
+    """
+    first: list[Role] = ["infer"] if config.takes_turns else []
+    for role in first:
+        waiter.gather(crew.load([role]), config.training.start_timeout_s)
+        waiter.gather(crew.groups[role].send("sleep"), config.training.start_timeout_s)
+    others = [role for role in crew.groups if role not in first]
+    waiter.gather(crew.load(others), config.training.start_timeout_s)
 
 
 def _require_shared_storage(config: RunConfig, run_dir: Path, crew: Crew) -> None:
@@ -88,7 +103,8 @@ def _run(
     found: Prepared, roles: Roles, crew: Crew, watch: Watch, *, platform: Platform, clock: Clock, stop: Stop
 ) -> None:
     """Train, or evaluate only; again from the last checkpoint when the trainer was lost."""
-    recovery = Recovery(crew, roles.sink if isinstance(roles.sink, RemoteEngines) else None, clock, stop)
+    engines = roles.sink if isinstance(roles.sink, RemoteEngines) else None
+    recovery = Recovery(crew, engines, clock, stop, takes_turns=found.config.takes_turns)
     while True:
         # Else the stages of a step follow each other anyway.
         overlap = found.config.streams or found.config.rollout.lookahead
@@ -129,8 +145,8 @@ def connected(plan: Plan, platform: Platform, stop: Stop) -> Iterator[Cluster]:
 
 def make_roles(config: RunConfig, platform: Platform, groups: Mapping[Role, WorkerGroup]) -> Roles:
     """The roles as the driver sees them."""
-    actor = RemoteActor(groups["train"])
-    engines = _connect(config, platform, groups["infer"], actor) if "infer" in groups else None
+    actor = RemoteActor(groups["train"], message_s=config.resilience.min_deadline_s)
+    engines = _connect(config, platform, groups, actor) if "infer" in groups else None
     return Roles(
         actor=actor,
         reference=_reference(config, groups, actor),
@@ -146,14 +162,37 @@ def _reference(config: RunConfig, groups: Mapping[Role, WorkerGroup], actor: Rem
     return AdapterOffReference(actor) if config.reference_is_base else RemoteReference(groups["ref"])
 
 
-def _connect(config: RunConfig, platform: Platform, group: WorkerGroup, actor: RemoteActor) -> RemoteEngines:
+def _connect(
+    config: RunConfig, platform: Platform, groups: Mapping[Role, WorkerGroup], actor: RemoteActor
+) -> RemoteEngines:
     """The engines, which new weights reach in the best way that recipe, device and placement allow."""
 
-    def choose(engines: RemoteEngines) -> Transport:
-        transport = choose_transport(config.sync.transport, platform, engines.machines)
-        log.info("weights travel through %s", transport.title)
+    def chosen() -> Transport:
+        choice = transport_here(config, platform, groups)
+        transport = TRANSPORTS[choice.name]
+        log.info("weights travel through %s (%s)", transport.title, choice.why)
         return transport
 
-    engines = RemoteEngines(group, actor, choose=choose, keeps=config.rollout.lookahead > 0)
+    engines = RemoteEngines(
+        groups["infer"],
+        actor,
+        choose=chosen,
+        keeps=config.rollout.lookahead > 0,
+        asleep=config.takes_turns,
+        devices=config.actor_rollout.inference_tensor_model_parallel_size,
+    )
     engines.connect()
     return engines
+
+
+def transport_here(config: RunConfig, platform: Platform, groups: Mapping[Role, WorkerGroup]) -> Choice:
+    """The transport for where actor and engines are now.
+
+    Raises:
+        ConfigError: the recipe names one that cannot work there.
+    """
+    actor, engines = (
+        tuple(place for places in groups[role].ask("where", platform.name) for place in places)
+        for role in ("train", "infer")
+    )
+    return choose(config.sync.transport, platform, Places(actor=actor, engines=engines))

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 PLACE_S = 10.0  # longest time to claim all devices, seconds
 ANSWER_S = 2.0  # longest wait for a node to take a connection
 RELEASE_S = 5.0  # of which: how long to wait for devices that a run before this one is giving back
+_Place = tuple[str, int]  # a group, by its id, and a bundle of it
 _INSTEAD = "start a node in its place, or raise resilience.node_wait_s"
 
 
@@ -44,9 +45,10 @@ class Slot:
     resource: str
     amount: float
     node: str
+    others: tuple[int, ...] = ()  # further bundles of the group whose devices are the process's, too, with other roles
 
     @property
-    def place(self) -> tuple[str, int]:
+    def place(self) -> _Place:
         """The bundle, which other slots may share."""
         return self.group.id.hex(), self.bundle
 
@@ -99,8 +101,9 @@ class Pools:
         self._plan = plan
         self._waiter = waiter
         self._node_wait_s = node_wait_s
-        self._moved: dict[tuple[str, int], tuple[PlacementGroup, int, str]] = {}  # bundles of lost nodes
-        self._sizes: dict[tuple[str, int], float] = {}  # devices of each bundle
+        self._moved: dict[_Place, tuple[PlacementGroup, int, str]] = {}  # bundles of lost nodes
+        self._sizes: dict[_Place, float] = {}  # devices of each bundle
+        self._units: dict[_Place, tuple[_Place, ...]] = {}  # bundles of one process, which must stay on one node
         self._nodes = _wait_for_room(plan)
         self._groups: dict[str, PlacementGroup] = {}
         ids = node_ids()
@@ -125,14 +128,24 @@ class Pools:
         bundles = _bundles(self._plan, group)
         slots = []
         for devices in _process_devices(role):
-            index = next(i for i, owned in enumerate(bundles) if devices[0] in owned)
+            index, *others = dict.fromkeys(
+                next(i for i, owned in enumerate(bundles) if device in owned) for device in devices
+            )
             sharing = sum(devices[0] in other.bundles for other in self._plan.roles if other.group == role.group)
-            amount = float(len(devices)) if sharing == 1 else int(10_000 / sharing) / 10_000  # Ray counts in 1/10000
+            size = float(len(bundles[index]))
+            amount = size if sharing == 1 else int(10_000 / sharing) / 10_000  # Ray counts in 1/10000
             node = self._nodes[group.name, group.node_of(devices[0])]
-            slot = Slot(self._groups[group.name], index, self._plan.resource, amount, node)
-            self._sizes[slot.place] = float(len(bundles[index]))
+            slot = Slot(self._groups[group.name], index, self._plan.resource, amount, node, tuple(others))
+            self._note(slot, size)
             slots.append(slot)
         return slots
+
+    def _note(self, slot: Slot, size: float) -> None:
+        """How large the bundles of a slot are, each like the first, and that they stay together."""
+        unit = tuple((slot.place[0], bundle) for bundle in (slot.bundle, *slot.others))
+        self._sizes.update(dict.fromkeys(unit, size))
+        if slot.others:
+            self._units.update(dict.fromkeys(unit, unit))
 
     def living(self, slots: Sequence[Slot]) -> list[Slot]:
         """The slots, with another in place of each whose node is lost; waits for room, also on a node that joins.
@@ -142,7 +155,7 @@ class Pools:
         """
         alive = answering_nodes()
         known = [self._moved_to(slot) for slot in slots]
-        lost = {slot.place: slot for slot in known if slot.node not in alive}
+        lost = [slot for slot in known if slot.node not in alive]
         if lost:
             self._claim(lost)
         return [self._moved_to(slot) for slot in known]
@@ -151,24 +164,30 @@ class Pools:
         """The slot where it is now: its node may have been lost, more than once."""
         while slot.place in self._moved:
             group, bundle, node = self._moved[slot.place]
-            slot = replace(slot, group=group, bundle=bundle, node=node)
+            others = tuple(self._moved[slot.place[0], other][1] for other in slot.others)
+            slot = replace(slot, group=group, bundle=bundle, node=node, others=others)
         return slot
 
-    def _claim(self, lost: dict[tuple[str, int], Slot]) -> None:
-        """Other devices for these bundles."""
-        sizes, resource = [self._sizes[place] for place in lost], self._plan.resource
-        dead = ", ".join(sorted({slot.node for slot in lost.values()}))
+    def _claim(self, lost: Sequence[Slot]) -> None:
+        """Other devices for the bundles of these slots."""
+        units = list(dict.fromkeys(self._units.get(slot.place, (slot.place,)) for slot in lost))
+        sizes, resource = [sum(self._sizes[place] for place in unit) for unit in units], self._plan.resource
+        dead = ", ".join(sorted({slot.node for slot in lost}))
         deadline, group = time.monotonic() + self._node_wait_s, None
         while group is None:
-            problem, places = self._wait_for_nodes(sizes, dead, deadline)
-            group = self._try_to_claim([{resource: size} for size in sizes], places)
+            problem, found = self._wait_for_nodes(sizes, dead, deadline)
+            nodes = {place: node for unit, node in zip(units, found, strict=True) for place in unit}
+            group = self._try_to_claim([{resource: self._sizes[place]} for place in nodes], list(nodes.values()))
             if group is None and time.monotonic() > deadline:
                 raise RunInterrupted(f"{problem}, which another job took at this moment; {_INSTEAD}")
         self._groups[f"in place of node {dead}, {len(self._moved)}"] = group
         names = {node["NodeID"]: _name(node) for node in ray.nodes()}
-        for bundle, (place, size) in enumerate(zip(lost, sizes, strict=True)):
-            self._moved[place] = group, bundle, names[places[bundle]]
-            self._sizes[group.id.hex(), bundle] = size
+        new = {place: (group.id.hex(), bundle) for bundle, place in enumerate(nodes)}
+        for place, node in nodes.items():
+            self._moved[place] = group, new[place][1], names[node]
+            self._sizes[new[place]] = self._sizes[place]
+            if place in self._units:
+                self._units[new[place]] = tuple(new[other] for other in self._units[place])
 
     def _try_to_claim(self, bundles: list[dict[str, float]], places: Sequence[str]) -> PlacementGroup | None:
         """A group of these bundles, each on the node of that id; None: there was no room for it after all."""
@@ -249,13 +268,18 @@ def _process_devices(role: RolePlan) -> list[tuple[int, ...]]:
 
 
 def _bundles(plan: Plan, group: GroupPlan) -> list[tuple[int, ...]]:
-    """The devices of each Ray bundle: one, but a rollout engine's devices are one bundle: one process takes all."""
+    """The devices of each Ray bundle: one, or all of a rollout engine's if no other role has a part of them.
+
+    Ray cannot give a process a share of each of several devices. So a device that is shared is a bundle of its own,
+    and an engine of several of them takes its share of the first and is told of the others (``devices.py``).
+    """
     owners: dict[int, tuple[int, ...]] = {device: (device,) for device in range(group.num_devices)}
-    for role in plan.roles:
-        if role.group != group.name:
-            continue
+    roles = [role for role in plan.roles if role.group == group.name]
+    for role in roles:
         for devices in _process_devices(role):
-            owners.update({device: devices for device in devices if len(devices) > 1})
+            others = {device for other in roles if other is not role for device in other.bundles}
+            if len(devices) > 1 and others.isdisjoint(devices):
+                owners.update(dict.fromkeys(devices, devices))
     return sorted(set(owners.values()))
 
 

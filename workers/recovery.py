@@ -34,6 +34,7 @@ class Recovery:
         clock: of the run.
         stop: a run that the user ends is not rebuilt.
         now: seconds of a clock that only goes forward.
+        takes_turns: the engines share the trainer's devices.
     """
 
     def __init__(
@@ -43,7 +44,10 @@ class Recovery:
         clock: Clock,
         stop: Stop,
         now: Callable[[], float] = time.monotonic,
+        *,
+        takes_turns: bool = False,
     ) -> None:
+        self._takes_turns = takes_turns
         self._crew, self._engines, self._clock, self._stop, self._now = crew, engines, clock, stop, now
         self._times: deque[float] = deque()
 
@@ -94,6 +98,8 @@ class Recovery:
     def _start_all_again(self, lost: Exception) -> None:
         """New processes for all ranks with state, loaded; the engines know of it."""
         with self._stop.interruptible():
+            if self._engines is not None and self._takes_turns:
+                self._engines.make_room(WorkerLost(str(lost)))
             for group in self._crew.stateful.values():
                 calls = self._crew.start_again(group, range(len(group.members)), WorkerLost(str(lost)), told=True)
                 self._crew.wait_for_loading(calls)

@@ -184,6 +184,24 @@ class Waiter:
                     failures.append((failure, other))
         return self._translate(*next((f for f in failures if _is_death(f[0])), failures[0]))
 
+    def cause(self, error: Exception, others: Iterable[Pending]) -> Exception:
+        """The loss of a worker that others noticed before Ray told of it; ``error``, if there is none.
+
+        ``others``: calls that are not awaited yet.
+        """
+        deadline = time.monotonic() + BLAME_S
+        waiting = {call.ref: call for call in others}
+        while waiting and time.monotonic() < deadline:
+            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            for ref in ready:
+                call = waiting.pop(ref)
+                try:
+                    ray.get(ref, timeout=TICK_S)
+                except RayError as failure:
+                    if _is_death(failure):
+                        return self._translate(failure, call)
+        return error
+
     def _translate(self, error: RayError, call: Pending) -> Exception:
         if isinstance(error, DEATHS):
             died = _is_death(error)

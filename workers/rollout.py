@@ -1,111 +1,47 @@
-"""The rollout engines' processes, and all engines as the driver sees them."""
+"""All rollout engines as the driver sees them."""
 
 from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from torch import Tensor
 
-from rlxf.assembly.roles import build_engine
-from rlxf.core.errors import WorkerLost
+from rlxf.core.errors import SyncError, WorkerLost
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
-from rlxf.rollout.chunks import Gathered
+from rlxf.platform import get_platform
+from rlxf.platform.memory import largest
 from rlxf.rollout.dispatch import Dispatch
-from rlxf.rollout.engine import ProbeResult, RolloutEngine, Sampling, Session
+from rlxf.rollout.engine import Sampling
 from rlxf.rollout.shares import join, split_evenly
+from rlxf.sync.checksums import compare
 from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer
 from rlxf.sync.saved import saved_tensors
+from rlxf.sync.transports import TRANSPORTS
 from rlxf.sync.transports.shared_memory import this_machine
-from rlxf.sync.transports.transport import Address, Message, Receiver, Transport
+from rlxf.sync.transports.transport import Address, Message, Receiver, ReceiverPlace, Transport
 
-from .actor import RemoteActor
+from .actor import RemoteActor, Sent
 from .group import WorkerGroup
 from .remote import Answer, Pending
 from .sampling import Share, sample_queue, sample_shares
-from .worker import Worker
+from .sleeping import Sleepers
 
 
-class RolloutWorker(Worker):
-    """One rollout engine; alone in its process."""
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """The calls of one bucket."""
 
-    make = staticmethod(build_engine)
-    # An engine that takes the place of another samples only after it got weights.
-    make_again = staticmethod(partial(build_engine, stale=True))
-    room: RolloutEngine
-    receiver: Receiver | None = None  # of buckets, once it is connected with the actor
-    session: Session | None = None  # of prompts that are being sampled
-    share: Gathered | None = None  # the completions of those so far, where they are handed over in chunks
-
-    @property
-    def engine(self) -> RolloutEngine:
-        return self.room
-
-    def num_slots(self, sampling: Sampling) -> int | None:
-        return self.engine.session(sampling).num_slots
-
-    def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
-        return self.engine.generate(prompts, sampling)
-
-    def start(self, prompts: PromptBatch, sampling: Sampling, sizes: tuple[int, ...]) -> list[Rollouts]:
-        """Begin to sample ``prompts``; the first chunks that are whole.
-
-        ``sizes``: prompts of each chunk; (): a prompt is a chunk.
-        """
-        self.session = self.engine.session(sampling)
-        bounds = pairwise(accumulate(sizes, initial=0))
-        self.share = Gathered(prompts, [tuple(range(*pair)) for pair in bounds]) if sizes else None
-        self.session.add(prompts)
-        return self._next_chunks()
-
-    def advance(self, more: PromptBatch | None = None) -> list[Rollouts]:
-        """Sample until another chunk of what was begun is whole; none is left if it gives none."""
-        assert self.session is not None  # started
-        if more is not None:
-            self.session.add(more)
-        return self._next_chunks()
-
-    def _next_chunks(self) -> list[Rollouts]:
-        assert self.session is not None
-        while (part := self.session.advance()) is not None:
-            whole = [part] if self.share is None else [chunk.rollouts for chunk in self.share.add(part)]
-            if whole:
-                return whole
-        self.share = None  # its completions need memory
-        return []
-
-    def _phase_of(self, method: str, args: tuple[Any, ...]) -> str:
-        """An evaluation has more prompts than a step, and other lengths."""
-        purposes = [arg.purpose for arg in args if isinstance(arg, Sampling)]
-        return f"{method} ({purposes[0]})" if purposes and purposes[0] != "train" else method
-
-    def begin_update(self) -> None:
-        self.engine.begin_update()
-
-    def open_receiver(self, transport: Transport, address: Address) -> None:
-        self.receiver = transport.receiver(address)
-
-    def load_bucket(self, bucket: Bucket, message: Message) -> None:
-        """``message``: what the actor's sender gave."""
-        assert self.receiver is not None  # connected
-        self.engine.load_bucket(bucket, self.receiver.receive(bucket, message))
-
-    def load_copy(self, bucket: Bucket, payload: Any) -> None:
-        """``load_bucket`` without a transport; ``payload``: an array of the bucket's bytes."""
-        self.engine.load_bucket(bucket, torch.from_numpy(payload))
-
-    def end_update(self, version: int) -> None:
-        self.engine.end_update(version)
-
-    def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
-        return self.engine.probe(prompt, num_tokens)
+    begun: list[Pending]  # what the engines do before it
+    sent: list[Pending]
+    received: list[Pending]
 
 
 class RemoteEngines:
@@ -123,6 +59,8 @@ class RemoteEngines:
         actor: sends them its weights.
         choose: the transport for where actor and engines are now; asked whenever a process took the place of another.
         keeps: ``pushed`` can read a bucket until it is sent anew.
+        devices: of each engine; every one has a process that receives.
+        asleep: they are now.
     """
 
     def __init__(
@@ -130,16 +68,20 @@ class RemoteEngines:
         group: WorkerGroup,
         actor: RemoteActor,
         *,
-        choose: Callable[[RemoteEngines], Transport] | None = None,
+        choose: Callable[[], Transport] | None = None,
         keeps: bool = False,
+        devices: int = 1,
+        asleep: bool = False,
     ) -> None:
         self._group = group
         self._actor = actor
         self._choose = choose
         self._keeps = keeps
-        self._window = 1
+        self._devices = devices
+        self._transport: Transport = TRANSPORTS["object_store"]  # until it is connected
+        self._check = False  # whether this push compares checksums
         self._begun: list[Pending] = []  # calls that no bucket waits for yet
-        self._under_way: deque[list[Pending]] = deque()  # the calls of each bucket
+        self._under_way: deque[_UnderWay] = deque()  # the calls of each bucket
         self._own_end: Receiver | None = None  # of a run that keeps what was pushed
         self._kept: dict[int, Message] = {}  # the messages of the last push, or references to them
         self._plan: tuple[Bucket, ...] = ()
@@ -150,12 +92,8 @@ class RemoteEngines:
         self._unproven: set[int] = set()  # those that have done nothing since
         self._renewed = False  # since the last push: the transport does not reach all of them
         self._push_lost = False  # an engine was lost in the push that is under way
+        self._sleepers = Sleepers(group, asleep=asleep)
         self._slots: tuple[int | None] | None = None  # of an engine; not asked yet
-
-    def machines(self) -> set[str]:
-        """Where the actor's first rank and the engines are; and this process, if it has to read what was pushed."""
-        here = {this_machine()} if self._keeps else set[str]()
-        return here | {self._actor.machine(), *self._group.waiter.gather(self._group.send("machine"))}
 
     def connect(self, transport: Transport | None = None, *, keeps: bool | None = None) -> Transport:
         """Let buckets travel through ``transport``, or through the one that ``choose`` gives.
@@ -165,19 +103,41 @@ class RemoteEngines:
         self._keeps = self._keeps if keeps is None else keeps
         if transport is None:
             assert self._choose is not None
-            transport = self._choose(self)
-        address = transport.connect(self._actor, self, keeps=self._keeps)
-        if self._keeps:  # it is read-only here, and only read
+            transport = self._choose()
+        self._transport = transport
+        here = self._keeps and transport.keeps_what_was_sent and self._reaches(transport)
+        if self._keeps and not here:
+            self._actor.keep_pushed()
+        address = transport.connect(self._actor, self, keeps=here)
+        if here:  # it is read-only here, and only read
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        self._own_end = transport.receiver(address) if self._keeps else None
+        self._own_end = transport.receiver(address, ReceiverPlace(platform=get_platform("cpu"))) if here else None
         self._kept.clear()
-        self._window = transport.window
         self._plan = self._actor.sync_plan()
         self._renewed = False
         return transport
 
+    def _reaches(self, transport: Transport) -> bool:
+        """Whether this process can read what the actor sent."""
+        return transport.name != "shared_memory" or self._actor.where("cpu")[0].machine == this_machine()
+
+    @property
+    def transport(self) -> str:
+        """The name of that through which weights travel."""
+        return self._transport.name
+
+    @property
+    def num_receivers(self) -> int:
+        return self._devices * self.num_engines
+
     def open_receivers(self, transport: Transport, address: Address) -> None:
-        self._group.call("open_receiver", transport, address)
+        joins = self._actor.join_receivers()
+        address = ray.put(address)
+        calls = [
+            self._group.one(engine, "open_receivers", transport, address, engine * self._devices)
+            for engine in range(self.num_engines)
+        ]
+        self._group.waiter.gather([*joins, *calls])
 
     @property
     def group(self) -> WorkerGroup:
@@ -230,6 +190,7 @@ class RemoteEngines:
         engines = list(engines)
         if self._group.starts is None or hopeless or self._unproven & set(engines):
             raise lost
+        self._sleepers.are_new(engines)
         calls = self._group.starts.start_again(self._group, engines, lost)
         self._loading |= dict(zip(engines, calls, strict=True))
         self._unproven |= set(engines)
@@ -258,7 +219,7 @@ class RemoteEngines:
         calls = [self._group.one(engine, "begin_update")]
         for index, bucket in enumerate(self._plan):
             calls.append(self._group.one(engine, "load_copy", bucket, self._copy(index, bucket)))
-            if len(calls) > self._window:  # else the object store would hold the whole model
+            if len(calls) > self._transport.window:  # else the object store would hold the whole model
                 self._group.waiter.gather([calls.pop(0)])
         self._group.waiter.gather([*calls, self._group.one(engine, "end_update", self._version)])
 
@@ -266,11 +227,14 @@ class RemoteEngines:
         """What ``load_copy`` takes of a bucket, as it was pushed last."""
         if self._keeps:
             return self.pushed(index, bucket).numpy()
-        if self._saved is None:
-            return self._actor.export_copy(index)
+        return self._actor.export_copy(index) if self._saved is None else self._read_saved(bucket).numpy()
+
+    def _read_saved(self, bucket: Bucket) -> Tensor:
+        """[bucket.num_bytes] uint8 of the checkpoint that the last push was read from."""
+        assert self._saved is not None
         payload = torch.empty(bucket.num_bytes, dtype=torch.uint8)
         bucket.fill(payload, saved_tensors(self._saved, bucket))
-        return payload.numpy()
+        return payload
 
     @property
     def renewed(self) -> bool:
@@ -297,44 +261,113 @@ class RemoteEngines:
 
     def _make_whole(self) -> None:
         """All engines are there, and a transport reaches them."""
-        if self._loading and self._group.starts is not None:
-            self._group.starts.wait_for_loading(list(self._loading.values()))
-            self._loading.clear()
+        self._make_loaded()
         if self._renewed:
             self.connect()
 
-    def begin_update(self) -> None:
+    def _make_loaded(self) -> None:
+        if self._loading and self._group.starts is not None:
+            self._group.starts.wait_for_loading(list(self._loading.values()))
+            self._loading.clear()
+
+    def sleep(self) -> None:
+        """All that are awake. One that is lost in it has sampled already: another one takes its place, and sleeps."""
+        lost = self._sleepers.sleep(set(range(self.num_engines)) - set(self._loading))
+        if lost:
+            self.start_again(lost, next(iter(lost.values())), hopeless=False)
+            self._make_loaded()
+            self._group.waiter.gather([self._group.one(engine, "sleep") for engine in lost])
+            self._sleepers.asleep |= set(lost)
+
+    def wake_weights(self) -> None:
+        self._sleepers.wake_weights()
+
+    def wake_cache(self) -> None:
+        self._sleepers.wake_cache()
+
+    def memory_peaks(self) -> dict[str, int]:
+        return largest(self._group.ask("memory_peaks"))
+
+    def make_room(self, lost: WorkerLost) -> None:
+        """All engines are asleep, as before the trainer loads on their devices; those that cannot are new ones."""
+        self._under_way.clear()
+        if self._sleepers.half and self._group.starts is not None:
+            calls = self._group.starts.start_again(self._group, sorted(self._sleepers.half), lost)
+            self._group.starts.wait_for_loading(calls)
+            self._sleepers.half = set()
+        self._make_loaded()
+        self.sleep()
+
+    def holds_start(self) -> bool:
+        if self._loading or self._unproven:  # one that takes the place of another samples only after a push
+            return False
+        files = [*self._actor.start_files(), *self._group.ask("start_files")]
+        return files[0] is not None and all(other == files[0] for other in files)
+
+    def keep_start(self) -> None:
+        if self._own_end is None:  # the actor keeps a copy itself, from its first update on
+            return
+        for index in range(len(self._plan)):
+            sent = self._actor.send_bucket(index, check=False)
+            self._kept[index] = sent.message
+            self._group.waiter.gather(sent.calls)
+
+    def begin_update(self, *, check: bool = False) -> None:
+        self._check = check
         self._under_way.clear()  # of an update that broke off
         self._make_whole()
         self._begun = self._group.send("begin_update")
 
     def send(self, index: int, bucket: Bucket) -> None:
         self._saved = None
-        self._send(index, bucket, *self._actor.send_bucket(index))
+        self._send(index, bucket, self._actor.send_bucket(index, check=self._check))
 
     def send_saved(self, index: int, bucket: Bucket, checkpoint: Path) -> None:
         self._saved = checkpoint
-        self._send(index, bucket, *self._actor.send_saved_bucket(index, checkpoint))
+        self._send(index, bucket, self._actor.send_saved_bucket(index, checkpoint, check=self._check))
 
-    def _send(self, index: int, bucket: Bucket, sent: list[Pending], message: Message) -> None:
+    def _send(self, index: int, bucket: Bucket, sent: Sent) -> None:
         if self._own_end is not None:
-            self._kept[index] = message
-        self._under_way.append([*self._begun, *sent, *self._group.send("load_bucket", bucket, message)])
+            self._kept[index] = sent.message
+        others = [call.ref for call in sent.calls[1:]] if self._transport.everywhere else []
+        received = self._group.send("receive", bucket, sent.message, self._check, *others)
+        self._under_way.append(_UnderWay(self._begun, sent.calls, received))
         self._begun = []
-        if len(self._under_way) == self._window:
-            self._group.waiter.gather(self._under_way.popleft())
+        if len(self._under_way) == self._transport.window:
+            self._finish(self._under_way.popleft())
+
+    def _finish(self, *buckets: _UnderWay, then: Sequence[Pending] = ()) -> None:
+        """Wait for the calls of these buckets, and for others after them; compare checksums if this push does."""
+        calls = [call for bucket in buckets for call in (*bucket.begun, *bucket.sent, *bucket.received)]
+        try:
+            answers = self._group.waiter.gather([*calls, *then])
+        except SyncError as error:  # perhaps because a process is lost that has to do with another bucket
+            others = [call for bucket in self._under_way for call in (*bucket.sent, *bucket.received)]
+            raise self._group.waiter.cause(error, others) from error
+        if not self._check:
+            return
+        by_call = dict(zip((call.ref for call in calls), answers, strict=False))
+        for bucket in buckets:
+            for call in bucket.received:
+                for number, received in enumerate(by_call[call.ref]):
+                    who = call.worker if self._devices == 1 else f"process {number} of {call.worker}"
+                    compare(by_call[bucket.sent[0].ref], received, who)
 
     def end_update(self, version: int) -> None:
-        rest = [call for calls in self._under_way for call in calls]
+        rest = list(self._under_way)
         self._under_way.clear()
-        self._group.waiter.gather([*rest, *self._group.send("end_update", version)])
+        self._finish(*rest, then=self._group.send("end_update", version))
         self._version, self._push_lost = version, False
         self.prove(range(len(self._group.members)))
 
     def pushed(self, index: int, bucket: Bucket) -> Tensor:
-        assert self._own_end is not None  # connected so by a run that looks ahead
-        (message,) = self._group.waiter.gather([Pending(self._kept[index], "the trainer", "send_bucket")])
-        return self._own_end.receive(bucket, message)
+        if self._own_end is not None:
+            (message,) = self._group.waiter.gather([Pending(self._kept[index], "the trainer", "send_bucket")])
+            return self._own_end.receive(bucket, message)
+        if self._saved is not None:
+            return self._read_saved(bucket)
+        (payload,) = self._group.waiter.gather([Pending(self._actor.pushed_copy(index), "the trainer", "pushed_copy")])
+        return torch.from_numpy(payload)
 
     def probe(self, prompt: Tokens, num_tokens: int) -> list[EngineAnswer]:
         return self._group.waiter.gather(self._group.send("probe", prompt, num_tokens))

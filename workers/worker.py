@@ -13,8 +13,11 @@ from typing import Any, Protocol, TypeVar
 import ray
 
 from rlxf.config.schema import RunConfig
+from rlxf.core.model_folder import Files, files_of
 from rlxf.core.progress import progress
 from rlxf.platform import Platform, Process, get_platform
+from rlxf.platform.visible import visible_devices
+from rlxf.sync.transports import Where
 from rlxf.sync.transports.shared_memory import this_machine
 
 from .signs import SignsOfLife
@@ -44,6 +47,8 @@ class Worker:
     make: Build  # of each role, as a static method
     make_again: Build | None = None  # the same in place of a process that was lost, where it differs
     room: Any  # what it gave
+    platform: Platform  # once the room is built
+    files: Files | None = None  # of the policy's folder
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -79,9 +84,17 @@ class Worker:
         self._listener = socket.create_server(("", 0))
         return ray.util.get_node_ip_address(), self._listener.getsockname()[1]
 
-    def machine(self) -> str:
-        """The same for all processes that can share memory with this one."""
-        return this_machine()
+    def where(self, device: str) -> tuple[Where, ...]:
+        """Where this process is, with each of its devices; it may be asked before a model loads.
+
+        ``device``: the recipe's.
+        """
+        devices = visible_devices(get_platform(device))
+        return tuple(Where(this_machine(), name) for name in devices) or (Where(this_machine()),)
+
+    def start_files(self) -> Files | None:
+        """The files of the policy's folder, as they were when this process loaded it."""
+        return self.files
 
     def storage_token(self, folder: Path, name: str, write: bool = True) -> str | None:
         """Write (or delete) a token of this process; what is wrong, or None."""
@@ -102,7 +115,9 @@ class Worker:
         with progress.phase("build"):
             platform, process = self.place(config, master)
             make = self.make_again if again and self.make_again is not None else self.make
-            self.room = make(config, platform, process)
+            folder = config.actor_rollout.load
+            self.files = files_of(Path(folder)) if folder else None
+            self.platform, self.room = platform, make(config, platform, process)
         if self.signs is not None and platform.name != "cpu":
             self.signs.device_bytes, self.signs.device_total = platform.max_memory_allocated, platform.total_memory()
 

@@ -88,6 +88,7 @@ def _sample(run: Run, collected: Collected) -> None:
                 for chunk in gathered.add(part):
                     collected.sampled.put(chunk)
             rollouts = gathered.whole()
+            run.sync.sampled()
         source.lengths.add(rollouts)
         collected.metrics |= tail_metrics(rollouts, num_engines=source.rollout.num_engines, num_slots=num_slots)
         collected.rollouts = rollouts

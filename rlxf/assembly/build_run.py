@@ -54,12 +54,17 @@ from rlxf.score.texts import TextSource
 from rlxf.sync.probe import Probe, make_probe
 from rlxf.sync.push import SyncReport, WeightSink, WeightSource, WeightSync
 from rlxf.sync.refresh import MovableReference, ReferenceUpdater, Weights, no_refresh
+from rlxf.sync.turns import Sleeper, Trainer, Turns
 
 log = logging.getLogger(__name__)
 
 
-class SyncedActor(Actor, WeightSource, Weights, Protocol):
+class SyncedActor(Actor, WeightSource, Weights, Trainer, Protocol):
     """The actor, or what stands for it."""
+
+
+class Engines(WeightSink, Sleeper, Protocol):
+    """The rollout engines, or what stands for them, as far as weights and memory are concerned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,14 +77,22 @@ class Roles:
     readers: Mapping[str, TextSource] = field(default_factory=dict)  # what scores texts, by name
     judge: Judge | None = None  # one that is a Python function
     rollout: Rollout | None = None  # None: offline or replay
-    sink: WeightSink | None = None  # the rollout engines, as far as weights are concerned
+    sink: Engines | None = None  # the rollout engines, as far as weights are concerned
 
 
 class NoSync:
     """For a run without a rollout engine."""
 
+    takes_turns = False
+
     def push(self, version: int) -> SyncReport:
         return SyncReport(version=version, num_bytes=0, seconds=0.0, probe_difference=None)
+
+    def sampled(self) -> None:
+        """Nothing sleeps."""
+
+    def before_update(self) -> None:
+        """The actor has its devices to itself."""
 
     def save_pushed(self, checkpoint: Path) -> None:
         """There are none."""
@@ -333,14 +346,22 @@ def _sync(config: RunConfig, data: Data, roles: Roles, platform: Platform) -> Sy
     assert isinstance(data.training, PromptFile)  # a run that has engines samples from prompts
     probe = build_probe(config, platform, data.training.next_batch(0).prompts)
     filled = megatron_checkpoint(Path(policy_folder(config))) is None
-    return WeightSync(roles.actor, roles.sink, config.sync, probe, filled=filled)
+    alike = filled and not config.actor_rollout.lora_r  # an adapter, or 4-bit weights, are not in the folder
+    turns = Turns(roles.actor, roles.sink) if config.takes_turns else None
+    return WeightSync(roles.actor, roles.sink, config.sync, probe, filled=filled, alike=alike, turns=turns)
 
 
 def build_probe(config: RunConfig, platform: Platform, prompts: Tokens) -> Probe:
     """What the engines are asked after an update, made of the first ``prompts``."""
     actor = config.actor_rollout
-    positions = config.model[actor.model].max_position_embeddings
-    return make_probe(prompts, block=platform.kv_block_size, positions=positions, precision=actor.precision)
+    model = config.model[actor.model]
+    return make_probe(
+        prompts,
+        block=platform.kv_block_size,
+        positions=model.max_position_embeddings,
+        precision=actor.precision,
+        num_layers=model.num_layers,
+    )
 
 
 def _evaluation(

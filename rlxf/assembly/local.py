@@ -61,7 +61,7 @@ def build_roles(config: RunConfig, platform: Platform) -> Roles:
         reference=_reference(config, platform, process, actor),
         models=models,
         rollout=OneEngine(engine) if engine is not None else None,
-        sink=LocalSink(actor, engine) if engine is not None else None,
+        sink=LocalSink(actor, engine, platform=platform, loaded_alike=True) if engine is not None else None,
     )
 
 

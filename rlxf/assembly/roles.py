@@ -160,7 +160,7 @@ def engine_settings(config: RunConfig) -> EngineSettings:
         eos_tokens=actor.eos_tokens,
         prompts_per_call=actor.num_samples_per_step,
         num_devices=actor.inference_tensor_model_parallel_size,
-        colocated="infer" in config.resource_pool.colocate,
+        colocated=config.takes_turns,
         rollout=config.rollout,
         trust_remote_code=config.training.trust_remote_code,
     )

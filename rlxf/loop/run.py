@@ -163,6 +163,17 @@ class Actor(Protocol):
 class Sync(Protocol):
     """Puts the actor's weights into the rollout engines."""
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether engines and actor share devices: engines that have sampled sleep until the next push."""
+        ...
+
+    def sampled(self) -> None:
+        """All completions of a step are there."""
+        ...
+
+    def before_update(self) -> None: ...
+
     def push(self, version: int) -> SyncReport:
         """From now on the engines sample from the newest weights, which are ``version``."""
         ...
@@ -241,6 +252,7 @@ class MemoryUse(Protocol):
 Owed = Literal["push", "move", "evaluation", "row", "hf"]
 AFTER_UPDATE: tuple[Owed, ...] = ("push", "move", "evaluation", "row", "hf")
 WITHOUT_UPDATE: tuple[Owed, ...] = ("evaluation", "row", "hf")
+WITHOUT_UPDATE_ASLEEP: tuple[Owed, ...] = ("push", *WITHOUT_UPDATE)  # engines that slept have lost their weights
 
 
 @dataclass(kw_only=True, slots=True)
