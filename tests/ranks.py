@@ -21,9 +21,10 @@ from torch import Tensor
 from rlxf.assembly.roles import build_actor
 from rlxf.config.schema import RunConfig, SyncConfig
 from rlxf.core.types import Sequences
-from rlxf.platform import Process, get_platform
+from rlxf.platform import Process
 from rlxf.sync.plan import Bucket
-from rlxf.sync.transports.transport import Address, Message, Sender, Transport
+from rlxf.sync.transports.transport import Address, Message, Sender, SenderPlace, Transport
+from tests.device_twin import VISIBLE, TwinPlatform
 from tests.ports import free_port
 from tests.settings import random_pairs, referenced, run_config
 
@@ -50,6 +51,7 @@ class Ranks:
 
     def __init__(self, folders: list[Path], world_size: int, **settings: Any) -> None:
         port, self._connections, self._processes = free_port(), list[Connection](), []
+        self.world_size = world_size
         with patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}):
             for rank in range(world_size):
                 mine, theirs = _CONTEXT.Pipe()
@@ -78,11 +80,25 @@ class Ranks:
         plan: tuple[Bucket, ...] = self._call("sync_plan")[0]
         return plan
 
-    def open_sender(self, transport: Transport, keeps: bool = False) -> Address:
-        return self._call("open_sender", transport, keeps)[0]
+    def open_sender(self, transport: Transport, num_receivers: int, keeps: bool = False) -> Address:
+        return transport.joined(self._call("open_sender", transport, num_receivers, keeps))
+
+    def join_receivers(self, meanwhile: Callable[[], None]) -> None:
+        """The senders meet the receivers that ``meanwhile`` opens."""
+        for connection in self._connections:
+            connection.send((self.actor, "join_receivers", ()))
+        meanwhile()
+        self._receive()
 
     def send_bucket(self, index: int) -> Message:
         return self._call("send_bucket", index)[0]
+
+    def keep_pushed(self) -> None:
+        self._call("keep_pushed")
+
+    def pushed_copy(self, index: int) -> Tensor:
+        payload: Tensor = self._call("pushed_copy", index)[0]
+        return payload
 
     def token_logps(self, sequences: Sequences) -> Tensor:
         logps: Tensor = self._call("token_logps", sequences)[0]
@@ -109,19 +125,35 @@ class Rank:
 
     def __init__(self, folder: Path, place: Process, settings: dict[str, Any]) -> None:
 
-        self._platform = get_platform("cpu")
+        os.environ[VISIBLE] = str(place.rank)  # every rank has a device of its own
+        self._platform = TwinPlatform()
         self._actor = build_actor(recipe(folder, **settings), self._platform, place)
         self._rank = place.rank
 
-    def open_sender(self, transport: Transport, keeps: bool = False) -> Address:
-        self._sender: Sender = transport.sender(self._actor.sync_plan(), self._rank, keeps=keeps)
+    def open_sender(self, transport: Transport, num_receivers: int, keeps: bool) -> Address:
+        place = SenderPlace(
+            rank=self._rank, platform=self._platform, where=str(self._rank), num_receivers=num_receivers, timeout_s=60
+        )
+        self._sender: Sender = transport.sender(self._actor.sync_plan(), place, keeps=keeps)
+        self._everywhere = transport.everywhere
         return self._sender.address
+
+    def join_receivers(self) -> None:
+        self._sender.join()
+
+    def keep_pushed(self) -> None:
+        self._actor.keep_pushed()
+
+    def pushed_copy(self, index: int) -> Tensor:
+        return self._actor.pushed_copy(index)
 
     def sync_plan(self) -> tuple[Bucket, ...]:
         return self._actor.sync_plan()
 
     def send_bucket(self, index: int) -> Message:
-        return self._sender.send(index, self._actor.bucket_tensors(index))
+        if index == 0:
+            self._actor.begin_push()
+        return self._sender.send(index, self._actor.bucket_tensors(index, everywhere=self._everywhere))
 
     def token_logps(self, sequences: Sequences) -> Tensor:
         return self._actor.token_logps(sequences)

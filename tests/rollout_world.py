@@ -86,7 +86,7 @@ class HfActor:
     def sync_plan(self) -> tuple[Bucket, ...]:
         return self._plan
 
-    def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+    def bucket_tensors(self, index: int, *, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
         parameters = dict(self.model.named_parameters())
         for spec in self._plan[index].tensors:
             yield spec.name, parameters[spec.name].detach()

@@ -17,7 +17,9 @@ from rlxf.config.schema import RunConfig
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.platform import get_platform
 from rlxf.rollout.engine import ProbeResult, Sampling
+from rlxf.sync.checksums import Checksums
 from rlxf.sync.plan import Bucket
+from rlxf.sync.transports.transport import Address, Message, Transport
 
 _DEADLINE_S = 240  # a start on busy cores
 
@@ -72,6 +74,12 @@ class VllmProxy:
     def begin_update(self) -> None:
         self._call("begin_update")
 
+    def open_receivers(self, transport: Transport, address: Address, first: int, host: str) -> None:
+        self._call("open_receivers", transport, address, first, host)
+
+    def receive(self, bucket: Bucket, message: Message, *, check: bool = False) -> list[Checksums]:
+        return self._call("receive", bucket, message, check)
+
     def load_bucket(self, bucket: Bucket, payload: Tensor) -> None:
         self._call("load_bucket", bucket, payload)
 
@@ -80,6 +88,15 @@ class VllmProxy:
 
     def probe(self, prompt: Tokens, num_tokens: int) -> ProbeResult:
         return self._call("probe", prompt, num_tokens)
+
+    def sleep(self) -> None:
+        self._call("sleep")
+
+    def wake_weights(self) -> None:
+        self._call("wake_weights")
+
+    def wake_cache(self) -> None:
+        self._call("wake_cache")
 
     def num_unfinished(self) -> int:
         """Requests that vLLM has under way."""
@@ -163,6 +180,9 @@ def _answer(engine: Any, method: str, args: tuple[Any, ...]) -> Any:
         return _check_structure(engine._llm, *args)
     if method == "forget":
         return _forget(engine, *args)
+    if method == "receive":
+        bucket, message, check = args
+        return engine.receive(bucket, message, check=check)
     if method == "load_bucket":
         bucket, payload = args
         engine.load_bucket(bucket, payload)

@@ -63,12 +63,15 @@ def happened(folder: Path) -> int:
 
 
 def main() -> int:
-    os.environ[PLAN] = str(Path(sys.argv[1]).absolute())  # inherited by Ray, and from there by the workers
+    os.environ[PLAN] = str(Path(sys.argv[1]).absolute())
     from tests.cluster import faulty_workers
     from workers import crew
     from workers.train import main as train
 
     crew.WORKERS.update(faulty_workers.WORKERS)
+    original = crew._environment
+    # A cluster that runs already has not inherited it.
+    crew._environment = lambda *args: {**original(*args), PLAN: os.environ[PLAN]}  # type: ignore[assignment]
     return train(("python", "ray_gpt.py"), sys.argv[2:])
 
 

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 STEPS, APART, SEEDS = 300, 20, (1, 2, 3)
 PLACES = (
-    ("infer", "generate"), ("infer", "load_bucket"), ("infer", "end_update"), ("ref", "logps"),
+    ("infer", "generate"), ("infer", "receive"), ("infer", "end_update"), ("ref", "logps"),
     ("reward", "score"), ("train", "update"), ("train", "send_bucket"), ("train", "save_checkpoint"),
 )  # fmt: skip
 COMMON = (

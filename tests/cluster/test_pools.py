@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
 from rlxf.core.errors import PlacementError
 from rlxf.core.stop import Stop
-from rlxf.placement.plan import make_plan
+from rlxf.placement.plan import RolePlan, make_plan
+from rlxf.platform import PLATFORMS
 from tests.cluster.conftest import Cluster
+from workers.devices import device_environment
 from workers.pools import Pools, cluster_nodes
 from workers.remote import Pending, Waiter
 
@@ -58,7 +61,13 @@ def claimed(wanted: RunConfig) -> Iterator[Pools]:
         wait_until_free([2.0, 2.0])
 
 
-def start(pools: Pools, wanted: RunConfig, role: Any) -> list[Any]:
+def role_of(wanted: RunConfig, role: Any) -> RolePlan:
+    plan = make_plan(wanted).role(role)
+    assert plan is not None
+    return plan
+
+
+def start(pools: Pools, wanted: RunConfig, role: Any, **runtime_env: Any) -> list[Any]:
     """A process in each slot of a role."""
 
     class Where:  # defined in here it travels by value: the processes need not import this file
@@ -68,9 +77,11 @@ def start(pools: Pools, wanted: RunConfig, role: Any) -> list[Any]:
         def devices(self) -> list[str]:
             return [str(i) for i in ray.get_runtime_context().get_accelerator_ids()["NPU"]]
 
-    plan = make_plan(wanted).role(role)
-    assert plan is not None
-    return [ray.remote(Where).options(**slot.options()).remote() for slot in pools.slots(plan)]
+        def visible(self) -> str:
+            return os.environ["ASCEND_RT_VISIBLE_DEVICES"]
+
+    slots = pools.slots(role_of(wanted, role))
+    return [ray.remote(Where).options(runtime_env=runtime_env, **slot.options()).remote() for slot in slots]
 
 
 def ask(handles: list[Any], method: str) -> list[Any]:
@@ -135,6 +146,24 @@ def test_an_engine_of_two_devices_is_one_process_that_owns_both() -> None:
     with claimed(wanted) as pools:
         (devices,) = ask(start(pools, wanted, "infer"), "devices")
         assert len(set(devices)) == 2
+
+
+def test_an_engine_of_two_devices_shares_both_with_the_trainer_rank_by_rank() -> None:
+    sharing = {"actor_rollout": [2], "ref": [2], "colocate": ["train", "infer"]}
+    wanted = without_reward_model(
+        config(sharing, num_gpus_for_train=2, num_gpus_for_infer=2, inference_tensor_model_parallel_size=2)
+    )
+    with claimed(wanted) as pools:
+        trainers = start(pools, wanted, "train")
+        ranks = [ids for (ids,) in ask(trainers, "devices")]
+        assert sorted(ranks) == ["0", "1"]
+        (slot,) = pools.slots(role_of(wanted, "infer"))
+        given = device_environment(slot, PLATFORMS["npu"](), waiter(), {})  # beside ranks that run already
+        assert given["ASCEND_RT_VISIBLE_DEVICES"] == ",".join(ranks)
+        (engine,) = start(pools, wanted, "infer", env_vars=given)
+        assert ask([engine], "visible") == [",".join(ranks)]  # Ray has not put one device in their place
+        assert ask([engine, *trainers], "node") == ask([trainers[0]], "node") * 3
+        assert ask(trainers, "visible") == ranks
 
 
 def test_a_pool_that_is_too_large_fails_in_seconds_with_a_table() -> None:

@@ -85,7 +85,7 @@ def assert_same(run_dir: Path, undisturbed: Path) -> None:
 STATELESS = (
     Fault(role="infer", method="generate", call=1),  # of the first evaluation
     Fault(role="infer", method="generate", call=7, after=True),
-    Fault(role="infer", method="load_bucket", call=7),
+    Fault(role="infer", method="receive", call=7),
     Fault(role="infer", method="end_update", call=11),
     Fault(role="infer", method="begin_update", call=15),
     Fault(role="ref", method="logps", call=2),
@@ -184,7 +184,7 @@ def test_another_engine_takes_over_what_a_lost_one_was_sampling(
     faults = (
         Fault(role="infer", rank=1, method="generate", call=8),
         Fault(role="infer", rank=0, method="generate", call=12, after=True),
-        Fault(role="infer", rank=1, method="load_bucket", call=9),
+        Fault(role="infer", rank=1, method="receive", call=9),
     )
     faulty(recipe, tmp_path, faults, *overrides)
     assert_same(tmp_path / "run", undisturbed(*overrides))

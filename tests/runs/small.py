@@ -28,7 +28,10 @@ NUM_PROMPTS = 12
 # Besides </s>, so that a random model ends about a quarter of its completions before they are cut off.
 MORE_EOS = tuple(range(60, 70))
 # What depends on a clock, or on the machine; everything else of a run must repeat.
-CLOCKED = ("timing/", "memory/", "pipeline/", "rollout/tokens_per_s", "rollout/tail_s")
+CLOCKED = (
+    *("timing/", "memory/", "pipeline/", "rollout/tokens_per_s", "rollout/tail_s"),
+    *("sync/seconds", "sync/gb_per_s", "sync/transport", "sync/copy_s"),
+)
 
 # Few different scores, so that prompts tie.
 COARSE_REWARD = """

@@ -67,7 +67,7 @@ def assert_saved(ended: Ended, run_dir: Path, step: int) -> None:
         (Poison(row=0, number=4), 3),  # a loss that is not finite, in the first mini-batch
         (Raise("rlxf.observe.record:RolloutRecorder.write", OS_ERROR, "No space left on device", number=5), 4),
         (Raise("rlxf.observe.sinks:JsonlSink.write", OS_ERROR, "No space left on device", number=6), 4),
-        (Raise(f"{ENGINE}.load_bucket", "rlxf.core.errors:SyncError", number=4), 3),  # a push that failed, and
+        (Raise(f"{ENGINE}.load_bucket", "rlxf.core.errors:SyncError", number=3), 3),  # a push that failed, and
         (Raise(f"{SYNC}._verify", "rlxf.core.errors:SyncError", number=2), 2),  # a probe: the step is complete
         (Raise("rlxf.evaluate:Evaluation._sample", "rlxf.core.errors:ConfigError", number=4), 3),
         (Raise(f"{ACTOR}.save_hf", OS_ERROR, "Read-only file system", number=1, errno=errno.EROFS), 3),

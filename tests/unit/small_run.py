@@ -175,6 +175,14 @@ class SmallSync:
         self._deliver = deliver  # which versions arrive at the engine
         self.versions: list[int] = []
 
+    takes_turns = False
+
+    def sampled(self) -> None:
+        """The engine has a device of its own."""
+
+    def before_update(self) -> None:
+        """As does the actor."""
+
     def push(self, version: int) -> SyncReport:
         self._trace.append("sync")
         assert not self._engine.busy, "a push while the engine samples"

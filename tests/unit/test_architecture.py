@@ -50,6 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 EXCEPTIONS = {
     # The wire format between trainer and engines belongs to both.
     *((room, "rlxf.sync.plan") for room in ("rollout", "update", "reference")),
+    # Each process of an engine has an end of the transport, and checks what it received.
+    *(("rollout", f"rlxf.sync.{module}") for module in ("transports.transport", "checksums")),
     # What is fixed before a step is sampled, and what comes back while it is.
     *(("algorithms", f"rlxf.rollout.{module}") for module in ("dispatch", "chunks")),
     # What judging took, chunk by chunk.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import dispatch, soak
+from benchmarks import dispatch, soak, weight_source, weight_sync
+from benchmarks.moved_bytes import Moved
 from benchmarks.random_world import EOS, SIZES, word_tokenizer
 from benchmarks.sides import SAMPLES, Work, end_at, fix_lengths
 from rlxf.assembly.roles import engine_settings
@@ -155,3 +158,36 @@ def test_the_lengths_of_two_epochs_correlate_as_the_workload_says() -> None:
     last, now = work.draw(np.random.default_rng(3), 20_000, work.alike())
     assert dispatch.correlation(last, now) == pytest.approx(0.7, abs=0.02)
     assert abs(now.mean() - 62) < 2  # a few are cut at 256
+
+
+def test_bytes_that_a_process_moves_are_counted_by_tcp_and_by_file(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sender:
+        receiver, _ = server.accept()
+        with receiver:
+            moved = Moved()
+            thread = threading.Thread(target=sender.sendall, args=(bytes(3_000_000),))
+            thread.start()
+            left = 3_000_000
+            while left:
+                left -= len(receiver.recv(2**20))
+            thread.join()
+            (tmp_path / "file").write_bytes(bytes(500_000))
+            found = moved.bytes()
+    assert 6_500_000 <= found < 6_520_000  # both ends are in this process
+
+
+def test_the_large_source_of_weights_is_a_model_of_1_2_billion_parameters() -> None:
+    specs = weight_source.specs_of(weight_sync.LARGE, "bfloat16")
+    assert sum(spec.num_bytes for spec in specs) == 2 * 1_235_814_400  # as Llama 3.2 1B
+    plan = weight_source.Source(shape=weight_sync.LARGE, bucket_mb=256).plan()
+    assert [spec.name for bucket in plan for spec in bucket.tensors] == [spec.name for spec in specs]
+
+
+def test_goals_of_a_push_are_told_as_met_or_missed() -> None:
+    seconds = {"one copy": 0.4, "shared_memory": 0.6, "shared_memory, engine of 2": 0.66}
+    wall = {name: {"median": value} for name, value in seconds.items()}
+    case = {"num_bytes": 2_000_000_000, "wall_s": wall, "bytes_through_driver": {"shared_memory": 1e6}}
+    found = weight_sync.goals({"1.2B": case, "26M": case | {"num_bytes": 1e6}})
+    assert [line.rpartition(": ")[2] for line in weight_sync.verdicts(found)] == ["met", "met", "MISSED"]
+    assert [round(values["found"], 4) for values in found.values()] == [0.0005, round(0.6 / 0.62, 4), 1.1]
+    assert weight_sync.goals({"1.2B": case | {"wall_s": {}, "bytes_through_driver": {}}}) == {}

@@ -158,3 +158,16 @@ def test_every_number_of_a_run_is_explained() -> None:
     }
     assert len(of_sources) == 3
     assert metric_names() >= {of_sources.get(name, name) for name in STEP_NAMES} | EVAL_NAMES
+
+
+def test_the_findings_name_tests_that_exist() -> None:
+    """A row says which test holds it: the file, then its tests."""
+    rows = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8").splitlines()
+    named = 0
+    for row in rows:
+        for path, names in re.findall(r"`(tests/[\w/]+\.py)`((?:[:,] `test_\w+`)*)", row):
+            text = (ROOT / path).read_text(encoding="utf-8")
+            for name in re.findall(r"test_\w+", names):
+                named += 1
+                assert f"def {name}(" in text, name
+    assert named >= 12

@@ -50,6 +50,29 @@ def test_the_environment_of_workers_is_what_the_page_says() -> None:
     assert said == {name: value for name, value in expected.items() if name not in own}
 
 
+def test_the_commands_for_ascend_are_those_of_the_lock() -> None:
+    header = (ROOT / "locks" / "npu.txt").read_text().partition("# What pip")[0]
+    commands = re.findall(r"^#   (.*)$", header, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        assert command in PAGE
+    (build,) = [command for command in commands if "--no-binary vllm" in command]
+    assert "--no-build-isolation" in build  # else pip downloads another torch for it
+    assert commands.index(build) > commands.index(next(c for c in commands if "setuptools<81" in c))
+
+
+def test_the_page_names_what_the_wheels_need() -> None:
+    ascend = PAGE.partition("## Ascend\n")[2].partition("\n## ")[0]
+    for needed in ("910B", "A3 (910C)", "glibc 2.34", "PIP_EXTRA_INDEX_URL"):
+        assert needed in ascend
+    assert "://" not in ascend  # indexes move: those who run them say where they are
+    nvidia = PAGE.partition("## NVIDIA\n")[2].partition("\n## ")[0]
+    for needed in ("CUDA 13", "580"):
+        assert needed in nvidia
+    for option in ("--ipc=host", "--shm-size", "/dev/shm"):
+        assert option in PAGE
+
+
 def test_the_page_claims_no_hardware() -> None:
     """Beyond what docs/platforms.md reports: parts of the CUDA lane, with an older torch."""
     assert cells("npu")[-1] == "**not yet run on hardware**"

@@ -54,10 +54,18 @@ class Private:
         return None if fits else f"{where} takes {known}; expected it to begin with {self.parameters}"
 
 
+DDP = "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel"
 OPTIMIZER = "rlxf/models/megatron/optimizer.py"
 CHECKPOINT = "rlxf/models/megatron/checkpoint.py"
 READER = "rlxf/models/megatron/dist_folder.py"
+LINKS = "rlxf/platform/links.py"
 RESTRICTED = "rlxf/models/megatron/restricted.py"
+LINKS = "rlxf/platform/links.py"
+# The seventh is the number of the device, which links.py replaces.
+REBUILT = (
+    *("tensor_cls", "tensor_size", "tensor_stride", "tensor_offset", "storage_cls", "dtype"),
+    *("storage_device", "storage_handle"),
+)
 USED = [
     Private("ray._private.state:available_resources_per_node", "workers/pools.py", ()),
     Private("ray._private.state:actors", "workers/watch.py", ("actor_id",)),
@@ -95,7 +103,18 @@ USED = [
         Private(f"megatron.core.distributed.param_and_grad_buffer:{name}", OPTIMIZER)
         for name in ("dist_reduce_scatter_func", "dist_all_gather_func")
     ),
+    Private(f"{DDP}.offload_grad_buffers", OPTIMIZER, ("self", "synchronize", "empty_cache")),
+    Private(f"{DDP}.restore_grad_buffers", OPTIMIZER, ("self", "synchronize")),
+    *(
+        Private(f"megatron.core.optimizer.{owner}.{name}", OPTIMIZER, ("self",))
+        for owner in ("optimizer:ChainedOptimizer", "distrib_optimizer:DistributedOptimizer")
+        for name in ("offload_to_cpu", "restore_from_cpu")
+    ),
     Private("torch:_fused_adamw_", OPTIMIZER),
+    Private("torch.multiprocessing.reductions:reduce_tensor", LINKS, ("tensor",)),
+    Private("torch.multiprocessing.reductions:rebuild_cuda_tensor", LINKS, REBUILT),
+    Private("torch.distributed:ProcessGroupGloo.create_device", LINKS),
+    Private("torch.distributed:ProcessGroupGloo._Options", LINKS),
     Private("torch.distributed._shard._utils:narrow_tensor_by_index", READER, ("tensor", "offsets", "sizes")),
     Private(
         "torch.distributed.checkpoint.planner_helpers:create_read_items_for_chunk_list",
@@ -104,6 +123,28 @@ USED = [
     ),
     Private("torch.distributed.checkpoint.filesystem:_StorageInfo", READER),
     Private("torch.distributed.checkpoint.filesystem:FileSystemReader.read_data", READER, ("self", "plan", "planner")),
+    Private("torch.multiprocessing.reductions:reduce_tensor", LINKS, ("tensor",)),
+    Private(
+        "torch.multiprocessing.reductions:rebuild_cuda_tensor",
+        LINKS,
+        # A handle is opened with another number in place of the seventh.
+        (
+            *("tensor_cls", "tensor_size", "tensor_stride", "tensor_offset", "storage_cls", "dtype"),
+            *("storage_device", "storage_handle"),
+        ),
+    ),
+    *(Private(f"torch.distributed:ProcessGroupGloo.{name}", LINKS) for name in ("_Options", "create_device")),
+    Private("torch.distributed:ProcessGroupGloo.create_default_device", LINKS),
+    *(
+        Private(f"torch._C._distributed_c10d:{name}", user)
+        for name, user in {
+            "Backend.abort": LINKS,
+            "Backend.broadcast": LINKS,
+            "Work.is_completed": LINKS,
+            "PrefixStore": "rlxf/sync/transports/collective.py",
+            "TCPStore.port": "rlxf/sync/transports/collective.py",
+        }.items()
+    ),
 ]
 
 
@@ -116,6 +157,14 @@ def _bridge() -> None:
 def test_what_is_used_without_a_promise_is_still_there(used: Private) -> None:
     problem = used.problem()
     assert problem is None, problem
+
+
+def test_the_number_of_a_device_is_where_a_handle_has_it() -> None:
+    from torch.multiprocessing import reductions
+
+    from rlxf.platform.links import _DEVICE
+
+    assert list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)[_DEVICE] == "storage_device"
 
 
 def test_keys_are_read_and_deleted_by_namespace() -> None:

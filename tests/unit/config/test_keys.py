@@ -172,6 +172,7 @@ def test_checks_and_platforms_know_the_same_devices() -> None:
     for name, platform in PLATFORMS.items():
         assert DEVICES[name].ray_resource == platform.ray_resource
         assert DEVICES[name].head_sizes == platform.head_sizes
+        assert DEVICES[name].vllm_sleeps == (platform.vllm_sleep_level is not None)
 
 
 def test_a_recipe_is_checked_without_torch_or_ray() -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from rlxf.assembly.data import needs_scorer
 from rlxf.config.folders import missing_paths
 from rlxf.config.load import load_config
 from rlxf.core.errors import ConfigError
 from rlxf.placement.plan import GroupPlan, NodeResources, Plan, assign, crowded, fit, make_plan
-from rlxf.placement.text import describe, node_sizes
+from rlxf.placement.text import describe, describe_crossing, node_sizes
 from tests.data_world import write_rows
 from tests.unit.config.recipes import compose, recipe
 
@@ -60,6 +63,21 @@ def test_colocated_training_and_rollout_share_their_pool() -> None:
     plan = plan_of(actor_rollout={"num_gpus_for_train": 2, "num_gpus_for_infer": 2}, resource_pool=pool)
     assert taken(plan)["train"] == taken(plan)["infer"] == ("actor_rollout", (0, 1))
     assert plan.num_devices == 4
+
+
+def test_an_engine_of_two_devices_can_share_both_with_the_trainer() -> None:
+    actor = {"num_gpus_for_train": 4, "num_gpus_for_infer": 4, "inference_tensor_model_parallel_size": 2}
+    pool = {"actor_rollout": [4], "ref": [4], "colocate": ["train", "infer", "ref"]}
+    plan = plan_of(training={"device": "npu"}, actor_rollout=actor, resource_pool=pool)
+    assert {taken(plan)[role] for role in ("train", "infer", "ref")} == {("actor_rollout", (0, 1, 2, 3))}
+    assert plan.num_devices == 5
+
+
+def test_an_engine_that_shares_its_devices_stays_on_one_node() -> None:
+    actor = {"num_gpus_for_train": 4, "num_gpus_for_infer": 4, "inference_tensor_model_parallel_size": 2}
+    pool = {"actor_rollout": [3, 1], "colocate": ["train", "infer"]}
+    with pytest.raises(ConfigError, match=r"= 2: one engine would span two nodes of resource_pool\.actor_rollout"):
+        plan_of(training={"device": "npu"}, actor_rollout=actor, resource_pool=pool)
 
 
 def test_reference_and_reward_can_share_with_each_other() -> None:
@@ -109,9 +127,9 @@ def test_with_lora_another_reference_is_a_model_of_its_own(ref: dict[str, Any]) 
 def test_the_plan_counts_4_bit_weights_of_the_trainer_alone() -> None:
     config = load_config(compose("online_dpo_trainer_llama3_8b_lora", "dry_run=true", "actor_rollout.qlora=true"))
     rows = {line.split()[0]: line for line in describe(config, make_plan(config)).splitlines() if line}
-    # 6.98e9 linear weights at 4.5 bits and 1.05e9 others at 16 bits, over four devices; all at 16 bits over two.
+    # 6.98e9 linear weights at 4.5 bits and 1.05e9 others at 16 bits, over four devices; all at 16 bits in each engine.
     assert rows["train"].endswith("1.4 GiB nf4 and bf16")
-    assert rows["infer"].endswith("7.5 GiB bf16")
+    assert rows["infer"].endswith("15.0 GiB bf16")
 
 
 def test_a_layout_of_a_reference_that_is_not_there_is_no_mistake() -> None:
@@ -228,18 +246,63 @@ def test_a_placement_is_found_where_the_obvious_order_fails() -> None:
     assert load == {"n0": 7, "n1": 7}
 
 
-def test_assign_agrees_with_trying_every_placement() -> None:
-    pools = ((2, 1), (3,), (2,))
-    sizes = [size for pool in pools for size in pool]
-    for free in product(range(5), repeat=3):
-        possible = any(
-            all(
-                sum(size for size, at in zip(sizes, where, strict=True) if at == node) <= free[node]
-                for node in range(3)
-            )
-            for where in product(range(3), repeat=len(sizes))
-        )
-        assert (assign(groups(*pools), nodes(*free)) is not None) == possible
+ENTRIES = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
+
+
+@given(ENTRIES, st.lists(ENTRIES, max_size=2), st.lists(st.integers(0, 6), min_size=1, max_size=4))
+@example((2, 1), [(3,), (2,)], [3, 3, 2])  # train and sample on one node, and the rest still finds room
+@example((1, 1), [(3,)], [3, 2])
+@example((2, 2), [(4,)], [4, 2, 2])  # one node would hold the first two, but the last needs all of it
+@settings(max_examples=150, deadline=None)
+def test_assign_agrees_with_trying_every_placement(
+    actor: tuple[int, ...], others: list[tuple[int, ...]], free: list[int]
+) -> None:
+    """It places what can be placed, and training and sampling on as few nodes as any placement does."""
+    pools = {"actor_rollout": actor, **{f"g{i}": pool for i, pool in enumerate(others)}}
+    plan = Plan(resource="CPU", groups=tuple(GroupPlan(name=n, nodes=pool) for n, pool in pools.items()), roles=())
+    sizes = [size for pool in pools.values() for size in pool]
+    fewest = None
+    for where in product(range(len(free)), repeat=len(sizes)):
+        load = [sum(s for s, at in zip(sizes, where, strict=True) if at == node) for node in range(len(free))]
+        if all(taken <= room for taken, room in zip(load, free, strict=True)):
+            used = len(set(where[: len(actor)]))
+            fewest = used if fewest is None else min(used, fewest)
+    found = assign(plan, nodes(*free))
+    assert (found is not None) == (fewest is not None)
+    if found is not None:
+        assert len({node for (name, _), node in found.items() if name == "actor_rollout"}) == fewest
+        for index, room in enumerate(free):
+            assert sum(pools[name][i] for (name, i), node in found.items() if node == f"n{index}") <= room
+
+
+def test_training_and_sampling_take_one_node_where_the_tightest_fit_would_take_two() -> None:
+    plan = plan_of(resource_pool={"actor_rollout": [1, 1], "ref": [1], "reward": [1]})
+    found = assign(plan, nodes(1, 1, 2))
+    assert found is not None
+    assert found["actor_rollout", 0] == found["actor_rollout", 1] == "n2"
+
+
+def test_a_plan_says_when_weights_travel_between_machines() -> None:
+    plan = plan_of(resource_pool={"actor_rollout": [1, 1], "ref": [1], "reward": [1]})
+    assert describe_crossing(plan, nodes(1, 1, 2)) == ""
+    assert describe_crossing(plan, nodes(1, 1, 1, 1)) == (
+        "new weights travel between machines: train on n0; infer on n1\n"
+    )
+    assert describe_crossing(plan, nodes(1)) == ""  # there is no placement, which is said elsewhere
+    pool = {"actor_rollout": [1, 1], "colocate": ["train", "infer"]}
+    shared = plan_of(actor_rollout={"num_gpus_for_train": 2, "num_gpus_for_infer": 2}, resource_pool=pool)
+    assert describe_crossing(shared, nodes(1, 1, 1, 1)) == ""  # each engine has a part of the trainer beside it
+    assert describe_crossing(plan_of(training={"stage": "dpo"}), nodes(8)) == ""
+
+
+def test_the_preference_for_few_nodes_costs_no_time_on_a_large_cluster() -> None:
+    named = [("actor_rollout", (3,) * 12), ("ref", (5,) * 20), ("reward", (1,) * 24)]
+    plan = Plan(resource="CPU", groups=tuple(GroupPlan(name=n, nodes=pool) for n, pool in named), roles=())
+    begin = time.monotonic()
+    assert assign(plan, nodes(*[8] * 40)) is not None
+    assert assign(plan, nodes(*[8] * 20)) is not None  # every node is full: no choice is left
+    assert assign(plan, nodes(*[8] * 19)) is None
+    assert time.monotonic() - begin < 5.0
 
 
 def test_a_hopeless_search_ends_quickly() -> None:
@@ -273,3 +336,30 @@ def test_the_printed_plan_of_a_large_recipe_has_a_line_for_the_other_nodes() -> 
 def test_a_made_up_resource_has_its_ray_start_line() -> None:
     config = load_config(recipe(resource_pool={"resource_name": "XPU"}))
     assert """--resources='{"XPU": 4}'""" in describe(config, make_plan(config))
+
+
+@pytest.mark.parametrize(
+    ("device", "engine", "colocate", "expected"),
+    [
+        ("cpu", "vllm", ["train", "infer"], ["turns: train and infer", "vLLM has no sleep on a CPU"]),
+        ("cpu", "hf", ["train", "infer", "ref"], ["turns: train and infer", "always with their memory: ref\n"]),
+        ("npu", "vllm", ["train", "infer", "ref", "reward"], ["turns: train and infer", "memory: ref and reward\n"]),
+        ("cpu", "vllm", ["ref", "reward"], []),
+        ("cpu", "vllm", [], []),
+    ],
+)
+def test_the_printed_plan_says_who_sleeps(device: str, engine: str, colocate: list[str], expected: list[str]) -> None:
+    pool = {"actor_rollout": 1 if "infer" in colocate else 2, "colocate": colocate}
+    config = load_config(recipe(training={"device": device}, rollout={"engine": engine}, resource_pool=pool))
+    text = describe(config, make_plan(config))
+    said = ["turns: train and infer", "always with their memory:", "vLLM has no sleep on a CPU"]
+    assert all(line in text for line in expected)
+    assert sum(line in text for line in said) == len(expected)
+
+
+@pytest.mark.parametrize(("lookahead", "takes_turns"), [(0, True), (1, False)])
+def test_one_process_that_samples_ahead_takes_no_turns(lookahead: int, takes_turns: bool) -> None:
+    """Its engine has sampled the next step, too, when the update begins."""
+    pool = {"actor_rollout": 1, "colocate": ["train", "infer"]}
+    config = load_config(recipe(runtime="local", rollout={"lookahead": lookahead}, resource_pool=pool))
+    assert config.takes_turns == takes_turns

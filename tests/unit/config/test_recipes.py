@@ -10,10 +10,13 @@ from rlxf.config.load import load_config
 from rlxf.placement.plan import NodeResources, fit, make_plan
 from rlxf.placement.text import describe, num_parameters
 from tests.unit.config.recipes import NAMES, compose
+from workers.cli import RECIPES
 
 EXPECTED = {
     *(f"online_dpo_trainer_{model}" for model in ("tiny", "smollm2_135m", "llama32_1b", "llama3_8b", "qwen25_7b")),
+    "online_dpo_trainer_qwen3_8b",
     *(f"online_dpo_trainer_{model}_lora" for model in ("tiny", "llama3_8b")),
+    *(f"online_dpo_trainer_llama3_8b_{kind}" for kind in ("8gpu", "colocated", "colocated_16")),
     *(f"online_dpo_trainer_tiny_{layout}" for layout in ("tp2", "pp2", "dp2")),
     *(f"offline_dpo_trainer_{model}" for model in ("tiny", "llama3_8b")),
 }
@@ -57,7 +60,10 @@ def test_the_empty_recipe_leaves_role_keys_unset() -> None:
     assert unset["training"]["stage"] is None
 
 
-@pytest.mark.parametrize("name", ["online_dpo_trainer_llama3_8b", "online_dpo_trainer_qwen25_7b"])
+TWO_MACHINES = ("llama3_8b", "qwen25_7b", "qwen3_8b", "llama3_8b_colocated_16")
+
+
+@pytest.mark.parametrize("name", [f"online_dpo_trainer_{name}" for name in TWO_MACHINES])
 def test_an_8b_recipe_fits_two_nodes_of_eight_npus_and_no_less(name: str) -> None:
     plan = make_plan(load_config(compose(name, "dry_run=true", "training.device=npu")))
     assert plan.resource == "NPU"
@@ -66,9 +72,64 @@ def test_an_8b_recipe_fits_two_nodes_of_eight_npus_and_no_less(name: str) -> Non
     assert fit(plan, nodes[:1])
 
 
-def test_the_8b_recipe_with_lora_fits_one_node_of_eight() -> None:
-    plan = make_plan(load_config(compose("online_dpo_trainer_llama3_8b_lora", "dry_run=true", "training.device=npu")))
+@pytest.mark.parametrize("kind", ["lora", "8gpu", "colocated"])
+def test_the_other_8b_recipes_fit_one_node_of_eight(kind: str) -> None:
+    plan = make_plan(
+        load_config(compose(f"online_dpo_trainer_llama3_8b_{kind}", "dry_run=true", "training.device=npu"))
+    )
     assert fit(plan, [NodeResources(name="n", total={"NPU": 8}, free={"NPU": 8})]) == []
+    assert plan.num_devices == 8
+
+
+@pytest.mark.parametrize(("kind", "count"), [("colocated", 8), ("colocated_16", 16)])
+def test_every_device_of_a_colocated_recipe_has_all_four_roles(kind: str, count: int) -> None:
+    config = load_config(compose(f"online_dpo_trainer_llama3_8b_{kind}", "dry_run=true"))
+    separate = load_config(compose("online_dpo_trainer_llama3_8b", "dry_run=true"))
+    plan = make_plan(config)
+    assert {role.role: role.bundles for role in plan.roles} == dict.fromkeys(
+        ("train", "infer", "ref", "reward"), tuple(range(count))
+    )
+    assert (config.rollout.lookahead, config.rollout.stream_prompts) == (0, None)
+    actor, rows = config.actor_rollout, separate.actor_rollout.ppo_mini_batch_size  # the batches are the same
+    assert actor.ppo_mini_batch_size * (count // actor.devices_per_replica) == rows
+    assert config.training == separate.training
+
+
+@pytest.mark.parametrize(("kind", "usable"), [("colocated", 79), ("colocated_16", 61)])  # GiB of a device
+def test_a_colocated_recipe_fits_its_devices_by_arithmetic(kind: str, usable: float) -> None:
+    config = load_config(compose(f"online_dpo_trainer_llama3_8b_{kind}", "dry_run=true"))
+    plan, shape, actor = make_plan(config), config.model["llama3-8b"], config.actor_rollout
+    replicas = actor.num_gpus_for_train // actor.devices_per_replica
+    weights = 2 * num_parameters(shape) / 2**30
+    per_token = 2 * 2 * shape.num_layers * shape.kv_heads * shape.head_size / 2**30  # keys and values, bf16
+    rows = config.training.global_batch_size * actor.n_samples_per_prompt / len(plan.role("infer").bundles)  # type: ignore[union-attr]
+    engine = weights + rows * actor.seq_length * per_token + 3  # what vLLM needs itself
+    given = config.rollout.gpu_memory_utilization * usable
+    assert engine <= given <= engine + 2
+    beside = 2 * weights / 4 + 5  # reference and reward model in TP4; what four processes need themselves
+    assert given + weights / 4 + beside < usable  # sampling: optimizer and gradients are away
+    states = weights / 2 / 4 * (6 + 12 / replicas)
+    activations = 2.0 * 8192 / 1024  # 2 MiB a token: more than was measured at 1B, scaled to 8B in TP4
+    assert states + activations + beside < usable  # training: the engine sleeps
+
+
+DEVICE_SIZED = [name for name in NAMES if any(size in name for size in ("_8b", "_7b", "_1b"))]
+
+
+@pytest.mark.parametrize("name", DEVICE_SIZED)
+def test_a_recipe_for_devices_bounds_its_memory_and_its_disk(name: str) -> None:
+    config = load_config(compose(name, "dry_run=true"))
+    assert "not yet run on hardware" in RECIPES.joinpath(f"{name}.yaml").read_text().partition("defaults:")[0].lower()
+    assert (config.training.keep_latest, config.training.async_save) == (2, True)
+    sections = {"train": config.actor_rollout, "ref": config.ref, "reward": config.reward}
+    for role in make_plan(config).roles:
+        if role.role == "infer":
+            assert role.axes["TP"] == 1  # an engine fits into one device
+            continue
+        section = sections[role.role]
+        budget = section.max_tokens_per_micro_batch
+        assert budget == (16384 if "_1b" in name else 8192) >= 2 * section.seq_length
+        assert section.sequence_parallel == (section.tensor_model_parallel_size > 1)
 
 
 def test_the_1b_recipe_fits_one_node_of_four() -> None:
@@ -82,6 +143,7 @@ def test_the_1b_recipe_fits_one_node_of_four() -> None:
         ("online_dpo_trainer_llama3_8b", "llama3-8b", 8.03),
         ("online_dpo_trainer_llama32_1b", "llama32-1b", 1.236),
         ("online_dpo_trainer_qwen25_7b", "qwen25-7b", 7.62),
+        ("online_dpo_trainer_qwen3_8b", "qwen3-8b", 8.19),
         ("online_dpo_trainer_smollm2_135m", "smollm2-135m", 0.1345),
     ],
 )

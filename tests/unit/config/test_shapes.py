@@ -14,6 +14,7 @@ from rlxf.config.changes import compare
 from rlxf.config.config_json import FAMILIES, shape_of
 from rlxf.config.load import load_config
 from rlxf.config.schema import ModelConfig, RunConfig
+from rlxf.config.typed import make_room
 from rlxf.core.errors import ConfigError
 from rlxf.placement.plan import make_plan
 from rlxf.placement.text import describe
@@ -271,6 +272,24 @@ def test_a_typed_layout_on_shared_devices_takes_the_place_of_the_recipes_lookahe
         load_config(raw, typed=["resource_pool.colocate", "rollout.lookahead"])
     raw["resource_pool"] = {"colocate": ["ref", "reward"]}
     assert load_config(raw, typed=["resource_pool.colocate"]).rollout.lookahead == 1
+
+
+def test_a_typed_micro_batch_size_takes_the_place_of_the_recipes_token_budget(
+    files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    both = {"micro_batch_size": 4, "max_tokens_per_micro_batch": 256}
+    raw = recipe(dry_run=False, actor_rollout=both, ref=both)
+    assert load_config(raw).actor_rollout.max_tokens_per_micro_batch == 256
+    with caplog.at_level(logging.INFO):
+        config = load_config(raw, typed=["actor_rollout.micro_batch_size"])
+    assert config.actor_rollout.max_tokens_per_micro_batch is None
+    assert config.ref.max_tokens_per_micro_batch == 256
+    assert "actor_rollout.micro_batch_size is on the command line: actor_rollout.max_tokens_per_mic" in caplog.text
+    typed = ["actor_rollout.micro_batch_size", "actor_rollout.max_tokens_per_micro_batch"]
+    assert load_config(raw, typed=typed).actor_rollout.max_tokens_per_micro_batch == 256
+    both |= {"virtual_pipeline_model_parallel_size": 2}  # such a pipeline needs the budget
+    assert make_room({"actor_rollout": both}, typed[:1]) == []
+    assert both["max_tokens_per_micro_batch"] == 256
 
 
 # A plan without folders

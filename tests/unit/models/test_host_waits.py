@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlxf.assembly.roles import build_actor
-from rlxf.platform import Process
+from rlxf.platform import Platform, Process
 from rlxf.update.actor import MegatronActor, _forward
 from tests.cuda_world import CudaOnCpu, twin
+from tests.npu_world import NpuOnCpu, torch_npu
 from tests.settings import random_pairs, referenced, run_config
 from tests.tiny_models import save_causal_lm
 
-__all__ = ["twin"]
+__all__ = ["torch_npu", "twin"]
 
 aten = torch.ops.aten
 # Calls whose result, or the size of it, the host has to know: on a device it waits for everything before them.
@@ -57,9 +58,9 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def trained(tmp_path: Path, layers: int) -> MegatronActor:
+def trained(tmp_path: Path, layers: int, platform: Platform | None = None) -> MegatronActor:
     folder = save_causal_lm(tmp_path / str(layers), tied=True, num_hidden_layers=layers)
-    return build_actor(run_config(folder, num_layers=layers, bf16=True), CudaOnCpu(), Process())
+    return build_actor(run_config(folder, num_layers=layers, bf16=True), platform or CudaOnCpu(), Process())
 
 
 def waits(actor: MegatronActor, monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
@@ -73,11 +74,12 @@ def waits(actor: MegatronActor, monkeypatch: pytest.MonkeyPatch) -> collections.
     return seen.counts
 
 
-@pytest.mark.usefixtures("twin")
-def test_no_layer_makes_the_host_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("twin", "torch_npu")
+@pytest.mark.parametrize("platform", [CudaOnCpu(), NpuOnCpu()], ids=["cuda", "npu"])
+def test_no_layer_makes_the_host_wait(platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a pass waits for, two layers more do not add to it."""
-    few, many = (waits(trained(tmp_path, layers), monkeypatch) for layers in (2, 4))
-    # The twin of the attention kernel reads its bounds; the kernel itself does so on the device.
+    few, many = (waits(trained(tmp_path, layers, platform), monkeypatch) for layers in (2, 4))
+    # The twins check what their kernels read on the device.
     assert few.pop("numpy") < many.pop("numpy")
     assert few == many
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from rlxf.assembly.build_run import build_probe
 from rlxf.assembly.roles import engine_settings
 from rlxf.config.schema import RunConfig, SyncConfig
 from rlxf.core.errors import ConfigError, SyncError
-from rlxf.core.types import Tokens
+from rlxf.core.types import Sequences, Tokens
 from rlxf.models.stop_strings import StopStrings
 from rlxf.platform import get_platform
 from rlxf.rollout import HfEngine
 from rlxf.rollout.engine import Sampling
+from rlxf.sync.checksums import Checksums, checksums
 from rlxf.sync.plan import Bucket, TensorSpec
 from rlxf.sync.push import LocalSink, WeightSync
+from rlxf.sync.transports import TRANSPORTS
+from rlxf.sync.transports.transport import Sender, SenderPlace
 from tests.rollout_world import HfActor, greedy, load_model, prompt_batch, random_prompts, run_config
 from tests.tiny_models import EOS, byte_tokenizer, randomize, save_causal_lm
 from tests.vllm_process import VllmProcess, VllmProxy
@@ -47,6 +51,38 @@ class World:
 
     def train(self, seed: int) -> None:
         randomize(self.actor.model, seed)
+
+
+class Connected:
+    """The actor of a world, connected with its engine by a transport, as the driver does it."""
+
+    def __init__(self, world: World, transport: str, num_receivers: int = 1) -> None:
+        self._world = world
+        place = SenderPlace(platform=get_platform("cpu"), num_receivers=num_receivers, timeout_s=30.0)
+        self._sender: Sender = TRANSPORTS[transport].sender(world.actor.sync_plan(), place)
+        with ThreadPoolExecutor(1) as pool:
+            joined = pool.submit(self._sender.join)
+            world.engine.open_receivers(TRANSPORTS[transport], self._sender.address, 0, "127.0.0.1")
+            joined.result()
+
+    def push(self, version: int) -> tuple[list[Checksums], list[list[Checksums]]]:
+        """Of every bucket: the sender's checksums, and those of each process of the engine."""
+        world, sent, received = self._world, list[Checksums](), list[list[Checksums]]()
+        world.engine.begin_update()
+        for index, bucket in enumerate(world.actor.sync_plan()):
+            message = self._sender.send(index, world.actor.bucket_tensors(index))
+            received.append(world.engine.receive(bucket, message, check=True))
+            sent.append(checksums(bucket, self._sender.sent(index)))
+        world.engine.end_update(version)
+        return sent, received
+
+    def send(self, index: int, *, changed: Bucket | None = None) -> Any:
+        """One bucket, which the engine is told to be another one (``changed``)."""
+        message = self._sender.send(index, self._world.actor.bucket_tensors(index))
+        return self._world.engine.receive(changed or self._world.actor.sync_plan()[index], message)
+
+    def close(self) -> None:
+        self._sender.close()
 
 
 @pytest.fixture(scope="module")
@@ -266,13 +302,57 @@ def test_after_each_update_the_engine_follows_the_new_weights(world: World) -> N
         assert follows(world.engine, world.actor.model)
 
 
+@pytest.mark.parametrize("transport", ["shared_memory", "collective"])
+def test_an_engine_that_receives_by_itself_samples_as_one_that_is_handed_the_bytes(
+    world: World, transport: str
+) -> None:
+    connected, batch = Connected(world, transport), prompt_batch(random_prompts(SHORT + LONG))
+    for version in (1, 2):
+        world.train(seed=60 + version)
+        sent, received = connected.push(version)
+        assert received == [[checksum] for checksum in sent]
+        assert sum(map(len, sent)) == len(dict(world.actor.model.named_parameters()))
+    own = world.engine.generate(batch, RANDOM)
+    assert follows(world.engine, world.actor.model)
+    world.sync().push(version=2)
+    handed = world.engine.generate(batch, RANDOM)
+    assert own.sequences.rows() == handed.sequences.rows()
+    assert torch.equal(own.engine_logps, handed.engine_logps)
+    assert own.policy_version.tolist() == handed.policy_version.tolist()
+    connected.close()
+
+
+def test_weights_of_another_size_than_was_sent_break_an_update_by_name(world: World) -> None:
+    world.train(seed=70)
+    connected, plan = Connected(world, "shared_memory"), world.actor.sync_plan()
+    names = f"{plan[1].tensors[0].name} to {plan[1].tensors[-1].name}"
+    size = plan[1].num_bytes
+    (*others, last) = plan[1].tensors
+    cut = replace(plan[1], num_bytes=last.offset + last.num_bytes - 4)
+    long = Bucket((*others, replace(last, shape=(last.shape[0] + 1, *last.shape[1:]))), 2 * size)
+    for changed in (cut, long):
+        world.engine.begin_update()
+        connected.send(0)
+        with pytest.raises(SyncError, match=f"vLLM did not take the weights {re.escape(names)}: .*"):
+            connected.send(1, changed=changed)
+        with pytest.raises(SyncError, match="failed before"):
+            connected.send(1)
+        with pytest.raises(SyncError, match="mixture of version 0"):
+            world.engine.generate(prompt_batch(random_prompts(SHORT)), GREEDY)
+    connected.push(1)
+    assert follows(world.engine, world.actor.model)
+    connected.close()
+
+
 def test_a_head_that_was_not_rebuilt_fails_the_probe_where_it_is_tied(world: World) -> None:
     world.engine.forget("head")
     world.train(seed=20)
     if not world.actor.model.config.tie_word_embeddings:
         world.sync(verify_first=1).push(version=1)  # a head of its own arrives as any other weight
         return
-    with pytest.raises(SyncError, match=r"engine 1 of 1 does not hold .* version 1.*tolerance 1e-04.*tied embeddings"):
+    with pytest.raises(
+        SyncError, match=r"engine 1 of 1 does not hold .* version 1.*tolerance 0\.0001 .*tied embeddings"
+    ):
         world.sync(verify_first=1).push(version=1)
 
 
@@ -304,6 +384,21 @@ def test_an_update_that_breaks_off_leaves_the_engine_stale_until_a_whole_one_end
     with pytest.raises(SyncError, match="mixture of version 0"):
         world.engine.probe(batch.slice(0, 1).prompts, 4)
     world.sync().push(version=1)
+    assert follows(world.engine, world.actor.model)
+
+
+def test_a_vllm_on_a_cpu_keeps_the_order_of_a_sleep_and_follows_the_push(world: World) -> None:
+    world.engine.sleep()
+    with pytest.raises(SyncError, match="is asleep"):
+        world.engine.generate(prompt_batch(random_prompts(SHORT)), GREEDY)
+    world.engine.wake_weights()
+    with pytest.raises(SyncError, match="no whole push has ended since it woke"):
+        world.engine.wake_cache()
+    world.train(seed=50)
+    world.sync().push(version=1)
+    with pytest.raises(SyncError, match="its cache is away"):
+        world.engine.generate(prompt_batch(random_prompts(SHORT)), GREEDY)
+    world.engine.wake_cache()
     assert follows(world.engine, world.actor.model)
 
 
@@ -343,6 +438,8 @@ def test_other_models_types_and_layouts_follow_updates_too(kind: str, tmp_path: 
             assert report.probe_difference is not None
             assert kind == "bf16" or report.probe_difference < 1e-5
             assert kind == "bf16" or follows(world.engine, world.actor.model)
+        if kind == "two ranks":
+            _check_that_both_ranks_receive(world, config)
         world.engine.forget("head")
         world.train(seed=20)
         if kind != "two ranks":  # forgetting reaches this process only, not the workers
@@ -350,3 +447,18 @@ def test_other_models_types_and_layouts_follow_updates_too(kind: str, tmp_path: 
                 world.sync(verify_first=1, config=config).push(3)
     finally:
         process.close()
+
+
+def _check_that_both_ranks_receive(world: World, config: RunConfig) -> None:
+    probe = build_probe(config, get_platform("cpu"), Tokens.from_rows(random_prompts(SHORT)))
+    for version, transport in enumerate(("shared_memory", "collective", "object_store"), start=3):
+        world.train(seed=10 + version)
+        connected = Connected(world, transport, num_receivers=2)
+        sent, received = connected.push(version)
+        assert received == [[checksum, checksum] for checksum in sent]
+        assert follows(world.engine, world.actor.model)
+        answer = world.engine.probe(probe.prompt, probe.num_tokens)
+        expected = world.actor.token_logps(Sequences.from_rows(probe.prompt.rows(), [answer.completion]))
+        torch.testing.assert_close(torch.tensor(answer.logps), expected, rtol=0, atol=1e-5)
+        assert answer.policy_version == version
+        connected.close()

@@ -37,6 +37,30 @@ def test_a_variable_of_vllms_own_that_differs_is_refused(monkeypatch: pytest.Mon
         prepare_environment(EXPECTED)
 
 
+def test_an_engine_that_sleeps_refuses_segments_that_its_allocator_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "PYTORCH_NPU_ALLOC_CONF"
+    expected = {name: PLATFORMS["npu"]().rollout_environment(1, 1, colocated=True)[name]}
+    monkeypatch.setenv(name, "max_split_size_mb:128")
+    prepare_environment(expected)
+    assert os.environ[name] == "max_split_size_mb:128"
+    monkeypatch.setenv(name, "expandable_segments:True")
+    with pytest.raises(ConfigError, match=r"ALLOC_CONF=expandable_segments:True: .* needs expandable_segments:False"):
+        prepare_environment(expected)
+
+
+def test_a_default_gives_way_to_another_variable_in_the_engines_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "HCCL_HOST_SOCKET_PORT_RANGE"
+    expected = {name: PLATFORMS["npu"]().rollout_environment(1, 1)[name]}
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    monkeypatch.setenv("HCCL_IF_BASE_PORT", "50000")
+    prepare_environment(expected)
+    assert name not in os.environ
+    monkeypatch.delenv("HCCL_IF_BASE_PORT")
+    prepare_environment(expected)
+    assert os.environ[name] == "auto"
+
+
 def test_threads_and_log_level_are_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")

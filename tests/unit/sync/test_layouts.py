@@ -6,10 +6,13 @@ that does not and cuts them itself, so the wire has no rollout layout in it. vLL
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,7 +29,8 @@ from rlxf.sync.plan import Bucket
 from rlxf.sync.probe import EngineAnswer
 from rlxf.sync.push import WeightSync
 from rlxf.sync.transports import TRANSPORTS, Transport
-from rlxf.sync.transports.transport import Address, Receiver
+from rlxf.sync.transports.transport import Address, Receiver, ReceiverPlace
+from tests.device_twin import VISIBLE, TwinPlatform
 from tests.ranks import Ranks, recipe
 from tests.rollout_world import random_prompts
 from tests.tiny_models import save_causal_lm
@@ -65,19 +69,46 @@ class Replicas:
         self._receivers: list[Receiver] = []
 
     def connect(self, transport: Transport) -> None:
+        self.transport = transport.name
         transport.connect(self._ranks, self)
 
-    def open_receivers(self, transport: Transport, address: Address) -> None:
-        self._receivers = [transport.receiver(address) for _ in self._engines]
+    @property
+    def num_receivers(self) -> int:
+        return len(self._engines)
 
-    def begin_update(self) -> None:
+    def open_receivers(self, transport: Transport, address: Address) -> None:
+        """On the devices of the last ranks; each in a thread, because receivers may have to meet."""
+
+        def receiver(number: int) -> Receiver:
+            where = str(self._ranks.world_size - 1 - number)
+            with patch.dict(os.environ, {VISIBLE: where}):
+                return transport.receiver(address, ReceiverPlace(number=number, platform=TwinPlatform(), where=where))
+
+        def open_all() -> None:
+            if transport.name == "collective":
+                with ThreadPoolExecutor() as pool:
+                    self._receivers = list(pool.map(receiver, range(len(self._engines))))
+            else:
+                self._receivers = [receiver(number) for number in range(len(self._engines))]
+
+        self._ranks.join_receivers(open_all)
+
+    def holds_start(self) -> bool:
+        return False
+
+    def keep_start(self) -> None:
+        raise AssertionError("they loaded other files")
+
+    def begin_update(self, *, check: bool = False) -> None:
         for engine in self._engines:
             engine.begin_update()
 
     def send(self, index: int, bucket: Bucket) -> None:
         message = self._ranks.send_bucket(index)
-        for engine, receiver in zip(self._engines, self._receivers, strict=True):
-            engine.load_bucket(bucket, receiver.receive(bucket, message))
+        with ThreadPoolExecutor() as pool:  # a broadcast reaches all of them at once
+            payloads = list(pool.map(lambda receiver: receiver.receive(bucket, message), self._receivers))
+        for engine, payload in zip(self._engines, payloads, strict=True):
+            engine.load_bucket(bucket, payload)
 
     def end_update(self, version: int) -> None:
         for engine in self._engines:
@@ -118,14 +149,18 @@ def test_the_engines_hold_what_the_ranks_hold(ranks: Ranks, tied: bool, tmp_path
     engines = [HfEngine(engine_settings(config), platform) for _ in range(2)]
     probe = build_probe(config, platform, Tokens.from_rows(random_prompts([9, 8])))
     sink = Replicas(ranks, engines)
-    sync = WeightSync(ranks, sink, SyncConfig(verify_first=2), probe)
+    sync = WeightSync(ranks, sink, SyncConfig(verify_first=5), probe)
     assert len(ranks.sync_plan()) == 3  # more than there are slots
+    ranks.keep_pushed()
     folder = tmp_path
-    for version, transport in enumerate(("shared_memory", "shared_memory", "object_store")):
+    for version, transport in enumerate(("shared_memory", "shared_memory", "object_store", "ipc", "collective")):
         sink.connect(TRANSPORTS[transport])  # again each time, as after a process was replaced
         if version:
             ranks.update(version)
             assert all(ranks.differences(folder))  # every rank has trained, and the engines do not know it yet
+            for index, bucket in enumerate(ranks.sync_plan()):  # but what they hold can still be had
+                for name, tensor in bucket.views(ranks.pushed_copy(index)):
+                    assert torch.equal(tensor, weights(engines[0])[name])
         report = sync.push(version)
         assert (report.probe_difference is not None) == (version > 0)
         folder = tmp_path / f"version{version}"

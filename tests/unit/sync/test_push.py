@@ -36,9 +36,9 @@ class Journal(LocalSink):
         super().__init__(actor, engine)
         self.calls: list[str] = []
 
-    def begin_update(self) -> None:
-        self.calls.append("begin")
-        super().begin_update()
+    def begin_update(self, *, check: bool = False) -> None:
+        self.calls.append("begin and check" if check else "begin")
+        super().begin_update(check=check)
 
     def send(self, index: int, bucket: Bucket) -> None:
         self.calls.append("bucket")
@@ -67,8 +67,8 @@ class World:
         randomize(self.actor.model, seed=100 + version)
         report = self.sync.push(version)
         buckets = ["bucket"] * len(self.actor.sync_plan())
-        update = ["begin", *buckets, "end"]
-        assert self.sink.calls in (update, ["probe", *update, "probe"])
+        update = [*buckets, "end"]
+        assert self.sink.calls in (["begin", *update], ["probe", "begin and check", *update, "probe"])
         assert (report.probe_difference is not None) == ("probe" in self.sink.calls)
         return "probe" in self.sink.calls
 
@@ -103,7 +103,7 @@ def test_an_engine_without_weights_is_not_asked_before_its_first_push(folder: Pa
     world.sink.begin_update()  # as an engine that waits for the weights of a megatron checkpoint
     world.sink.calls.clear()
     assert world.sync.push(37).probe_difference is not None
-    assert (world.sink.calls[0], world.sink.calls[-1]) == ("begin", "probe")
+    assert (world.sink.calls[0], world.sink.calls[-1]) == ("begin and check", "probe")
     assert world.probed(38)
 
 
@@ -123,7 +123,7 @@ class StaleHead(HfActor):
         super().__init__(model)
         self._head = model.lm_head.weight.detach().clone()
 
-    def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+    def bucket_tensors(self, index: int, *, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in super().bucket_tensors(index):
             yield name, self._head if name == "lm_head.weight" else tensor
 
@@ -140,7 +140,7 @@ class NotANumber(HfActor):
 
     spoilt = False
 
-    def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+    def bucket_tensors(self, index: int, *, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in super().bucket_tensors(index):
             if self.spoilt and name == "model.norm.weight":
                 tensor = tensor.clone()
@@ -159,7 +159,7 @@ def test_a_nan_in_the_weights_of_an_engine_fails_the_probe(folder: Path) -> None
 class Interrupted(HfActor):
     fail = True
 
-    def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+    def bucket_tensors(self, index: int, *, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
         if self.fail and index == 1:
             raise ConnectionError("the actor went away")
         return super().bucket_tensors(index)

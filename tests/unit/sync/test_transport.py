@@ -19,7 +19,7 @@ from rlxf.core.errors import SyncError
 from rlxf.platform import get_platform
 from rlxf.rollout import HfEngine
 from rlxf.rollout.engine import Sampling
-from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
+from rlxf.sync.plan import Bucket, Room, TensorSpec, plan_buckets
 from rlxf.sync.transports.shared_memory import MemoryAddress, SharedBuckets, this_machine
 from tests.rollout_world import HfActor, greedy, load_model, prompt_batch, random_prompts, run_config
 from tests.tiny_models import randomize, save_causal_lm
@@ -31,7 +31,7 @@ from rlxf.sync.transports.shared_memory import SharedBuckets, this_machine
 shared = SharedBuckets.allocate([Bucket((), 5000), Bucket((), 9000), Bucket((), 10)])
 for index, size in enumerate((5000, 9000)):
     shared.slot(index, size).fill_(index + 1)
-print(shared.address.path, shared.address.size, *shared.address.starts, flush=True)
+print(shared.address.path, shared.address.room.size, *shared.address.room.starts, flush=True)
 print(this_machine(), flush=True)
 for index in sys.stdin:
     shared.slot(int(index), 10).fill_(9)
@@ -53,7 +53,7 @@ def address_of(process: subprocess.Popen[str]) -> MemoryAddress:
     assert process.stdout is not None
     path, size, *starts = process.stdout.readline().split()
     assert process.stdout.readline().strip() == this_machine()
-    return MemoryAddress(path, tuple(int(start) for start in starts), int(size))
+    return MemoryAddress(path, Room(tuple(int(start) for start in starts), int(size)))
 
 
 def test_one_process_reads_what_another_writes_and_the_next_but_one_takes_its_place(
@@ -84,7 +84,7 @@ def test_a_killed_actor_leaves_no_file_and_its_engines_their_memory(writer: subp
     assert (shared.slot(1, 9000) == 2).all()
     assert not Path(address.path).exists()
     new = set(os.listdir("/dev/shm")) - before  # another program's, perhaps
-    assert address.size not in {_size(Path("/dev/shm", name)) for name in new}
+    assert address.room.size not in {_size(Path("/dev/shm", name)) for name in new}
 
 
 def _size(file: Path) -> int:
@@ -125,7 +125,7 @@ def test_buckets_that_are_kept_have_room_of_their_own(keeps: bool, whole: list[i
     found = [index for index, bucket in enumerate(plan) if (read.slot(index, bucket.num_bytes) == index).all()]
     assert found == whole
     page = mmap.PAGESIZE
-    assert written.address.size == (page * (2 + 3 + 1 + 1 + 2) if keeps else 2 * 3 * page)
+    assert written.address.room.size == (page * (2 + 3 + 1 + 1 + 2) if keeps else 2 * 3 * page)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -142,7 +142,7 @@ def test_an_engine_samples_from_its_own_copy_once_an_update_has_ended(tmp_path: 
         written.slot(index, bucket.num_bytes).copy_(actor.packed_bucket(index))
         engine.load_bucket(bucket, read.slot(index, bucket.num_bytes))
     engine.end_update(1)
-    written.slot(0, written.address.size).fill_(0xFF)  # NaN in every float type
+    written.slot(0, written.address.room.size).fill_(0xFF)  # NaN in every float type
     assert torch.isnan(read.slot(0, 8).view(torch.float32)).all()
     batch = prompt_batch(random_prompts([4, 9]))
     sampled = engine.generate(batch, Sampling(num_samples=1, max_new_tokens=8, temperature=0))

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlxf.config.schema import SyncConfig
 from rlxf.core.errors import SyncError
 from rlxf.core.types import Tokens
-from rlxf.platform import get_platform
+from rlxf.sync.checksums import checksums, compare
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
 from rlxf.sync.probe import EngineAnswer
 from rlxf.sync.push import LocalSink
-from rlxf.sync.transports import TRANSPORTS, Transport, choose_transport
+from rlxf.sync.transports import TRANSPORTS, Transport
+from rlxf.sync.transports.transport import ReceiverPlace, SenderPlace
+from tests.device_twin import VISIBLE, TwinPlatform
 
 DTYPES = ("float32", "bfloat16", "int8", "float16")
 
@@ -47,7 +48,7 @@ class Weights:
     def sync_plan(self) -> tuple[Bucket, ...]:
         return PLAN
 
-    def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+    def bucket_tensors(self, index: int, *, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
         for spec in PLAN[index].tensors:
             yield spec.name, self.tensors[spec.name]
 
@@ -95,15 +96,36 @@ def equal(engine: Engine, weights: Weights) -> bool:
     return engine.held.keys() == expected.keys() and all(same)
 
 
-@pytest.fixture(params=sorted(TRANSPORTS))
-def transport(request: pytest.FixtureRequest) -> Transport:
-    return TRANSPORTS[request.param]
+# A broadcast needs processes: tests/unit/sync/test_collective.py.
+LOCAL = [transport for name, transport in TRANSPORTS.items() if name != "collective"]
+
+
+@pytest.fixture(params=LOCAL, ids=lambda transport: transport.name)
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Transport:
+    """On a platform that has what the transport needs."""
+    monkeypatch.setenv(VISIBLE, "3")
+    found: Transport = request.param
+    return found
+
+
+def place(rank: int = 0) -> SenderPlace:
+    return SenderPlace(rank=rank, platform=TwinPlatform(), where="3")
+
+
+HERE = ReceiverPlace(platform=TwinPlatform(), where="3")
+
+
+class Sink(LocalSink):
+    """With the device that the transport needs."""
+
+    def __init__(self, actor: Weights, *engines: Engine, transport: Transport) -> None:
+        super().__init__(actor, *engines, platform=TwinPlatform(), transport=transport)
 
 
 def test_every_engine_gets_every_byte(transport: Transport) -> None:
     assert len(PLAN) == 10  # a bucket per layer
     weights, engines = Weights(), [Engine(), Engine()]
-    sink = LocalSink(weights, *engines, transport=transport)
+    sink = Sink(weights, *engines, transport=transport)
     for version in range(3):
         weights.update(seed=version)
         push(sink, version)
@@ -112,9 +134,9 @@ def test_every_engine_gets_every_byte(transport: Transport) -> None:
 
 def test_a_push_after_connecting_again_is_the_same(transport: Transport) -> None:
     weights, engine = Weights(), Engine()
-    sink = LocalSink(weights, engine, transport=transport)
+    sink = Sink(weights, engine, transport=transport)
     push(sink, 1)
-    for other in (*TRANSPORTS.values(), transport, transport):
+    for other in (*LOCAL, transport, transport):
         weights.update(seed=2)
         engine.held = {}
         sink.connect(other)
@@ -124,7 +146,7 @@ def test_a_push_after_connecting_again_is_the_same(transport: Transport) -> None
 
 def test_a_push_that_failed_is_repeated_as_a_whole(transport: Transport) -> None:
     weights, engine = Weights(), Engine()
-    sink = LocalSink(weights, engine, transport=transport)
+    sink = Sink(weights, engine, transport=transport)
     push(sink, 1)
     before = dict(engine.held)
     engine.refuses = 4
@@ -142,8 +164,8 @@ def test_a_push_that_failed_is_repeated_as_a_whole(transport: Transport) -> None
 def test_a_transport_and_its_address_can_be_given_to_any_process(transport: Transport) -> None:
     weights, engine = Weights(), Engine()
     there = pickle.loads(pickle.dumps(transport))
-    sender = there.sender(PLAN, 0)
-    receiver = there.receiver(pickle.loads(pickle.dumps(sender.address)))
+    sender = there.sender(PLAN, place())
+    receiver = there.receiver(there.joined([pickle.loads(pickle.dumps(sender.address))]), HERE)
     engine.begin_update()
     for index, bucket in enumerate(PLAN):
         message = pickle.loads(pickle.dumps(sender.send(index, weights.bucket_tensors(index))))
@@ -154,8 +176,8 @@ def test_a_transport_and_its_address_can_be_given_to_any_process(transport: Tran
 
 def test_as_many_buckets_as_the_window_says_are_there_at_a_time(transport: Transport) -> None:
     weights = Weights()
-    sender = transport.sender(PLAN, 0)
-    receiver = transport.receiver(sender.address)
+    sender = transport.sender(PLAN, place())
+    receiver = transport.receiver(sender.address, HERE)
     there: list[Tensor] = []
     for index, bucket in enumerate(PLAN):
         message = sender.send(index, weights.bucket_tensors(index))
@@ -175,15 +197,19 @@ def test_the_other_ranks_take_part_and_send_nothing(transport: Transport) -> Non
         yield from ()
         asked.append("last")
 
-    sender = transport.sender(PLAN, 1)
+    if transport.everywhere:
+        pytest.skip("every rank sends")
+    sender = transport.sender(PLAN, place(rank=1))
     assert sender.send(0, shares()) is None
     assert asked == ["first", "last"]
     assert sender.address is None
+    assert sender.sent(0).numel() == 0
+    sender.join()
     sender.close()
 
 
 def test_connecting_again_and_again_leaves_nothing_open(transport: Transport) -> None:
-    sink = LocalSink(Weights(), Engine(), transport=transport)
+    sink = Sink(Weights(), Engine(), transport=transport)
     sink.connect(transport)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
@@ -193,7 +219,7 @@ def test_connecting_again_and_again_leaves_nothing_open(transport: Transport) ->
 
 def test_a_sender_is_closed_once_also_when_the_next_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Closed twice, it would close whatever has taken its descriptor since."""
-    sink = LocalSink(Weights(), Engine(), transport=TRANSPORTS["shared_memory"])
+    sink = Sink(Weights(), Engine(), transport=TRANSPORTS["shared_memory"])
     with monkeypatch.context() as patch:
         patch.setattr(os, "memfd_create", lambda *_: os.open("/nowhere", os.O_RDONLY))
         with pytest.raises(FileNotFoundError):
@@ -204,22 +230,35 @@ def test_a_sender_is_closed_once_also_when_the_next_cannot_be_made(monkeypatch: 
     os.close(taken)
 
 
-@pytest.mark.parametrize(
-    ("wanted", "host_memory", "machines", "expected"),
-    [
-        ("auto", True, {"a"}, "shared_memory"),
-        ("auto", True, {"a", "b"}, "object_store"),
-        ("auto", False, None, "object_store"),
-        ("object_store", True, None, "object_store"),
-    ],
-)
-def test_the_recipe_and_the_placement_choose(
-    monkeypatch: pytest.MonkeyPatch, wanted: str, host_memory: bool, machines: set[str] | None, expected: str
+@pytest.mark.parametrize("index", [0, 3, 9])
+def test_what_was_sent_can_be_summed_up_where_it_was_packed_and_where_it_arrived(
+    transport: Transport, index: int
 ) -> None:
-    def asked() -> set[str]:
-        assert machines is not None, "the answer does not matter"
-        return machines
+    weights = Weights(seed=1)
+    sender = transport.sender(PLAN, place())
+    receiver = transport.receiver(sender.address, HERE)
+    received = receiver.receive(PLAN[index], sender.send(index, weights.bucket_tensors(index)))
+    assert checksums(PLAN[index], received) == checksums(PLAN[index], sender.sent(index))
+    compare(checksums(PLAN[index], sender.sent(index)), checksums(PLAN[index], received), "the engine")
 
-    platform = get_platform("cpu")
-    monkeypatch.setattr(type(platform), "weights_in_host_memory", host_memory)
-    assert choose_transport(SyncConfig(transport=wanted).transport, platform, asked) is TRANSPORTS[expected]  # type: ignore[arg-type]
+
+def test_a_handle_is_not_opened_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VISIBLE, "3")
+    ipc = TRANSPORTS["ipc"]
+    sender = ipc.sender(PLAN, place())
+    with pytest.raises(SyncError, match=r"the engine is on device 4, where no rank of the actor is \(they are on 3\)"):
+        ipc.receiver(sender.address, replace(HERE, where="4"))
+
+
+def test_every_engine_reads_the_memory_of_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    ipc, senders = TRANSPORTS["ipc"], []
+    for rank, device in enumerate("03"):
+        monkeypatch.setenv(VISIBLE, device)
+        senders.append(ipc.sender(PLAN, replace(place(rank), where=device)))
+    address = ipc.joined([sender.address for sender in senders])
+    for rank, device in enumerate("03"):
+        monkeypatch.setenv(VISIBLE, device)
+        receiver = ipc.receiver(address, replace(HERE, where=device))
+        message = senders[rank].send(0, Weights(seed=rank).bucket_tensors(0))
+        ((_, view),) = PLAN[0].views(receiver.receive(PLAN[0], message))
+        assert torch.equal(view, Weights(seed=rank).wire()["model.embed_tokens.weight"])

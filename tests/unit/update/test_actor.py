@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,31 @@ def test_micro_batch_size_never_changes_loss_or_weights(folder: Path, micro_batc
         assert cut[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     for name, value in whole_weights.items():
         torch.testing.assert_close(cut_weights[name], value, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_made", "num_passes"),
+    [
+        ({}, 0, 2),
+        ({"dp_rank": 3, "dp_size": 4}, 1, 1),  # four ranks share three pairs
+        ({"pp_size": 2, "vp_size": 2}, 0, 2),
+        ({"pp_size": 4, "vp_size": 2}, 1, 4),  # the same one twice
+    ],
+)
+def test_a_filler_is_made_only_where_one_is_needed(
+    folder: Path, layout: dict[str, int], num_made: int, num_passes: int
+) -> None:
+    trained, batch = actor(folder, micro_batch_size=2), referenced(random_pairs(3))
+    mini_batch = trained.objective.mini_batch(batch, torch.arange(3), first_pass=True)
+    made: list[bool] = []
+
+    def noted(groups: Tensor, counted: bool) -> Any:
+        made.append(counted)
+        return mini_batch.micro_batch(groups, counted)
+
+    trained.layout = replace(trained.layout, **layout)
+    assert len(trained._micro_batches(replace(mini_batch, micro_batch=noted))) == num_passes
+    assert made.count(False) == num_made
 
 
 def test_order_of_the_pairs_never_changes_loss_or_weights(folder: Path) -> None:

@@ -78,6 +78,9 @@ class AtOnce(Waiter):
                 raise call.ref.error
         return [call.ref.answer for call in calls]
 
+    def cause(self, error: Exception, others: Iterable[Pending]) -> Exception:
+        return error
+
     def first(self, calls: Iterable[Pending]) -> Answer:
         waiting = list(calls)
         assert waiting

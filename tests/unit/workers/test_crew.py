@@ -16,8 +16,8 @@ from rlxf.core.errors import StopRequested, WorkerLost
 from tests.unit.workers.fakes import AtOnce, Process, member
 from workers import crew as module
 from workers.crew import Crew
+from workers.engine import RolloutWorker
 from workers.group import Member, WorkerGroup
-from workers.rollout import RolloutWorker
 from workers.worker import NO_RENDEZVOUS
 
 
@@ -110,7 +110,7 @@ def test_ranks_of_a_group_meet_at_the_first_one() -> None:
 def test_an_engine_in_place_of_another_does_not_sample_before_it_got_weights(
     monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
-    anything: Any = SimpleNamespace(name="cpu")
+    anything: Any = SimpleNamespace(name="cpu", actor_rollout=SimpleNamespace(load=None))
     worker = RolloutWorker(0, 1)
     monkeypatch.setattr(RolloutWorker, "make", staticmethod(lambda *given: ("fresh", given)))
     monkeypatch.setattr(worker, "place", lambda config, master: (anything, anything))

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from rlxf.config.schema import SyncConfig
 from rlxf.core.errors import SyncError, WorkerLost
+from rlxf.core.model_folder import Files
 from rlxf.core.types import PromptBatch, Rollouts, Sequences, Tokens
 from rlxf.rollout.engine import Completion, ProbeResult, Sampling, WeightState, pack_rollouts
 from rlxf.rollout.session import WholeSession
+from rlxf.sync.checksums import Checksums, checksums
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
 from rlxf.sync.probe import Probe
 from rlxf.sync.push import WeightSync
@@ -24,6 +26,7 @@ from rlxf.sync.saved import save_buckets
 from tests.rollout_world import prompt_batch
 from tests.unit.workers.fakes import AtOnce, Process, Ref, Starts, member
 from workers import group as module
+from workers.actor import Sent
 from workers.group import WorkerGroup
 from workers.remote import Pending
 from workers.rollout import RemoteEngines
@@ -31,6 +34,7 @@ from workers.rollout import RemoteEngines
 PLAN = plan_buckets([TensorSpec(f"layers.{i}.w", (4,), "float32", 0) for i in range(5)], 1)
 SAMPLING = Sampling(num_samples=2, max_new_tokens=4)
 PROMPTS = prompt_batch([[5], [6, 7], [8], [9, 10], [11]])
+FILES: Files = ("/models/tiny", (("model.safetensors", 100, 7),))
 FOLDER = -1.0  # what every weight is in an engine that has only loaded its folder
 
 
@@ -39,12 +43,14 @@ class Engine:
 
     def __init__(self) -> None:
         self.state = WeightState()
+        self.damage = 0  # of what it says that it received
+        self.files: Files | None = FILES
         self.weights = dict.fromkeys((spec.name for bucket in PLAN for spec in bucket.tensors), FOLDER)
 
-    def machine(self) -> str:
-        return "m"
+    def open_receivers(self, *_: object) -> None: ...
 
-    def open_receiver(self, *_: object) -> None: ...
+    def start_files(self) -> Files | None:
+        return self.files
 
     def begin_update(self) -> None:
         self.state.begin()
@@ -57,6 +63,10 @@ class Engine:
                 self.missing.discard(name)
 
     load_copy = load_bucket
+
+    def receive(self, bucket: Bucket, message: Any, check: bool, *others: Any) -> list[Checksums]:
+        self.load_bucket(bucket, message)
+        return [checksums(bucket, torch.as_tensor(message) + self.damage)] if check else []
 
     def end_update(self, version: int) -> None:
         with self.state.receiving():
@@ -88,27 +98,32 @@ class Actor:
     def sync_plan(self) -> tuple[Bucket, ...]:
         return PLAN
 
-    def machine(self) -> str:
-        return "m"
+    def join_receivers(self) -> list[Pending]:
+        return []
+
+    def start_files(self) -> list[Files | None]:
+        return [FILES, FILES]
 
     def payload(self, index: int) -> np.ndarray[Any, Any]:
         payload = torch.empty(PLAN[index].num_bytes, dtype=torch.uint8)
         PLAN[index].fill(payload, [(spec.name, torch.full(spec.shape, self.weight)) for spec in PLAN[index].tensors])
         return payload.numpy()
 
-    def send_bucket(self, index: int) -> tuple[list[Pending], Any]:
-        ref = Ref(Process(self), "send_bucket")
-        ref.answer = self.payload(index)
-        return [Pending(ref, "train rank 0", "send_bucket")], ref
+    def send_bucket(self, index: int, *, check: bool) -> Sent:
+        return self._sent("send_bucket", index, self.payload(index), check=check)
 
-    def send_saved_bucket(self, index: int, checkpoint: Path) -> tuple[list[Pending], Any]:
+    def _sent(self, method: str, index: int, payload: Any, *, check: bool) -> Sent:
+        message, done = (Ref(Process(self), method) for _ in range(2))
+        message.answer = payload
+        done.answer = checksums(PLAN[index], torch.as_tensor(payload)) if check else None
+        return Sent([Pending(done, "train rank 0", method)], message)
+
+    def send_saved_bucket(self, index: int, checkpoint: Path, *, check: bool) -> Sent:
         from rlxf.sync.saved import saved_tensors
 
-        ref = Ref(Process(self), "send_saved_bucket")
         payload = torch.empty(PLAN[index].num_bytes, dtype=torch.uint8)
         PLAN[index].fill(payload, saved_tensors(checkpoint, PLAN[index]))
-        ref.answer = payload.numpy()
-        return [Pending(ref, "train rank 0", "send_saved_bucket")], ref
+        return self._sent("send_saved_bucket", index, payload.numpy(), check=check)
 
     def export_copy(self, index: int) -> Any:
         self.copies.append(index)
@@ -121,7 +136,8 @@ class Actor:
 class Wire:
     """A transport whose messages are the bytes."""
 
-    title = "wire"
+    name, title = "object_store", "wire"
+    everywhere, keeps_what_was_sent = False, True
 
     def __init__(self, window: int = 1) -> None:
         self.window = window
@@ -132,7 +148,7 @@ class Wire:
         sink.open_receivers(self, "address")
         return "address"
 
-    def receiver(self, address: str) -> Any:
+    def receiver(self, address: str, place: Any) -> Any:
         return self
 
     def receive(self, bucket: Bucket, message: Any) -> Tensor:
@@ -142,7 +158,7 @@ class Wire:
 class World:
     """Engines of a run in which version 1 has been pushed."""
 
-    def __init__(self, *dies_in: list[str], keeps: bool = False, window: int = 1) -> None:
+    def __init__(self, *dies_in: list[str], keeps: bool = False, window: int = 1, pushes: bool = True) -> None:
         self.actor, self.wire, self.waiter = Actor(), Wire(window), AtOnce()
         self.later: list[list[str]] = []  # methods in which the processes die that take the places of others
         self.starts = Starts(lambda rank: Process(Engine(), self.later.pop(0) if self.later else ()))
@@ -151,23 +167,84 @@ class World:
         self.group = WorkerGroup(members, self.waiter, self.starts)
         actor: Any = self.actor
         wire: Any = self.wire
-        self.engines = RemoteEngines(self.group, actor, choose=lambda engines: wire, keeps=keeps)
+        self.engines = RemoteEngines(self.group, actor, choose=lambda: wire, keeps=keeps)
         self.engines.connect()
         probe = Probe(prompt=Tokens.from_rows([[5, 6]]), num_tokens=3, tolerance=1e-4)
         self.sync = WeightSync(actor, self.engines, SyncConfig(verify_first=1, verify_interval=0), probe)
-        self.sync.push(1)
+        if pushes:
+            self.sync.push(1)
         for process, methods in zip(self.processes, dies_in, strict=True):
             process.dies_in += methods
 
     def calls(self, rank: int) -> list[str]:
         """Of the process that has the rank now, but for the pushes and probes."""
-        skip = ("begin_update", "load_bucket", "load_copy", "end_update", "open_receiver", "machine", "probe")
+        skip = ("begin_update", "receive", "load_copy", "end_update", "open_receivers", "probe")
         return [call for call in self.group.members[rank].handle.calls if call not in skip]
 
 
 @pytest.fixture(autouse=True)
 def _no_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.ray, "put", lambda value: value)
+
+
+class Start:
+    """Engines and actor that have loaded the same files, and nothing is pushed yet."""
+
+    def __init__(self, *dies_in: list[str], keeps: bool = False, alike: bool = True) -> None:
+        self.world = World(*dies_in, keeps=keeps, pushes=False)
+        self.world.actor.weight = FOLDER
+        self.engines = [process.room for process in self.world.processes]
+        probe = Probe(prompt=Tokens.from_rows([[5, 6]]), num_tokens=3, tolerance=1e-4)
+        actor: Any = self.world.actor
+        self.sync = WeightSync(actor, self.world.engines, SyncConfig(verify_first=1), probe, alike=alike)
+
+    def pushes(self) -> int:
+        return self.world.processes[0].calls.count("begin_update")
+
+
+def test_what_both_sides_loaded_is_not_pushed() -> None:
+    start = Start([], [])
+    assert start.sync.push(0).num_bytes == 0
+    assert start.pushes() == 0
+    assert_whole(start.world.engines.generate(PROMPTS, SAMPLING), version=0, weight=int(FOLDER))
+    start.sync.push(1)
+    start.sync.push(0)  # from here on only a push says what they hold
+    assert start.pushes() == 2
+
+
+@pytest.mark.parametrize(
+    "files",
+    [None, ("/models/tiny", (("model.safetensors", 100, 8),)), ("/other/tiny", (("model.safetensors", 100, 7),))],
+    ids=["unknown", "changed since", "another folder"],
+)
+def test_other_files_are_pushed(files: Files | None) -> None:
+    start = Start([], [])
+    start.engines[1].files = files
+    start.sync.push(0)
+    assert start.pushes() == 1
+
+
+def test_weights_that_are_in_no_file_are_pushed() -> None:
+    start = Start([], alike=False)
+    start.sync.push(0)
+    assert start.pushes() == 1
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_an_engine_that_is_started_again_gets_what_the_others_loaded(keeps: bool) -> None:
+    start = Start(["generate"], keeps=keeps)
+    start.sync.push(0)
+    if keeps:  # the trainer is at work meanwhile
+        start.world.actor.weight = 2.0
+    assert_whole(start.world.engines.generate(PROMPTS, SAMPLING), version=0, weight=int(FOLDER))
+    assert start.world.calls(0).count("build") == 1
+
+
+def test_a_tensor_that_an_engine_received_changed_ends_the_push() -> None:
+    world = World([], [], pushes=False)
+    world.processes[1].room.damage = 1
+    with pytest.raises(SyncError, match=r"rank 1 on node a received other bytes .* layers\.0\.w"):
+        world.sync.push(1)
 
 
 def assert_whole(rollouts: Rollouts, version: int = 1, weight: int = 1) -> None:
@@ -264,7 +341,7 @@ def test_it_may_be_lost_again_in_a_later_step() -> None:
     assert world.starts.back == [0] * 4
 
 
-@pytest.mark.parametrize("method", ["begin_update", "load_bucket", "end_update"])
+@pytest.mark.parametrize("method", ["begin_update", "receive", "end_update"])
 @pytest.mark.parametrize("window", [1, 2])
 def test_a_push_in_which_an_engine_is_lost_is_repeated_in_full(method: str, window: int) -> None:
     world = World([], [method], window=window)
@@ -289,9 +366,9 @@ def test_an_engine_that_is_lost_in_the_probe_is_pushed_and_probed_again() -> Non
 
 
 def test_two_losses_in_one_push_end_the_run() -> None:
-    world = World([], ["load_bucket"])
-    world.later = [["load_bucket"]]
-    with pytest.raises(WorkerLost, match="lost rank 1 on node a during load_bucket"):
+    world = World([], ["receive"])
+    world.later = [["receive"]]
+    with pytest.raises(WorkerLost, match="lost rank 1 on node a during receive"):
         world.sync.push(2)
     assert world.starts.started == [1]
 
@@ -299,7 +376,7 @@ def test_two_losses_in_one_push_end_the_run() -> None:
 def test_a_push_that_fails_although_every_engine_lives_ends_the_run() -> None:
     world = World([], [])
 
-    def gone(index: int) -> tuple[list[Pending], Any]:
+    def gone(index: int, *, check: bool) -> Sent:
         raise WorkerLost("lost train rank 0")
 
     world.actor.send_bucket = gone  # type: ignore[method-assign]

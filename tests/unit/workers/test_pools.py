@@ -6,17 +6,20 @@ import itertools
 import json
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rlxf.config.load import load_config
 from rlxf.core.errors import RunInterrupted, StageTimeout, StopRequested
 from rlxf.core.events import NAME, recorded_events
-from rlxf.placement.plan import NodeResources
+from rlxf.placement.plan import NodeResources, Plan, make_plan
+from tests.unit.config.recipes import recipe
 from workers import pools as module
-from workers.pools import Pools, Slot, _fit
+from workers.pools import Pools, Slot, _bundles, _fit
 
 A, B, C = "10.0.0.1 (aaaaaa)", "10.0.0.2 (bbbbbb)", "10.0.0.3 (cccccc)"
 
@@ -49,6 +52,7 @@ class World:
         pools._plan = SimpleNamespace(resource="NPU")  # type: ignore[assignment]
         pools._waiter = self  # type: ignore[assignment]
         pools._node_wait_s, pools._moved, pools._sizes, pools._groups = node_wait_s, {}, {}, {}
+        pools._units = {}
         return pools
 
     def slots(self, pools: Pools, *bundles: tuple[str, float], sharing: int = 1) -> list[Slot]:
@@ -136,6 +140,31 @@ def test_roles_that_share_a_bundle_move_together(world: World) -> None:
     assert world.free[A] == 0.0  # nothing is left for another claim
     assert [slot.place for slot in pools.living([second, third])] == [moved.place] * 2
     assert moved.amount == pytest.approx(1 / 3)
+
+
+def test_the_bundles_of_one_engine_move_to_one_node(world: World) -> None:
+    """An engine of two devices, two trainer ranks on them, and another rank: whoever asks first."""
+    pools = world.pools()
+    slots = world.slots(pools, (B, 1.0), (B, 1.0), (B, 1.0), sharing=2)
+    engine = replace(slots[0], others=(1,))
+    pools._note(engine, 1.0)
+    del world.free[B]
+    world.free |= {A: 1.0, C: 2.0}
+    ranks = pools.living([slots[5], slots[1]])  # without the second device of the engine
+    assert [slot.node for slot in ranks] == [A, C]  # the pair is placed first, where both find room
+    assert world.free == {A: 0.0, C: 0.0}
+    (moved,) = pools.living([engine])
+    (second,) = pools.living([slots[3]])
+    assert (moved.node, moved.place, len(moved.others)) == (C, ranks[1].place, 1)
+    assert (second.node, second.place) == (C, (moved.place[0], moved.others[0]))
+    del world.free[C]
+    world.free |= {A: 1.0, B: 2.0}  # and once more, asked by what was known at the start and by what is now
+    again = pools.living([engine])
+    assert again == pools.living([moved])
+    assert [slot.place for slot in pools.living([slots[1], slots[3]])] == [
+        (again[0].place[0], bundle) for bundle in (again[0].bundle, *again[0].others)
+    ]
+    assert world.free == {A: 1.0, B: 0.0}
 
 
 def test_a_slot_may_move_more_than_once(world: World) -> None:
@@ -244,6 +273,54 @@ def test_each_bundle_needs_room_on_one_node(sizes: list[float], free: list[float
     assert (found is not None) is fits
     for node, amount in enumerate(free if found else ()):
         assert sum(size for size, place in zip(sizes, found or (), strict=True) if place == str(node)) <= amount
+
+
+def plan_of(pool: dict[str, Any], **actor: int) -> Plan:
+    return make_plan(load_config(recipe(training={"device": "npu"}, actor_rollout=actor, resource_pool=pool)))
+
+
+TWO = {"inference_tensor_model_parallel_size": 2}
+ALL = ["train", "infer", "ref", "reward"]
+
+
+@pytest.mark.parametrize(
+    ("pool", "actor", "bundles"),
+    [
+        ({"actor_rollout": [1, 2]}, {"num_gpus_for_infer": 2, **TWO}, [(0,), (1, 2)]),  # as without colocation
+        (
+            {"actor_rollout": [4], "colocate": ALL},
+            {"num_gpus_for_train": 4, "num_gpus_for_infer": 4, **TWO},
+            [(0,), (1,), (2,), (3,)],
+        ),
+        # The second engine shares nothing, so Ray can give it both of its devices.
+        (
+            {"actor_rollout": [4], "colocate": ["train", "infer"]},
+            {"num_gpus_for_train": 2, "num_gpus_for_infer": 4, **TWO},
+            [(0,), (1,), (2, 3)],
+        ),
+        ({"actor_rollout": [3], "colocate": ["infer", "ref"]}, {"num_gpus_for_infer": 2, **TWO}, [(0,), (1,), (2,)]),
+    ],
+)
+def test_a_device_that_is_shared_is_a_bundle_of_its_own(
+    pool: dict[str, Any], actor: dict[str, int], bundles: list[tuple[int, ...]]
+) -> None:
+    plan = plan_of(pool, **actor)
+    assert _bundles(plan, plan.group("actor_rollout")) == bundles
+
+
+def test_an_engine_takes_a_share_of_its_first_device_and_knows_the_others(world: World) -> None:
+    plan = plan_of(
+        {"actor_rollout": [4], "ref": [2], "colocate": ["train", "infer", "ref"]},
+        **{"num_gpus_for_train": 4, "num_gpus_for_infer": 4, **TWO},
+    )
+    pools, group = world.pools(), Group([{"NPU": 1.0}] * 4, [A] * 4)
+    pools._plan, pools._nodes = plan, {("actor_rollout", 0): A}
+    pools._groups = {"actor_rollout": group}  # type: ignore[dict-item]
+    slots = {role.role: pools.slots(role) for role in plan.roles if role.group == "actor_rollout"}
+    assert [(slot.bundle, slot.others, slot.amount) for slot in slots["infer"]] == [(0, (1,), 0.3333), (2, (3,), 0.5)]
+    assert [(slot.bundle, slot.others) for slot in slots["train"]] == [(0, ()), (1, ()), (2, ()), (3, ())]
+    assert [slot.amount for slot in slots["train"]] == [0.3333, 0.3333, 0.5, 0.5]
+    assert set(pools._sizes.values()) == {1.0}
 
 
 def test_a_node_answers_if_its_raylet_takes_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:

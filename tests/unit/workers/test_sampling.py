@@ -16,7 +16,7 @@ from rlxf.rollout.engine import Sampling
 from tests.unit.workers.fakes import Process
 from tests.unit.workers.test_engines import PROMPTS, SAMPLING, Engine, World, assert_whole
 from workers import group as module
-from workers.rollout import RolloutWorker
+from workers.engine import RolloutWorker
 
 K = SAMPLING.num_samples
 

@@ -10,7 +10,7 @@ import pytest
 
 from rlxf.rollout.engine import Sampling
 from workers.actor import ActorWorker
-from workers.rollout import RolloutWorker
+from workers.engine import RolloutWorker
 from workers.worker import Worker
 
 
