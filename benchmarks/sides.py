@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.random_world import EOS, PROMPT_LENGTHS, World  # noqa: E402 - the root must be importable first
 from benchmarks.turns import Gate, GatedClock  # noqa: E402
-from workers.rollout import RolloutWorker  # noqa: E402
+from workers.engine import RolloutWorker  # noqa: E402
 
 SAMPLES = 2  # per prompt: TRL has no other number
 SPEC = "RLXF_BENCHMARK_WORK"  # environment variable that tells a worker process what a step's lengths are

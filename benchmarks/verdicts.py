@@ -43,7 +43,7 @@ SETTINGS = (
 )
 # What no rule can read in a run of one process, or what says nothing of a policy.
 POOLS = ("timing/idle_", "timing/gen", "rollout/tail_s")  # kept of runs on Ray
-LEFT_OUT = ("timing/", "memory/", "pipeline/", "prompt_length/", "rollout/tokens_per_s", "rollout/tail_s", "sync/bytes")
+LEFT_OUT = ("timing/", "memory/", "pipeline/", "prompt_length/", "rollout/tokens_per_s", "rollout/tail_s", "sync/")
 DIGITS = 5
 
 
