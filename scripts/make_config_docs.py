@@ -44,6 +44,7 @@ python ray_gpt.py --config-name online_dpo_trainer_tiny training.seed=2 actor_ro
 - If no section sets them, `ref` and `reward` take `bf16`, `seq_length` and `micro_batch_size` from the actor. `ref`
   also takes `load`. If their folders do not exist and they name no `model`, they take the actor's shape.
 - `reward.load`, `reward.function` or `reward.sources` on the command line replaces the others in the recipe.
+- `micro_batch_size` of a section on the command line replaces its `max_tokens_per_micro_batch` in the recipe.
 - **Paths** are relative to the folder where you type the command.
 - An unknown key, in a file or on the command line, is an error. The message names the nearest valid key. All mistakes
   in a recipe are reported at once.
