@@ -11,7 +11,8 @@ from rlxf.observe.formulas import read_jsonl
 from tests.cluster.conftest import Cluster, Recipe
 from tests.cluster.faults import Fault, happened
 from tests.cluster.faults import run as faulty
-from tests.cluster.test_launch import numbers, succeed
+from tests.cluster.test_launch import succeed
+from tests.cluster.test_recovery import without_shares
 from tests.cluster.test_resume import weights
 
 pytestmark = pytest.mark.cluster
@@ -72,7 +73,7 @@ def test_a_broadcast_brings_what_shared_memory_brings(
 
 
 def assert_same(run_dir: Path, undisturbed: Path) -> None:
-    assert numbers(run_dir) == numbers(undisturbed)
+    assert without_shares(run_dir) == without_shares(undisturbed)
     assert (run_dir / "rollouts.jsonl").read_bytes() == (undisturbed / "rollouts.jsonl").read_bytes()
     found, expected = weights(run_dir), weights(undisturbed)
     assert all(found[name].equal(value) for name, value in expected.items())
