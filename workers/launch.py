@@ -82,12 +82,12 @@ def load(crew: Crew, waiter: Waiter, config: RunConfig) -> None:
 
     An engine finds out how much memory is left for its cache: what others take meanwhile would count as its own.
     """
-    first: list[Role] = ["infer"] if config.takes_turns else []
-    for role in first:
-        waiter.gather(crew.load([role]), config.training.start_timeout_s)
-        waiter.gather(crew.groups[role].send("sleep"), config.training.start_timeout_s)
-    others = [role for role in crew.groups if role not in first]
-    waiter.gather(crew.load(others), config.training.start_timeout_s)
+    limit_s = config.training.start_timeout_s
+    if config.takes_turns:
+        waiter.gather(crew.load(["infer"]), limit_s)
+        waiter.gather(crew.groups["infer"].send("sleep"), limit_s)
+    others = [role for role in crew.groups if role != "infer" or not config.takes_turns]
+    waiter.gather(crew.load(others), limit_s)
 
 
 def _require_shared_storage(config: RunConfig, run_dir: Path, crew: Crew) -> None:

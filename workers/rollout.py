@@ -85,6 +85,7 @@ class RemoteEngines:
         self._own_end: Receiver | None = None  # of a run that keeps what was pushed
         self._kept: dict[int, Message] = {}  # the messages of the last push, or references to them
         self._plan: tuple[Bucket, ...] = ()
+        self._specs: tuple[Any, ...] = ()  # references to its buckets, which each call of a push names: sent once
         self._version = 0  # of the last push
         self._saved: Path | None = None  # the checkpoint that its weights were read from; None: they were the actor's
         # Engines that were started again:
@@ -114,6 +115,7 @@ class RemoteEngines:
         self._own_end = transport.receiver(address, ReceiverPlace(platform=get_platform("cpu"))) if here else None
         self._kept.clear()
         self._plan = self._actor.sync_plan()
+        self._specs = tuple(ray.put(bucket) for bucket in self._plan)
         self._renewed = False
         return transport
 
@@ -320,17 +322,17 @@ class RemoteEngines:
 
     def send(self, index: int, bucket: Bucket) -> None:
         self._saved = None
-        self._send(index, bucket, self._actor.send_bucket(index, check=self._check))
+        self._send(index, self._actor.send_bucket(index, check=self._check))
 
     def send_saved(self, index: int, bucket: Bucket, checkpoint: Path) -> None:
         self._saved = checkpoint
-        self._send(index, bucket, self._actor.send_saved_bucket(index, checkpoint, check=self._check))
+        self._send(index, self._actor.send_saved_bucket(index, checkpoint, check=self._check))
 
-    def _send(self, index: int, bucket: Bucket, sent: Sent) -> None:
+    def _send(self, index: int, sent: Sent) -> None:
         if self._own_end is not None:
             self._kept[index] = sent.message
         others = [call.ref for call in sent.calls[1:]] if self._transport.everywhere else []
-        received = self._group.send("receive", bucket, sent.message, self._check, *others)
+        received = self._group.send("receive", self._specs[index], sent.message, self._check, *others)
         self._under_way.append(_UnderWay(self._begun, sent.calls, received))
         self._begun = []
         if len(self._under_way) == self._transport.window:

@@ -208,6 +208,22 @@ def test_every_process_of_an_engine_receives_by_itself(world: World) -> None:
     assert update == [entry for entry in whole(1) for _ in range(2)] + [1]
 
 
+@pytest.mark.parametrize("world", ["shared_memory"], indirect=True)
+def test_names_and_shapes_travel_once_per_connection(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, stored = ray.put, list[object]()
+
+    def counted(value: object) -> Any:
+        stored.append(value)
+        return put(value)
+
+    monkeypatch.setattr(ray, "put", counted)
+    world.push(1)
+    world.push(2)
+    assert not any(isinstance(value, Bucket) for value in stored)
+    world.sink.connect(world.transport)
+    assert [value for value in stored if isinstance(value, Bucket)] == list(PLAN)
+
+
 def test_a_tensor_that_arrives_changed_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.push(1, check=True)
     monkeypatch.setattr("workers.rollout.compare", partial(_compare_changed, "model.layers.3.weight"))

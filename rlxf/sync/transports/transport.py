@@ -7,7 +7,7 @@ bucket of the plan after the other and passes each message on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,9 +24,6 @@ Address = Any
 
 Message = Any
 """What a sender tells the receivers of one bucket: its bytes, or where they are. Only the two ends read it."""
-
-Local = Callable[[Any], Tensor]
-"""A rank's share of one parameter, in place of the model's own (``MegatronModel.collect``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
