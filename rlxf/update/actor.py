@@ -303,19 +303,20 @@ class MegatronActor:
     def pushed_copy(self, index: int) -> Tensor:
         """``export_copy`` of the weights that were pushed last."""
         assert self._kept is not None  # the run said that somebody may ask
-        bucket = self._sync_plan[index]
-        payload = torch.empty(bucket.num_bytes, dtype=torch.uint8)
-        bucket.fill(payload, self._kept.export(self._names(index)))
-        return payload
+        return self._packed(index, self._kept.export(self._names(index)))
 
     def export_copy(self, index: int) -> Tensor:
         """[num_bytes] uint8 on the CPU: the newest weights of bucket ``index``, filled in on rank 0 only.
 
         Every rank must call it, in the same order.
         """
+        return self._packed(index, self.bucket_tensors(index))
+
+    def _packed(self, index: int, tensors: Iterator[tuple[str, Tensor]]) -> Tensor:
+        """[num_bytes] uint8 on the CPU: the tensors of bucket ``index`` in their places."""
         bucket = self._sync_plan[index]
         payload = torch.empty(bucket.num_bytes, dtype=torch.uint8)
-        bucket.fill(payload, self.bucket_tensors(index))
+        bucket.fill(payload, tensors)
         return payload
 
     def save_hf(self, folder: Path) -> None:
