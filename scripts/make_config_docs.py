@@ -20,7 +20,7 @@ from rlxf.config.kinds import Beta, Strict  # noqa: E402
 PAGE = ROOT / "docs" / "config.md"
 INTRO = """# Configuration
 
-*Generated from the docstrings in `rlxf/config/{schema,roles,rewards}.py` by `scripts/make_config_docs.py`; do not
+*Generated from the docstrings in `rlxf/config/{schema,roles,rewards,plan}.py` by `scripts/make_config_docs.py`; do not
 edit.*
 
 This page lists every key that a recipe can set, with its type, its default and its meaning. The [glossary](glossary.md)
@@ -31,8 +31,8 @@ python ray_gpt.py --config-name online_dpo_trainer_tiny training.seed=2 actor_ro
 ```
 
 - **You can set every key of this page on the command line** as `section.key=value`, for any recipe. `--cfg job` prints
-  the composed recipe. `dry_run=true` checks it and prints its placement plan. `--multirun` runs several recipes.
-  `--config-dir` adds a folder of your own recipes. `hydra.run.dir` sets the run's folder (default
+  the composed recipe. `dry_run=true` checks it and prints [what it costs](planner.md). `--multirun` runs several
+  recipes. `--config-dir` adds a folder of your own recipes. `hydra.run.dir` sets the run's folder (default
   `outputs/<recipe>/<date>_<time>`).
 - **Where a value comes from**: the role's own key, else `training`, else the role's `model.<name>` section, else the
   default below. `null` means the same as leaving the key out. `training` may hold any key of a role; it is then the
@@ -66,7 +66,7 @@ def kind(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(annotation) is Literal:
         return " / ".join(f"`{value}`" for value in inner)
     if marks:
-        places = {"output": "path of a folder", "data": "path, or list of paths"}
+        places = {"output": "path", "data": "path, or list of paths"}
         place = places.get(marks[0].kind, f"path of a {marks[0].kind}")
         return " / ".join([*(f"`{word}`" for word in marks[0].words), place])
     if get_origin(annotation) is dict:
@@ -137,8 +137,8 @@ def page() -> str:
     parts.append(section("ref", roles.ReferenceConfig, above=roles.RoleConfig))
     parts.append(section("reward", roles.RewardConfig, above=roles.RoleConfig))
     parts.append(section("reward.sources[]", rewards.RewardSource))
-    for name in ("rollout", "sync", "algorithm", "judge", "resource_pool", "resilience", "eval", "log", "health"):
-        parts.append(section(name, keys.SECTIONS[name]))
+    last = ("rollout", "sync", "algorithm", "judge", "resource_pool", "resilience", "eval", "log", "health", "plan")
+    parts += [section(name, keys.SECTIONS[name]) for name in last]
     parts.append(section("model.<name>", schema.ModelConfig))
     return "".join([*parts, older_names()])
 

@@ -102,6 +102,10 @@ class VllmProxy:
         """Requests that vLLM has under way."""
         return self._call("num_unfinished")
 
+    def memory(self) -> tuple[int, int, int]:
+        """Blocks of the cache, tokens of a block, and bytes of the parameters, as vLLM has them."""
+        return self._call("memory")
+
     def set_prompts_per_call(self, count: int | None) -> None:
         self._call("set_prompts_per_call", count)
 
@@ -174,6 +178,10 @@ def _answer(engine: Any, method: str, args: tuple[Any, ...]) -> Any:
         return found(*rest) if callable(found) else found
     if method == "num_unfinished":
         return engine._llm.llm_engine.get_num_unfinished_requests()
+    if method == "memory":
+        cache = engine._llm.llm_engine.vllm_config.cache_config
+        (weights,) = engine._llm.apply_model(_parameter_bytes)
+        return cache.num_gpu_blocks, cache.block_size, weights
     if method == "check_form":
         from rlxf.rollout.vllm import _check_structure
 
@@ -189,6 +197,10 @@ def _answer(engine: Any, method: str, args: tuple[Any, ...]) -> Any:
         payload.zero_()  # a sender may reuse its memory at once
         return None
     return getattr(engine, method)(*args)
+
+
+def _parameter_bytes(model: Any) -> int:
+    return sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
 
 
 def _forget(engine: Any, step: str | None) -> None:

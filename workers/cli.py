@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,17 @@ def typed(command: Command) -> Typed:
         if option in command.typed:
             flags += [option, _value_of((option,), command.typed)]
     return Typed(name, (*flags, *(override.lstrip("+") for override in hydra.overrides.task)))
+
+
+def typed_values(command: Command, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command line sets in the sections of a recipe, by ``section.key``, for a recipe that repeats it."""
+    found = {}
+    for key in sorted(command.keys):
+        section, _, name = key.partition(".")
+        values = raw.get(section)
+        if section not in ("plan", "hydra", *_GROUPS) and isinstance(values, dict) and name in values:
+            found[key] = values[name]
+    return found
 
 
 def discard_empty(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """A placement plan before anything runs: ``dry_run=true`` prints it, a plan that this machine cannot hold is refused.
 
-Neither torch nor Ray is imported, unless a dry run finds a cluster.
+Neither torch nor Ray is imported, unless a dry run finds a cluster, or plans for a CPU, which is measured.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
+from rlxf.assembly.planning import Recipe, for_its_device, plan_costs, plan_layouts, require_memory
 from rlxf.config.devices import device_facts
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import PlacementError
@@ -17,28 +18,46 @@ from rlxf.placement.text import describe, describe_crossing, describe_nodes
 from .address import running_cluster
 
 
-def dry_run(config: RunConfig) -> None:
-    """Print the plan to stdout.
+def dry_run(config: RunConfig, recipe: Recipe | None = None) -> None:
+    """Print the plan to stdout: roles, memory, time, the cluster, and the layouts that ``plan.devices`` asks for.
 
     Raises:
+        ConfigError: a key of ``plan`` names something that does not exist.
         PlacementError: the running cluster cannot hold it.
+        OutOfMemoryPlan: by estimate a device has too little memory for its roles.
     """
+    address = None if config.runtime == "local" else running_cluster()
+    if address is None:
+        config = for_its_device(config)
     plan = make_plan(config)
     _say(describe(config, plan))
+    problem = _crowded_here(config, plan) if address is None and config.runtime == "ray" else None
+    # Where this CPU has far too few cores the plan may be meant for other CPUs, which cannot be measured here.
+    costs = plan_costs(config, _say, color=sys.stdout.isatty()) if problem is None else None
+    nodes = _cluster(config, plan, address, problem)
+    if config.plan.devices is not None:
+        sizes = [int(node.total.get(plan.resource, 0)) for node in nodes]
+        plan_layouts(config, sizes, recipe or Recipe(), _say)
+    elif costs is not None:
+        require_memory(config, costs)
+
+
+def _cluster(config: RunConfig, plan: Plan, address: str | None, problem: str | None) -> list[NodeResources]:
+    """Print what the running cluster has; its nodes."""
     if config.runtime == "local":
-        return
-    address = running_cluster()
+        return []
     if address is None:
         _say("\ncluster: none is running here\n")
-        problem = _crowded_here(config, plan)  # the plan may be meant for other machines, so it is no error
+        # The plan may be meant for other machines, so it is no error.
         _say(f"on this machine alone it would not start: {problem}\n" if problem else "")
-        return
+        return []
     nodes = _nodes_of(address)
     _say(f"\ncluster: {address}\n{describe_nodes(plan, nodes)}")
     problems = fit(plan, nodes)
-    if problems:
+    if problems and config.plan.devices is None:
         raise PlacementError("\n".join(problems))
-    _say(f"it has room for this recipe\n{describe_crossing(plan, nodes)}")
+    _say("\n".join([*problems, ""]) if problems else f"it has room for this recipe\n{describe_crossing(plan, nodes)}")
+    return nodes
 
 
 def require_cores(config: RunConfig) -> None:

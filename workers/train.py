@@ -9,10 +9,12 @@ from dataclasses import replace
 import hydra
 from omegaconf import DictConfig
 
+from rlxf.assembly.planning import Recipe
 from rlxf.config.load import load_config
 from rlxf.core.command import Typed
 from rlxf.core.errors import ConfigError, RlxfError
 from rlxf.core.places import RECIPES
+from rlxf.planner.estimate import device_of
 
 from . import cli
 from .dry_run import dry_run, require_cores
@@ -53,9 +55,11 @@ def main(program: Sequence[str], arguments: Sequence[str]) -> int:
 
 def start(composed: DictConfig, command: cli.Command, typed: Typed) -> None:
     """Check the composed recipe, then run it, or print its plan."""
-    config = load_config(cli.plain(composed, command.problems), earlier=command.problems, typed=command.keys)
+    raw = cli.plain(composed, command.problems)
+    config = load_config(raw, earlier=command.problems, typed=command.keys)
+    device_of(config)  # a device that does not exist is told before anything starts
     if config.dry_run:
-        dry_run(config)
+        dry_run(config, Recipe(name=typed.config_name, typed=cli.typed_values(command, raw)))
     elif config.runtime == "ray":
         require_cores(config)  # before torch and Ray are imported
         from .launch import launch

@@ -15,6 +15,7 @@ from rlxf.assembly.data import Data
 from rlxf.assembly.judge import build_judge
 from rlxf.assembly.rewards import make_rewards
 from rlxf.assembly.roles import policy_folder
+from rlxf.assembly.speed import start_speed
 from rlxf.checkpointing.resume import Resume, initial_policy
 from rlxf.checkpointing.rows import save_rows
 from rlxf.checkpointing.run_folder import RunFolder
@@ -146,14 +147,9 @@ def build_run(
         save_rows(checkpoint, report.unwritten())
 
     folder = RunFolder(
-        config,
-        run_dir,
-        roles.actor,
-        describe=describe,
-        saved=report.saved,
-        also=also,
+        config, run_dir, roles.actor, describe=describe, saved=report.saved, also=also,
         resumed=resume.folder if resume else None,
-    )
+    )  # fmt: skip
     if resume is not None:
         with stop.interruptible():
             _restore(resume, data, roles, sync, evaluation, refresh)
@@ -177,6 +173,7 @@ def build_run(
         state=state,
         lanes=lanes,
         memory=memory,
+        speed=start_speed(config, run_dir, platform, state.num_tokens),
         steps=steps,
         resumed=resume.folder if resume else None,
         later=Later(at_once=isinstance(lanes, OneAfterTheOther)),

@@ -144,7 +144,31 @@ def build_engine(
     """
     from rlxf.rollout import ENGINES
 
-    return ENGINES[config.engine](replace(engine_settings(config), stale=stale), platform)
+    settings = engine_settings(config)
+    if settings.rollout.gpu_memory_utilization is None:
+        update = {"gpu_memory_utilization": _share_of_memory(config, platform)}
+        settings = replace(settings, rollout=settings.rollout.model_copy(update=update))
+    return ENGINES[config.engine](replace(settings, stale=stale), platform)
+
+
+_MOST = 0.95  # of a device's memory, for an engine whose plan does not fit: vLLM then says what is missing
+
+
+def _share_of_memory(config: RunConfig, platform: Platform) -> float | None:
+    """What an engine takes of this device if the recipe leaves it open: what the other roles of the device leave.
+
+    None: there is no vLLM engine on a device with a memory of its own.
+    """
+    from rlxf.planner.estimate import device_of
+    from rlxf.planner.jobs import jobs_of
+    from rlxf.planner.memory import utilization_of
+
+    memory = platform.total_memory()
+    if not memory:
+        return None
+    device, _ = device_of(config)
+    share = utilization_of(jobs_of(config), device.with_memory(memory))
+    return None if share is None else min(share, _MOST)
 
 
 def engine_settings(config: RunConfig) -> EngineSettings:

@@ -13,7 +13,7 @@ from rlxf.config.problems import show
 from rlxf.config.schema import RunConfig
 
 # Keys that change no number: where and how often a run writes, how long it waits, what it prints.
-_HARMLESS_SECTIONS = ("log", "sync", "eval", "resilience", "health")
+_HARMLESS_SECTIONS = ("log", "sync", "eval", "resilience", "health", "plan")
 _HARMLESS = {
     *(f"training.{key}" for key in ("resume", "save_interval", "save_hf_interval", "async_save", "eval_interval")),
     "training.eval_only",

@@ -17,6 +17,7 @@ from rlxf.config.losses import loss_problems, warn_of_other_stages
 from rlxf.config.pairs import pair_problems
 from rlxf.config.parallel import layout_problems, rollout_layout_problems
 from rlxf.config.placement import placement_problems
+from rlxf.config.planning import plan_problems
 from rlxf.config.problems import Problem, show, wrong
 from rlxf.config.read_position import warn_of_read_position
 from rlxf.config.recording import holds_scores
@@ -30,11 +31,16 @@ logger = logging.getLogger(__name__)
 
 
 def check(config: RunConfig) -> list[Problem]:
-    """All mistakes that no single value shows."""
-    found = [problem for group in _GROUPS for problem in group(config)]
+    """All mistakes that no single value shows. A recipe without any may get warnings, in the log."""
+    found = mistakes(config)
     if not found:
         _warn(config)
     return found
+
+
+def mistakes(config: RunConfig) -> list[Problem]:
+    """All mistakes that no single value shows."""
+    return [problem for group in _GROUPS for problem in group(config)]
 
 
 def _roles(config: RunConfig) -> Iterator[tuple[str, RoleConfig]]:
@@ -370,6 +376,7 @@ _GROUPS: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     lora_problems,
     _reward,
     judge_problems,
+    plan_problems,
     _engine,
     _local,
 )

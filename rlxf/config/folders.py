@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from rlxf.config.config_json import read_settings
 from rlxf.config.kinds import RESUME_WORDS
 from rlxf.config.problems import Problem, show
@@ -127,6 +129,7 @@ def folder_problems(config: RunConfig) -> Iterator[Problem]:
                 expected += f"; or one of {', '.join(RESUME_WORDS)}"
             yield Problem((key,), f"{key} = {place}: {expected}")
     yield from _save_folder(config)
+    yield from _calibrated_file(config)
     yield from _model_folders(config)
     yield from _vocabularies(config)
 
@@ -154,6 +157,37 @@ def _save_folder(config: RunConfig) -> Iterator[Problem]:
             "training.resume=auto to go on"
         )
         yield Problem((key, "training.resume"), f"{key} = {show(shown(folder))}: {text}")
+
+
+def _calibrated_file(config: RunConfig) -> Iterator[Problem]:
+    """Refuse a file of figures that could not be written at the third step, or that would replace something else."""
+    key, name = "plan.calibrate", config.plan.calibrate
+    if name is None or config.dry_run or config.training.eval_only:
+        return
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        expected = "expected a file that ends in .yaml, so that plan.device can name it"
+    elif not path.parent.is_dir():
+        expected = "its folder does not exist; make it first"
+    elif path.exists() and not (path.is_file() and _holds_figures(path)):
+        expected = "is there, and is no file of a device's figures (configs/rlxf/device); name another one"
+    elif not os.access(path.parent, os.W_OK):
+        expected = "cannot be written; expected a file in a folder of yours"
+    else:
+        return
+    yield Problem((key,), f"{key} = {show(shown(path))}: {expected}")
+
+
+def _holds_figures(path: Path) -> bool:
+    """Whether a file looks like one of ``configs/rlxf/device``; the planner reads it whole."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    if not isinstance(found, dict) or not {"kind", "title", "per_node"} <= found.keys():
+        return False
+    figures = [found.get(key) for key in ("memory_gib", "train_share", "push_s")]
+    return all(isinstance(figure, dict) and {"value", "source", "date"} <= figure.keys() for figure in figures)
 
 
 def _model_folders(config: RunConfig) -> Iterator[Problem]:

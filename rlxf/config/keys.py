@@ -8,6 +8,7 @@ from typing import Any
 
 from rlxf.config.judge import JudgeConfig
 from rlxf.config.kinds import Strict
+from rlxf.config.plan import PlanConfig
 from rlxf.config.roles import ActorConfig, ReferenceConfig, RewardConfig
 from rlxf.config.schema import (
     AlgorithmConfig,
@@ -38,6 +39,7 @@ SECTIONS: dict[str, type[Strict]] = {
     "eval": EvalConfig,
     "log": LogConfig,
     "health": HealthConfig,
+    "plan": PlanConfig,
 }
 TOP_LEVEL = tuple(RunConfig.model_fields)
 ROLE_KEYS = frozenset(key for role in ROLES.values() for key in role.model_fields)

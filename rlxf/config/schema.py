@@ -40,6 +40,7 @@ from rlxf.config.kinds import (
     Tracker,
     TransportName,
 )
+from rlxf.config.plan import PlanConfig
 from rlxf.config.recording import holds_scores
 from rlxf.config.roles import ActorConfig, ReferenceConfig, RewardConfig
 from rlxf.config.stages import STAGES, ObjectiveName, RowKind
@@ -172,9 +173,9 @@ class RolloutConfig(Strict):
     replay_path: File | None = None
     """Recorded completions (`rollouts.jsonl` of an earlier run) for `engine=replay`. Scores in the file are used as
     well."""
-    gpu_memory_utilization: Finite = Field(0.85, gt=0, le=1)
-    """Share of an NPU's or GPU's memory that a rollout engine takes for weights and KV cache. Lower it if other roles
-    share the device."""
+    gpu_memory_utilization: Annotated[Finite, Field(gt=0, le=1)] | None = None
+    """Share of an NPU's or GPU's memory that a rollout engine takes for weights and KV cache. Unset: the planner
+    computes it from what the other roles of the device need (docs/planner.md)."""
     cpu_kv_cache_gib: Positive = 1
     """Size of the KV cache of an engine on a CPU, in GiB."""
     max_num_seqs: Positive | None = None
@@ -326,7 +327,8 @@ class RunConfig(Strict):
     """Where the roles run. `ray`: each role has its own worker processes. `local`: everything runs in one process
     without Ray, where breakpoints work."""
     dry_run: bool = False
-    """Check the recipe, print which role gets which devices, and end. Nothing is loaded."""
+    """Check the recipe, print which role gets which devices and what a step costs by estimate, and end. Nothing is
+    loaded. Exit code 1: by estimate a device has too little memory. See docs/planner.md."""
     training: TrainingConfig
     model: dict[str, ModelConfig]
     actor_rollout: ActorConfig
@@ -341,6 +343,7 @@ class RunConfig(Strict):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     health: HealthConfig = HealthConfig()
+    plan: PlanConfig = PlanConfig()
 
     @property
     def objective(self) -> ObjectiveName:

@@ -39,6 +39,10 @@ class PlacementError(RlxfError):
     exit_code = 3
 
 
+class OutOfMemoryPlan(RlxfError):
+    """By estimate a role needs more memory than its devices have; only a dry run raises it."""
+
+
 class ShapeError(RlxfError):
     """Data between two rooms has the wrong shape: always a defect of the program, never of the recipe."""
 

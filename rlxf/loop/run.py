@@ -35,6 +35,7 @@ from rlxf.core.types import (
 from rlxf.judge.both_orders import Counts
 from rlxf.loop.collected import Collected
 from rlxf.loop.later import Later
+from rlxf.loop.speed import Speed, no_speed
 from rlxf.rollout.dispatch import Dispatch
 from rlxf.rollout.engine import Sampling
 from rlxf.rollout.lengths import SeenLengths
@@ -429,6 +430,7 @@ class Run:
     lanes: Lanes  # who does the work of a stage
     memory: MemoryUse
     steps: deque[Collected]  # sampled, or being sampled, and not trained on yet; of a resumed run those that waited
+    speed: Speed = no_speed
     resumed: Path | None = None  # the checkpoint that the run goes on from
     later: Later = field(default_factory=Later)  # what the driver does while it waits
     turn: AbstractContextManager[Any] = field(init=False)  # of reference and reward model, if they share devices

@@ -63,7 +63,8 @@ def _push(run: Run) -> SyncReport:
 def last_numbers(run: Run) -> Metrics:
     """What a complete step's row gets when it is written."""
     state = run.state
-    return {"num_tokens": float(state.num_tokens)} | run.clock.timings() | run.memory(state.step)
+    found = {"num_tokens": float(state.num_tokens)} | run.clock.timings() | run.memory(state.step)
+    return found | run.speed(state.step, state.metrics | found)
 
 
 def evaluate(run: Run) -> Metrics:

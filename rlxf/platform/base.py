@@ -58,6 +58,13 @@ class Platform(Protocol):
         """Whether this machine has such a device and the software for it."""
         ...
 
+    def device_name(self) -> str:
+        """What the driver calls this machine's first device, such as ``NVIDIA H100 80GB HBM3``; empty: it has no name.
+
+        The Ascend names say how much memory a device has, as the others do.
+        """
+        ...
+
     def worker_environment(self, num_threads: int) -> dict[str, str]:
         """Environment variables that a worker process needs before torch is imported."""
         ...

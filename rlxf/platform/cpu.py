@@ -44,6 +44,9 @@ class CpuPlatform:
     def is_available(self) -> bool:
         return True
 
+    def device_name(self) -> str:
+        return ""
+
     def worker_environment(self, num_threads: int) -> dict[str, str]:
         # Spinning OpenMP threads on shared cores cost a factor of 20; torch.compile has nothing to compile here.
         return {

@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Backend, Store
 
 log = logging.getLogger(__name__)
+
+_GPUS = Path("/proc/driver/nvidia/gpus")  # of the driver: a folder for each device
 
 
 def _nccl(store: Store, rank: int, size: int, timeout_s: float) -> Backend:
@@ -62,6 +65,14 @@ class CudaPlatform:
 
     def is_available(self) -> bool:
         return torch.cuda.is_available()
+
+    def device_name(self) -> str:
+        # The driver's own file first: asking CUDA would initialise it in a process that may have no work for it.
+        for file in sorted(_GPUS.glob("*/information")):
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                if line.startswith("Model:"):
+                    return line.removeprefix("Model:").strip()
+        return str(torch.cuda.get_device_name())
 
     def worker_environment(self, num_threads: int) -> dict[str, str]:
         # One connection keeps the order of communication and compute kernels, which Megatron's overlap relies on.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from itertools import accumulate
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
 _CAUSAL_MASK_SIZE = 2048  # the compressed causal mask that it expects with sparse_mode 3
 _MAX_SEQUENCES = 1024  # in the lists of lengths of one call with layout TND
 
+
+# Names of the driver, and what people call these devices. The variants of a 910B differ in memory and clock.
+_NAMES = {
+    r"Ascend910B[123]": "Ascend 910B 64GB",
+    r"Ascend910B4": "Ascend 910B 32GB",
+    r"Ascend910_93\d\d": "Ascend 910C 64GB",
+}
 
 # Every role is a group of processes of its own. HCCL's processes of one device would all listen at the same port.
 _PORTS = {"HCCL_HOST_SOCKET_PORT_RANGE": "auto", "HCCL_NPU_SOCKET_PORT_RANGE": "auto"}
@@ -84,6 +92,13 @@ class NpuPlatform:
         if importlib.util.find_spec("torch_npu") is None:
             return False
         return bool(_torch_npu().npu.is_available())
+
+    def device_name(self) -> str:
+        # CANN's own module: torch_npu would make a context on a device that this process may have no work for.
+        if importlib.util.find_spec("acl") is None:
+            return ""
+        name = str(importlib.import_module("acl").get_soc_name())
+        return next((plain for pattern, plain in _NAMES.items() if re.fullmatch(pattern, name)), name)
 
     def worker_environment(self, num_threads: int) -> dict[str, str]:
         return {

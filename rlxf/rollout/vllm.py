@@ -40,6 +40,7 @@ from rlxf.sync.transports.transport import Address, Message, Transport
 
 _WORKER_EXTENSION = "rlxf.rollout.vllm_worker.WeightLoader"
 _BLOCKS_FOR_PROBE = 2
+_USUAL_SHARE = 0.85  # of a device's memory, if nobody has planned it; on a CPU it decides nothing
 
 
 class VllmEngine:
@@ -202,7 +203,7 @@ def _start(settings: EngineSettings, platform: Platform, *, max_model_len: int) 
         tensor_parallel_size=ranks,
         distributed_executor_backend="mp" if ranks > 1 else "uni",
         max_model_len=max_model_len,
-        gpu_memory_utilization=settings.rollout.gpu_memory_utilization,
+        gpu_memory_utilization=settings.rollout.gpu_memory_utilization or _USUAL_SHARE,
         enable_prefix_caching=True,
         logprobs_mode="raw_logprobs",
         generation_config="vllm",  # the folder's sampling defaults must not mix in

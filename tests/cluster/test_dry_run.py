@@ -23,3 +23,12 @@ def test_a_dry_run_looks_at_the_running_cluster(
     assert done.returncode == code, done.stdout + done.stderr
     assert says in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.cluster
+def test_a_search_counts_the_devices_of_the_running_cluster(two_nodes: Cluster, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "ray_gpt.py"), *TINY, "dry_run=true", "plan.devices=cluster"]
+    done = subprocess.run(command, cwd=tmp_path, env=two_nodes.env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "layouts for 4 x cpu" in done.stdout
+    assert "the recipe as it is: " in done.stdout

@@ -29,7 +29,7 @@ NUM_PROMPTS = 12
 MORE_EOS = tuple(range(60, 70))
 # What depends on a clock, or on the machine; everything else of a run must repeat.
 CLOCKED = (
-    *("timing/", "memory/", "pipeline/", "rollout/tokens_per_s", "rollout/tail_s"),
+    *("timing/", "memory/", "pipeline/", "speed/", "plan/", "rollout/tokens_per_s", "rollout/tail_s"),
     *("sync/seconds", "sync/gb_per_s", "sync/transport", "sync/copy_s"),
 )
 

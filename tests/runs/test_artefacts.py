@@ -32,8 +32,12 @@ STEP_NAMES = {
     "reward/score/mean", "reward/score/max", "reward/score/min",
     "response_length/mean", "response_length/max", "response_length/min",
     "prompt_length/mean", "prompt_length/max", "prompt_length/min",
-    "rewards/reward/mean", "rewards/reward/std", "rewards/reward/missing",
+    "rewards/reward/mean", "rewards/reward/std", "rewards/reward/missing", "speed/busy",
+    *(f"speed/{stage}_{what}" for stage in ("gen", "adv", "ref", "update_actor") for what in ("tokens_per_s", "mfu")),
 }  # fmt: skip
+PLAN_NAMES = {
+    f"plan/{stage}_ratio" for stage in ("gen", "adv", "ref", "update_actor", "sync")
+}  # from the third step on
 # Without a judge, and without answers to compare with.
 EVAL_NAMES = {f"eval/{name}" for name in BUILT_IN if not name.startswith("judge/") and "reference" not in name}
 EVAL_NAMES |= {"eval/distinct"}
@@ -63,7 +67,8 @@ def test_every_step_has_a_row_with_every_metric(done: Finished) -> None:
         assert line.startswith(f'{{"step": {step}, ')
         evaluated = EVAL_NAMES if step in (EVAL_INTERVAL, NUM_STEPS) else set[str]()
         probed = PROBED if step <= 2 else set[str]()
-        assert set(json.loads(line)) == {"step"} | STEP_NAMES | evaluated | probed
+        planned = PLAN_NAMES if step >= 3 else set[str]()
+        assert set(json.loads(line)) == {"step"} | STEP_NAMES | evaluated | probed | planned
 
 
 def test_numbers_have_full_precision(done: Finished) -> None:
@@ -83,6 +88,33 @@ def test_metrics_agree_with_each_other(done: Finished) -> None:
     assert done.rows[0]["rewards/accuracies"] == 0  # actor = reference: no margin is above 0
     assert done.rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert done.rows[-1]["epoch"] == pytest.approx(NUM_STEPS * 4 / 12)
+
+
+def test_the_plan_stands_beside_what_the_second_and_third_step_measured(done: Finished) -> None:
+    plan = json.loads((done.folder / "plan.json").read_text())
+    assert plan["measured"]["steps"] == [2, 3]
+    for stage, numbers in plan["measured"]["stages"].items():
+        assert numbers["measured_s"] == pytest.approx(sum(row[f"timing/{stage}"] for row in done.rows[1:3]) / 2)
+        assert all(row[f"plan/{stage}_ratio"] == numbers["ratio"] for row in done.rows[2:])
+        assert numbers["ratio"] == pytest.approx(numbers["planned_s"] / numbers["measured_s"])
+    assert plan["device"]["kind"] == "cpu"
+    assert set(plan["metrics"]) >= {f"timing/{stage}" for stage in plan["measured"]["stages"]}
+
+
+def test_speed_is_what_a_step_worked_on_over_its_seconds(done: Finished) -> None:
+    for before, row in zip([{"num_tokens": 0.0}, *done.rows], done.rows, strict=False):
+        completions = 4 * 3
+        trained = row["num_tokens"] - before["num_tokens"]
+        tokens = {
+            "gen": completions * row["response_length/mean"],
+            "adv": completions * (row["response_length/mean"] + row["prompt_length/mean"]),
+            "ref": trained,
+            "update_actor": trained,
+        }
+        for stage, number in tokens.items():
+            assert row[f"speed/{stage}_tokens_per_s"] == pytest.approx(number / row[f"timing/{stage}"])
+            assert 0 < row[f"speed/{stage}_mfu"] < 1
+        assert 0 < row["speed/busy"] <= 1
 
 
 def test_evaluations_are_at_the_start_the_interval_and_the_end(done: Finished) -> None:
@@ -172,7 +204,7 @@ def test_tensorboard_holds_every_scalar_of_every_step(done: Finished) -> None:
     (file,) = (done.folder / "tensorboard").iterdir()
     events = EventAccumulator(str(file))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == STEP_NAMES | EVAL_NAMES | PROBED
+    assert set(events.Tags()["scalars"]) == STEP_NAMES | EVAL_NAMES | PROBED | PLAN_NAMES
     for name in STEP_NAMES:
         found = [(event.step, event.value) for event in events.Scalars(name)]
         expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in done.rows]  # stored as float32
@@ -183,7 +215,7 @@ def test_tensorboard_holds_every_scalar_of_every_step(done: Finished) -> None:
 def test_nothing_else_is_left(done: Finished) -> None:
     expected = {
         "metrics.jsonl", "eval.jsonl", "samples.jsonl", "rollouts.jsonl", "run.jsonl", "summary.json", "config.yaml",
-        "policy", "checkpoints", "tensorboard",
+        "plan.json", "policy", "checkpoints", "tensorboard",
     }  # fmt: skip
     assert {path.name for path in done.folder.iterdir()} == expected
     assert not list(done.folder.rglob("*.tmp"))

@@ -76,6 +76,11 @@ def test_before_at_and_after_an_epochs_end_what_is_left_is_trained(
     assert [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in resumed.numbers] == without_eval
     assert (run_dir / "rollouts.jsonl").read_bytes() == (undisturbed.folder / "rollouts.jsonl").read_bytes()
     assert all(torch.equal(value, resumed.weights[name]) for name, value in undisturbed.weights.items())
+    # Each process compares its own second and third step with the plan.
+    compared = [*range(3, stop_after + 1), *range(stop_after + 3, STEPS + 1)]
+    assert [row["step"] for row in resumed.rows if "plan/gen_ratio" in row] == compared
+    plan = json.loads((run_dir / "plan.json").read_text())
+    assert plan.get("measured", {}).get("steps") == ([stop_after + 2, stop_after + 3] if stop_after < 4 else None)
     # It had no evaluation: the initial policy was sampled when the first one came, and says what it said at step 0.
     last = [read_jsonl(folder / "eval.jsonl")[-1] for folder in (run_dir, undisturbed.folder)]
     mine, theirs = ({k: v for k, v in row.items() if "_previous" not in k} for row in last)

@@ -26,6 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "core": set(),
     "config": {"core"},
     "placement": BASE,
+    # What a recipe costs, by formulas: numbers in, numbers out.
+    "planner": BASE | {"placement"},
     # Verdicts on the curves of a run: numbers in, sentences out.
     "health": set(),
     "platform": BASE,
@@ -42,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": BELOW_ROOMS | ROOMS | {"algorithms", "loop"},
     "driver": BASE | {"algorithms", "loop", "observe", "schedule"},
     # The only ones that build rooms.
-    "assembly": BELOW_ROOMS | ROOMS | {"checkpointing", "driver", "evaluate", "loop", "schedule"},
+    "assembly": BELOW_ROOMS | ROOMS | {"checkpointing", "driver", "evaluate", "loop", "planner", "schedule"},
     "tools": BELOW_ROOMS | ROOMS | {"assembly", "checkpointing"},
     # Reads the files of runs: neither a model nor a loop.
     "report": BASE | {"observe", "health"},
@@ -76,7 +78,7 @@ HOMES: dict[str, tuple[str, ...]] = {
 
 # Who makes recipes and takes them apart. Every other file receives the sections that it needs.
 RECIPE_HOMES = (
-    *("rlxf/config/", "rlxf/assembly/", "rlxf/driver.py", "scripts/", "benchmarks/"),
+    *("rlxf/config/", "rlxf/assembly/", "rlxf/planner/", "rlxf/driver.py", "scripts/", "benchmarks/"),
     *("workers/launch.py", "workers/crew.py"),
 )
 # Files that may know the whole recipe besides, at most eight: what they do concerns all of it.
@@ -104,7 +106,12 @@ CONFIG_MODULES: dict[str, set[str]] = {
 DEVICE_HOME = "rlxf/platform/"
 DEVICE_WORDS = {"cuda", "npu", "hccl", "nccl"}
 # Files that name devices to people, or say what must be known before torch is imported.
-DEVICE_TEXTS = {"rlxf/config/kinds.py": {"cuda", "npu"}, "rlxf/config/devices.py": {"cuda", "npu"}}
+NAMES_DEVICES = (
+    *("rlxf/config/kinds.py", "rlxf/config/devices.py", "rlxf/planner/device.py"),
+    # What kernels and engines of a kind keep: figures of a plan, which may be for devices that are not here.
+    *(f"rlxf/planner/{name}.py" for name in ("activations", "engine_memory", "memory", "transients")),
+)
+DEVICE_TEXTS = {file: {"cuda", "npu"} for file in NAMES_DEVICES}
 
 # Torch keeps the index of a distributed checkpoint as a pickle; this file reads it with a list of the classes allowed.
 RESTRICTED_UNPICKLER = "rlxf/models/megatron/dist_folder.py"

@@ -8,6 +8,7 @@ const MACHINE = [
   { title: "Idle", unit: "share of the step in which a role had nothing to do", metrics: roles("timing/idle_", ""), min: 0, max: 1, interval: 0.25 },
   { title: "Waits", unit: "seconds of a step", metrics: [["pipeline/wait_rollout_s", "trainer waits for data"], ["pipeline/wait_train_s", "engines wait for weights"]], zero: true },
   { title: "Sampled tokens", unit: "per second", metrics: [["rollout/tokens_per_s", "tokens per second"]], zero: true },
+  { title: "Use of the devices", unit: "share of their peak (MFU), and of their time", metrics: [...STAGES.slice(0, 4).map(([name, title]) => [`speed/${name}_mfu`, title]), ["speed/busy", "time at work"]], zero: true },
   { title: "Tail of the sampling", unit: "seconds with less than half of the slots busy", metrics: [["rollout/tail_s", "tail"]], zero: true },
   { title: "Balance of the sampling", unit: "ratio", metrics: [["rollout/longest_over_mean", "longest over mean completion"], ["rollout/imbalance", "busiest over mean engine"]], zero: true },
   { title: "Resident memory", unit: "GiB", metrics: [...roles("memory/", "_rss_gib"), ["memory/driver_rss_gib", "driver"], ["memory/node_rss_gib", "fullest node"]], zero: true },
@@ -57,7 +58,7 @@ function patternKey(one) {
 function planned(run) {
   if (!run.plan.length) return null;
   const rows = run.plan.map(([name, plan, measured]) => [el("code", {}, name), right(shown(plan)), right(shown(measured)), right(known(measured) && plan ? `${signed((100 * (measured - plan)) / plan, 0)} %` : "\u2013")]);
-  return [el("h3", {}, "Planned and measured"), table({ titled: false, caption: "plan.json against the median of the second half of the steps", heads: ["metric", right("planned"), right("measured"), right("difference")], rows })];
+  return [el("h3", {}, "Planned and measured"), table({ titled: false, caption: "The plan is an estimate (plan.json); measured: the median of the second half of the steps", heads: ["metric", right("estimate"), right("measured"), right("difference")], rows })];
 }
 
 function drawMachine(run) {

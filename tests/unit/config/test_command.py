@@ -119,6 +119,66 @@ def test_a_dry_run_plans_for_other_machines_and_says_that_this_one_is_too_small(
     assert "on this machine alone it would not start: resource_pool.ref = [4000]" in done.stdout
 
 
+LARGE = ("-cn", "online_dpo_trainer_llama3_8b")
+
+
+def test_a_dry_run_says_what_a_recipe_costs_on_its_device(tmp_path: Path) -> None:
+    done = ray_gpt(*LARGE, "dry_run=true", "plan.price=2", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "on 16 x NPU" in done.stdout  # the kind of the device that the recipe names
+    for title in ("memory, estimate, GiB of 61.0", "time, estimate, seconds of a step of 128 rows", "1,000 steps:"):
+        assert title in done.stdout
+    assert not done.stderr
+    assert "\033" not in done.stdout  # no colour in a file
+
+
+def test_a_dry_run_of_what_does_not_fit_ends_with_ways_out(tmp_path: Path) -> None:
+    done = ray_gpt(*LARGE, "dry_run=true", "plan.device=910b-32", folder=tmp_path)
+    assert done.returncode == 1
+    assert "DOES NOT FIT" in done.stdout
+    first, *ways = done.stderr.splitlines()
+    assert first.startswith("train: training, backward needs")
+    assert len(ways) == 3
+    words = ways[0].partition(": ")[2].split()
+    assert ray_gpt(*LARGE, "dry_run=true", "plan.device=910b-32", *words, folder=tmp_path).returncode == 0
+
+
+def test_a_found_recipe_is_written_and_trains_what_was_typed(tmp_path: Path) -> None:
+    typed = ("dry_run=true", "actor_rollout.lr=2e-7", "training.seed=9")
+    done = ray_gpt(*LARGE, *typed, "plan.devices=8x910b-64", "plan.write=best.yaml", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the recipe as it is: " in done.stdout
+    shown = ray_gpt("--config-dir", str(tmp_path), "-cn", "best", "--cfg", "job", folder=tmp_path)
+    recipe = yaml.safe_load(shown.stdout)
+    assert (float(recipe["actor_rollout"]["lr"]), recipe["training"]["seed"]) == (2e-7, 9)
+    assert sum(recipe["resource_pool"]["actor_rollout"]) <= 8
+    assert recipe["plan"]["devices"] is None
+    assert recipe["dry_run"] in (None, False)
+    assert [file.name for file in tmp_path.iterdir()] == ["best.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("dry_run=true", "plan.device=910b"), 'plan.device = "910b": no such device'),
+        (("dry_run=true", "plan.devices=16x910"), 'plan.device = "910": no such device'),
+        (("dry_run=true", "plan.devices=cluster"), "no cluster is running here, which would have NPU"),
+        (("plan.devices=16x910b-64",), "expected dry_run=true beside it"),
+        (
+            ("dry_run=true", "plan.devices=4x910b-32", "plan.write=best.yaml"),
+            "nothing is written, because no layout fits",
+        ),
+    ],
+)
+def test_a_wrong_plan_is_one_line(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = ray_gpt(*LARGE, *words, folder=tmp_path)
+    assert done.returncode in (1, 2)
+    about = [line for line in done.stderr.splitlines() if said in line]
+    assert len(about) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_recipe_of_ones_own_takes_every_key(tmp_path: Path) -> None:
     """In the reference layout, without the schema in its defaults list, in a folder of its own."""
     (tmp_path / "mine.yaml").write_text(

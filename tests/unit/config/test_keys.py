@@ -157,7 +157,7 @@ def test_every_path_of_the_schema_is_known_as_one() -> None:
         *("actor_rollout.data_path", "actor_rollout.save", "actor_rollout.lora_load"),
         *("reward.function", "rollout.replay_path", "ref.cache"),
         *("eval.data_path", "eval.metrics", "eval.reference_answers", "training.resume"),
-        *("judge.load", "judge.function", "judge.template", "judge.verdicts"),
+        *("judge.load", "judge.function", "judge.template", "judge.verdicts", "plan.write", "plan.calibrate"),
     }
 
 

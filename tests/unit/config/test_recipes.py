@@ -9,6 +9,7 @@ from rlxf.config.keys import ROLES, SECTIONS
 from rlxf.config.load import load_config
 from rlxf.placement.plan import NodeResources, fit, make_plan
 from rlxf.placement.text import describe, num_parameters
+from rlxf.planner.estimate import device_of, estimate_of
 from tests.unit.config.recipes import NAMES, compose
 from workers.cli import RECIPES
 
@@ -95,22 +96,17 @@ def test_every_device_of_a_colocated_recipe_has_all_four_roles(kind: str, count:
     assert config.training == separate.training
 
 
-@pytest.mark.parametrize(("kind", "usable"), [("colocated", 79), ("colocated_16", 61)])  # GiB of a device
-def test_a_colocated_recipe_fits_its_devices_by_arithmetic(kind: str, usable: float) -> None:
-    config = load_config(compose(f"online_dpo_trainer_llama3_8b_{kind}", "dry_run=true"))
-    plan, shape, actor = make_plan(config), config.model["llama3-8b"], config.actor_rollout
-    replicas = actor.num_gpus_for_train // actor.devices_per_replica
-    weights = 2 * num_parameters(shape) / 2**30
-    per_token = 2 * 2 * shape.num_layers * shape.kv_heads * shape.head_size / 2**30  # keys and values, bf16
-    rows = config.training.global_batch_size * actor.n_samples_per_prompt / len(plan.role("infer").bundles)  # type: ignore[union-attr]
-    engine = weights + rows * actor.seq_length * per_token + 3  # what vLLM needs itself
-    given = config.rollout.gpu_memory_utilization * usable
-    assert engine <= given <= engine + 2
-    beside = 2 * weights / 4 + 5  # reference and reward model in TP4; what four processes need themselves
-    assert given + weights / 4 + beside < usable  # sampling: optimizer and gradients are away
-    states = weights / 2 / 4 * (6 + 12 / replicas)
-    activations = 2.0 * 8192 / 1024  # 2 MiB a token: more than was measured at 1B, scaled to 8B in TP4
-    assert states + activations + beside < usable  # training: the engine sleeps
+@pytest.mark.parametrize("name", [name for name in NAMES if "tiny" not in name])
+def test_a_recipe_fits_the_device_that_it_is_planned_for(name: str) -> None:
+    config = load_config(compose(name, "dry_run=true"))
+    device, _ = device_of(config)
+    if device.is_cpu:  # what this machine has does not matter here
+        device = device.with_probe(
+            {"memory_gib": 16.0, "fp32_tflops": 0.1, "bf16_tflops": 0.1, "memory_gb_per_s": 10.0}
+        )
+    estimate = estimate_of(config, device)
+    assert estimate.fits, estimate.fullest
+    assert estimate.pace.seconds > 0
 
 
 DEVICE_SIZED = [name for name in NAMES if any(size in name for size in ("_8b", "_7b", "_1b"))]

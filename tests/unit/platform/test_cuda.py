@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,16 @@ def attend(platform: Any, dtype: torch.dtype, kv_heads: int = 2) -> list[Tensor]
     out = platform.packed_attention(*leaves, AttentionBlocks.of(QUERIES, KEYS, torch.device("cpu")), 0.3)
     out.float().square().sum().backward()
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def test_the_name_of_a_device_is_the_drivers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read without CUDA, which would take memory on a device in a process that computes nothing there."""
+    monkeypatch.setattr(cuda, "_GPUS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "asked")
+    assert cuda.CudaPlatform().device_name() == "asked"
+    (tmp_path / "0000:1b:00.0").mkdir()
+    (tmp_path / "0000:1b:00.0" / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 12\n")
+    assert cuda.CudaPlatform().device_name() == "NVIDIA H100 80GB HBM3"
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

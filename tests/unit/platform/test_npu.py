@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,6 +38,21 @@ def test_fused_operations_are_the_plain_ones(dtype: torch.dtype) -> None:
     torch.testing.assert_close(fused.rms_norm(x, weight, 1e-5), plain.rms_norm(x, weight, 1e-5), **tolerance)
     torch.testing.assert_close(fused.rotate(heads, cos, sin), plain.rotate(heads, cos, sin), **tolerance)
     torch.testing.assert_close(fused.swiglu(x), plain.swiglu(x), **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("Ascend910B3", "Ascend 910B 64GB"), ("Ascend910B4", "Ascend 910B 32GB"), ("Ascend310P3", "Ascend310P3")],
+)
+def test_the_name_of_a_device_says_how_much_memory_it_has(
+    monkeypatch: pytest.MonkeyPatch, name: str, expected: str
+) -> None:
+    assert NpuPlatform().device_name() == ""  # without CANN's own module
+    acl = ModuleType("acl")
+    acl.__spec__ = ModuleSpec("acl", None)
+    acl.get_soc_name = lambda: name  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "acl", acl)
+    assert NpuPlatform().device_name() == expected
 
 
 def attend(platform: Any, queries: list[int], keys: list[int], kv_heads: int = 2) -> list[Tensor]:

@@ -18,6 +18,8 @@ from rlxf.config.schema import RunConfig, SyncConfig
 from rlxf.core.errors import ConfigError, SyncError
 from rlxf.core.types import Sequences, Tokens
 from rlxf.models.stop_strings import StopStrings
+from rlxf.planner.engine_memory import cache_blocks, engine_weight_bytes, token_bytes
+from rlxf.planner.jobs import Shape, _engine
 from rlxf.platform import get_platform
 from rlxf.rollout import HfEngine
 from rlxf.rollout.engine import Sampling
@@ -121,6 +123,20 @@ def test_greedy_tokens_are_those_of_the_hf_engine_and_of_the_plain_model(world: 
     assert ours.sequences.completion_rows() == twin.sequences.completion_rows()
     torch.testing.assert_close(ours.engine_logps, twin.engine_logps, rtol=0, atol=1e-5)
     assert follows(world.engine, world.actor.model)
+
+
+def test_the_planner_knows_what_the_engine_holds(world: World) -> None:
+    blocks, size, weights = world.engine.memory()
+    config = run_config(world.folder)
+    model = config.model["tiny"].model_copy(
+        update={"untie_embeddings_and_output_weights": world.folder.name == "untied"}
+    )
+    job = _engine(config, Shape.of(model, str(world.folder)))
+    cache = 1 * 2**30  # what the process was started with (tests/vllm_process.py)
+    assert blocks == cache_blocks(job.shape, job.tp, job.precision, cache, "cpu")
+    assert blocks * size == pytest.approx(cache / token_bytes(job.shape, job.tp, job.precision), abs=size)
+    # On a CPU vLLM keeps its linears in oneDNN's own layout, which is no parameter any more.
+    assert weights == engine_weight_bytes(job) - 4 * job.shape.body
 
 
 def test_log_probs_of_sampled_tokens_are_the_raw_ones(world: World) -> None:

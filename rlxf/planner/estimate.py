@@ -1,0 +1,111 @@
+"""What a recipe costs on a kind of device: memory, seconds, dollars. All of it is an estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from rlxf.config.devices import find_device
+from rlxf.config.schema import RunConfig
+from rlxf.planner.device import DEFAULTS, Device
+from rlxf.planner.jobs import Jobs, jobs_of
+from rlxf.planner.memory import PlaceMemory, memory_of, utilization_of
+from rlxf.planner.time import Pace, Stage, pace, stages_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """The cost of one recipe."""
+
+    jobs: Jobs
+    device: Device
+    memory: tuple[PlaceMemory, ...]
+    stages: Mapping[str, Stage]
+    pace: Pace  # as the recipe has it
+    price: float | None  # dollars for an hour of one device
+
+    @property
+    def fits(self) -> bool:
+        return all(self.room(place) >= 0 for place in self.memory)
+
+    def room(self, place: PlaceMemory) -> float:
+        """Bytes that are left on a device at its worst instant; negative: it does not fit.
+
+        The places of a CPU have one memory, and may have their worst instants together.
+        """
+        there = self.memory if self.device.is_cpu else (place,)
+        return self.device.memory - sum(one.worst[1].total for one in there)
+
+    @property
+    def fullest(self) -> PlaceMemory:
+        return min(self.memory, key=self.room)
+
+    @property
+    def dollars(self) -> float | None:
+        """For 1,000 driver steps; None: no price is known."""
+        if self.price is None:
+            return None
+        return 1000 * self.pace.seconds / 3600 * self.jobs.num_devices * self.price
+
+
+def estimate(jobs: Jobs, device: Device, *, price: float = 0.0) -> Estimate:
+    """The cost of jobs. ``price``: dollars for an hour of one device; 0: what the file of the device says."""
+    stages = stages_of(_with_share(jobs, device), device)
+    return Estimate(
+        jobs=jobs,
+        device=device,
+        memory=memory_of(jobs, device),
+        stages=stages,
+        pace=pace(jobs, stages, lookahead=jobs.lookahead, streams=jobs.chunks > 1, cores=device.cores),
+        price=price or device.price,
+    )
+
+
+def _with_share(jobs: Jobs, device: Device) -> Jobs:
+    """With the share of memory that the engines get if the recipe leaves it open: it bounds their sequences."""
+    if jobs.engine is None or jobs.engine.utilization is not None:
+        return jobs
+    return replace(jobs, engine=replace(jobs.engine, utilization=utilization_of(jobs, device)))
+
+
+def estimate_of(config: RunConfig, device: Device) -> Estimate:
+    """The cost of a recipe that was checked."""
+    return estimate(jobs_of(config), device, price=config.plan.price)
+
+
+def paces(found: Estimate) -> dict[str, Pace]:
+    """The same stages, one after the other, ahead of each other, and in chunks; by name.
+
+    Only what the recipe could have: roles that take turns, one process and a file have one way.
+    """
+    jobs, stages = found.jobs, found.stages
+    if jobs.takes_turns or jobs.local or jobs.engine is None:
+        return {"one stage after the other": found.pace}
+    ways = {
+        "lookahead 0": (0, False),
+        "lookahead 0, streaming": (0, True),
+        "lookahead 1": (1, False),
+        "lookahead 1, streaming": (1, True),
+    }
+    streamed = replace(jobs, chunks=max(jobs.chunks, 8))
+    cores = found.device.cores
+    return {
+        name: pace(streamed, stages, lookahead=ahead, streams=chunks, cores=cores)
+        for name, (ahead, chunks) in ways.items()
+    }
+
+
+def device_of(config: RunConfig) -> tuple[Device, str]:
+    """The device that a recipe is planned for, and a sentence if it is another one than the recipe names; else empty.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    wanted = None if config.training.device == "auto" else config.training.device
+    named = Device.load(config.plan.device) if config.plan.device is not None else None
+    if named is None:
+        return Device.load(DEFAULTS[wanted or find_device()]), ""
+    if wanted is None or named.kind == wanted:
+        return named, ""
+    other = Device.load(DEFAULTS[wanted])
+    return other, f"plan.device = {named.name} is no {wanted}; planned for training.device = {wanted}: {other.name}"
