@@ -93,7 +93,8 @@ def _pass_bytes(job: EngineJob, device: Device) -> float:
 
 
 def _hf_bytes(job: EngineJob, share: int, device: Device) -> EngineBytes:
-    """It decodes its whole share at a time. On a CPU it has copies of its linears that are laid out for few rows."""
+    """It decodes its share, or its slots, at a time. On a CPU it has copies of its linears, laid out for few rows."""
+    share = min(share, job.slots or share)
     shape, width = job.shape, BYTES[job.precision]
     one = float(job.max_length * token_bytes(shape, 1, job.precision))
     tokens = min(_PREFILL, share * job.max_length)

@@ -12,6 +12,8 @@ from rlxf.planner.jobs import Jobs, jobs_of
 from rlxf.planner.memory import PlaceMemory, memory_of, utilization_of
 from rlxf.planner.time import Pace, Stage, pace, stages_of
 
+CHUNKS = 8  # of a step, where a plan streams and its recipe does not
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
@@ -73,26 +75,34 @@ def estimate_of(config: RunConfig, device: Device) -> Estimate:
     return estimate(jobs_of(config), device, price=config.plan.price)
 
 
-def paces(found: Estimate) -> dict[str, Pace]:
-    """The same stages, one after the other, ahead of each other, and in chunks; by name.
+_ONE_WAY = "one stage after the other"
 
-    Only what the recipe could have: roles that take turns, one process and a file have one way.
+
+def paces(found: Estimate) -> dict[str, Pace]:
+    """The same stages, one after the other, ahead of each other, and in chunks; by name, the recipe's own among them.
+
+    Roles that take turns, one process and a file have one way.
     """
     jobs, stages = found.jobs, found.stages
-    if jobs.takes_turns or jobs.local or jobs.engine is None:
-        return {"one stage after the other": found.pace}
-    ways = {
-        "lookahead 0": (0, False),
-        "lookahead 0, streaming": (0, True),
-        "lookahead 1": (1, False),
-        "lookahead 1, streaming": (1, True),
-    }
-    streamed = replace(jobs, chunks=max(jobs.chunks, 8))
-    cores = found.device.cores
+    if own_way(jobs) == _ONE_WAY:
+        return {_ONE_WAY: found.pace}
+    ways = sorted({(0, False), (0, True), (1, False), (1, True), (jobs.lookahead, jobs.chunks > 1)})
+    streamed, cores = replace(jobs, chunks=max(jobs.chunks, CHUNKS)), found.device.cores
     return {
-        name: pace(streamed, stages, lookahead=ahead, streams=chunks, cores=cores)
-        for name, (ahead, chunks) in ways.items()
+        _way(ahead, chunks): pace(streamed, stages, lookahead=ahead, streams=chunks, cores=cores)
+        for ahead, chunks in ways
     }
+
+
+def own_way(jobs: Jobs) -> str:
+    """The name of the recipe's way."""
+    if jobs.takes_turns or jobs.local or jobs.engine is None:
+        return _ONE_WAY
+    return _way(jobs.lookahead, jobs.chunks > 1)
+
+
+def _way(lookahead: int, streams: bool) -> str:
+    return f"lookahead {lookahead}" + (", streaming" if streams else "")
 
 
 def device_of(config: RunConfig) -> tuple[Device, str]:

@@ -173,7 +173,7 @@ class EngineJob:
     tp: int
     precision: Precision
     max_length: int  # tokens of a sequence
-    slots: int | None  # sequences that one engine decodes at a time; None: what the device's own default is
+    slots: int | None  # sequences that one engine decodes at a time; None: the device's default, of hf all
     utilization: float | None  # of the device's memory, as the recipe sets it
     cpu_cache_bytes: int
 
@@ -307,10 +307,18 @@ def _engine(config: RunConfig, shape: Shape) -> EngineJob:
         tp=tp,
         precision=actor.precision,
         max_length=actor.seq_length,
-        slots=rollout.max_num_seqs,
+        slots=_at_a_time(config),
         utilization=rollout.gpu_memory_utilization,
         cpu_cache_bytes=rollout.cpu_kv_cache_gib * 2**30,
     )
+
+
+def _at_a_time(config: RunConfig) -> int | None:
+    """Sequences that an engine decodes at a time by the recipe; engine hf has a number of prompts in its place."""
+    if config.engine == "vllm":
+        return config.rollout.max_num_seqs
+    prompts = config.actor_rollout.num_samples_per_step
+    return None if prompts is None else prompts * config.actor_rollout.n_samples_per_prompt
 
 
 def _reference(config: RunConfig) -> ForwardJob:

@@ -16,11 +16,11 @@ from rlxf.config.placement import make_plan, resource_name
 from rlxf.config.schema import RunConfig
 from rlxf.placement.plan import NodeResources, assign
 from rlxf.planner.device import Device
-from rlxf.planner.estimate import Estimate, estimate_of
+from rlxf.planner.estimate import CHUNKS, Estimate, estimate_of
 from rlxf.planner.jobs import ForwardJob, Layout, jobs_of
 from rlxf.planner.options import counts, splits
 from rlxf.planner.overrides import changed, different
-from rlxf.planner.tables import CHUNKS, Pool, Tables
+from rlxf.planner.tables import Pool, Tables
 from rlxf.planner.time import Pace, pace, push_of
 
 # Roles that share devices; every other role has devices of its own.

@@ -10,6 +10,7 @@ from typing import Any
 from rlxf.config.kinds import Role
 from rlxf.config.schema import RunConfig
 from rlxf.planner.device import Device
+from rlxf.planner.estimate import CHUNKS
 from rlxf.planner.jobs import Jobs, Place, Recompute, TrainJob
 from rlxf.planner.memory import memory_of, utilization_of
 from rlxf.planner.options import Option, layouts, pareto, sizes, with_budget
@@ -17,7 +18,6 @@ from rlxf.planner.time import Stage, forward, sampling, update
 
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _BUDGETS = (4096, 8192, 16384, 32768)
-CHUNKS = 8  # of a step that is streamed
 MARGIN = 0.05  # of a device's memory: estimates miss, and allocators leave gaps
 
 

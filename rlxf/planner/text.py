@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rlxf.planner.estimate import Estimate, paces
+from rlxf.planner.estimate import Estimate, own_way, paces
 from rlxf.planner.memory import Bar, PlaceMemory
 from rlxf.planner.overrides import typed
 from rlxf.planner.search import Found
@@ -102,7 +102,7 @@ def time_table(found: Estimate) -> str:
     lines += aligned(rows)
     rows = [("pace", "seconds", "devices busy", *(f"busy {role}" for role in jobs.devices))]
     for name, pace in paces(found).items():
-        mark = " <- this recipe" if pace.seconds == found.pace.seconds and pace.busy == found.pace.busy else ""
+        mark = " <- this recipe" if name == own_way(jobs) else ""
         busy = [f"{pace.busy.get(role, 0.0):.0%}" for role in jobs.devices]
         rows.append((name, f"{pace.seconds:.3g}", f"{pace.busy_all:.0%}", *busy[:-1], busy[-1] + mark))
     lines += ["", *aligned(rows)]

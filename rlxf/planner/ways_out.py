@@ -37,7 +37,7 @@ def ways_out(config: RunConfig, found: Estimate, *, most: int = 3) -> list[WayOu
     for offered in (changes, more, [*changes, *more]):
         for count in range(1, _MOST_TOGETHER + 1):
             fitting = list(_fitting(config, found, offered, count, ways))
-            ways += sorted(fitting, key=lambda way: way.estimate.pace.seconds)
+            ways += sorted(fitting, key=lambda way: (way.estimate.jobs.num_devices, way.estimate.pace.seconds))
             if len(ways) >= most:
                 return ways[:most]
     return ways

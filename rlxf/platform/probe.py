@@ -16,7 +16,7 @@ from rlxf.core.memory import GIB, machine_memory
 from rlxf.platform.linear import Linear, cpu_linear
 
 _ROWS, _INPUTS, _OUTPUTS = 512, 512, 1408  # of a product: a pass through the feed-forward block of a 26M model
-_REPEATS = 9
+_REPEATS = 5
 _COPIED = 2**26  # bytes: more than the caches of a core hold
 
 

@@ -93,7 +93,7 @@ def no_state(world: World) -> None:
 
 class Evil:
     def __reduce__(self) -> tuple[object, ...]:
-        return print, ("run",)
+        return len, ("run",)
 
 
 Damage = Callable[[World], object]
@@ -190,7 +190,7 @@ CASES: list[Case] = [
         "dist",
         "",
         lambda w: (w.dist / "iter_0000001" / ".metadata").write_bytes(pickle.dumps(Evil())),
-        "asks for builtins.print, which no checkpoint needs",
+        "asks for builtins.len, which no checkpoint needs",
     ),
     ("dist-orm", MG_HF, "dist", "--orm", NOTHING, "no reward head .* leave out --orm"),
     ("no-adapters", MG_HF, "dist", "--save-lora-to-hf", NOTHING, "holds no LoRA adapters; leave out"),
