@@ -29,8 +29,9 @@ class Measured:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """``plan/<stage>_ratio``."""
-        return {f"plan/{name}_ratio": one.ratio for name, one in self.seconds.items()}
+        """``plan/<stage>_ratio`` and ``plan/memory_<role>_ratio``."""
+        seconds = {f"plan/{name}_ratio": one.ratio for name, one in self.seconds.items()}
+        return seconds | {f"plan/memory_{role_of(name)}_ratio": one.ratio for name, one in self.memory.items()}
 
 
 def record(estimate: Estimate, measured: Measured | None = None) -> dict[str, Any]:
@@ -115,6 +116,11 @@ def process_bytes(estimate: Estimate) -> dict[str, float]:
     return {f"memory/{role}_device_gib": size for role, size in held.items()}
 
 
+def role_of(metric: str) -> str:
+    """``train`` of ``memory/train_device_gib``; ``driver`` where one process has all roles."""
+    return metric.removeprefix("memory/").split("_")[0]
+
+
 def measured_memory(estimate: Estimate, rows: Sequence[Row]) -> dict[str, Compared]:
     """By metric, GiB: the largest of the rows, against the plan."""
     found = {}
@@ -149,7 +155,7 @@ def table(measured: Measured) -> str:
     for name, one in measured.seconds.items():
         lines.append((name, f"{one.planned:.3g} s", f"{one.measured:.3g} s", f"{one.ratio:.2f}"))
     for name, one in measured.memory.items():
-        title = "memory " + name.removeprefix("memory/").split("_")[0]
+        title = f"memory {role_of(name)}"
         lines.append((title, f"{one.planned:.2f} GiB", f"{one.measured:.2f} GiB", f"{one.ratio:.2f}"))
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     return "\n".join(

@@ -35,9 +35,9 @@ STEP_NAMES = {
     "rewards/reward/mean", "rewards/reward/std", "rewards/reward/missing", "speed/busy",
     *(f"speed/{stage}_{what}" for stage in ("gen", "adv", "ref", "update_actor") for what in ("tokens_per_s", "mfu")),
 }  # fmt: skip
-PLAN_NAMES = {
-    f"plan/{stage}_ratio" for stage in ("gen", "adv", "ref", "update_actor", "sync")
-}  # from the third step on
+PLAN_NAMES = {  # from the third step on
+    f"plan/{name}_ratio" for name in ("gen", "adv", "ref", "update_actor", "sync", "memory_driver")
+}
 # Without a judge, and without answers to compare with.
 EVAL_NAMES = {f"eval/{name}" for name in BUILT_IN if not name.startswith("judge/") and "reference" not in name}
 EVAL_NAMES |= {"eval/distinct"}

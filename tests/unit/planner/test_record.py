@@ -113,7 +113,7 @@ def test_every_metric_has_one_planned_number(found: Estimate) -> None:
     assert record(found)["metrics"]["timing/gen"] == found.stages["gen"].seconds
     assert content["metrics"]["timing/gen"] == 2.0
     assert content["measured"]["stages"]["gen"] == {"planned_s": 2.0, "measured_s": 4.0, "ratio": 0.5}
-    assert measured.ratios == {"plan/gen_ratio": 0.5}
+    assert measured.ratios == {"plan/gen_ratio": 0.5, "plan/memory_train_ratio": 0.8}
     assert [line.split() for line in table(measured).splitlines()] == [
         ["stage", "planned", "measured", "planned/measured"],
         ["gen", "2", "s", "4", "s", "0.50"],
