@@ -200,10 +200,16 @@ class Lookahead(Generic[S]):
         return bool(ended)
 
     def _start_stages(self) -> bool:
+        """Begin what can begin. Where stages share a lane, the older step goes first: its update is needed sooner."""
         started = False
+        waiting: list[tuple[int, int, S]] = []
         for index, stage in enumerate(self._stages):
             item = next((item for item in self._steps if not stage.is_done(item)), None)
-            if item is not None and self._can_start(stage, item, self._stages[:index]):
+            if item is not None:
+                waiting.append((item.step, index, item))
+        for _, index, item in sorted(waiting, key=lambda one: one[:2]):
+            stage = self._stages[index]
+            if self._can_start(stage, item, self._stages[:index]):
                 self._running[stage] = item, self._lanes.start(stage.lane, partial(stage.work, item))
                 started = True
         return started

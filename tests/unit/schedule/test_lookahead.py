@@ -145,6 +145,26 @@ def test_roles_that_share_devices_take_turns(sharing: str, num_ahead: int) -> No
             require_order(VirtualRun(times, num_ahead).run())
 
 
+@pytest.mark.parametrize(
+    ("sharing", "seconds", "pace"),
+    [  # 3.58 and 2.62 if the first stage went first
+        ("score refer", (0.9, 1.6, 1.5, 1.4), 3.14),
+        ("sample score refer", (1.0, 0.6, 0.7, 1.2), 2.32),
+    ],
+)
+def test_on_a_shared_lane_the_older_step_goes_first(
+    sharing: str, seconds: tuple[float, float, float, float], pace: float
+) -> None:
+    """Else its update would wait for work that nobody needs yet: for the sampling or the score of a later step."""
+    count = 60
+    columns = {name: [value] * count for name, value in zip((*STAGES, "update"), seconds, strict=True)}
+    done = VirtualRun(Times(**columns, push=0.1, sharing=frozenset(sharing.split())), 1).run()  # type: ignore[arg-type]
+    require_order(done)
+    assert done.lanes.now / count == pytest.approx(pace, rel=0.02)
+    boxes = sorted(done.lanes.of("score") + done.lanes.of("refer"), key=lambda box: box.begin)
+    assert [box.step for box in boxes] == [step for step in range(count) for _ in range(2)]
+
+
 def left_by(num_ahead: int, num_steps: int, boundary: int, rng: random.Random) -> list[Item]:
     """What a process with these steps may leave when it ends after ``boundary`` complete steps: some sampled, some
     scored, some referred; the last one, perhaps, still being sampled by weights that the trainer no longer has."""
