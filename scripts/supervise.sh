@@ -154,6 +154,16 @@ run_child() {
   child=""
 }
 
+# A pause of $1 milliseconds that a signal ends. It has no process of its own: one that is just being started may lose a
+# signal.
+rest() {
+  local left="$1"
+  while ((left > 0 && !${#signals[@]})); do
+    read -rt 0.1 -u "$idle" _ || true
+    left=$((left - 100))
+  done
+}
+
 # Milliseconds since the machine started; no change of the clock moves it.
 now() {
   local uptime
@@ -188,8 +198,7 @@ main() {
     if ((pause > max_backoff)); then pause="$max_backoff"; fi
     ((++restarts))
     say "exit code $status after $((lasted / 1000)) s: starting again in $(for_people "$pause") s ($restarts of $max_restarts)"
-    hears=1
-    run_child sleep "$(in_seconds "$pause")"
+    rest "$pause"
     if ((${#signals[@]})); then
       say "stopped by SIG${signals[0]}"
       exit $((128 + $(kill -l "${signals[0]}")))

@@ -141,8 +141,8 @@ def sparkline(steps: Sequence[int], values: Sequence[float]) -> str:
     if not known:
         return ""
     low, high = min(known), max(known)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(" " if math.isnan(value) else _BARS[round((value - low) * scale)] for value in means)
+    width, top = (high - low or 1.0), len(_BARS) - 1  # divided first: its inverse may be too large for a float
+    return "".join(" " if math.isnan(value) else _BARS[round((value - low) / width * top)] for value in means)
 
 
 def _machine(metrics: Columns) -> RenderableType:

@@ -86,6 +86,7 @@ def test_a_curve_is_one_line_of_bounded_length(values: list[float]) -> None:
 
 def test_a_curve_goes_from_its_smallest_to_its_largest_number() -> None:
     assert sparkline([1, 2, 3, 4], [0.0, 7.0, math.nan, 3.0]) == "▁█ ▄"
+    assert sparkline([1, 2], [0.0, 2.2e-313]) == "▁█"  # 1 over their difference is no float
     assert sparkline([1, 2], [5.0, 5.0]) == "▁▁"
     assert sparkline([], []) == ""
 
