@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlxf.config.placement import resource_name
 from rlxf.config.plan import CLUSTER, split_devices
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError, OutOfMemoryPlan
-from rlxf.planner.device import Device
-from rlxf.planner.estimate import Estimate, device_of, estimate_of
+from rlxf.planner.device import DEFAULTS, Device
+from rlxf.planner.estimate import Estimate, device_of, estimate_of, named_device
+from rlxf.planner.names import fitting_device
 from rlxf.planner.recipe import write_recipe
 from rlxf.planner.search import search
 from rlxf.planner.text import memory_table, out_of_memory, search_table, time_table
 from rlxf.planner.ways_out import ways_out
+
+if TYPE_CHECKING:
+    from rlxf.platform.base import Platform
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +46,9 @@ def planned_device(config: RunConfig) -> tuple[Device, str]:
 
 def for_its_device(config: RunConfig) -> RunConfig:
     """A recipe that leaves its device open and names one to plan for: the recipe for that kind of device."""
-    if config.plan.device is None or config.training.device != "auto":
+    device = named_device(config)
+    if device is None or config.training.device != "auto":
         return config
-    device, _ = device_of(config)
     training = config.training.model_copy(update={"device": device.kind})
     return config.model_copy(update={"training": training})
 
@@ -53,6 +60,25 @@ def measured(device: Device, config: RunConfig) -> Device:
     from rlxf.platform.probe import num_cores, probe_cpu
 
     return device.with_probe(probe_cpu(config.training.cpu_linear)).with_cores(num_cores())
+
+
+def run_device(config: RunConfig, platform: Platform) -> tuple[Device, bool]:
+    """The figures of this run's devices, and whether they are of these very devices, so that there is an MFU.
+
+    ``plan.device`` if it is of the run's kind, else the file that fits the device's name, else that of most devices of
+    the kind. Figures of a CPU that its file leaves open are measured.
+    """
+    kind, named = platform.name, config.plan.device
+    if named is not None:
+        device = Device.load(named)
+        if device.kind == kind:
+            return measured(device, config), True
+        log.info("plan.device = %s is of another kind than this run's devices (%s) and not used", named, kind)
+    fitting = fitting_device(kind, platform.device_name())
+    if fitting is not None:
+        return fitting, True
+    device = Device.load(DEFAULTS[kind])
+    return measured(device, config), device.is_cpu
 
 
 def plan_costs(config: RunConfig, say: Callable[[str], None], *, color: bool = False) -> Estimate:

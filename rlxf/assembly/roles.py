@@ -159,14 +159,14 @@ def _share_of_memory(config: RunConfig, platform: Platform) -> float | None:
 
     None: there is no vLLM engine on a device with a memory of its own.
     """
-    from rlxf.planner.estimate import device_of
+    from rlxf.assembly.planning import run_device
     from rlxf.planner.jobs import jobs_of
     from rlxf.planner.memory import utilization_of
 
     memory = platform.total_memory()
     if not memory:
         return None
-    device, _ = device_of(config)
+    device, _ = run_device(config, platform)
     share = utilization_of(jobs_of(config), device.with_memory(memory))
     return None if share is None else min(share, _MOST)
 

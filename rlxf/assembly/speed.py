@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlxf.assembly.planning import measured
+from rlxf.assembly.planning import run_device
 from rlxf.config.schema import RunConfig
 from rlxf.core.disk import writing
 from rlxf.core.errors import DiskError
@@ -16,7 +16,7 @@ from rlxf.core.files import write_json, write_text
 from rlxf.core.types import Metrics
 from rlxf.loop.speed import Speed, no_speed
 from rlxf.planner.calibrate import calibrated, device_text
-from rlxf.planner.device import DEFAULTS, Device
+from rlxf.planner.device import Device
 from rlxf.planner.estimate import Estimate, estimate
 from rlxf.planner.jobs import Jobs, jobs_of
 from rlxf.planner.measured import (
@@ -28,8 +28,7 @@ from rlxf.planner.measured import (
     speeds,
     work_of_row,
 )
-from rlxf.planner.names import fitting_device
-from rlxf.planner.record import NAME, Measured, measured_memory, record, table, too_full
+from rlxf.planner.record import NAME, Measured, measured_memory, record, table
 from rlxf.platform import Platform
 
 log = logging.getLogger(__name__)
@@ -63,31 +62,12 @@ def start_speed(config: RunConfig, run_dir: Path, platform: Platform, num_tokens
         plan = estimate(jobs, device, price=config.plan.price)
         if timed != jobs:
             plan = replace(estimate(timed, device, price=config.plan.price), memory=plan.memory)
-        if problems := too_full(plan):
+        if problems := plan.shortages():
             log.warning("by an estimate, memory does not suffice: %s (%s)", "; ".join(problems), run_dir / NAME)
         _save(run_dir, plan)
     except Exception as error:  # noqa: BLE001  an estimate must not end a run
         log.warning(_NO_PLAN, "a plan", _line(error))
     return _Speed(timed, plan, run_dir, num_tokens=num_tokens, exact=exact, calibrate=config.plan.calibrate)
-
-
-def run_device(config: RunConfig, platform: Platform) -> tuple[Device, bool]:
-    """The figures of this run's devices, and whether they are of these very devices, so that there is an MFU.
-
-    ``plan.device`` if it is of the run's kind, else the file that fits the device's name, else that of most devices of
-    the kind. Figures of a CPU that its file leaves open are measured.
-    """
-    kind, named = platform.name, config.plan.device
-    if named is not None:
-        device = Device.load(named)
-        if device.kind == kind:
-            return measured(device, config), True
-        log.info("plan.device = %s is of another kind than this run's devices (%s) and not used", named, kind)
-    fitting = fitting_device(kind, platform.device_name())
-    if fitting is not None:
-        return fitting, True
-    device = Device.load(DEFAULTS[kind])
-    return measured(device, config), device.is_cpu
 
 
 def _save(run_dir: Path, plan: Estimate, measured: Measured | None = None) -> None:

@@ -37,11 +37,11 @@ def describe(config: RunConfig, plan: Plan) -> str:
     kind = "offline, data from a file" if config.offline else f"online, rollout engine {config.engine}"
     place = "one process, without Ray" if config.runtime == "local" else f"{plan.num_devices} x {plan.resource}"
     found = f" (training.device=auto finds {find_device()} here)" if config.training.device == "auto" else ""
-    lines = [f"plan: {config.training.stage} ({kind}) on {place}{found}", "", *_table(_rows(config, plan)), ""]
+    lines = [f"plan: {config.training.stage} ({kind}) on {place}{found}", "", *aligned(_rows(config, plan)), ""]
     lines += [*_turns(config), *_streaming(config)]
     missing = missing_paths(config)
     if missing:
-        lines += ["missing here:", *_table([(f"  {named.key}", shown(named.path)) for named in missing]), ""]
+        lines += ["missing here:", *aligned([(f"  {named.key}", shown(named.path)) for named in missing]), ""]
     if config.runtime == "ray":
         lines += list(_needs(config, plan))
     return "\n".join(lines).rstrip() + "\n"
@@ -124,7 +124,8 @@ def _weights(shape: ModelConfig, role: RolePlan, section: RoleConfig) -> str:
     return f"{amount} {kind}"
 
 
-def _table(rows: Iterator[tuple[str, ...]] | Sequence[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Iterator[tuple[str, ...]] | Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows of cells as lines with columns of one width."""
     cells = list(rows)
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
@@ -155,7 +156,7 @@ def _needs(config: RunConfig, plan: Plan) -> Iterator[str]:
         commands.append((f"  {_HEAD.format(option=option)}", f"# {facts.ray_resource}, first machine"))
         if len(nodes) > 1:
             commands.append((f"  {_OTHER.format(option=option)}", f"# {facts.ray_resource}, each other machine"))
-    yield from _table(commands)
+    yield from aligned(commands)
     yield "scripts/cluster_up.sh does this the safe way: with a token, and a dashboard only for the first machine."
 
 
@@ -175,7 +176,7 @@ def describe_nodes(plan: Plan, nodes: Sequence[NodeResources]) -> str:
     """The running cluster, as a table of has and free."""
     rows = [("node", f"has {plan.resource}", "free")]
     rows += [(n.name, f"{n.total.get(plan.resource, 0):g}", f"{n.free.get(plan.resource, 0):g}") for n in nodes]
-    return "\n".join(_table(rows)) + "\n"
+    return "\n".join(aligned(rows)) + "\n"
 
 
 def describe_crossing(plan: Plan, nodes: Sequence[NodeResources]) -> str:

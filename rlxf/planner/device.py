@@ -16,12 +16,12 @@ from rlxf.config.fields import finite
 from rlxf.config.kinds import Positive, Strict
 from rlxf.config.problems import expectation, show
 from rlxf.core.errors import ConfigError
+from rlxf.core.memory import GIB
 from rlxf.core.places import RECIPES
 from rlxf.core.words import nearest
 
 FOLDER = "device"  # in the folder of recipes
 DEFAULTS = {"npu": "910b-64", "cuda": "h100-80", "cpu": "cpu"}  # by ``training.device``
-GIB = 2**30
 
 
 class Figure(Strict):

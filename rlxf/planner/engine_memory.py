@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlxf.planner.device import GIB, Device
+from rlxf.core.memory import GIB
+from rlxf.planner.device import Device
 from rlxf.planner.jobs import BYTES, EngineJob, Precision, Shape, Work
 
 _BLOCKS = {"npu": 128, "cuda": 16, "cpu": 128}  # tokens of a block of vLLM's cache (``Platform.kv_block_size``)

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from rlxf.config.devices import find_device
+from rlxf.config.plan import CLUSTER, split_devices
 from rlxf.config.schema import RunConfig
+from rlxf.core.memory import GIB
 from rlxf.planner.device import DEFAULTS, Device
 from rlxf.planner.jobs import Jobs, jobs_of
 from rlxf.planner.memory import PlaceMemory, memory_of, utilization_of
@@ -38,6 +40,20 @@ class Estimate:
         there = self.memory if self.device.is_cpu else (place,)
         return self.device.memory - sum(one.worst[1].total for one in there)
 
+    def shortages(self) -> list[str]:
+        """What does not fit, a line each, for people; nothing if all fits."""
+        have, name = self.device.memory / GIB, self.device.name
+        if self.device.is_cpu and not self.fits:
+            whole = sum(place.worst[1].total for place in self.memory) / GIB
+            return [f"all processes together need {whole:.1f} GiB by estimate; {name} has {have:.1f}"]
+        lines = []
+        for place in self.memory:
+            bar, instant = place.worst
+            if self.room(place) < 0:
+                what = f"{'+'.join(place.place.roles)}: {bar.name}, {instant.name}"
+                lines.append(f"{what} needs {instant.total / GIB:.1f} GiB by estimate; {name} has {have:.1f}")
+        return lines
+
     @property
     def fullest(self) -> PlaceMemory:
         return min(self.memory, key=self.room)
@@ -52,7 +68,7 @@ class Estimate:
 
 def estimate(jobs: Jobs, device: Device, *, price: float = 0.0) -> Estimate:
     """The cost of jobs. ``price``: dollars for an hour of one device; 0: what the file of the device says."""
-    stages = stages_of(_with_share(jobs, device), device)
+    stages = stages_of(with_share(jobs, device), device)
     return Estimate(
         jobs=jobs,
         device=device,
@@ -63,7 +79,7 @@ def estimate(jobs: Jobs, device: Device, *, price: float = 0.0) -> Estimate:
     )
 
 
-def _with_share(jobs: Jobs, device: Device) -> Jobs:
+def with_share(jobs: Jobs, device: Device) -> Jobs:
     """With the share of memory that the engines get if the recipe leaves it open: it bounds their sequences."""
     if jobs.engine is None or jobs.engine.utilization is not None:
         return jobs
@@ -105,6 +121,18 @@ def _way(lookahead: int, streams: bool) -> str:
     return f"lookahead {lookahead}" + (", streaming" if streams else "")
 
 
+def named_device(config: RunConfig) -> Device | None:
+    """The device that ``plan.devices`` names, else that of ``plan.device``.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    plan = config.plan
+    if plan.devices is not None and plan.devices != CLUSTER:
+        return Device.load(split_devices(plan.devices)[1])
+    return Device.load(plan.device) if plan.device is not None else None
+
+
 def device_of(config: RunConfig) -> tuple[Device, str]:
     """The device that a recipe is planned for, and a sentence if it is another one than the recipe names; else empty.
 
@@ -112,7 +140,7 @@ def device_of(config: RunConfig) -> tuple[Device, str]:
         ConfigError: there is no such device.
     """
     wanted = None if config.training.device == "auto" else config.training.device
-    named = Device.load(config.plan.device) if config.plan.device is not None else None
+    named = named_device(config)
     if named is None:
         return Device.load(DEFAULTS[wanted or find_device()]), ""
     if wanted is None or named.kind == wanted:

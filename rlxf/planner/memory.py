@@ -28,7 +28,7 @@ __all__ = [
 
 _ALONE = 0.85  # of its device, for an engine that has it for itself
 _MOST = 0.9
-_MARGIN = 0.05  # of a shared device: allocators leave gaps, and other processes' peaks are estimates
+MARGIN = 0.05  # of a device's memory that stays free: estimates miss, and allocators leave gaps
 
 Parts = dict[str, float]
 
@@ -99,7 +99,7 @@ def utilization_of(jobs: Jobs, device: Device) -> float | None:
         return engine.utilization
     places = [place for place in jobs.places if "infer" in place.roles]
     others = (sum(_Device(jobs, device, place, None).beside_engine().values()) for place in places)
-    left = 1 - max(others, default=0.0) / device.memory - _MARGIN
+    left = 1 - max(others, default=0.0) / device.memory - MARGIN
     most = _MOST if any(len(place.roles) > 1 for place in places) else _ALONE
     least = engine_bytes(engine, jobs.work, device).least / device.memory
     return max(math.floor(100 * min(left, most)) / 100, math.ceil(100 * least) / 100)

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from rlxf.config.kinds import Role
-from rlxf.planner.device import GIB, Device
+from rlxf.core.memory import GIB
+from rlxf.planner.device import Device
 from rlxf.planner.estimate import Estimate
 from rlxf.planner.jobs import Work
 from rlxf.planner.measured import Compared, Row
@@ -128,25 +129,6 @@ def measured_memory(estimate: Estimate, rows: Sequence[Row]) -> dict[str, Compar
         if name.startswith("memory/") and (seen := max((row.get(name, 0.0) for row in rows), default=0.0)):
             found[name] = Compared(planned=planned, measured=seen)
     return found
-
-
-def too_full(estimate: Estimate) -> list[str]:
-    """The places whose devices have too little memory, for people; of a CPU all places, which share its memory."""
-    memory = estimate.device.memory
-    if estimate.device.is_cpu:
-        whole = sum(place.worst[1].total for place in estimate.memory)
-        return [f"all processes need {_gib(whole)} of {_gib(memory)}"] if whole > memory else []
-    return [
-        f"{one.place.name} ({'+'.join(one.place.roles)}) needs {_gib(instant.total)} of {_gib(memory)} in {bar.name}, "
-        f"{instant.name}"
-        for one in estimate.memory
-        if estimate.room(one) < 0
-        for bar, instant in [one.worst]
-    ]
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
 
 
 def table(measured: Measured) -> str:

@@ -10,15 +10,14 @@ from typing import Any
 from rlxf.config.kinds import Role
 from rlxf.config.schema import RunConfig
 from rlxf.planner.device import Device
-from rlxf.planner.estimate import CHUNKS
+from rlxf.planner.estimate import CHUNKS, with_share
 from rlxf.planner.jobs import Jobs, Place, Recompute, TrainJob
-from rlxf.planner.memory import memory_of, utilization_of
+from rlxf.planner.memory import MARGIN, memory_of
 from rlxf.planner.options import Option, layouts, pareto, sizes, with_budget
 from rlxf.planner.time import Stage, forward, sampling, update
 
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _BUDGETS = (4096, 8192, 16384, 32768)
-MARGIN = 0.05  # of a device's memory: estimates miss, and allocators leave gaps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,8 +89,8 @@ class Tables:
 
     def sampled(self, jobs: Jobs) -> Stage:
         """The sampling of jobs whose engines take the share of memory that is left for them."""
-        assert jobs.engine is not None
-        engine = replace(jobs.engine, utilization=utilization_of(jobs, self.device))
+        engine = with_share(jobs, self.device).engine
+        assert engine is not None
         return sampling(engine, self.base.work, self.device)
 
     def jobs(self, pools: Sequence[Pool], *, lookahead: int = 0, streams: bool = False) -> Jobs:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from rlxf.core.memory import GIB
+from rlxf.placement.text import aligned
 from rlxf.planner.estimate import Estimate, own_way, paces
 from rlxf.planner.memory import Bar, PlaceMemory
 from rlxf.planner.overrides import typed
 from rlxf.planner.search import Found
 from rlxf.planner.ways_out import WayOut
 
-GIB = 2**30
 RED, PLAIN = "\033[31m", "\033[0m"
 _TITLES = {
     "gen": "sampling",
@@ -62,14 +63,7 @@ def _roles(place: PlaceMemory) -> str:
 
 def out_of_memory(found: Estimate, ways: Sequence[WayOut]) -> list[str]:
     """What does not fit, and what to type so that it does."""
-    lines = []
-    for place in found.memory:
-        missing = -found.room(place)
-        if missing > 0:
-            bar, instant = place.worst
-            need, have = instant.total / GIB, found.device.memory / GIB
-            what = f"{_roles(place)}: {bar.name}, {instant.name}"
-            lines.append(f"{what} needs {need:.1f} GiB by estimate; {found.device.name} has {have:.1f}")
+    lines = found.shortages()
     if not ways:
         lines.append(
             "no smaller change is known that fits: give the roles more devices, or search with plan.devices="
@@ -154,9 +148,3 @@ def _found_row(one: Found) -> Iterator[str]:
     yield f"{estimate.pace.busy_all:.0%}"
     yield f"{estimate.fullest.worst[1].total / GIB:.1f}"
     yield f"{estimate.room(estimate.fullest) / GIB:.1f}"
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows of cells as lines with columns of one width."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from rlxf.planner.device import GIB, Device
+from rlxf.core.memory import GIB
+from rlxf.planner.device import Device
 from rlxf.planner.engine_memory import engine_weight_bytes
 from rlxf.planner.flops import (
     Rows,

@@ -70,18 +70,14 @@ def _changes(config: RunConfig, found: Estimate) -> Iterator[dict[str, Any]]:
         if role == "infer":
             yield from _of_engine(config, found)
             continue
-        budget = jobs.train.largest.tokens if role == "train" else 0
         if role == "train":
             yield {"actor_rollout.recompute_granularity": "selective"}
             yield {"actor_rollout.recompute_granularity": "full"}
-        for part in (2, 4):
-            tokens = budget // part
-            if tokens >= 2 * config.actor_rollout.seq_length:
-                yield {"actor_rollout.max_tokens_per_micro_batch": tokens}
+            for part in (2, 4):
+                tokens = jobs.train.largest.tokens // part
+                if tokens >= 2 * config.actor_rollout.seq_length:
+                    yield {"actor_rollout.max_tokens_per_micro_batch": tokens}
         yield from _wider(config, section, found)
-    shared = [role for role in config.resource_pool.colocate if role in roles]
-    if shared and not jobs.takes_turns and not jobs.local:
-        yield {"resource_pool.colocate": ()}
 
 
 def _of_engine(config: RunConfig, found: Estimate) -> Iterator[dict[str, Any]]:
@@ -121,9 +117,11 @@ def _wider(config: RunConfig, section: str, found: Estimate) -> Iterator[dict[st
 def _more_devices(config: RunConfig, found: Estimate) -> Iterator[dict[str, Any]]:
     """Twice and four times the devices for the roles of places that do not fit, as copies or as parts of the model."""
     jobs, per_node = found.jobs, found.device.per_node
+    roles = {role for place in found.memory if found.room(place) < 0 for role in place.place.roles}
+    if config.sharing & roles and not jobs.takes_turns and not jobs.local:
+        yield {"resource_pool.colocate": ()}
     if config.sharing or jobs.local:
         return
-    roles = {role for place in found.memory if found.room(place) < 0 for role in place.place.roles}
     num_infer = jobs.engine.devices if jobs.engine is not None else 0
     for factor in (2, 4):
         if "train" in roles:

@@ -12,7 +12,6 @@ from rlxf.config.load import load_config
 from rlxf.planner.device import Device
 from rlxf.planner.jobs import jobs_of
 from rlxf.planner.memory import utilization_of
-from rlxf.platform import get_platform
 from rlxf.platform.cpu import CpuPlatform
 from tests.unit.config.recipes import compose
 
@@ -24,8 +23,9 @@ def _started_with(monkeypatch: pytest.MonkeyPatch, memory: int, *arguments: str)
     found: list[Any] = []
     monkeypatch.setitem(rollout.ENGINES, "vllm", lambda settings, platform: found.append(settings))
     monkeypatch.setattr(CpuPlatform, "total_memory", lambda platform: memory)
+    monkeypatch.setattr(CpuPlatform, "name", "cuda")
     config = load_config(compose(NAME, "dry_run=true", "training.device=cuda", *arguments))
-    build_engine(config, get_platform("cpu"))
+    build_engine(config, CpuPlatform())
     share: float | None = found[0].rollout.gpu_memory_utilization
     return share
 
@@ -44,6 +44,13 @@ def test_the_recipes_word_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_engine_that_does_not_fit_asks_for_no_more_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _started_with(monkeypatch, 8 * 2**30) == 0.95
+
+
+def test_it_is_planned_for_the_device_at_hand_and_not_for_the_one_that_the_recipe_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    named = _started_with(monkeypatch, 79 * 2**30, "plan.device=910b-64", "training.device=auto")
+    assert named == _started_with(monkeypatch, 79 * 2**30)
 
 
 def test_a_cpu_has_no_share(monkeypatch: pytest.MonkeyPatch) -> None:

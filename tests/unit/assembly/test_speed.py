@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from rlxf.assembly import speed
-from rlxf.assembly.speed import run_device, start_speed
+from rlxf.assembly.planning import run_device
+from rlxf.assembly.speed import start_speed
 from rlxf.config.load import load_config
 from rlxf.config.schema import RunConfig
 from rlxf.core.errors import ConfigError
@@ -187,7 +188,7 @@ def test_memory_that_does_not_suffice_is_a_warning(
     monkeypatch.setattr(probe, "probe_cpu", lambda linear: {**PROBED, "memory_gib": 1.0})
     run = started(world, tmp_path)
     (record,) = said(caplog)
-    assert "8.0 GiB of 1.0 GiB" in record.getMessage()
+    assert "need 8.0 GiB by estimate; cpu has 1.0" in record.getMessage()
     assert run(1, row_of(1))["speed/gen_mfu"] > 0
 
 

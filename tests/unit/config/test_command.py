@@ -143,6 +143,14 @@ def test_a_dry_run_of_what_does_not_fit_ends_with_ways_out(tmp_path: Path) -> No
     assert ray_gpt(*LARGE, "dry_run=true", "plan.device=910b-32", *words, folder=tmp_path).returncode == 0
 
 
+def test_all_tables_are_of_the_devices_that_are_searched(tmp_path: Path) -> None:
+    done = ray_gpt(*LARGE, "dry_run=true", "plan.devices=8xh100-80", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "on 16 x GPU" in done.stdout
+    assert "(NVIDIA H100, 80 GB, one device)" in done.stdout
+    assert "910" not in done.stdout
+
+
 def test_a_found_recipe_is_written_and_trains_what_was_typed(tmp_path: Path) -> None:
     typed = ("dry_run=true", "actor_rollout.lr=2e-7", "training.seed=9")
     done = ray_gpt(*LARGE, *typed, "plan.devices=8x910b-64", "plan.write=best.yaml", folder=tmp_path)

@@ -14,7 +14,7 @@ from rlxf.planner.estimate import Estimate, estimate
 from rlxf.planner.jobs import Jobs, Place, jobs_of
 from rlxf.planner.measured import Compared
 from rlxf.planner.memory import Bar, Instant, PlaceMemory
-from rlxf.planner.record import Measured, measured_memory, process_bytes, record, table, too_full
+from rlxf.planner.record import Measured, measured_memory, process_bytes, record, table
 from tests.unit.config.recipes import compose
 
 GPU = Device.load("h100-80")
@@ -86,12 +86,14 @@ def test_memory_is_compared_where_a_row_has_it(found: Estimate) -> None:
 
 
 def test_places_without_room_are_named(found: Estimate) -> None:
-    assert too_full(found) == []
+    assert found.shortages() == []
     small = replace(found, device=GPU.with_figures("test", "2026-11-26", memory_gib=60.0))
-    assert too_full(small) == ["actor_rollout (train+infer) needs 64.0 GiB of 60.0 GiB in training, sampling"]
-    assert too_full(on_cpu(found)) == []
+    said = "train+infer: training, sampling needs 64.0 GiB by estimate; h100-80 has 60.0"
+    assert small.shortages() == [said]
+    assert on_cpu(found).shortages() == []
     tight = on_cpu(found).device.with_figures("test", "2026-11-26", memory_gib=70.0)
-    assert too_full(replace(on_cpu(found), device=tight)) == ["all processes need 75.0 GiB of 70.0 GiB"]
+    said = "all processes together need 75.0 GiB by estimate; cpu has 70.0"  # each place alone would fit
+    assert replace(on_cpu(found), device=tight).shortages() == [said]
 
 
 def test_every_metric_has_one_planned_number(found: Estimate) -> None:

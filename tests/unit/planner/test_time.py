@@ -65,11 +65,15 @@ STAGES: dict[str, Callable[[Layout, Device], Stage]] = {
 }
 
 
-@pytest.mark.parametrize("axis", ["dp", "tp", "pp", "cp"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "axis"),
+    [
+        *((stage, axis) for stage in ("update", "ref") for axis in ("dp", "tp", "pp", "cp")),
+        ("gen", "dp"),
+        ("gen", "tp"),
+    ],
+)
 def test_more_devices_are_never_slower_if_they_talk_for_free(stage: str, axis: str) -> None:
-    if stage == "gen" and axis in ("pp", "cp"):
-        pytest.skip("engines have neither")
     sizes = (1, 2, 4) if axis == "pp" else (1, 2, 4, 8)  # four passes: a longer pipeline idles more than it gains
     found = [STAGES[stage](Layout(**{axis: size}), FREE) for size in sizes]
     seconds = [one.seconds for one in found]
