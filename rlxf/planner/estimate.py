@@ -11,7 +11,7 @@ from rlxf.config.schema import RunConfig
 from rlxf.core.memory import GIB
 from rlxf.planner.device import DEFAULTS, Device
 from rlxf.planner.jobs import Jobs, jobs_of
-from rlxf.planner.memory import PlaceMemory, memory_of, utilization_of
+from rlxf.planner.memory import PlaceMemory, memory_of
 from rlxf.planner.time import Pace, Stage, pace, stages_of
 
 CHUNKS = 8  # of a step, where a plan streams and its recipe does not
@@ -68,7 +68,7 @@ class Estimate:
 
 def estimate(jobs: Jobs, device: Device, *, price: float = 0.0) -> Estimate:
     """The cost of jobs. ``price``: dollars for an hour of one device; 0: what the file of the device says."""
-    stages = stages_of(with_share(jobs, device), device)
+    stages = stages_of(jobs, device)
     return Estimate(
         jobs=jobs,
         device=device,
@@ -77,13 +77,6 @@ def estimate(jobs: Jobs, device: Device, *, price: float = 0.0) -> Estimate:
         pace=pace(jobs, stages, lookahead=jobs.lookahead, streams=jobs.chunks > 1, cores=device.cores),
         price=price or device.price,
     )
-
-
-def with_share(jobs: Jobs, device: Device) -> Jobs:
-    """With the share of memory that the engines get if the recipe leaves it open: it bounds their sequences."""
-    if jobs.engine is None or jobs.engine.utilization is not None:
-        return jobs
-    return replace(jobs, engine=replace(jobs.engine, utilization=utilization_of(jobs, device)))
 
 
 def estimate_of(config: RunConfig, device: Device) -> Estimate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from rlxf.planner.activations import Seen, activation_bytes, seen
@@ -24,6 +24,7 @@ __all__ = [
     "state_bytes",
     "trained_state_bytes",
     "utilization_of",
+    "with_share",
 ]
 
 _ALONE = 0.85  # of its device, for an engine that has it for itself
@@ -103,6 +104,13 @@ def utilization_of(jobs: Jobs, device: Device) -> float | None:
     most = _MOST if any(len(place.roles) > 1 for place in places) else _ALONE
     least = engine_bytes(engine, jobs.work, device).least / device.memory
     return max(math.floor(100 * min(left, most)) / 100, math.ceil(100 * least) / 100)
+
+
+def with_share(jobs: Jobs, device: Device) -> Jobs:
+    """With the share of memory that the engines get if the recipe leaves it open: it bounds their sequences."""
+    if jobs.engine is None or jobs.engine.utilization is not None:
+        return jobs
+    return replace(jobs, engine=replace(jobs.engine, utilization=utilization_of(jobs, device)))
 
 
 class _Device:

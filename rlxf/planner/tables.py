@@ -10,9 +10,9 @@ from typing import Any
 from rlxf.config.kinds import Role
 from rlxf.config.schema import RunConfig
 from rlxf.planner.device import Device
-from rlxf.planner.estimate import CHUNKS, with_share
+from rlxf.planner.estimate import CHUNKS
 from rlxf.planner.jobs import Jobs, Place, Recompute, TrainJob
-from rlxf.planner.memory import MARGIN, memory_of
+from rlxf.planner.memory import MARGIN, memory_of, with_share
 from rlxf.planner.options import Option, layouts, pareto, sizes, with_budget
 from rlxf.planner.time import Stage, forward, sampling, update
 

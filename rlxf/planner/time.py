@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from rlxf.core.memory import GIB
 from rlxf.planner.device import Device
-from rlxf.planner.engine_memory import engine_weight_bytes
+from rlxf.planner.engine_memory import engine_bytes, engine_weight_bytes, token_bytes
 from rlxf.planner.flops import (
     Rows,
     Trained,
@@ -17,7 +16,8 @@ from rlxf.planner.flops import (
     prefill_rows,
     stream,
 )
-from rlxf.planner.jobs import BYTES, EngineJob, ForwardJob, Jobs, Layout, Lora, Precision, Shape, TrainJob, Work
+from rlxf.planner.jobs import BYTES, EngineJob, ForwardJob, Jobs, Layout, Precision, Shape, TrainJob, Work
+from rlxf.planner.memory import with_share
 from rlxf.planner.pace import ADV, GEN, REF, SYNC, UPDATE, Pace, Stage, pace
 from rlxf.planner.passes import Share, all_reduce_seconds, bubble, exchange_seconds, gradient_seconds, share_of
 from rlxf.planner.states import trained_state_bytes
@@ -28,8 +28,7 @@ PREFILL_TOKENS = 8192  # of one pass: of the hf engine (rlxf/rollout/hf_sampling
 NOISE_S = (
     2.7e-8  # of a number that the hf engine draws on the host: 64 x 128,256 of them take 218 ms, docs/platforms.md
 )
-ENGINE_RESERVE = 2 * GIB  # of a vLLM engine, besides weights and cache
-UTILIZATION = 0.85  # of an engine's device, where the recipe leaves it open
+_GRADIENT_BYTES = 4  # of a number: fp32 whatever the weights are
 # Bytes of a trained weight that an optimizer step reads and writes: gradient (for its norm, for the step, and to clear
 # it), copy in fp32, two moments; in half precision also the weight itself.
 OPTIMIZER_BYTES = {"fp32": 36, "bf16": 38, "fp16": 38}
@@ -62,20 +61,13 @@ def _slots(job: EngineJob, work: Work, device: Device) -> float:
     if job.kind == "hf":
         return math.inf if job.slots is None else float(job.slots)
     slots = float(job.slots or device.engine_slots)
-    token = _kv_bytes(job) / job.tp
-    if device.is_cpu:
-        room = float(job.cpu_cache_bytes)
-    else:
-        weights = job.shape.parameters * BYTES[job.precision] / job.tp
-        room = device.memory * (job.utilization or UTILIZATION) - weights - ENGINE_RESERVE
+    room = float(job.cpu_cache_bytes)
+    if not device.is_cpu:
+        needs = engine_bytes(job, work, device)
+        room = device.memory * (job.utilization or 1.0) - (needs.total - needs.cache)
+    token = token_bytes(job.shape, job.tp, job.precision)
     sequence = token * (work.prompt_tokens / max(work.samples, 1) + work.completion_tokens)
     return max(min(slots, room // sequence if sequence else slots), 1.0)
-
-
-def _kv_bytes(job: EngineJob) -> float:
-    """Keys and values of one token."""
-    shape = job.shape
-    return 2 * shape.layers * shape.kv_heads * shape.head_size * BYTES[job.precision]
 
 
 def _token_seconds(job: EngineJob, work: Work, device: Device, sequences: float) -> float:
@@ -85,7 +77,8 @@ def _token_seconds(job: EngineJob, work: Work, device: Device, sequences: float)
     seen = Rows(tokens=sequences, read=sequences, seen=sequences * context)
     compute = forward_flops(shape, seen).total / (device.peak(job.precision) * device.decode_share * job.tp)
     weights = (shape.body + shape.head) * size
-    memory = (weights + sequences * context * _kv_bytes(job)) / (device.bandwidth * job.tp)
+    cache = sequences * context * token_bytes(shape, job.tp, job.precision)
+    memory = (weights / job.tp + cache) / device.bandwidth
     # A device loads what comes next beside its products; a core does so in part (benchmarks/planner.py).
     seconds = (math.hypot(compute, memory) if device.is_cpu else max(compute, memory)) + device.token_s
     if job.tp > 1:
@@ -192,24 +185,11 @@ def _gradient_pass_seconds(job: TrainJob, share: Share, device: Device) -> float
 
 
 def _optimizer_seconds(job: TrainJob, device: Device) -> float:
-    layout, shape = job.layout, job.shape
-    own = shape.parameters if job.lora is None else adapter_parameters(shape, job.lora)
-    own = own / (layout.tp * layout.pp)
+    layout = job.layout
+    own = trained_state_bytes(job).gradients / _GRADIENT_BYTES  # numbers that a rank trains
     local = own / (layout.dp * layout.cp)
     seconds = local * OPTIMIZER_BYTES[job.precision] / device.bandwidth
     return seconds + gradient_seconds(layout, own, job.precision, device)
-
-
-def adapter_parameters(shape: Shape, lora: Lora) -> float:
-    """Numbers in the adapters of all layers: two low-rank matrices for each Hugging Face linear."""
-    queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    sizes = {
-        "linear_qkv": 3 * shape.hidden + queries + 2 * keys,
-        "linear_proj": queries + shape.hidden,
-        "linear_fc1": 2 * (shape.hidden + shape.ffn),
-        "linear_fc2": shape.ffn + shape.hidden,
-    }
-    return float(shape.layers * lora.rank * sum(sizes[target] for target in lora.targets))
 
 
 def push(train: TrainJob, engine: EngineJob, device: Device, *, shared: bool) -> Stage:
@@ -252,8 +232,9 @@ def stages_of(jobs: Jobs, device: Device, work: Work | None = None) -> dict[str,
     """
     work = jobs.work if work is None else work
     found: dict[str, Stage] = {}
-    if jobs.engine is not None:
-        found[GEN] = sampling(jobs.engine, work, device)
+    engine = with_share(jobs, device).engine
+    if engine is not None:
+        found[GEN] = sampling(engine, work, device)
     if jobs.rewards:
         each = [forward(reward, work, device, chunks=jobs.chunks) for reward in jobs.rewards]
         seconds, flops = sum(stage.seconds for stage in each), sum(stage.flops for stage in each)
