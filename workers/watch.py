@@ -2,7 +2,9 @@
 
 A worker hangs when it has work and gives no sign of life for ``resilience.min_deadline_s`` (it is stopped), or when
 its counter stands still for longer than its phase may take. A phase may take ten times its median so far, at least
-``min_deadline_s``, at most ``training.stage_timeout_s``; its first time in a process only the latter.
+``min_deadline_s``, at most ``training.stage_timeout_s``. Its first time in a process, in which devices compile and
+ranks connect, is a phase of its own; as long as no process of the role has ended it, it may take
+``training.start_timeout_s``. So no rank waits for long in a group whose ranks do not find each other.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from ray._private.state import actors
 
 from rlxf.core.events import event
 from rlxf.core.memory import machine_memory
+from rlxf.core.progress import FIRST
 from rlxf.core.waiting import in_thread
 from rlxf.observe.memory import DRIVER, ProcessMemory
 
@@ -34,6 +37,8 @@ TIMES_MEDIAN = 10.0  # how much longer than usual a phase may take
 QUIET_S = 1.5  # without a sign: look whether Ray has noticed a death
 LOADING_S = 300.0  # shortest silence that counts while a worker loads: that can hold all of its threads up
 _LOADING = ("build", "first build")
+# They write or read a whole model without a step in between, on a disk of unknown speed.
+_OF_FILES = ("save", "load", "save_hf", "save_checkpoint", "load_checkpoint", "checkpoint_written")
 KILLS_S = 1.2  # how long to wait for the newest count of the processes that another machine's kernel has killed
 _CLOSE_S = 5.0
 _REPLACED = 1000  # so many of the newest are told: each of them has ended long before
@@ -189,9 +194,9 @@ class Watch:
         if self._is_silent(worker, now):
             return f"its process gave no sign of life for {now - worker.heard_at:.0f} s"
         phase, still = worker.sign.seen.phase, now - worker.moved_at
-        limit = self._deadline(worker.role, phase)
+        limit, origin = self._deadline(worker.role, phase)
         if phase and still > limit:
-            return f"no progress for {still:.0f} s in {phase}, whose limit is {limit:.0f} s"
+            return f"no progress for {still:.0f} s in {phase}, whose limit is {limit:.0f} s ({origin})"
         return None
 
     def _is_silent(self, worker: Watched, now: float) -> bool:
@@ -206,14 +211,19 @@ class Watch:
             return False
         return bool(worker.sign.seen.phase) or self._now() - worker.heard_at > 2 * QUIET_S
 
-    def _deadline(self, role: str, phase: str) -> float:
-        """How long a phase may take without progress, seconds."""
+    def _deadline(self, role: str, phase: str) -> tuple[float, str]:
+        """How long a phase may take without progress, seconds; the key or rule that says so."""
+        least, start, most = self._limits.min_deadline_s, self._limits.start_s, self._limits.stage_s
         if phase in _LOADING:
-            return self._limits.start_s
+            return start, "training.start_timeout_s"
         median = self._medians.get((role, phase))
-        if median is None:
-            return self._limits.stage_s
-        return min(max(TIMES_MEDIAN * median, self._limits.min_deadline_s), self._limits.stage_s)
+        if median is None and phase.removeprefix(FIRST).partition(" (")[0] not in _OF_FILES:
+            median = self._medians.get((role, f"{FIRST}{phase}"))
+            if median is None and max(start, least) < most:
+                return max((start, "training.start_timeout_s"), (least, "resilience.min_deadline_s"))
+        if median is None or TIMES_MEDIAN * median > most or least > most:
+            return most, "training.stage_timeout_s"
+        return max((TIMES_MEDIAN * median, "ten times as long as usual"), (least, "resilience.min_deadline_s"))
 
     def _follow_all(self) -> None:
         while not self._leaves.wait(BEAT_S):

@@ -105,7 +105,8 @@ class TrainingConfig(Strict):
     """Longest time of one stage on a Ray worker, in seconds. A worker that takes longer is ended, and started again as
     `resilience` says."""
     start_timeout_s: Positive = 600
-    """Longest time that a worker may take to load its model, in seconds."""
+    """Longest time that a worker may take to load its model, in seconds; and longest time without progress in a stage
+    that its role does for the first time."""
     trust_remote_code: bool = False
     """Let model folders run the Python code that they contain. Set it only for folders that you trust."""
 

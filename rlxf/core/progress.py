@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+FIRST = "first "  # before the name of a phase that a process has not ended yet
 _REMEMBERED = 50  # durations of each phase
 
 
@@ -22,7 +23,7 @@ class Seen:
 
     counter: int
     phase: str  # "": nothing to do
-    medians: dict[str, float] = field(default_factory=dict)  # seconds of the phases that have ended; the first apart
+    medians: dict[str, float] = field(default_factory=dict)  # seconds of the phases that have ended; "first ..." apart
 
 
 class Progress:
@@ -42,16 +43,15 @@ class Progress:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What is inside is a phase; if it ends without an error, its time counts for the next ones of that name."""
-        first, before = name not in self._known, self._phase
+        known, before = name if name in self._known else f"{FIRST}{name}", self._phase
         with self._lock:
-            self._phase, self._counter = f"first {name}" if first else name, self._counter + 1
+            self._phase, self._counter = known, self._counter + 1
         begin = time.monotonic()
         try:
             yield
             self._known.add(name)
-            if not first:
-                with self._lock:
-                    self._durations.setdefault(name, deque(maxlen=_REMEMBERED)).append(time.monotonic() - begin)
+            with self._lock:
+                self._durations.setdefault(known, deque(maxlen=_REMEMBERED)).append(time.monotonic() - begin)
         finally:
             with self._lock:
                 self._phase, self._counter = before, self._counter + 1

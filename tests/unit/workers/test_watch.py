@@ -21,8 +21,10 @@ from workers import watch as module
 from workers.signs import BEAT_S, Process, Sign
 from workers.watch import LOADING_S, Limits, Watch
 
-LIMITS = Limits(min_deadline_s=60.0, stage_s=600.0, start_s=1800.0)
+LIMITS = Limits(min_deadline_s=60.0, stage_s=600.0, start_s=300.0)
 PLACE = "stage ref, step 3"
+LEAST, START, STAGE = "resilience.min_deadline_s", "training.start_timeout_s", "training.stage_timeout_s"
+USUAL = "ten times as long as usual"
 
 
 MEMORY = Memory(limit=2, available=1)
@@ -98,21 +100,44 @@ def pass_time(world: World, watch: Watch, seconds: float, **signing: tuple[int, 
 
 
 @pytest.mark.parametrize(
-    ("phase", "median", "limit"),
+    ("phase", "median", "limit", "origin"),
     [
-        ("logps", 2.0, 60.0),  # at least min_deadline_s
-        ("logps", 20.0, 200.0),  # ten times the median
-        ("logps", 100.0, 600.0),  # at most stage_timeout_s
-        ("logps", None, 600.0),  # nobody has done that so far
-        ("first logps", 2.0, 600.0),
-        ("build", 2.0, 1800.0),
-        ("first build", None, 1800.0),
+        ("logps", 2.0, 60.0, LEAST),  # at least min_deadline_s
+        ("logps", 20.0, 200.0, USUAL),  # ten times the median
+        ("logps", 100.0, 600.0, STAGE),  # at most stage_timeout_s
+        ("logps", None, 300.0, START),  # nobody has done that so far: ranks connect
+        ("first logps", 2.0, 300.0, START),
+        ("build", 2.0, 300.0, START),
+        ("first build", None, 300.0, START),
+        ("first save_checkpoint (waits)", None, 600.0, STAGE),  # a slow disk: any stage's time
+        ("save_hf", None, 600.0, STAGE),
     ],
 )
-def test_how_long_a_phase_may_stand_still(world: World, phase: str, median: float | None, limit: float) -> None:
+def test_how_long_a_phase_may_stand_still(
+    world: World, phase: str, median: float | None, limit: float, origin: str
+) -> None:
+    stands_still_at_most(world, phase, {} if median is None else {"logps": median}, limit, origin)
+
+
+@pytest.mark.parametrize(
+    ("phase", "first", "limit", "origin"),
+    [
+        ("first logps", 20.0, 200.0, USUAL),  # an earlier process of the role has done it
+        ("logps", 20.0, 200.0, USUAL),  # the second time
+        ("logps", 1.0, 60.0, LEAST),
+        ("save_hf", 20.0, 600.0, STAGE),
+    ],
+)
+def test_the_first_time_of_a_phase_bounds_the_next_one(
+    world: World, phase: str, first: float, limit: float, origin: str
+) -> None:
+    stands_still_at_most(world, phase, {f"first {phase.removeprefix('first ')}": first}, limit, origin)
+
+
+def stands_still_at_most(world: World, phase: str, medians: Mapping[str, float], limit: float, origin: str) -> None:
     watch = world.watch()
     follow(watch, "a")
-    world.sign(watch, "a", 1, phase, {} if median is None else {"logps": median})
+    world.sign(watch, "a", 1, phase, medians)
     watch._look_at_all()
     pass_time(world, watch, limit, a=(1, phase))
     watch.end_hung(["a"], PLACE)
@@ -120,7 +145,7 @@ def test_how_long_a_phase_may_stand_still(world: World, phase: str, median: floa
     pass_time(world, watch, 1, a=(1, phase))
     watch.end_hung(["a"], PLACE)
     assert world.ended == ["a"]
-    reason = f"no progress for {limit + 1:.0f} s in {phase}, whose limit is {limit:.0f} s; stacks: there"
+    reason = f"no progress for {limit + 1:.0f} s in {phase}, whose limit is {limit:.0f} s ({origin}); stacks: there"
     assert watch.why_ended("a") == reason
 
 
