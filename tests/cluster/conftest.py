@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 import ray
 import yaml
 
+from tests.cluster.network import Cable
 from tests.ports import free_port
 from tests.tiny_models import config as model_config
 from tests.tiny_models import save_causal_lm, save_reward_model
@@ -123,15 +124,19 @@ class Cluster:
     env: dict[str, str]
     scratch: Path
     processes: list[subprocess.Popen[bytes]]  # `ray start` of each node
+    cable: Cable | None = None  # all nodes but the first are at its other end
 
     def start_node(self, *, head: str | None = None) -> None:
         """Another node; ``head``: the first one, with this line."""
-        port = self.address.rpartition(":")[2]
-        line = f"{head} --port {port}" if head else f"start --address=127.0.0.1:{port}"
+        line = f"{head} --port {self.address.rpartition(':')[2]}" if head else f"start --address={self.address}"
+        if self.cable:
+            line += f" --node-ip-address={self.cable.here if head else self.cable.there}"
         # --block: in the foreground, so that these processes are ours to end.
         # Another Ray cluster on this machine may have the agents' usual port; without its own, no job starts.
         agent = f"--dashboard-agent-listen-port={free_port()}"
         command = [*ray_program(self.scratch), *line.split(), agent, '--resources={"NPU": 2}', "--block"]
+        if self.cable and not head:
+            command = self.cable.command_there(command)
         env = {name: value for name, value in self.env.items() if name != "RAY_ADDRESS"}
         with (self.scratch / f"node{len(self.processes)}.log").open("wb") as log:
             process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -149,16 +154,21 @@ class Cluster:
 
 
 @contextmanager
-def cluster(*, with_dashboard: bool) -> Iterator[Cluster]:
+def cluster(*, with_dashboard: bool, cable: Cable | None = None, **settings: str) -> Iterator[Cluster]:
     """Two nodes, brought up with the two `ray start` lines of the user guide; ports and count are this machine's.
 
     With a home folder of its own, as on a machine where Ray never ran: there is no token yet.
+
+    Args:
+        with_dashboard: with the processes that jobs need.
+        cable: the second node is at its other end.
+        settings: environment of the nodes.
     """
     with tempfile.TemporaryDirectory(prefix="rlxf") as scratch:  # Ray's socket paths must be short
         port, dashboard = free_port(), free_port()
-        address = f"127.0.0.1:{port}"
-        env = environment(HOME=scratch, RAY_ADDRESS=address)
-        found = Cluster(address, f"http://127.0.0.1:{dashboard}", env, Path(scratch), [])
+        address = f"{cable.here if cable else '127.0.0.1'}:{port}"
+        env = environment(HOME=scratch, RAY_ADDRESS=address, **settings)
+        found = Cluster(address, f"http://127.0.0.1:{dashboard}", env, Path(scratch), [], cable)
         head = f"start --head --dashboard-host=0.0.0.0 --dashboard-port={dashboard}"
         if not with_dashboard:  # ten processes that only jobs need
             head += " --include-dashboard=false"
@@ -227,7 +237,8 @@ def end(processes: list[psutil.Process]) -> None:
     """Wait for processes to go; kill what does not."""
     _, alive = psutil.wait_procs(processes, timeout=20)
     for process in alive:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # it went with the one before
+            process.kill()
 
 
 def end_run(process: subprocess.Popen[str]) -> None:

@@ -44,9 +44,9 @@ def rewarded(folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def separate(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of roles with devices of their own."""
+    """The run in which no role gives its memory back, in one process: test_launch.py has it equal to one on Ray."""
     folder = tmp_path_factory.mktemp("separate")
-    succeed(recipe.run(folder / "run", *COMMON, *rewarded(folder)))
+    succeed(recipe.run(folder / "run", *COMMON, *rewarded(folder), "runtime=local"))
     return folder / "run"
 
 

@@ -12,15 +12,18 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rlxf.checkpointing.store import list_checkpoints
 from rlxf.observe.formulas import read_jsonl
-from tests.cluster.conftest import Recipe, cluster, environment
+from tests.cluster.conftest import Recipe, children, cluster, command_of, environment
 from tests.cluster.faults import Fault, happened, run
+from tests.cluster.network import cable
 from tests.cluster.test_launch import numbers, succeed
 from tests.cluster.test_resume import weights
 
@@ -30,6 +33,12 @@ COMMON = (
     *("training.train_iters=10", "training.save_interval=3", "log.rollouts=true", "resilience.max_recoveries=20"),
     *("resilience.min_deadline_s=5", "training.eval_interval=5", "eval.num_prompts=2"),
 )
+HEALTH_CHECK = {  # of scripts/cluster_up.sh
+    "RAY_health_check_initial_delay_ms": "5000",
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
 TWO_ENGINES = ("resource_pool.actor_rollout=3", "actor_rollout.num_gpus_for_infer=2")
 
 
@@ -262,6 +271,35 @@ def test_a_lost_node_that_nobody_replaces_ends_the_run_with_75(recipe: Recipe, t
     assert process.returncode == 75, text
     assert re.search(r"need \d NPU, have 0 after node .* died, and resilience.node_wait_s = 2 s are over", text)
     assert "to go on: python ray_gpt.py" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_node_that_is_cut_off_is_as_a_lost_one_and_its_workers_end(
+    recipe: Recipe, undisturbed: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A cable that is pulled: nobody is told, and both ends go on by themselves. Another node takes its place."""
+    with ExitStack() as stack:
+        try:
+            link = stack.enter_context(cable())
+        except PermissionError as error:
+            pytest.skip(str(error))
+        nodes = stack.enter_context(cluster(with_dashboard=False, cable=link, **HEALTH_CHECK))
+        process, output = _start_on(nodes.env, recipe, tmp_path / "run", "resilience.node_wait_s=120")
+        _wait_for_steps(process, tmp_path / "run", 3)
+        workers = [
+            child for child in children(nodes.processes[1].pid) if re.match(r"ray::\w+Worker", command_of(child))
+        ]
+        assert workers
+        link.cut()
+        _, alive = psutil.wait_procs(workers, timeout=35)
+        assert alive == []
+        link.mend()
+        nodes.start_node()
+        text = output()
+        assert process.returncode == 0, text
+    assert re.search(r"need \d NPU, have 0 after node .* died; waiting up to 120 s", text)
+    assert_same(tmp_path / "run", undisturbed("training.train_iters=60"))
 
 
 def _start_on(
