@@ -65,11 +65,11 @@ def made_once(recipe: Recipe, folder: Path, common: Sequence[str]) -> Callable[.
 
 
 def faulty(
-    recipe: Recipe, tmp_path: Path, faults: Sequence[Fault], *overrides: str, code: int = 0
+    recipe: Recipe, tmp_path: Path, faults: Sequence[Fault], *overrides: str, code: int = 0, timeout_s: float = 240
 ) -> subprocess.CompletedProcess[str]:
     """The run with these faults, all of which have come; its folder is ``tmp_path / "run"``."""
     command = recipe.command(tmp_path / "run", *COMMON, *overrides)
-    done = run(command, tmp_path / "plan", faults, environment())
+    done = run(command, tmp_path / "plan", faults, environment(), timeout_s)
     assert done.returncode == code, done.stdout + done.stderr
     assert happened(tmp_path / "plan") == len(faults), done.stderr
     assert "Traceback" not in done.stderr
@@ -202,6 +202,34 @@ def test_another_engine_takes_over_what_a_lost_one_was_sampling(
     )
     faulty(recipe, tmp_path, faults, *overrides)
     assert_same(tmp_path / "run", undisturbed(*overrides))
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_lost_vllm_engine_samples_again_from_the_weights_that_are_due(
+    recipe: Recipe, tmp_path: Path, lookahead: int
+) -> None:
+    """Its log-probs are those of the trainer's weights, and one process that replays its samples gets the losses."""
+    ahead = f"rollout.lookahead={lookahead}"
+    faults = (  # each start of vLLM takes twenty seconds on quiet cores
+        Fault(role="infer", method="generate", call=7),
+        Fault(role="infer", method="receive", call=8),
+        Fault(role="infer", method="generate", call=10, how="stop"),
+    )
+    faulty(recipe, tmp_path, faults, ahead, "rollout.engine=vllm", "training.eval_interval=0", timeout_s=600)
+    assert len(events(tmp_path / "run", "recovered")) == len(faults)
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    moved = {row["logps/chosen"] for row in rows}
+    assert len(moved) == len(rows)  # the weights change
+    differences = [row["rollout/logp_diff_max"] for row in rows if "rollout/logp_diff_max" in row]
+    assert len(differences) == (0 if lookahead else len(rows))  # only where the versions are the same
+    assert max(differences, default=0.0) < 1e-4
+    replay = ("runtime=local", "rollout.engine=replay", f"rollout.replay_path={tmp_path / 'run' / 'rollouts.jsonl'}")
+    succeed(recipe.run(tmp_path / "replayed", *COMMON, "training.eval_interval=0", *replay))
+    losses = [row["loss"] for row in read_jsonl(tmp_path / "replayed" / "metrics.jsonl")]
+    assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-6)
 
 
 @pytest.mark.slow
