@@ -76,8 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--max-kb",
         type=float,
-        default=MAX_KB,
-        help="largest growth of a process, KB a step; with stubs 1 for the driver",
+        help=f"largest growth of a process, KB a step (default {MAX_KB:g}; the driver of stubs {MAX_KB_OF_DRIVER:g})",
     )
     parser.add_argument("--output", type=Path, help="where the figures go")
     parser.add_argument("overrides", nargs="*", help="of the recipe: key=value")
@@ -249,7 +248,9 @@ def broken(report: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
         return found
     span = arguments.steps - arguments.begin
     for name, slopes in report["processes"].items():
-        limit = MAX_KB_OF_DRIVER if name == DRIVER and arguments.engine == STUB else arguments.max_kb
+        limit = arguments.max_kb
+        if limit is None:
+            limit = MAX_KB_OF_DRIVER if name == DRIVER and arguments.engine == STUB else MAX_KB
         if slopes["kb_a_step"] > limit:
             found.append(f"{name}: memory grows by {slopes['kb_a_step']:.1f} KB a step, limit {limit:g}")
         for what in ("files", "threads"):

@@ -14,16 +14,24 @@ import torch
 from torch import Tensor
 
 from rlxf.core.types import Batch, Metrics, Pairs, PairValues, PromptBatch, Rollouts, Sequences
+from rlxf.models.megatron.parallel import Layout
+from rlxf.platform import get_platform
+from rlxf.platform.memory import PhaseMemory
+from rlxf.platform.visible import visible_device
 from rlxf.rollout.engine import Completion, Sampling, pack_rollouts, sample_requests
 from rlxf.rollout.session import WholeSession
+from rlxf.sync.checksums import Checksums, checksums
 from rlxf.sync.plan import Bucket, TensorSpec, plan_buckets
-from workers import actor, reference, reward, rollout
+from rlxf.sync.transports.transport import Address, Message, Receiver, ReceiverPlace, Transport
+from workers import actor, engine, reference, reward
 
 PLAN = plan_buckets([TensorSpec("head.weight", (512, 64), "float32")], 2**20)
 
 
 class Policy:
     """Weights that stay as they are."""
+
+    layout = Layout(device=torch.device("cpu"))
 
     def __init__(self, *_: Any) -> None:
         self._weight = torch.zeros(PLAN[0].tensors[0].shape)
@@ -42,7 +50,14 @@ class Policy:
     def sync_plan(self) -> tuple[Bucket, ...]:
         return PLAN
 
-    def bucket_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+    def begin_push(self) -> None: ...
+
+    def keep_pushed(self) -> None: ...
+
+    def memory_peaks(self) -> dict[str, int]:
+        return {}
+
+    def bucket_tensors(self, index: int, *, everywhere: bool) -> Iterator[tuple[str, Tensor]]:
         yield PLAN[index].tensors[0].name, self._weight
 
     def save_hf(self, folder: Path) -> None:
@@ -58,8 +73,11 @@ class Policy:
 class Engine:
     """Samples eight tokens that depend on the seed."""
 
+    memory = PhaseMemory(get_platform("cpu"))
+
     def __init__(self, *_: Any) -> None:
         self._version = 0
+        self._receiver: Receiver | None = None
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> Rollouts:
         seeds = [seed for part in sample_requests(prompts, sampling, None) for _, seed in part]
@@ -71,6 +89,17 @@ class Engine:
         return WholeSession(self.generate, sampling)
 
     def begin_update(self) -> None: ...
+
+    def open_receivers(self, transport: Transport, address: Address, first: int, host: str) -> None:
+        platform = get_platform("cpu")
+        where, device = visible_device(platform, 0), torch.device("cpu")
+        place = ReceiverPlace(number=first, platform=platform, device=device, where=where, host=host)
+        self._receiver = transport.receiver(address, place)
+
+    def receive(self, bucket: Bucket, message: Message, *, check: bool = False) -> list[Checksums]:
+        assert self._receiver is not None  # connected
+        payload = self._receiver.receive(bucket, message)
+        return [checksums(bucket, payload)] if check else []
 
     def load_bucket(self, bucket: Bucket, payload: Tensor) -> None: ...
 
@@ -86,6 +115,9 @@ class Frozen:
     def logps(self, pairs: Pairs) -> PairValues:
         return PairValues(chosen=torch.zeros(len(pairs)), rejected=torch.zeros(len(pairs)))
 
+    def token_logps(self, sequences: Sequences) -> Tensor:
+        return torch.zeros(int(sequences.completion_lengths.sum()))
+
 
 class Sum:
     """Scores a completion by the sum of its tokens."""
@@ -99,7 +131,7 @@ class ActorWorker(actor.ActorWorker):
     make = staticmethod(Policy)
 
 
-class RolloutWorker(rollout.RolloutWorker):
+class RolloutWorker(engine.RolloutWorker):
     make = staticmethod(Engine)
 
 

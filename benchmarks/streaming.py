@@ -2,13 +2,14 @@
 
     python benchmarks/streaming.py                        # -> results/streaming.json
     python benchmarks/streaming.py --parts steps --workloads lognormal --sides k0 k0_chunks
+    python benchmarks/streaming.py --parts steps --sides k0 k0_chunks --prompts 32 --chunk 4 --steps-per-turn 1
     python benchmarks/streaming.py --parts chunks
 
-``steps``: random Llamas of 26M parameters, four roles on Ray with vLLM, one thread each; 8 prompts of 16 to 64 tokens
-per step, 2 samples each of 64 tokens, or of lognormal lengths (sigma 0.8, mean 64, at most 256). ``k0`` and ``k1`` are
-``rollout.lookahead`` 0 and 1, ``_chunks`` the same with ``rollout.stream_prompts``. All programs are loaded at the same
-time and take turns of several steps; the first two turns of each do not count. ``hidden`` is the share of the seconds
-of scoring and of the reference that lie beside the sampling of the same step.
+``steps``: random Llamas of 26M parameters, four roles on Ray with vLLM, one thread each; 8 prompts (``--prompts``) of
+16 to 64 tokens per step, 2 samples each of 64 tokens, or of lognormal lengths (sigma 0.8, mean 64, at most 256).
+``k0`` and ``k1`` are ``rollout.lookahead`` 0 and 1, ``_chunks`` the same with ``rollout.stream_prompts``. All programs
+are loaded at the same time and take turns of several steps; the first two turns of each do not count. ``hidden`` is
+the share of the seconds of scoring and of the reference that lie beside the sampling of the same step.
 
 ``host``: the driver's own CPU seconds of a step: 64 stub engines, 64 chunks of 16 prompts, 2 samples each, of a file of
 1,000,000 prompts whose answers have all been seen.
@@ -39,7 +40,6 @@ from benchmarks.sides import Ours, Work, run_ours  # noqa: E402
 from benchmarks.turns import Program, Turn  # noqa: E402
 
 CORES = 2
-STEPS_PER_TURN = 4
 SIDES = ("k0", "k0_chunks", "k1", "k1_chunks")
 WORKLOADS = ("fixed", "lognormal")
 PARTS = ("host", "steps", "chunks")
@@ -47,7 +47,10 @@ PARTS = ("host", "steps", "chunks")
 
 def main() -> None:
     arguments = parse()
-    report: dict[str, Any] = {"repeats": arguments.repeats, "results": {}, "machine": measure.machine()}
+    report: dict[str, Any] = {
+        "repeats": arguments.repeats, "prompts": arguments.prompts, "chunk": arguments.chunk, "results": {},
+        "machine": measure.machine(),
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="rlxf") as scratch:
         if "host" in arguments.parts:
             report["host"] = stub_steps.measure(arguments.repeats)
@@ -57,7 +60,8 @@ def main() -> None:
                 print(workload, flush=True)
                 folder = Path(scratch, workload)
                 made = programs(world, workload, arguments, folder)
-                report["results"][workload] = summarize(measure_turns(made, arguments.repeats), folder)
+                found = measure_turns(made, arguments.repeats)
+                report["results"][workload] = summarize(found, arguments.steps_per_turn, folder)
         if "chunks" in arguments.parts:
             report["chunks"] = chunk_costs(Path(scratch, "chunks"), arguments.repeats)
     turns.write_results(arguments.output, report, table(report))
@@ -69,33 +73,34 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--chunk", type=int, default=1, help="prompts of a chunk; a step has eight prompts")
+    parser.add_argument("--prompts", type=int, default=8, help="of a step")
+    parser.add_argument("--chunk", type=int, default=1, help="prompts of a chunk")
+    parser.add_argument("--steps-per-turn", type=int, default=4)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "streaming.json")
     return parser.parse_args()
 
 
 def programs(world: random_world.World, workload: str, arguments: argparse.Namespace, folder: Path) -> list[Program]:
     most = 64 if workload == "fixed" else 256
-    work = Work(workloads=(workload,), steps_per_turn=STEPS_PER_TURN, max_new_tokens=most)
+    steps = arguments.steps_per_turn
+    work = Work(workloads=(workload,), steps_per_turn=steps, max_new_tokens=most, prompts=arguments.prompts)
     made = []
     for name in arguments.sides:
         overrides: list[tuple[str, str, Any]] = [("rollout", "lookahead", int(name[1])), ("log", "trace", True)]
         if name.endswith("chunks"):
             overrides.append(("rollout", "stream_prompts", arguments.chunk))
         settings = Ours(world=world, work=work, runtime="ray", engine="vllm", overrides=tuple(overrides))
-        made.append(
-            Program(name=name, target=run_ours, settings=settings, folder=folder / name, steps_per_turn=STEPS_PER_TURN)
-        )
+        made.append(Program(name=name, target=run_ours, settings=settings, folder=folder / name, steps_per_turn=steps))
     return made
 
 
-def summarize(found: Mapping[str, list[Turn]], folder: Path) -> dict[str, Any]:
+def summarize(found: Mapping[str, list[Turn]], steps: int, folder: Path) -> dict[str, Any]:
     """Ratios compare turns of the same number, whose steps are the same work."""
     result: dict[str, Any] = {}
     for name, counted in found.items():
         result[name] = {
-            "wall_s_per_step": spread([turn.wall_s / STEPS_PER_TURN for turn in counted]),
-            "cpu_s_per_step": spread([turn.cpu_s / STEPS_PER_TURN for turn in counted]),
+            "wall_s_per_step": spread([turn.wall_s / steps for turn in counted]),
+            "cpu_s_per_step": spread([turn.cpu_s / steps for turn in counted]),
             "wall_over_bound": spread([turn.wall_s / (turn.cpu_s / CORES) for turn in counted]),
         }
         plain = name.removesuffix("_chunks")

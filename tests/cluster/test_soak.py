@@ -18,10 +18,11 @@ WARM_KB = 100
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_a_short_soak_keeps_its_limits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["hf", "stub"])
+def test_a_short_soak_keeps_its_limits(tmp_path: Path, engine: str) -> None:
     output = tmp_path / "soak.json"
-    options = ["--engine", "hf", "--steps", "200", "--from", "50", "--max-kb", str(WARM_KB), "--output", str(output)]
-    command = [sys.executable, "benchmarks/soak.py", *options]
+    options = ["--engine", engine, "--steps", "200", "--from", "50", "--max-kb", str(WARM_KB)]
+    command = [sys.executable, "benchmarks/soak.py", *options, "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(output.read_text())
