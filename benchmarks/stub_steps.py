@@ -96,6 +96,13 @@ class Stubs:
 
     def prepare(self, batch: Any, step: int) -> None: ...
 
+    def shown(self, step: int, pairs: Any) -> Any:
+        """In place of the recorder: people are shown no pair of this step."""
+        return pairs.select(torch.zeros(0, dtype=torch.int64))
+
+    def sampled(self) -> None:
+        """In place of the sync of weights: nothing is to be given back."""
+
 
 def measure(repeats: int) -> dict[str, Any]:
     """Milliseconds of CPU of a step, from its prompts to what an update trains on."""
@@ -104,6 +111,7 @@ def measure(repeats: int) -> dict[str, Any]:
     object.__setattr__(run, "source", source)
     object.__setattr__(run, "reference", stubs)
     object.__setattr__(run, "actor", stubs)
+    object.__setattr__(run, "sync", stubs)
     steps = deque[Collected]()
     algorithm = ALGORITHMS["ray_online_dpo"]
     schedule = Lookahead(
@@ -155,12 +163,13 @@ def _run() -> Run:
 
 def _source(stubs: Stubs, run: Run) -> Online:
     nothing: Any = None
+    recorder: Any = stubs
     rewards = Rewards([TokenTerm(term=Term(name="stub"), scorer=stubs)], nothing, run.state, 0, lambda: "", run.stop)
     lengths = SeenLengths()
     lengths.add(_one_token_each(ROWS))
     return Online(
         prompts=stubs, rollout=stubs, rewards=rewards, scales=RunningScales(rewards.terms, {}), eos_ids=(1,),
-        recorder=nothing, lengths=lengths, complete_lengths=SeenLengths(),
+        recorder=recorder, lengths=lengths, complete_lengths=SeenLengths(),
     )  # fmt: skip
 
 

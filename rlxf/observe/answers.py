@@ -15,8 +15,11 @@ def distinct(sequences: Sequences) -> float:
 
     Three completions, two of which are the same: 2/3.
     """
-    different = {tuple(row) for row in sequences.completion_rows()}
-    return len(different) / len(sequences) if len(sequences) else math.nan
+    ends = sequences.lengths.cumsum(0)
+    starts = ends - sequences.completion_lengths
+    tokens, size = sequences.tokens.numpy().tobytes(), sequences.tokens.element_size()
+    places = zip((starts * size).tolist(), (ends * size).tolist(), strict=True)
+    return len({tokens[start:end] for start, end in places}) / len(sequences) if len(sequences) else math.nan
 
 
 def score_shape(scored: ScoredRollouts) -> Metrics:

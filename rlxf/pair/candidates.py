@@ -29,6 +29,8 @@ class Candidates:
 
     def where(self, kept: Tensor) -> Candidates:
         """Those that ``kept`` marks ([M] bool) or names ([m] int64)."""
+        if kept.dtype == torch.bool:
+            kept = torch.from_numpy(np.flatnonzero(kept.numpy()))  # once, not for each field
         return Candidates(chosen=self.chosen[kept], rejected=self.rejected[kept], margin=self.margin[kept])
 
 
@@ -71,8 +73,8 @@ class Verdicts:
 
 def by_prompt_and_sample(rollouts: Rollouts) -> Tensor:
     """[B] int64: the rows, sorted by prompt and then by sample index."""
-    by_sample = torch.argsort(rollouts.sample_index, stable=True)
-    order = by_sample[torch.argsort(rollouts.prompt_index[by_sample], stable=True)]
+    # Here and below by numpy, which takes a fifth of torch's time for the few rows of a chunk.
+    order = torch.from_numpy(np.lexsort((rollouts.sample_index.numpy(), rollouts.prompt_index.numpy())))
     prompt, sample = rollouts.prompt_index[order], rollouts.sample_index[order]
     twice = (prompt[1:] == prompt[:-1]) & (sample[1:] == sample[:-1])
     if twice.any():
@@ -83,19 +85,26 @@ def by_prompt_and_sample(rollouts: Rollouts) -> Tensor:
 
 def extremes(scored: ScoredRollouts) -> Extremes:
     """Best and worst of each prompt."""
-    rollouts = scored.rollouts
-    order = by_prompt_and_sample(rollouts)
-    prompt, scores = rollouts.prompt_index[order], scored.scores[order]  # [B]
-    num_prompts = len(rollouts.prompts)
-    best = _first_extreme(scores, prompt, num_prompts)
-    worst = _first_extreme(-scores, prompt, num_prompts)
-    num_scored = prompt[~scores.isnan()].bincount(minlength=num_prompts)  # [P]
-    missing = num_scored < 2
-    margin = torch.full((num_prompts,), math.nan)
-    margin[~missing] = scores[best[~missing]] - scores[worst[~missing]]
+    rollouts, num_prompts = scored.rollouts, len(scored.rollouts.prompts)
+    order = by_prompt_and_sample(rollouts).numpy()
+    prompt, scores = rollouts.prompt_index.numpy()[order], scored.scores.numpy()[order]  # [B]
+    margin = np.full(num_prompts, math.nan, np.float32)
+    missing = np.bincount(prompt[~np.isnan(scores)], minlength=num_prompts) < 2  # [P]
     if not len(order):  # prompts without any completion
-        return Extremes(best=best, worst=worst, margin=margin, missing=missing)
-    return Extremes(best=order[best], worst=order[worst], margin=margin, missing=missing)
+        best = worst = np.zeros(num_prompts, np.int64)
+    else:
+        counts = np.bincount(prompt, minlength=num_prompts)
+        first = np.minimum(counts.cumsum() - counts, len(order) - 1)  # place of each prompt's first completion
+        # Stable sorts, which put NaN last: among equal scores the smallest sample index stands first.
+        best, worst = (order[np.lexsort((keys, prompt))[first]] for keys in (-scores, scores))
+        found = scored.scores.numpy()
+        margin[~missing] = found[best[~missing]] - found[worst[~missing]]
+    return Extremes(
+        best=torch.from_numpy(best),
+        worst=torch.from_numpy(worst),
+        margin=torch.from_numpy(margin),
+        missing=torch.from_numpy(missing),
+    )
 
 
 def scored_pairs(scored: ScoredRollouts) -> Candidates:
@@ -146,13 +155,3 @@ def verdicts_of(rollouts: Rollouts, comparisons: Comparisons) -> Verdicts:
     if bool(((low[1:] == low[:-1]) & (high[1:] == high[:-1])).any()):
         raise ShapeError("two completions were compared more than once")
     return Verdicts(order=order, low=low, high=high, low_wins=low_wins)
-
-
-def _first_extreme(scores: Tensor, prompt: Tensor, num_prompts: int) -> Tensor:
-    """[P] int64: of each prompt the first place with its largest score; meaningless where a prompt has no score."""
-    known = ~scores.isnan()
-    position = torch.arange(len(scores))
-    largest = torch.full((num_prompts,), -math.inf).scatter_reduce(0, prompt[known], scores[known], "amax")
-    is_largest = known & (scores == largest[prompt])
-    first = torch.zeros(num_prompts, dtype=torch.int64)
-    return first.scatter_reduce(0, prompt[is_largest], position[is_largest], "amin", include_self=False)

@@ -31,8 +31,7 @@ def best_worst(
         verdicts = verdicts_of(scored.rollouts, comparisons)
         return _judged(scored, settings, verdicts, best_against_worst(scored.rollouts, verdicts))
     found = extremes(scored)
-    known = ~found.missing
-    widest = Candidates(chosen=found.best[known], rejected=found.worst[known], margin=found.margin[known])
+    widest = Candidates(chosen=found.best, rejected=found.worst, margin=found.margin).where(~found.missing)
     return _scored(scored, settings, found, widest)
 
 
@@ -96,7 +95,8 @@ def _result(
     draw: bool,
 ) -> PairingResult:
     rollouts, num_prompts = scored.rollouts, len(scored.rollouts.prompts)
-    kept = candidates.where(candidates.margin > settings.min_score_margin)  # false for NaN
+    wide = candidates.margin > settings.min_score_margin  # false for NaN
+    kept = candidates if bool(wide.all()) else candidates.where(wide)
     too_different = None
     if settings.max_length_ratio is not None:
         before, kept = len(kept), _near_lengths(rollouts, kept, settings.max_length_ratio)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import dispatch, soak, weight_source, weight_sync
+from benchmarks import dispatch, soak, stub_steps, weight_source, weight_sync
 from benchmarks.moved_bytes import Moved
 from benchmarks.random_world import EOS, SIZES, word_tokenizer
 from benchmarks.sides import SAMPLES, Work, end_at, fix_lengths
@@ -74,7 +74,7 @@ def soaked(**changes: float) -> dict[str, Any]:
     return {"processes": {"driver": dict(soak._slopes(looks)) | changes}, "events": {}, "cpu": {"ratio": 1.0}}
 
 
-LIMITS = argparse.Namespace(engine="vllm", load=0, steps=300, begin=0, max_kb=20.0)
+LIMITS = argparse.Namespace(engine="vllm", load=0, steps=300, begin=0, max_kb=None)
 
 
 def test_the_soak_measures_growth_a_step_whatever_the_number_of_looks() -> None:
@@ -191,3 +191,10 @@ def test_goals_of_a_push_are_told_as_met_or_missed() -> None:
     assert [line.rpartition(": ")[2] for line in weight_sync.verdicts(found)] == ["met", "met", "MISSED"]
     assert [round(values["found"], 4) for values in found.values()] == [0.0005, round(0.6 / 0.62, 4), 1.1]
     assert weight_sync.goals({"1.2B": case | {"wall_s": {}, "bytes_through_driver": {}}}) == {}
+
+
+def test_steps_of_stubs_are_steps_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in {"ROWS": 1000, "PROMPTS": 64, "ENGINES": 4}.items():
+        monkeypatch.setattr(stub_steps, name, size)
+    monkeypatch.setattr(stub_steps.Stubs, "num_engines", 4)
+    assert stub_steps.measure(repeats=2)["median"] > 0
