@@ -147,7 +147,8 @@ def _needs(config: RunConfig, plan: Plan) -> Iterator[str]:
     largest = max(size for group in plan.groups for size in group.nodes)
     nodes = node_sizes(plan, max(_USUAL_NODE, largest))
     if len(nodes) == 1:
-        yield f"needs: one machine with {nodes[0]} devices; without a running cluster, the run starts Ray there. Or:"
+        devices = f"{nodes[0]} device{'' if nodes[0] == 1 else 's'}"
+        yield f"needs: one machine with {devices}; without a running cluster, the run starts Ray there. Or:"
     else:
         yield f"needs: {len(nodes)} machines with {max(nodes)} devices each in one Ray cluster:"
     commands = []
