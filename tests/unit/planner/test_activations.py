@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 
 from rlxf.planner.activations import Seen, activation_bytes, seen
 from rlxf.planner.jobs import TrainJob
@@ -146,8 +147,11 @@ def test_activations_of_more_layouts_are_those_of_real_ranks(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("part", "numbers"), [("swiglu", 2 * 192), ("rotate", 2 * 32)])
-def test_a_compiled_kernel_keeps_its_input_or_its_angles(part: str, numbers: int) -> None:
+def test_a_compiled_kernel_keeps_its_input_or_its_angles(
+    part: str, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is taken for granted of a GPU: gate and up, cosine and sine, and nothing in between."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # which runs of other tests have set for this process
     kept, made = dict[int, int](), CompiledElementwise()
     angles = [torch.randn(50, 1, 32, dtype=torch.bfloat16) for _ in range(2)]
     shape, more = ((50, 2 * 192), []) if part == "swiglu" else ((50, 4, 32), angles)
@@ -157,7 +161,8 @@ def test_a_compiled_kernel_keeps_its_input_or_its_angles(part: str, numbers: int
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    switched_on = torch._dynamo.config.patch(disable=False)
+    with switched_on, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         getattr(made, part)(x, *more)
     assert sum(kept.values()) == 50 * 2 * numbers
 
