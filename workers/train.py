@@ -13,6 +13,7 @@ from rlxf.assembly.planning import Recipe
 from rlxf.config.load import load_config
 from rlxf.core.command import Typed
 from rlxf.core.errors import ConfigError, RlxfError
+from rlxf.core.garbage import searched_seldom
 from rlxf.core.places import RECIPES
 from rlxf.planner.estimate import device_of
 
@@ -62,10 +63,12 @@ def start(composed: DictConfig, command: cli.Command, typed: Typed) -> None:
         dry_run(config, Recipe(name=typed.config_name, typed=cli.typed_values(command, raw)))
     elif config.runtime == "ray":
         require_cores(config)  # before torch and Ray are imported
-        from .launch import launch
+        with searched_seldom():
+            from .launch import launch
 
         launch(config, cli.run_folder(), typed)
     else:
-        from rlxf.assembly.local import launch
+        with searched_seldom():
+            from rlxf.assembly.local import launch
 
         launch(config, cli.run_folder(), typed)

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import ray
 
 from rlxf.config.schema import RunConfig
+from rlxf.core.garbage import searched_seldom
 from rlxf.core.model_folder import Files, files_of
 from rlxf.core.progress import progress
 from rlxf.platform import Platform, Process, get_platform
@@ -112,7 +113,7 @@ class Worker:
             master: the address of the group's rendezvous.
             again: in place of a process that was lost.
         """
-        with progress.phase("build"):
+        with progress.phase("build"), searched_seldom():
             platform, process = self.place(config, master)
             make = self.make_again if again and self.make_again is not None else self.make
             folder = config.actor_rollout.load

@@ -16,6 +16,7 @@ from rlxf.assembly.roles import build_actor, build_engine, build_models, build_r
 from rlxf.assembly.start import clocked, prepared, run_prepared
 from rlxf.config.schema import RunConfig
 from rlxf.core.command import Typed
+from rlxf.core.garbage import searched_seldom
 from rlxf.core.stop import Stop
 from rlxf.loop.run import Reference
 from rlxf.platform import Platform, Process, get_platform
@@ -44,7 +45,7 @@ def launch(config: RunConfig, run_dir: Path, typed: Typed | None = None) -> None
             open_function_judge(found.config, stop) as judge,
             clocked(found, role_rows=True) as clock,
         ):
-            with stop.interruptible():
+            with stop.interruptible(), searched_seldom():
                 platform = get_platform(config.training.device, cpu_linear=config.training.cpu_linear)
                 roles = replace(build_roles(found.config, platform), readers=readers, judge=judge)
             run_prepared(found, roles, platform=platform, clock=clock, stop=stop, lanes=OneAfterTheOther())
