@@ -93,6 +93,7 @@ class RemoteEngines:
         self._unproven: set[int] = set()  # those that have done nothing since
         self._renewed = False  # since the last push: the transport does not reach all of them
         self._push_lost = False  # an engine was lost in the push that is under way
+        self._as_loaded = True  # no push has begun: engines hold what they loaded
         self._sleepers = Sleepers(group, asleep=asleep)
         self._slots: tuple[int | None] | None = None  # of an engine; not asked yet
 
@@ -301,12 +302,15 @@ class RemoteEngines:
         self.sleep()
 
     def holds_start(self) -> bool:
-        if self._loading or self._unproven:  # one that takes the place of another samples only after a push
+        # A trainer that begins anew is at version 0 again, and the engines are not. And an engine that takes the place
+        # of another samples only after a push.
+        if not self._as_loaded or self._loading or self._unproven:
             return False
         files = [*self._actor.start_files(), *self._group.ask("start_files")]
         return files[0] is not None and all(other == files[0] for other in files)
 
     def keep_start(self) -> None:
+        self._make_whole()
         if self._own_end is None:  # the actor keeps a copy itself, from its first update on
             return
         for index in range(len(self._plan)):
@@ -317,6 +321,7 @@ class RemoteEngines:
     def begin_update(self, *, check: bool = False) -> None:
         self._check = check
         self._under_way.clear()  # of an update that broke off
+        self._as_loaded = False
         self._make_whole()
         self._begun = self._group.send("begin_update")
 

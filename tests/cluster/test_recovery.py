@@ -101,7 +101,7 @@ STATELESS = (
     Fault(role="infer", method="generate", call=7, after=True),
     Fault(role="infer", method="receive", call=7),
     Fault(role="infer", method="end_update", call=11),
-    Fault(role="infer", method="begin_update", call=15),
+    Fault(role="infer", method="begin_update", call=14),
     Fault(role="ref", method="logps", call=2),
     Fault(role="ref", method="logps", call=6, after=True),
     Fault(role="reward", method="score", call=4),

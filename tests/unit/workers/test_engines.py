@@ -192,10 +192,14 @@ class Start:
 
     def __init__(self, *dies_in: list[str], keeps: bool = False, alike: bool = True) -> None:
         self.world = World(*dies_in, keeps=keeps, pushes=False)
-        self.world.actor.weight = FOLDER
         self.engines = [process.room for process in self.world.processes]
+        self.begin(alike=alike)
+
+    def begin(self, *, alike: bool = True) -> None:
+        """The run begins with what is loaded; again when a trainer without a checkpoint is lost."""
         probe = Probe(prompt=Tokens.from_rows([[5, 6]]), num_tokens=3, tolerance=1e-4)
         actor: Any = self.world.actor
+        actor.weight = FOLDER
         self.sync = WeightSync(actor, self.world.engines, SyncConfig(verify_first=1), probe, alike=alike)
 
     def pushes(self) -> int:
@@ -238,6 +242,29 @@ def test_an_engine_that_is_started_again_gets_what_the_others_loaded(keeps: bool
         start.world.actor.weight = 2.0
     assert_whole(start.world.engines.generate(PROMPTS, SAMPLING), version=0, weight=int(FOLDER))
     assert start.world.calls(0).count("build") == 1
+
+
+def test_a_trainer_that_begins_anew_pushes_what_the_engines_no_longer_hold() -> None:
+    start = Start([], [])
+    start.sync.push(0)
+    start.world.actor.weight = 2.0
+    start.sync.push(1)
+    start.world.engines.begin_again()
+    start.begin()
+    start.sync.push(0)
+    assert start.pushes() == 2
+    assert_whole(start.world.engines.generate(PROMPTS, SAMPLING), version=0, weight=int(FOLDER))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_trainer_that_begins_anew_before_any_push_is_connected(keeps: bool) -> None:
+    start = Start(["generate"], keeps=keeps)
+    start.sync.push(0)
+    start.world.engines.begin_again()
+    start.begin()
+    start.sync.push(0)
+    assert (start.pushes(), start.world.wire.connections) == (0, 2)
+    assert_whole(start.world.engines.generate(PROMPTS, SAMPLING), version=0, weight=int(FOLDER))
 
 
 def test_a_tensor_that_an_engine_received_changed_ends_the_push() -> None:
