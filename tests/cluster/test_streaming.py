@@ -26,7 +26,7 @@ def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 LATE = (
     Fault(role="infer", rank=0, method="start", call=3, how="rest"),
-    Fault(role="infer", rank=0, method="advance", call=9, how="rest"),
+    Fault(role="infer", rank=0, method="advance", call=6, how="rest"),
     Fault(role="reward", method="score", call=10, how="rest"),
     Fault(role="reward", method="score", call=21, how="rest"),
     Fault(role="ref", method="logps", call=9, how="rest"),
@@ -34,8 +34,8 @@ LATE = (
 )
 STATELESS = (
     Fault(role="infer", method="start", call=2),
-    Fault(role="infer", method="advance", call=9),  # in the middle of a step, some of whose chunks are scored
-    Fault(role="infer", method="advance", call=20, after=True),
+    Fault(role="infer", method="advance", call=3),  # in the middle of a step, some of whose chunks are scored
+    Fault(role="infer", method="advance", call=8, after=True),
     Fault(role="reward", method="score", call=10),
     Fault(role="ref", method="logps", call=7, after=True),
 )
