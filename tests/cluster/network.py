@@ -65,7 +65,9 @@ def cable() -> Iterator[Cable]:
         found.mend()
         yield found
     finally:
-        _run("ip", "netns", "delete", found.name)  # the cable goes with it
+        # The cable by itself: the namespace stays as long as a process is in it.
+        subprocess.run(["ip", "link", "delete", found.name + "a"], check=False, capture_output=True)
+        _run("ip", "netns", "delete", found.name)
 
 
 def _run(*command: str) -> None:
