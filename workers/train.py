@@ -61,14 +61,12 @@ def start(composed: DictConfig, command: cli.Command, typed: Typed) -> None:
     device_of(config)  # a device that does not exist is told before anything starts
     if config.dry_run:
         dry_run(config, Recipe(name=typed.config_name, typed=cli.typed_values(command, raw)))
-    elif config.runtime == "ray":
+        return
+    if config.runtime == "ray":
         require_cores(config)  # before torch and Ray are imported
-        with searched_seldom():
+    with searched_seldom():
+        if config.runtime == "ray":
             from .launch import launch
-
-        launch(config, cli.run_folder(), typed)
-    else:
-        with searched_seldom():
+        else:
             from rlxf.assembly.local import launch
-
-        launch(config, cli.run_folder(), typed)
+    launch(config, cli.run_folder(), typed)
