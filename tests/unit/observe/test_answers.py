@@ -18,8 +18,8 @@ NAN = math.nan
 
 
 def step(completions: list[list[list[int]]], scores: list[float]) -> ScoredRollouts:
-    """``completions``: of each prompt."""
-    rollouts = make_rollouts(prompt_batch([[5]] * len(completions)), completions)
+    """``completions``: of each prompt, no two of which are the same or equally long."""
+    rollouts = make_rollouts(prompt_batch([[5] * (place + 1) for place in range(len(completions))]), completions)
     return with_scores(rollouts, torch.tensor(scores), eos_ids=(EOS,), shaping=Shaping())
 
 
