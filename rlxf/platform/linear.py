@@ -72,11 +72,11 @@ class OneDnnLinear(Linear):
         return _times_transposed(x, weight, bias) if _wins(x, weight) else super().output(x, weight, bias)
 
     def frozen(self, *layers: tuple[Tensor, Tensor | None]) -> Callable[[Tensor], Tensor]:
+        given = [bias for _, bias in layers if bias is not None]
+        if (given and len(given) < len(layers)) or not _packs(layers[0][0].dtype):
+            return super().frozen(*layers)
         # In oneDNN's own layout a few rows cost 1.5 to 2 times less: it would lay the weight out anew in each call.
         packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat([w.detach() for w, _ in layers]), _FEW_ROWS)
-        given = [bias for _, bias in layers if bias is not None]
-        if given and len(given) < len(layers):
-            return super().frozen(*layers)
         bias = torch.cat(given).detach() if given else None
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
@@ -88,6 +88,12 @@ class OneDnnLinear(Linear):
         if grad.dtype == torch.float32 and _is_large(len(x), grad.shape[1] * x.shape[1]):
             return _times_transposed(grad.t(), x.t())
         return super().grad_weight(grad, x)
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether this processor computes with packed weights of that type; half precision takes AVX-512 or newer."""
+    known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype not in known or bool(getattr(torch.ops.mkldnn, known[dtype])())
 
 
 class _OneDnnFunction(torch.autograd.Function):

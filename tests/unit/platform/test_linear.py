@@ -209,6 +209,15 @@ def test_a_frozen_weight_gives_what_it_gave_when_it_was_asked_for(rows: int, dty
     torch.testing.assert_close(OneDnnLinear().frozen((weight, bias))(x), bias.expand(rows, -1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_type_that_the_processor_does_not_pack_is_computed_unpacked(dtype: torch.dtype) -> None:
+    """oneDNN refuses to lay out fp16 weights on most processors, also on some that are fast in fp32."""
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(size, dtype=dtype) for size in ((3, 96), (64, 96), (64,)))
+    expected = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(OneDnnLinear().frozen((weight, bias))(x), expected)
+
+
 @pytest.mark.parametrize("linear", [Linear(), OneDnnLinear()])
 @pytest.mark.parametrize("biases", [(True, True), (False, False), (True, False)])
 def test_frozen_layers_of_one_input_give_their_outputs_side_by_side(linear: Linear, biases: tuple[bool, bool]) -> None:
