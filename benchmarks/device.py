@@ -28,17 +28,22 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import measure  # noqa: E402 - the repository's root must be importable first
 
-# Parts of one group share a process; groups of NUMBERS run side by side, those of SPEED follow alone.
+# Parts of one group share a process. Groups of NUMBERS run side by side, then those of RUNS; of SPEED each runs alone.
 NUMBERS: dict[str, tuple[str, ...]] = {
     "kernels": ("attention", "elementwise"),
     "models": ("model_tiny", "model_135m", "model_1b"),
     "recipes": ("recipe",),
 }
+RUNS: dict[str, tuple[str, ...]] = {
+    "variants": ("variants",),
+    "colocated": ("colocated",),
+}
 SPEED: dict[str, tuple[str, ...]] = {
     "speed": ("ceiling", "head", "syncs", "training", "sampling"),
     "weights": ("weights",),
+    "large": ("large",),
 }
-PARTS = tuple(part for group in (NUMBERS | SPEED).values() for part in group)
+PARTS = tuple(part for group in (NUMBERS | RUNS | SPEED).values() for part in group)
 
 
 def main() -> None:
@@ -49,7 +54,7 @@ def main() -> None:
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="rlxf") as scratch:
         report: dict[str, Any] = {"machine": machine(arguments.device), "parts": {}}
-        for groups in (NUMBERS, *({name: SPEED[name]} for name in SPEED)):
+        for groups in (NUMBERS, RUNS, *({name: SPEED[name]} for name in SPEED)):
             wanted = {name: [part for part in parts if part in arguments.parts] for name, parts in groups.items()}
             found = run_groups({name: parts for name, parts in wanted.items() if parts}, arguments, Path(scratch))
             report["parts"].update(found)
@@ -108,11 +113,13 @@ def environment(device: str) -> dict[str, str]:
 
 def run_group(arguments: argparse.Namespace) -> None:
     """The parts of one group in this process; after each the results so far are in the group's file."""
-    from benchmarks import device_numbers, device_speed
+    from benchmarks import device_numbers, device_runs, device_speed
     from benchmarks.device_numbers import Bench
 
     bench = Bench.of(arguments.device, arguments.scratch, small=arguments.small, quick=arguments.quick)
-    functions: dict[str, Callable[[Bench], dict[str, Any]]] = device_numbers.PARTS | device_speed.PARTS
+    functions: dict[str, Callable[[Bench], dict[str, Any]]] = (
+        device_numbers.PARTS | device_speed.PARTS | device_runs.PARTS
+    )
     file, found = arguments.scratch / f"{arguments.group}.json", {}
     for part in arguments.parts:
         begin = time.perf_counter()

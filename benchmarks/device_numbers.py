@@ -24,6 +24,9 @@ from rlxf.platform.elementwise import Elementwise
 if TYPE_CHECKING:
     from rlxf.models.megatron.model import MegatronModel
 
+Job = tuple[subprocess.Popen[str], Path]
+"""A run that has begun, and its folder."""
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "models" / "tiny"
 REPLAY = ROOT / "tests" / "golden" / "tiny_local_seed1_rollouts.jsonl"
@@ -279,17 +282,30 @@ def recipe(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def run_recipe(bench: Bench, job: str, device: str, options: Sequence[str]) -> tuple[subprocess.Popen[str], Path]:
+def run_recipe(bench: Bench, job: str, device: str, options: Sequence[str]) -> Job:
+    """The quick start's recipe in one process, with ``options``, begun."""
     folder = bench.scratch / job.replace(" ", "_")
-    command = [
-        sys.executable, "ray_gpt.py", "--config-name", "online_dpo_trainer_tiny", "runtime=local", "training.seed=1",
-        f"training.device={device}", "training.eval_interval=0", f"hydra.run.dir={folder}", *options,
+    return started(["ray_gpt.py", *tiny_arguments(folder, device, options)], device), folder
+
+
+def tiny_arguments(folder: Path, device: str, options: Sequence[str]) -> list[str]:
+    runtime = [] if any(option.startswith("runtime=") for option in options) else ["runtime=local"]
+    return [
+        "--config-name", "online_dpo_trainer_tiny", "training.seed=1", f"training.device={device}",
+        "training.eval_interval=0", f"hydra.run.dir={folder}", *runtime, *options,
     ]  # fmt: skip
+
+
+def started(arguments: Sequence[str], device: str) -> subprocess.Popen[str]:
     environment = {**os.environ, **get_platform(device).worker_environment(2)}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
-    return process, folder
 
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {

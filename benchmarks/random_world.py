@@ -67,7 +67,9 @@ class World:
         return [json.loads(line)["prompt"] for line in self.prompts.read_text().splitlines()]
 
 
-def build(folder: Path, size: str | Shape, *, num_prompts: int = 512, seed: int = 0) -> World:
+def build(
+    folder: Path, size: str | Shape, *, num_prompts: int = 512, seed: int = 0, dtype: Any = None, device: Any = "cpu"
+) -> World:
     """A random policy, a random reward model of its shape with the same tokenizer, and prompts of 16 to 64 tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -81,7 +83,8 @@ def build(folder: Path, size: str | Shape, *, num_prompts: int = 512, seed: int 
     world = World(shape=shape, policy=folder / "policy", reward=folder / "reward", prompts=folder / "prompts.jsonl")
     torch.manual_seed(seed)
     for path, kind in ((world.policy, LlamaForCausalLM), (world.reward, LlamaForSequenceClassification)):
-        kind(config).save_pretrained(path)
+        with torch.device(device):  # where they are drawn
+            kind(config).to(dtype or torch.float32).save_pretrained(path)
         word_tokenizer(shape.vocab).save_pretrained(path)
     draw = random.Random(seed)
     with world.prompts.open("w") as file:
