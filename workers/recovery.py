@@ -59,7 +59,8 @@ class Recovery:
             RunInterrupted: that was too often, or devices are missing.
         """
         limit = found.config.resilience.max_recoveries
-        if not self._gone() or not limit or self._stop.requested:
+        # In this order: a signal to the whole job ends Ray's head, too, and whoever asks it who is gone waits for good.
+        if self._stop.requested or not limit or not self._gone():
             raise error
         complete = (error.complete_steps or 0) if isinstance(error, RlxfError) else self._clock.step
         begin, lost = self._now(), error

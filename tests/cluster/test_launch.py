@@ -223,7 +223,10 @@ def test_a_signal_saves_and_leaves_no_process(
     family = children(process.pid)
     assert any("raylet" in command_of(child) for child in family)
     begin = time.monotonic()
-    os.killpg(process.pid, number)  # as Ctrl-C in a terminal does: to everything that the command started
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as Ctrl-C in a terminal does: to everything that the command started
+    else:
+        process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert time.monotonic() - begin < 30
     assert process.returncode == code, output
@@ -234,6 +237,20 @@ def test_a_signal_saves_and_leaves_no_process(
     assert latest == steps[-1]["step"]
     driver = json.loads((tmp_path / "checkpoints" / f"iter_{latest:07d}" / "driver.json").read_text())
     assert (driver["step"], driver["policy_version"]) == (latest, latest)
+
+
+@pytest.mark.slow
+def test_sigterm_to_every_process_ends_the_run_and_it_says_whether_it_saved(recipe: Recipe, tmp_path: Path) -> None:
+    """It ends Ray's processes, too, beside the save: a run that asked them afterwards who is gone never ended."""
+    process = started(recipe, tmp_path)
+    family = children(process.pid)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, output
+    assert "Traceback" not in output
+    assert leftovers(family) == []
+    saved = list_checkpoints(tmp_path / "checkpoints")
+    assert ("\nsaved: " in output, "\nnot saved: " in output) == (bool(saved), not saved), output
 
 
 @pytest.mark.slow
