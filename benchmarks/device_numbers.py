@@ -283,7 +283,7 @@ def recipe(bench: Bench) -> dict[str, Any]:
 
 
 def run_recipe(bench: Bench, job: str, device: str, options: Sequence[str]) -> Job:
-    """The quick start's recipe in one process, with ``options``, begun."""
+    """The quick start's recipe with ``options``, begun: in one process, unless they say ``runtime=ray``."""
     folder = bench.scratch / job.replace(" ", "_")
     return started(["ray_gpt.py", *tiny_arguments(folder, device, options)], device), folder
 
