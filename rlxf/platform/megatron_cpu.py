@@ -182,6 +182,8 @@ def _adapt(module: types.ModuleType, proxy: _Proxy) -> None:
         module.__dict__["torch"] = proxy
     if module.__name__ == f"{_PACKAGE}.tensor_parallel.random":
         _patch_random(module)
+    if module.__name__ == f"{_PACKAGE}.jit":
+        module.disable_jit_fuser()  # it would be torch.compile, which takes each process half a second to import
 
 
 class _Loader(importlib.abc.Loader):
@@ -239,7 +241,7 @@ def install() -> None:
     """Install the bridge once. Modules that another library imported already (accelerate does) are adapted in place."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron's jit_fuser is torch.compile
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # anything else: each process would compile it again
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].config.disable = True  # it read the variable when it was imported
     # megatron-core warns at import that Transformer Engine and Apex are missing; that is expected.

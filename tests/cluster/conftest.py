@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import yaml
 
 from tests.cluster.network import Cable
 from tests.ports import free_port
+from tests.runs.killed import typed_in_child
 from tests.tiny_models import config as model_config
 from tests.tiny_models import save_causal_lm, save_reward_model
 
@@ -34,6 +35,7 @@ class Recipe:
     """A recipe folder for small random models; the HF engine, because it starts in a second."""
 
     folder: Path
+    env: dict[str, str] = field(default_factory=lambda: environment())
 
     @property
     def offline(self) -> tuple[str, ...]:
@@ -48,9 +50,11 @@ class Recipe:
     def run(
         self, run_dir: Path, *overrides: str, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(run_dir, *overrides), env=env or environment(), capture_output=True, text=True, timeout=240
-        )
+        command = self.command(run_dir, *overrides)
+        if "runtime=local" in overrides:  # what runs on Ray is compared with: nobody asks how it started
+            done = typed_in_child(command[2:], timeout_s=240)
+            return subprocess.CompletedProcess(command, done.code, stdout="", stderr=done.output)
+        return subprocess.run(command, env=env or self.env, capture_output=True, text=True, timeout=240)
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -154,13 +158,17 @@ class Cluster:
 
 
 @contextmanager
-def cluster(*, with_dashboard: bool, cable: Cable | None = None, **settings: str) -> Iterator[Cluster]:
-    """Two nodes, brought up with the two `ray start` lines of the user guide; ports and count are this machine's.
+def cluster(
+    *, with_dashboard: bool, nodes: int = 2, num_cpus: int | None = None, cable: Cable | None = None, **settings: str
+) -> Iterator[Cluster]:
+    """Nodes, brought up with the two `ray start` lines of the user guide; ports and count are this machine's.
 
     With a home folder of its own, as on a machine where Ray never ran: there is no token yet.
 
     Args:
         with_dashboard: with the processes that jobs need.
+        nodes: one or two.
+        num_cpus: of the first node; default as many as there are.
         cable: the second node is at its other end.
         settings: environment of the nodes.
     """
@@ -172,11 +180,14 @@ def cluster(*, with_dashboard: bool, cable: Cable | None = None, **settings: str
         head = f"start --head --dashboard-host=0.0.0.0 --dashboard-port={dashboard}"
         if not with_dashboard:  # ten processes that only jobs need
             head += " --include-dashboard=false"
+        if num_cpus is not None:
+            head += f" --num-cpus={num_cpus}"
         try:
             found.start_node(head=f"{head} --temp-dir={scratch}/ray")
             found.wait_for(1)
-            found.start_node()
-            found.wait_for(2)
+            if nodes == 2:
+                found.start_node()
+                found.wait_for(2)
             yield found
         finally:
             below = [child for process in found.processes for child in children(process.pid)]
@@ -189,6 +200,13 @@ def cluster(*, with_dashboard: bool, cable: Cable | None = None, **settings: str
 def two_nodes(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A cluster of two nodes that every test leaves as it was."""
     with cluster(with_dashboard=any("ray_job" in item.name for item in request.session.items)) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def standing() -> Iterator[Cluster]:
+    """One node that every test leaves as it was. A node of its own for each run costs seconds of both cores."""
+    with cluster(with_dashboard=False, nodes=1, num_cpus=16) as found:
         yield found
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pytest
 
 from rlxf.checkpointing.store import list_checkpoints
 from rlxf.observe.formulas import read_jsonl
-from tests.cluster.conftest import Recipe, children, cluster, command_of, environment
+from tests.cluster.conftest import Cluster, Recipe, children, cluster, command_of
 from tests.cluster.faults import Fault, happened, run
 from tests.cluster.network import cable
 from tests.cluster.test_launch import numbers, succeed
@@ -40,6 +41,12 @@ HEALTH_CHECK = {  # of scripts/cluster_up.sh
     "RAY_health_check_failure_threshold": "3",
 }
 TWO_ENGINES = ("resource_pool.actor_rollout=3", "actor_rollout.num_gpus_for_infer=2")
+
+
+@pytest.fixture(scope="module")
+def recipe(recipe: Recipe, standing: Cluster) -> Recipe:
+    """Runs on a cluster that stands already: test_launch.py has those that start their own."""
+    return replace(recipe, env=standing.env)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def faulty(
 ) -> subprocess.CompletedProcess[str]:
     """The run with these faults, all of which have come; its folder is ``tmp_path / "run"``."""
     command = recipe.command(tmp_path / "run", *COMMON, *overrides)
-    done = run(command, tmp_path / "plan", faults, environment(), timeout_s)
+    done = run(command, tmp_path / "plan", faults, recipe.env, timeout_s)
     assert done.returncode == code, done.stdout + done.stderr
     assert happened(tmp_path / "plan") == len(faults), done.stderr
     assert "Traceback" not in done.stderr
@@ -168,8 +175,7 @@ def test_a_lost_trainer_is_rebuilt_from_the_last_checkpoint(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("how", ["stop", "hang"])
-@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize(("lookahead", "how"), [(0, "stop"), (1, "stop"), (1, "hang")])
 def test_hung_workers_are_noticed_and_replaced(
     recipe: Recipe, undisturbed: Callable[..., Path], tmp_path: Path, lookahead: int, how: Any
 ) -> None:

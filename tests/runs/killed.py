@@ -12,8 +12,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,6 +253,28 @@ def run_in_child(recipe: Recipe, run_dir: Path, moment: Moment | None = None, lo
         raise AssertionError(f"the run did not end in 120 s:\n{log.read_text()[-4000:]}")
     assert process.exitcode is not None
     return Ended(process.exitcode, log.read_text())
+
+
+def typed_in_child(arguments: Sequence[str], timeout_s: float) -> Ended:
+    """``python ray_gpt.py`` with these arguments, in a process that has imported everything already."""
+    with tempfile.NamedTemporaryFile("r") as log:
+        process = _CONTEXT.Process(target=_typed, args=(arguments, log.name))
+        process.start()
+        process.join(timeout_s)
+        if process.is_alive():
+            process.kill()
+            raise AssertionError(f"the run did not end in {timeout_s:g} s:\n{log.read()[-4000:]}")
+        assert process.exitcode is not None
+        return Ended(process.exitcode, log.read())
+
+
+def _typed(arguments: Sequence[str], log: str) -> None:
+    from workers.train import main
+
+    output = os.open(log, os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.exit(main(("python", "ray_gpt.py"), arguments))
 
 
 def undisturbed_run(recipe: Recipe, run_dir: Path) -> Finished:

@@ -7,6 +7,7 @@ import os
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
+from rlxf.models.megatron.parallel import require_megatron
 from rlxf.platform import get_platform
 
 MODULES = (
@@ -22,5 +23,6 @@ MODULES = (
 )
 
 get_platform("cpu").prepare_megatron()  # before the first import of megatron-core
+require_megatron()  # this one, which leaves out what is not needed
 for name in MODULES:
     importlib.import_module(name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,6 +18,9 @@ from rlxf.core.errors import ConfigError
 from rlxf.platform.base import Platform, Process
 
 MEGATRON = "0.16.1"  # pyproject.toml asks for the same
+# What megatron-core would log to. It imports them where they are installed, which takes every process half a second,
+# and a process that is killed afterwards leaves two temporary folders of wandb behind.
+_LOGGERS = ("wandb", "torch.utils.tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +81,22 @@ class Layout:
         return self.dp_rank == 0 and self.cp_rank == 0
 
 
+@contextmanager
+def _hidden(names: Iterable[str]) -> Iterator[None]:
+    """Whoever imports one of these modules meanwhile is told that there is none; what is imported already stays."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: Python's own sign for that
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
 def require_megatron() -> None:
     """Refuse a megatron-core whose internals (its checkpoint writer, its optimizer) may differ from those used here."""
-    from megatron.core import __version__ as found
+    with _hidden(_LOGGERS):
+        from megatron.core import __version__ as found
 
     if found != MEGATRON:
         raise ConfigError(

@@ -100,6 +100,20 @@ print(init_parallel(platform, Process(), sizes=ParallelSizes(), seed=1, timeout_
     assert run(code) == "cpu"
 
 
+def test_megatron_brings_no_logger_and_no_compiler_into_a_process() -> None:
+    """Each takes every worker half a second to import; wandb leaves folders behind in one that is killed."""
+    code = """
+import importlib, sys
+from rlxf.platform import get_platform, Process
+from rlxf.models.megatron.parallel import ParallelSizes, init_parallel
+init_parallel(get_platform("cpu"), Process(), sizes=ParallelSizes(), seed=1, timeout_s=60)
+import rlxf.models.megatron.model, rlxf.models.megatron.optimizer
+costly = ("wandb", "torch.utils.tensorboard", "torch._dynamo")
+print([name for name in costly if name in sys.modules], importlib.import_module(costly[1]).__name__)
+"""
+    assert run(code) == "[] torch.utils.tensorboard"
+
+
 def test_a_fork_of_the_random_state_leaves_the_outer_state_alone() -> None:
     code = """
 import torch
