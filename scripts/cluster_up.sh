@@ -233,6 +233,7 @@ main() {
   export_health_check
   # Ray starts a process per core beforehand; the workers of a run have an environment of their own and never use them.
   export RAY_prestart_worker_first_driver="${RAY_prestart_worker_first_driver:-0}"
+  export RAY_worker_niceness="${RAY_worker_niceness:-0}" # Ray's 15: hardly any CPU beside another busy process
   raise_open_files
   if [[ "$role" == head && "$dashboard_host" != 127.0.0.1 ]]; then
     say "the dashboard listens on every interface; it asks for the token, but open port $dashboard_port to few"

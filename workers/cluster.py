@@ -100,6 +100,8 @@ def join(address: str) -> Any:
 def _prepare_environment() -> None:
     # Ray would start a worker per core beforehand; ours have an environment of their own, and never use those.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    # Ray's 15 would leave the workers a thirtieth of a core beside any other busy process: they would seem to hang.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's new behaviour, without its warning
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls that a failed wait no longer asks for

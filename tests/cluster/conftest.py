@@ -60,7 +60,7 @@ class Recipe:
 def environment(**changes: str) -> dict[str, str]:
     """Of a run that finds no cluster by itself."""
     fixed = {"RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return {**os.environ, **fixed, "RAY_prestart_worker_first_driver": "0", **changes}
+    return {**os.environ, **fixed, "RAY_prestart_worker_first_driver": "0", "RAY_worker_niceness": "0", **changes}
 
 
 def shape() -> dict[str, Any]:
