@@ -60,7 +60,7 @@ class Recipe:
 def environment(**changes: str) -> dict[str, str]:
     """Of a run that finds no cluster by itself."""
     fixed = {"RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return {**os.environ, **fixed, "RAY_prestart_worker_first_driver": "0", "RAY_worker_niceness": "0", **changes}
+    return {**os.environ, **fixed, "RAY_prestart_worker_first_driver": "0", **changes}
 
 
 def shape() -> dict[str, Any]:
@@ -175,7 +175,7 @@ def cluster(
     with tempfile.TemporaryDirectory(prefix="rlxf") as scratch:  # Ray's socket paths must be short
         port, dashboard = free_port(), free_port()
         address = f"{cable.here if cable else '127.0.0.1'}:{port}"
-        env = environment(HOME=scratch, RAY_ADDRESS=address, **settings)
+        env = environment(HOME=scratch, RAY_ADDRESS=address, RAY_worker_niceness="0", **settings)
         found = Cluster(address, f"http://127.0.0.1:{dashboard}", env, Path(scratch), [], cable)
         head = f"start --head --dashboard-host=0.0.0.0 --dashboard-port={dashboard}"
         if not with_dashboard:  # ten processes that only jobs need

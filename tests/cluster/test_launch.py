@@ -222,6 +222,8 @@ def test_a_signal_saves_and_leaves_no_process(
     process = started(recipe, tmp_path)
     family = children(process.pid)
     assert any("raylet" in command_of(child) for child in family)
+    workers = [child for child in family if "Worker" in command_of(child)]
+    assert {worker.nice() for worker in workers} == {psutil.Process(process.pid).nice()}  # Ray would give them the rest
     begin = time.monotonic()
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as Ctrl-C in a terminal does: to everything that the command started
