@@ -81,12 +81,7 @@ checks() {
 
 world() { step "tiny world" .venv/bin/python scripts/build_tiny_world.py; }
 
-# The slow ones in two streams: while one waits, for a deadline or a process that loads, the other one works.
-cluster_tests() {
-  local streams=()
-  if [[ -z "$slow" ]]; then streams=(-n 2 --dist loadfile --no-loadscope-reorder); fi
-  step "tests with Ray or vLLM" pytest_part --durations=15 "${streams[@]}" -m "${slow}(cluster or vllm)"
-}
+cluster_tests() { step "tests with Ray or vLLM" pytest_part --durations=15 -m "${slow}(cluster or vllm)"; }
 
 # They fill the cores while a Ray cluster or an engine starts and waits, and give way when it works: it has deadlines.
 # Files in order of their names, not of their number of tests: whole runs, which are few and long, come before units.
