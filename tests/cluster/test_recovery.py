@@ -43,8 +43,8 @@ HEALTH_CHECK = {  # of scripts/cluster_up.sh
 TWO_ENGINES = ("resource_pool.actor_rollout=3", "actor_rollout.num_gpus_for_infer=2")
 
 
-@pytest.fixture(scope="module")
-def recipe(recipe: Recipe, standing: Cluster) -> Recipe:
+@pytest.fixture(name="recipe", scope="module")
+def standing_recipe(recipe: Recipe, standing: Cluster) -> Recipe:
     """Runs on a cluster that stands already: test_launch.py has those that start their own."""
     return replace(recipe, env=standing.env)
 

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rlxf.observe.formulas import read_jsonl
-from tests.cluster.conftest import Cluster, Recipe
+from tests.cluster.conftest import Recipe
 from tests.cluster.faults import Fault
 from tests.cluster.test_recovery import COMMON, TWO_ENGINES, assert_same, events, faulty, made_once
+from tests.cluster.test_recovery import standing_recipe as standing_recipe  # a fixture: ``recipe`` of this module
 
 pytestmark = pytest.mark.cluster
 
 # Four prompts a step; an optimizer step for each half of their pairs.
 CHUNKS = (*COMMON, "rollout.stream_prompts=1", "actor_rollout.ppo_mini_batch_size=2")
-
-
-@pytest.fixture(scope="module")
-def recipe(recipe: Recipe, standing: Cluster) -> Recipe:
-    """Runs on a cluster that stands already: test_launch.py has those that start their own."""
-    return replace(recipe, env=standing.env)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,36 +245,39 @@ def run_in_child(recipe: Recipe, run_dir: Path, moment: Moment | None = None, lo
     ``log``: where its output goes; else beside the run folder.
     """
     log = log or run_dir.with_name(f"{run_dir.name}.log")
-    process = _CONTEXT.Process(target=_child, args=(recipe, run_dir, moment, log))
+    return _ended(_child, (recipe, run_dir, moment, log), log, timeout_s=120)
+
+
+def _ended(run: Callable[..., None], arguments: tuple[Any, ...], log: Path, timeout_s: float) -> Ended:
+    """How the process of ``run`` ended, whose output is in ``log``."""
+    process = _CONTEXT.Process(target=run, args=arguments)
     process.start()
-    process.join(timeout=120)
+    process.join(timeout_s)
     if process.is_alive():
         process.kill()
-        raise AssertionError(f"the run did not end in 120 s:\n{log.read_text()[-4000:]}")
+        raise AssertionError(f"the run did not end in {timeout_s:g} s:\n{log.read_text()[-4000:]}")
     assert process.exitcode is not None
     return Ended(process.exitcode, log.read_text())
 
 
 def typed_in_child(arguments: Sequence[str], timeout_s: float) -> Ended:
     """``python ray_gpt.py`` with these arguments, in a process that has imported everything already."""
-    with tempfile.NamedTemporaryFile("r") as log:
-        process = _CONTEXT.Process(target=_typed, args=(arguments, log.name))
-        process.start()
-        process.join(timeout_s)
-        if process.is_alive():
-            process.kill()
-            raise AssertionError(f"the run did not end in {timeout_s:g} s:\n{log.read()[-4000:]}")
-        assert process.exitcode is not None
-        return Ended(process.exitcode, log.read())
+    with tempfile.NamedTemporaryFile() as log:
+        return _ended(_typed, (arguments, Path(log.name)), Path(log.name), timeout_s)
 
 
-def _typed(arguments: Sequence[str], log: str) -> None:
+def _typed(arguments: Sequence[str], log: Path) -> None:
     from workers.train import main
 
-    output = os.open(log, os.O_WRONLY)
+    _redirect(log)
+    sys.exit(main(("python", "ray_gpt.py"), arguments))
+
+
+def _redirect(log: Path) -> None:
+    """All that this process prints goes to ``log``."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.exit(main(("python", "ray_gpt.py"), arguments))
 
 
 def undisturbed_run(recipe: Recipe, run_dir: Path) -> Finished:
@@ -292,9 +295,7 @@ def _child(recipe: Recipe, run_dir: Path, moment: Moment | None, log: Path) -> N
     from rlxf.core.command import Typed
     from rlxf.core.errors import RlxfError, notes_of
 
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    _redirect(log)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     logging.getLogger("rlxf").setLevel(logging.INFO)
     code = 0
