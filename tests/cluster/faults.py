@@ -32,29 +32,40 @@ class Fault:
     rows: int | None = None  # instead: the first call when the run has so many complete steps, as metrics.jsonl says
     rank: int = 0
     after: bool = False
-    how: Literal["kill", "stop", "hang", "rest"] = "kill"  # SIGKILL; SIGSTOP; the call never comes back; it is late
+    # SIGKILL; SIGSTOP; the call never comes back; it is late; it waits until the test releases it
+    how: Literal["kill", "stop", "hang", "rest", "hold"] = "kill"
 
-    def happen(self) -> None:
-        """Here and now."""
-        if self.how == "hang":
-            time.sleep(1e6)
+    def happen(self, done: Path) -> None:
+        """Here and now; ``done``: the file that says so."""
+        done.touch()
+        while self.how == "hang" or (self.how == "hold" and not released(done).exists()):
+            time.sleep(0.02)
         if self.how == "rest":
             time.sleep(REST_S)
-            return
-        os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGSTOP)
+        if self.how in ("kill", "stop"):
+            os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGSTOP)
 
 
-def run(
-    command: Sequence[str], folder: Path, faults: Sequence[Fault], env: dict[str, str], timeout_s: float = 240
-) -> subprocess.CompletedProcess[str]:
+def released(done: Path) -> Path:
+    """The file that ends a hold."""
+    return done.with_suffix(".released")
+
+
+def planned(command: Sequence[str], folder: Path, faults: Sequence[Fault]) -> list[str]:
     """The command of a run (``Recipe.command``) with these faults; ``folder``: for the plan and the counts."""
     folder.mkdir()
     plan = folder / "plan.json"
     plan.write_text(json.dumps([asdict(fault) for fault in faults]))
     run_dir = next(word for word in command if word.startswith("hydra.run.dir=")).partition("=")[2]
     (folder / "metrics.jsonl").symlink_to(Path(run_dir) / "metrics.jsonl")
-    faulty = [sys.executable, "-m", "tests.cluster.faults", str(plan), *command[2:]]
-    return subprocess.run(faulty, env=env, capture_output=True, text=True, timeout=timeout_s)
+    return [command[0], "-m", "tests.cluster.faults", str(plan), *command[2:]]
+
+
+def run(
+    command: Sequence[str], folder: Path, faults: Sequence[Fault], env: dict[str, str], timeout_s: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """How a run with faults (``planned``) ends."""
+    return subprocess.run(planned(command, folder, faults), env=env, capture_output=True, text=True, timeout=timeout_s)
 
 
 def happened(folder: Path) -> int:

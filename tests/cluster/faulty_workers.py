@@ -23,8 +23,7 @@ def meet(role: str, rank: int, method: str, *, after: bool) -> None:
         fault, done = Fault(**content), plan.parent / f"{index}.done"
         here = (fault.role, fault.rank, fault.method, fault.after) == (role, rank, method, after)
         if here and _is_due(fault, number, done, plan.parent / "metrics.jsonl"):
-            done.touch()
-            fault.happen()
+            fault.happen(done)
 
 
 def _is_due(fault: Fault, call: int, done: Path, metrics: Path) -> bool:

@@ -34,7 +34,7 @@ def run(
     command: Sequence[str], file: Path, env: dict[str, str], timeout_s: float = 240
 ) -> tuple[subprocess.CompletedProcess[str], list[Recorded]]:
     """The command of a run (``Recipe.command``), and its calls in the order in which they began."""
-    recorded = [sys.executable, "-m", "tests.cluster.recorded", str(file), *command[2:]]
+    recorded = [command[0], "-m", "tests.cluster.recorded", str(file), *command[2:]]
     done = subprocess.run(recorded, env=env, capture_output=True, text=True, timeout=timeout_s)
     calls = [Recorded(**json.loads(line)) for line in file.read_text().splitlines()]
     return done, sorted(calls, key=lambda call: call.begin)
@@ -46,12 +46,15 @@ def write(call: Recorded) -> None:
 
 
 def main() -> int:
-    os.environ[RECORD] = str(Path(sys.argv[1]).absolute())  # inherited by Ray, and from there by the workers
+    os.environ[RECORD] = str(Path(sys.argv[1]).absolute())
     from tests.cluster import recorded_workers
     from workers import crew
     from workers.train import main as train
 
     crew.WORKERS.update(recorded_workers.WORKERS)
+    original = crew._environment
+    # A cluster that runs already has not inherited it.
+    crew._environment = lambda *args: {**original(*args), RECORD: os.environ[RECORD]}  # type: ignore[assignment]
     return train(("python", "ray_gpt.py"), sys.argv[2:])
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from rlxf.observe.formulas import read_jsonl
-from tests.cluster.conftest import Recipe, environment
+from tests.cluster.conftest import Recipe
 from tests.cluster.faults import Fault, happened, run
 from tests.cluster.test_launch import numbers, succeed
 from tests.cluster.test_recovery import assert_same
@@ -135,7 +135,7 @@ def test_chaos(recipe: Recipe, undisturbed: Path, tmp_path: Path, seed: int) -> 
         once_there(metrics, STEPS - 10, lambda: fill(disk, 5.0))
         once_there(metrics, STEPS - APART - 5, fail_for_a_while)
         command = recipe.command(run_dir, *COMMON, *_rewards(recipe, service), "rollout.lookahead=0")
-        done = run(command, tmp_path / "plan", faults, environment(), timeout_s=1100)
+        done = run(command, tmp_path / "plan", faults, recipe.env, timeout_s=1100)
         assert done.returncode == 0, f"{[asdict(fault) for fault in faults]}\n{done.stderr}"
         assert happened(tmp_path / "plan") == len(faults) >= 10
         rows = read_jsonl(run_dir / "events.jsonl")

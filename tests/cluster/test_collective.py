@@ -40,7 +40,7 @@ def overrides(folder: Path, transport: str) -> tuple[str, ...]:
 def undisturbed(recipe: Recipe, two_nodes: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run whose weights travel through shared memory: two raylets of one machine can."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    succeed(recipe.run(folder / "run", *overrides(folder, "shared_memory"), env=two_nodes.env))
+    succeed(two_nodes.runs(recipe).run(folder / "run", *overrides(folder, "shared_memory")))
     return folder / "run"
 
 
@@ -55,7 +55,7 @@ def test_a_broadcast_in_which_a_receiver_dies_is_made_again_and_no_number_change
         Fault(role="infer", rank=0, method="generate", call=4),
     )
     options = (*overrides(tmp_path, "collective"), "resilience.min_deadline_s=5")
-    done = faulty(recipe.command(tmp_path / "run", *options), tmp_path / "plan", faults, two_nodes.env)
+    done = faulty(two_nodes.runs(recipe).command(tmp_path / "run", *options), tmp_path / "plan", faults, two_nodes.env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert happened(tmp_path / "plan") == len(faults)
     assert "weights travel through a broadcast between devices (sync.transport says so)" in done.stderr
@@ -68,7 +68,7 @@ def test_a_broadcast_in_which_a_receiver_dies_is_made_again_and_no_number_change
 def test_a_broadcast_brings_what_shared_memory_brings(
     recipe: Recipe, undisturbed: Path, two_nodes: Cluster, tmp_path: Path
 ) -> None:
-    succeed(recipe.run(tmp_path / "run", *overrides(tmp_path, "collective"), env=two_nodes.env))
+    succeed(two_nodes.runs(recipe).run(tmp_path / "run", *overrides(tmp_path, "collective")))
     assert_same(tmp_path / "run", undisturbed)
 
 
@@ -83,7 +83,7 @@ def test_a_transport_that_cannot_work_is_an_error_before_a_model_loads(
     recipe: Recipe, two_nodes: Cluster, tmp_path: Path
 ) -> None:
     options = (*overrides(tmp_path, "ipc"), "actor_rollout.load=" + str(recipe.folder / "policy"))
-    done = recipe.run(tmp_path / "run", *options, env=two_nodes.env)
+    done = two_nodes.runs(recipe).run(tmp_path / "run", *options)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "sync.transport = ipc: a cpu has no memory of its own that processes could share by handles" in done.stderr
     assert "set sync.transport=auto, which would be shared_memory here" in done.stderr

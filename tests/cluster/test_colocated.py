@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlxf.observe.formulas import read_jsonl
-from tests.cluster.conftest import Recipe, environment
+from tests.cluster.conftest import Recipe
 from tests.cluster.faults import Fault, happened
 from tests.cluster.faults import run as faulty
 from tests.cluster.recorded import Recorded
@@ -68,7 +68,7 @@ def test_a_colocated_run_is_the_separate_one_and_no_memory_overlaps(
     recipe: Recipe, separate: Path, tmp_path: Path
 ) -> None:
     command = recipe.command(tmp_path / "run", *COMMON, *SHARED, *rewarded(tmp_path))
-    done, calls = recorded(command, tmp_path / "calls.jsonl", environment())
+    done, calls = recorded(command, tmp_path / "calls.jsonl", recipe.env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_equal(tmp_path / "run", separate)
     assert_in_turn(calls, num_steps=4, empty=(1,))
@@ -80,7 +80,7 @@ def test_a_colocated_run_is_the_separate_one_and_no_memory_overlaps(
 @pytest.mark.slow
 def test_no_rank_holds_what_an_engine_of_another_device_is_about_to_take(recipe: Recipe, tmp_path: Path) -> None:
     command = recipe.command(tmp_path / "run", *COMMON, *TWO_DEVICES, *rewarded(tmp_path))
-    done, calls = recorded(command, tmp_path / "calls.jsonl", environment())
+    done, calls = recorded(command, tmp_path / "calls.jsonl", recipe.env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_in_turn(calls, num_steps=4, empty=(1,), num_devices=2)
 
@@ -145,7 +145,7 @@ def test_workers_that_are_lost_in_their_turn_change_no_number(
     recipe: Recipe, separate: Path, tmp_path: Path, faults: tuple[Fault, ...]
 ) -> None:
     command = recipe.command(tmp_path / "run", *COMMON, *SHARED, "resilience.min_deadline_s=5", *rewarded(tmp_path))
-    done = faulty(command, tmp_path / "plan", faults, environment(), timeout_s=500)
+    done = faulty(command, tmp_path / "plan", faults, recipe.env, timeout_s=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert happened(tmp_path / "plan") == len(faults), done.stderr
     assert_lost_nothing(tmp_path / "run", separate)

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from rlxf.checkpointing.store import list_checkpoints, step_of
-from tests.cluster.conftest import Recipe, children, command_of, end_run, environment
+from tests.cluster.conftest import Recipe, command_of, end_run
 from tests.cluster.test_launch import leftovers, numbers, succeed, wait_until
 from tests.cluster.test_resume import weights
 
@@ -63,7 +63,7 @@ def started(recipe: Recipe, run_dir: Path, *overrides: str) -> Iterator[subproce
     """A run on Ray with three complete steps; nothing of it is left afterwards."""
     process = subprocess.Popen(
         recipe.command(run_dir, *overrides),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=recipe.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     metrics = run_dir / "metrics.jsonl"
     try:
@@ -71,16 +71,16 @@ def started(recipe: Recipe, run_dir: Path, *overrides: str) -> Iterator[subproce
             lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 2), 180
         )
         assert process.poll() is None, process.communicate()[0]
-        family = children(process.pid)
+        family = recipe.family(process)
         yield process
         assert not [name for name in leftovers(family) if "Worker" in name]
     finally:
         end_run(process)
 
 
-def worker(process: subprocess.Popen[str], kind: str) -> psutil.Process:
+def worker(recipe: Recipe, process: subprocess.Popen[str], kind: str) -> psutil.Process:
     """Ray names a worker process by its class."""
-    return next(child for child in children(process.pid) if kind in command_of(child))
+    return next(member for member in recipe.family(process) if f"ray::{kind}" in command_of(member))
 
 
 def assert_goes_on(recipe: Recipe, run_dir: Path, undisturbed: Path, output: str, *overrides: str) -> None:
@@ -104,7 +104,7 @@ def test_a_lost_worker_costs_no_complete_step(
     recipe: Recipe, scored: tuple[str, ...], undisturbed: Path, tmp_path: Path, kind: str
 ) -> None:
     with started(recipe, tmp_path, *scored) as process:
-        worker(process, kind).kill()
+        worker(recipe, process, kind).kill()
         output = process.communicate(timeout=60)[0]
         assert process.returncode == 1
     assert "lost " in output
@@ -116,7 +116,7 @@ def test_a_stuck_engine_costs_no_complete_step(
     recipe: Recipe, scored: tuple[str, ...], undisturbed: Path, tmp_path: Path
 ) -> None:
     with started(recipe, tmp_path, *scored, "training.stage_timeout_s=5") as process:
-        worker(process, "RolloutWorker").send_signal(signal.SIGSTOP)
+        worker(recipe, process, "RolloutWorker").send_signal(signal.SIGSTOP)
         output = process.communicate(timeout=60)[0]
         assert process.returncode == 1
     assert "infer rank 0" in output
@@ -150,7 +150,7 @@ def stuck_update(recipe: Recipe, run_dir: Path, then: Callable[[subprocess.Popen
     with started(recipe, run_dir, *overrides) as process:
         hold.touch()
         wait_until(held.exists, 60)
-        worker(process, "ActorWorker").send_signal(signal.SIGSTOP)
+        worker(recipe, process, "ActorWorker").send_signal(signal.SIGSTOP)
         hold.unlink()
         time.sleep(2)  # pairing takes milliseconds: the driver waits for the update now
         then(process)

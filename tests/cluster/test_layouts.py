@@ -7,13 +7,15 @@ first sample that differs.
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Cluster
+from tests.cluster.conftest import ROOT, Cluster, Recipe
 from tests.runs import tiny
-from tests.runs.small import Finished, ray_gpt
+from tests.runs.killed import typed_in_child
+from tests.runs.small import Finished
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -27,10 +29,16 @@ COMMON = (
 TOLERANCE = 2e-6  # of a loss near 0.69; weights of layouts differ by 2e-5 at most (tests/unit/models/test_layouts.py)
 
 
-def run(run_dir: Path, recipe: str, *overrides: str, env: dict[str, str] | None = None) -> Finished:
+def run(run_dir: Path, recipe: str, *overrides: str, on: Recipe | None = None) -> Finished:
+    """A shipped recipe in one process, or on the cluster of ``on``."""
     options = ("--config-name", recipe, f"hydra.run.dir={run_dir}", *COMMON, *overrides)
-    done = ray_gpt(*options, timeout_s=540, env=env)
-    assert done.returncode == 0, done.stderr[-4000:]
+    if on is None:
+        ended = typed_in_child((*options, "runtime=local"), timeout_s=540)
+        assert ended.code == 0, ended.output[-4000:]
+    else:
+        command = [on.python, str(ROOT / "ray_gpt.py"), *options]
+        done = subprocess.run(command, env=on.env, capture_output=True, text=True, timeout=540)
+        assert done.returncode == 0, done.stderr[-4000:]
     return Finished(run_dir)
 
 
@@ -38,7 +46,7 @@ def run(run_dir: Path, recipe: str, *overrides: str, env: dict[str, str] | None 
 def one(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The shipped recipe in one process."""
     tiny.build_world()
-    done = run(tmp_path_factory.mktemp("one") / "run", "online_dpo_trainer_tiny", "runtime=local")
+    done = run(tmp_path_factory.mktemp("one") / "run", "online_dpo_trainer_tiny")
     assert len({round(loss, 3) for loss in done.losses}) > 2  # it learns: losses tell the steps apart
     return done
 
@@ -60,10 +68,10 @@ def assert_same(found: Finished, expected: Finished) -> None:
 
 
 @pytest.mark.slow  # 100 s; the layouts without vLLM are tests/unit/models/test_layouts.py
-def test_two_tensor_parallel_ranks_with_vllm(one: Finished, tmp_path: Path) -> None:
+def test_two_tensor_parallel_ranks_with_vllm(recipe: Recipe, tmp_path: Path) -> None:
     """vLLM's samples are not the HF engine's: one process replays them, all steps, on the model with three heads."""
-    found = run(tmp_path / "tp2", "online_dpo_trainer_tiny_tp2")
-    replay = ("runtime=local", "rollout.engine=replay", f"rollout.replay_path={tmp_path / 'tp2' / 'rollouts.jsonl'}")
+    found = run(tmp_path / "tp2", "online_dpo_trainer_tiny_tp2", on=recipe)
+    replay = ("rollout.engine=replay", f"rollout.replay_path={tmp_path / 'tp2' / 'rollouts.jsonl'}")
     expected = run(tmp_path / "replay", "online_dpo_trainer_tiny", *replay)
     assert len({round(loss, 3) for loss in found.losses}) > 2
     assert found.losses == pytest.approx(expected.losses, abs=TOLERANCE)
@@ -72,18 +80,20 @@ def test_two_tensor_parallel_ranks_with_vllm(one: Finished, tmp_path: Path) -> N
 
 
 @pytest.mark.slow  # of one process group: tests/unit/models/test_layouts.py
-def test_two_pipeline_stages(one: Finished, tmp_path: Path) -> None:
-    assert_same(run(tmp_path / "pp2", "online_dpo_trainer_tiny_pp2", "rollout.engine=hf"), one)
+def test_two_pipeline_stages(one: Finished, recipe: Recipe, tmp_path: Path) -> None:
+    assert_same(run(tmp_path / "pp2", "online_dpo_trainer_tiny_pp2", "rollout.engine=hf", on=recipe), one)
 
 
 @pytest.mark.slow  # two nodes: test_launch.py; data parallel: tests/unit/models/test_layouts.py
-def test_two_data_parallel_ranks_on_two_nodes(one: Finished, two_nodes: Cluster, tmp_path: Path) -> None:
+def test_two_data_parallel_ranks_on_two_nodes(
+    one: Finished, recipe: Recipe, two_nodes: Cluster, tmp_path: Path
+) -> None:
     """A rank on each node, the engine on the second; the reference shares the reward model's device."""
     pools = (
         "resource_pool.resource_name=NPU", "resource_pool.actor_rollout=[1,2]", "resource_pool.colocate=[ref,reward]"
     )  # fmt: skip
-    recipe = ("online_dpo_trainer_tiny_dp2", "rollout.engine=hf", *pools)
-    assert_same(run(tmp_path / "dp2", *recipe, env=two_nodes.env), one)
+    shipped = ("online_dpo_trainer_tiny_dp2", "rollout.engine=hf", *pools)
+    assert_same(run(tmp_path / "dp2", *shipped, on=two_nodes.runs(recipe)), one)
 
 
 MORE = {
@@ -102,5 +112,5 @@ MORE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
-def test_more_layouts(one: Finished, tmp_path: Path, name: str) -> None:
-    assert_same(run(tmp_path / "run", *MORE[name], "rollout.engine=hf"), one)
+def test_more_layouts(one: Finished, recipe: Recipe, tmp_path: Path, name: str) -> None:
+    assert_same(run(tmp_path / "run", *MORE[name], "rollout.engine=hf", on=recipe), one)

@@ -1,6 +1,6 @@
 """Runs on Ray whose sampling is ahead of their training: the numbers of one process, however they end.
 
-Workers wait where a test wants them (``HOLDS``), so that a signal or a loss comes while one step is sampled and another
+Workers wait where a test wants them (``held``), so that a signal or a loss comes while one step is sampled and another
 one is trained on. The steps that a chapter of the run is made of at ``rollout.lookahead=1``: steps 1 and 2 are sampled
 at the start; then each update has the sampling of the next step but one beside it.
 """
@@ -20,7 +20,9 @@ import pytest
 
 from rlxf.checkpointing.store import list_checkpoints
 from rlxf.checkpointing.waiting import load_waiting
-from tests.cluster.conftest import Recipe, children, end_run, environment
+from rlxf.config.kinds import Role
+from tests.cluster.conftest import Recipe, end_run
+from tests.cluster.faults import Fault, planned, released
 from tests.cluster.test_ends import worker
 from tests.cluster.test_launch import leftovers, numbers, succeed, wait_until
 from tests.cluster.test_resume import weights
@@ -31,53 +33,8 @@ STEPS = 6
 COMMON = (f"training.train_iters={STEPS}", "log.tensorboard=false", "log.rollouts=true")
 MOVING = ("ref.ref_update_interval=2", "training.eval_interval=4", "eval.num_prompts=4")
 LORA = ("actor_rollout.lora_r=4", "actor_rollout.lora_alpha=8", "actor_rollout.lr=0.01")
-# What Python imports when it starts, in every worker: some calls wait while a file is there.
-HOLDS = """
-import importlib.abc
-import importlib.util
-import sys
-import time
-from pathlib import Path
-
-HERE = Path(__file__).parent
-METHODS = {
-    "rlxf.rollout.hf": ("HfEngine", "generate"),
-    "rlxf.update.actor": ("MegatronActor", "update"),
-    "rlxf.score.reward_model": ("RewardModelScorer", "score"),
-}
-
-
-def hold(module):
-    owner, name = METHODS[module.__name__]
-    method, calls = getattr(getattr(module, owner), name), [0]
-
-    def held(*args, **options):
-        calls[0] += 1
-        file = HERE / f"{name}_{calls[0]}"
-        while file.exists():
-            (HERE / f"{file.name}_waits").touch()
-            time.sleep(0.02)
-        return method(*args, **options)
-
-    setattr(getattr(module, owner), name, held)
-
-
-class Finder(importlib.abc.MetaPathFinder):
-    looking = False
-
-    def find_spec(self, name, path, target=None):
-        if name not in METHODS or self.looking:
-            return None
-        self.looking = True
-        spec = importlib.util.find_spec(name)
-        self.looking = False
-        execute = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (execute(module), hold(module))
-        return spec
-
-
-sys.meta_path.insert(0, Finder())
-"""
+ROLES: dict[str, Role] = {"generate": "infer", "update": "train", "score": "reward"}
+FAULTY = {"infer": "FaultyEngine", "train": "FaultyActor", "reward": "FaultyScorer", "ref": "FaultyReference"}
 
 
 def ahead(lookahead: int, *more: str) -> tuple[str, ...]:
@@ -115,39 +72,40 @@ def assert_same(run_dir: Path, other: Path) -> None:
 class Held:
     """A run on Ray some of whose calls wait."""
 
+    recipe: Recipe
     process: subprocess.Popen[str]
-    folder: Path
+    waits: dict[str, Path]  # what each of these calls has written
     code: int = 0
     output: str = ""
 
     def release(self, call: str) -> None:
-        (self.folder / call).unlink()
+        released(self.waits[call]).touch()
+
+    def kill(self, role: Role) -> None:
+        worker(self.recipe, self.process, FAULTY[role]).kill()
 
 
 @contextmanager
 def held(recipe: Recipe, run_dir: Path, calls: tuple[str, ...], *overrides: str) -> Iterator[Held]:
     """The run, once all ``calls`` wait (``generate_4``: the engine's fourth call); afterwards how it ended."""
     folder = run_dir.with_name(f"{run_dir.name}_holds")
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(HOLDS)
-    for call in calls:
-        (folder / call).touch()
+    methods = [(call, *call.split("_")) for call in calls]
+    faults = [Fault(role=ROLES[name], method=name, call=int(number), how="hold") for _, name, number in methods]
     process = subprocess.Popen(
-        recipe.command(run_dir, *overrides),
-        env=environment(PYTHONPATH=str(folder)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        planned(recipe.command(run_dir, *overrides), folder, faults),
+        env=recipe.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        waits = [folder / f"{call}_waits" for call in calls]
-        wait_until(lambda: process.poll() is not None or all(path.exists() for path in waits), 180)
+        run = Held(recipe, process, {call: folder / f"{number}.done" for number, call in enumerate(calls)})
+        wait_until(lambda: process.poll() is not None or all(path.exists() for path in run.waits.values()), 180)
         assert process.poll() is None, process.communicate()[0]
-        family, run = children(process.pid), Held(process, folder)
+        family = recipe.family(process)
         yield run
         run.output = process.communicate(timeout=90)[0]
         run.code = process.returncode
         assert "Traceback" not in run.output, run.output
         assert "UserWarning" not in run.output, run.output
-        assert not [name for name in leftovers(family) if "Worker" in name]
+        assert not [name for name in leftovers(family) if "Faulty" in name]
     finally:
         end_run(process)
 
@@ -196,7 +154,7 @@ def test_a_lost_engine_costs_no_complete_step(
     run_dir = tmp_path / "run"
     number = lookahead + 3 + 3 * (more is MOVING)  # an evaluation before the first step samples three times
     with held(recipe, run_dir, (f"generate_{number}", "update_3"), *ahead(lookahead, *more)) as run:
-        worker(run.process, "RolloutWorker").kill()
+        run.kill("infer")
         time.sleep(2)
         run.release("update_3")
     assert run.code == 1, run.output
@@ -265,22 +223,21 @@ def test_an_update_that_a_stop_cuts_saves_nothing(recipe: Recipe, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("role", ["ActorWorker", "RewardWorker", "ReferenceWorker"])
+@pytest.mark.parametrize("role", ["train", "reward", "ref"])
 def test_the_first_cause_is_told_when_others_are_busy(
-    recipe: Recipe, undisturbed: Callable[..., Path], tmp_path: Path, role: str
+    recipe: Recipe, undisturbed: Callable[..., Path], tmp_path: Path, role: Role
 ) -> None:
     """A worker is lost while the engine samples; the update is complete unless it is the trainer's."""
     run_dir = tmp_path / "run"
-    calls = ("generate_4", "update_3") if role == "ActorWorker" else ("score_4",)
+    calls = ("generate_4", "update_3") if role == "train" else ("score_4",)
     with held(recipe, run_dir, calls, *ahead(1, "training.save_interval=2")) as run:
-        worker(run.process, role).kill()
-        if role == "ReferenceWorker":
+        run.kill(role)
+        if role == "ref":
             run.release("score_4")  # it is asked when the scores are there
     assert run.code == 1, run.output
-    lost = {"ActorWorker": "train", "RewardWorker": "reward", "ReferenceWorker": "ref"}[role]
-    assert re.findall(r"lost (\w+) rank", run.output) == [lost], run.output
+    assert re.findall(r"lost (\w+) rank", run.output) == [role], run.output
     newest = list_checkpoints(run_dir / "checkpoints")[-1]
-    assert newest.name == ("iter_0000002" if role == "ActorWorker" else "iter_0000003")
+    assert newest.name == ("iter_0000002" if role == "train" else "iter_0000003")
     succeed(recipe.run(run_dir, *ahead(1), "runtime=local"))
     assert_same(run_dir, undisturbed(*ahead(1)))
 

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import pytest
 
 from rlxf.checkpointing.store import list_checkpoints
 from rlxf.observe.formulas import read_jsonl
-from tests.cluster.conftest import Cluster, Recipe, children, cluster, command_of
+from tests.cluster.conftest import Recipe, children, cluster, command_of
 from tests.cluster.faults import Fault, happened, run
 from tests.cluster.network import cable
 from tests.cluster.test_launch import numbers, succeed
@@ -41,12 +40,6 @@ HEALTH_CHECK = {  # of scripts/cluster_up.sh
     "RAY_health_check_failure_threshold": "3",
 }
 TWO_ENGINES = ("resource_pool.actor_rollout=3", "actor_rollout.num_gpus_for_infer=2")
-
-
-@pytest.fixture(name="recipe", scope="module")
-def standing_recipe(recipe: Recipe, standing: Cluster) -> Recipe:
-    """Runs on a cluster that stands already: test_launch.py has those that start their own."""
-    return replace(recipe, env=standing.env)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from rlxf.checkpointing.store import list_checkpoints
 from rlxf.observe.formulas import read_jsonl
-from tests.cluster.conftest import Recipe, children, command_of, environment
+from tests.cluster.conftest import Recipe, command_of
 from tests.cluster.test_launch import leftovers, numbers, succeed, wait_until
 
 pytestmark = pytest.mark.cluster
@@ -29,11 +29,11 @@ def die(recipe: Recipe, run_dir: Path, victim: Callable[[psutil.Process], bool],
     """Exit code and output of a run that loses the process that ``victim`` chooses, after its first checkpoint."""
     process = subprocess.Popen(
         recipe.command(run_dir, *recipe.offline, *LONG, *overrides),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=recipe.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     wait_until(lambda: bool(list_checkpoints(run_dir / "checkpoints")) or process.poll() is not None, 180)
     assert process.poll() is None, process.communicate()[0]
-    family = [psutil.Process(process.pid), *children(process.pid)]
+    family = [psutil.Process(process.pid), *recipe.family(process)]
     next(member for member in family if victim(member)).kill()
     output = process.communicate(timeout=60)[0]
     left = leftovers([member for member in family if member.pid != process.pid])

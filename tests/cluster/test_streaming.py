@@ -11,7 +11,6 @@ from rlxf.observe.formulas import read_jsonl
 from tests.cluster.conftest import Recipe
 from tests.cluster.faults import Fault
 from tests.cluster.test_recovery import COMMON, TWO_ENGINES, assert_same, events, faulty, made_once
-from tests.cluster.test_recovery import standing_recipe as standing_recipe  # a fixture: ``recipe`` of this module
 
 pytestmark = pytest.mark.cluster
 
