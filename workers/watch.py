@@ -40,6 +40,7 @@ _LOADING = ("build", "first build")
 # They write or read a whole model without a step in between, on a disk of unknown speed.
 _OF_FILES = ("save", "load", "save_hf", "save_checkpoint", "load_checkpoint", "checkpoint_written")
 KILLS_S = 1.2  # how long to wait for the newest count of the processes that another machine's kernel has killed
+_ANSWER_S = 10.0  # of Ray's head
 _CLOSE_S = 5.0
 _REPLACED = 1000  # so many of the newest are told: each of them has ended long before
 
@@ -305,5 +306,9 @@ def _memory_of(worker: Watched, sign: Sign) -> ProcessMemory:
 
 
 def _is_dead(handle: Any) -> bool:
-    """Whether Ray knows that an actor's process has ended."""
-    return bool(actors(handle._actor_id.hex()).get("State") == "DEAD")
+    """Whether Ray knows that an actor's process has ended; a head that does not answer knows of none."""
+    asked = in_thread(lambda: actors(handle._actor_id.hex()).get("State"), "state of an actor")
+    try:
+        return bool(asked.result(_ANSWER_S) == "DEAD")
+    except TimeoutError:
+        return False

@@ -324,6 +324,16 @@ def test_ray_says_who_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [module._is_dead(handle) for handle in handles] == [True, False, False]
 
 
+def test_a_head_that_does_not_answer_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+    monkeypatch.setattr(module, "actors", lambda name: {"State": "DEAD"} if free.wait(60) else {})
+    monkeypatch.setattr(module, "_ANSWER_S", 0.2)
+    begin = time.monotonic()
+    assert not module._is_dead(SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda: "01")))
+    assert time.monotonic() - begin < 5
+    free.set()
+
+
 # Each step: how long until the driver looks again, whether the worker has moved, and whether it was heard of.
 STEPS = st.lists(st.tuples(st.floats(0.5, 20.0), st.booleans(), st.booleans()), max_size=60)
 
