@@ -1,7 +1,7 @@
 """Workers and drivers that are forked from a process which has imported everything once.
 
 Imports are five of the six CPU seconds in which a worker starts. The tests of runs that lose workers start hundreds;
-test_launch.py and the tests of two nodes have those that Ray starts by itself.
+test_launch.py and the tests of lost nodes have those that Ray starts by itself.
 
 ``python -m tests.cluster.nursery SOCKET`` is the process; ``forked.py`` asks it.
 """

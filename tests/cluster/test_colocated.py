@@ -124,7 +124,6 @@ def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one[0] < other[1] and other[0] < one[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "faults",
     [

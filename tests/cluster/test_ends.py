@@ -95,7 +95,6 @@ def assert_goes_on(recipe: Recipe, run_dir: Path, undisturbed: Path, output: str
     assert all(mine[name].equal(value) for name, value in theirs.items())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     ["RolloutWorker", pytest.param("ReferenceWorker", marks=pytest.mark.slow)],  # reward workers: test_lookahead.py
@@ -124,7 +123,6 @@ def test_a_stuck_engine_costs_no_complete_step(
     assert_goes_on(recipe, tmp_path, undisturbed, output, *scored)
 
 
-@pytest.mark.slow
 def test_a_reward_function_that_raises_costs_no_complete_step(
     recipe: Recipe, scored: tuple[str, ...], undisturbed: Path, tmp_path: Path
 ) -> None:

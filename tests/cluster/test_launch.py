@@ -71,7 +71,6 @@ def test_four_roles_on_ray_give_the_numbers_of_one_process(alone: Recipe, local:
     assert json.loads((tmp_path / "ray" / "summary.json").read_text())["steps"] == 3
 
 
-@pytest.mark.slow  # in one process: tests/runs/test_lora.py
 def test_with_lora_the_actors_processes_are_the_reference(recipe: Recipe, tmp_path: Path) -> None:
     lora = ("actor_rollout.lora_r=4", "actor_rollout.lora_dropout=0.2", "actor_rollout.lr=0.01", "sync.verify_first=3")
     common = (*lora, "training.eval_interval=2", "eval.num_prompts=4")
@@ -116,7 +115,6 @@ def judge(prompts, first, second, **columns):
 """
 
 
-@pytest.mark.slow  # in one process: tests/runs/test_rewards.py and test_judged_run.py
 @pytest.mark.parametrize("judge", ["", "function", "load"])
 def test_sources_and_judges_on_ray_give_the_numbers_of_one_process(judge: str, recipe: Recipe, tmp_path: Path) -> None:
     """Two reward models on the reward workers, a rule and a function beside the driver; or a judge in their place."""
@@ -143,7 +141,6 @@ def test_sources_and_judges_on_ray_give_the_numbers_of_one_process(judge: str, r
     assert judge or {"rewards/reward/mean", "rewards/reward_2/mean", "rewards/length/mean"} <= rows[0].keys()
 
 
-@pytest.mark.slow
 def test_two_engines_draw_the_samples_of_one(recipe: Recipe, local: Path, tmp_path: Path) -> None:
     pools = ("resource_pool.actor_rollout=[3]", "actor_rollout.num_gpus_for_infer=2")
     text = succeed(recipe.run(tmp_path / "two", *ONLINE, *pools))

@@ -140,7 +140,6 @@ def test_a_stop_while_a_step_is_sampled_saves_the_update_beside_it(
     assert_same(run_dir, undisturbed(*ahead(1)))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("lookahead", "more"),
@@ -165,7 +164,6 @@ def test_a_lost_engine_costs_no_complete_step(
     assert_same(run_dir, undisturbed(*ahead(lookahead, *more)))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("call", "step", "waiting"),
@@ -221,7 +219,6 @@ def test_an_update_that_a_stop_cuts_saves_nothing(recipe: Recipe, tmp_path: Path
     assert list_checkpoints(run_dir / "checkpoints") == []
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("role", ["train", "reward", "ref"])
 def test_the_first_cause_is_told_when_others_are_busy(
@@ -242,7 +239,6 @@ def test_the_first_cause_is_told_when_others_are_busy(
     assert_same(run_dir, undisturbed(*ahead(1)))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("lookahead", "more"), [(1, MOVING), (4, ())], ids=["one", "four"])
 def test_on_ray_the_numbers_are_those_of_one_process(

@@ -126,7 +126,7 @@ EVERY_ROLE = (
 def test_every_role_is_lost_in_one_run_and_no_number_changes(
     recipe: Recipe, undisturbed: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A part of the tests below, for every day."""
+    """Killed and stopped ones in one run; each alone below."""
     faulty(recipe, tmp_path, EVERY_ROLE, "rollout.lookahead=1")
     assert_same(tmp_path / "run", undisturbed("rollout.lookahead=1"))
     # At least: on a busy machine a worker may be silent for the five seconds without having been stopped.
@@ -135,7 +135,6 @@ def test_every_role_is_lost_in_one_run_and_no_number_changes(
     assert len(events(tmp_path / "run", "hung")) >= 1
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_stateless_workers_come_back_and_no_step_is_lost(
@@ -150,7 +149,6 @@ def test_stateless_workers_come_back_and_no_step_is_lost(
     assert not events(tmp_path / "run", "rebuilt")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_a_lost_trainer_is_rebuilt_from_the_last_checkpoint(
@@ -249,7 +247,6 @@ def test_a_group_that_waits_for_a_lost_rank_is_ended_with_it(
     assert len(events(tmp_path / "run", "rebuilt")) == len(events(tmp_path / "run", "recovered")) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_worker_that_is_lost_twice_over_the_same_work_ends_the_run_saved(recipe: Recipe, tmp_path: Path) -> None:
     faults = (Fault(role="ref", method="logps", call=5), Fault(role="ref", method="logps", call=6))

@@ -74,7 +74,6 @@ def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run_dir
 
 
-@pytest.mark.slow
 def test_a_killed_trainer_rank_ends_the_run_and_the_next_one_goes_on(
     recipe: Recipe, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -88,7 +87,6 @@ def test_a_killed_trainer_rank_ends_the_run_and_the_next_one_goes_on(
     assert_same(tmp_path, undisturbed)
 
 
-@pytest.mark.slow
 def test_a_killed_driver_leaves_a_run_that_goes_on(recipe: Recipe, undisturbed: Path, tmp_path: Path) -> None:
     background = "training.async_save=true"
     code, _ = die(recipe, tmp_path, lambda process: True, background)  # the first of the family is the driver
@@ -97,7 +95,6 @@ def test_a_killed_driver_leaves_a_run_that_goes_on(recipe: Recipe, undisturbed: 
     assert_same(tmp_path, undisturbed)
 
 
-@pytest.mark.slow
 def test_two_trainer_ranks_lose_one_and_one_rank_takes_over(recipe: Recipe, undisturbed: Path, tmp_path: Path) -> None:
     """The pairs of an optimizer step stay the same: half as many on each of twice the ranks."""
     two = ("actor_rollout.num_gpus_for_train=2", "resource_pool.actor_rollout=2", "actor_rollout.ppo_mini_batch_size=2")

@@ -56,7 +56,6 @@ def test_workers_that_are_late_change_no_number(
     assert not (tmp_path / "run" / "events.jsonl").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize("faults", [STATELESS, TRAINER], ids=["stateless", "trainer"])
