@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,12 @@ def event(
 
 
 class EventLog(logging.Handler):
-    """Appends a row for each event; a disk that takes none costs the row, not the run."""
+    """Appends a row for each event. What a full disk does not take comes with the next one, whole or not at all."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
+        self._waiting = b""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the row of an event; other lines of the log are none."""
@@ -69,11 +71,23 @@ class EventLog(logging.Handler):
         when = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
         seconds = {"seconds": round(row["seconds"], 3)} if "seconds" in row else {}
         line = json.dumps({"time": when, **row, **seconds, "message": message}, ensure_ascii=False)
+        self._waiting += f"{line}\n".encode()
+        with suppress(OSError):  # the line itself has been told
+            file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                self._append(file)
+            finally:
+                os.close(file)
+
+    def _append(self, file: int) -> None:
+        size, rest = os.fstat(file).st_size, memoryview(self._waiting)
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            while rest:
+                rest = rest[os.write(file, rest) :]
         except OSError:
-            pass  # the line itself has been told
+            os.ftruncate(file, size)
+            raise
+        self._waiting = b""
 
 
 @contextmanager

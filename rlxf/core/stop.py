@@ -110,10 +110,15 @@ class Stop:
         """Whether the stage that must not be cut took longer than the grace period."""
         return self.requested and not self._patience and time.monotonic() - self._requested_at > self.grace_s
 
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number."""
+        return 128 + (self._signal or signal.SIGTERM)
+
     def error(self, what: str) -> StopRequested:
         number = self._signal or signal.SIGTERM
         error = StopRequested(f"{what} by {signal.Signals(number).name}")
-        error.exit_code = 128 + number
+        error.exit_code = self.exit_code
         return error
 
     @contextmanager

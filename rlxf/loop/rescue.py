@@ -20,6 +20,8 @@ def save_last_step(run: Run, error: Exception) -> None:
     state = run.state
     if isinstance(error, RlxfError):
         error.complete_steps = state.step
+        if run.stop.requested and isinstance(error, WorkerLost | StageTimeout):
+            error.exit_code = run.stop.exit_code  # a signal to every process of a job ends its workers, too
     was_cut = isinstance(error, StopRequested) and run.stop.grace_expired()
     run.lanes.close()  # what later steps have under way is dropped
     _do_later(run)

@@ -13,6 +13,7 @@ import pytest
 from rlxf.core.errors import ConfigError, RlxfError, RunInterrupted, StopRequested, WorkerLost
 from rlxf.core.events import NAME, event, recorded_events
 from rlxf.observe.formulas import read_jsonl
+from tests.disks import disk_takes
 
 log = logging.getLogger("rlxf.test_events")
 
@@ -49,6 +50,16 @@ def test_a_run_without_events_has_no_file(tmp_path: Path) -> None:
         log.warning("nothing but a line")
     log.warning("after the run", extra=event("lost"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_whole_rows_and_loses_none(tmp_path: Path) -> None:
+    with recorded_events(tmp_path):
+        log.warning("lost", extra=event("lost", step=1))
+        with disk_takes(20, tmp_path):  # a part of a row
+            log.warning("no room", extra=event("disk", who="metrics.jsonl"))
+            assert [row["event"] for row in rows(tmp_path)] == ["lost"]
+        log.warning("room again", extra=event("disk is back", who="metrics.jsonl"))
+    assert [row["event"] for row in rows(tmp_path)] == ["lost", "disk", "disk is back"]
 
 
 def test_rows_of_a_run_that_goes_on_are_added(tmp_path: Path) -> None:

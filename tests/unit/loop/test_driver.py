@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlxf.core.errors import StopRequested, SyncError, TrainingError
+from rlxf.core.errors import StopRequested, SyncError, TrainingError, WorkerLost
 from rlxf.core.types import Metrics, Pairs, Rollouts, Sequences
 from rlxf.driver import train
 from rlxf.loop.run import State
@@ -257,6 +257,23 @@ def test_a_signal_during_an_update_lets_the_step_end_and_saves_it() -> None:
     assert small.folder.saved == [(3, 3)]
     assert small.trace[-2:] == ["update", "sync"]
     assert list(small.notes.steps) == [1, 2, 3]  # the step's numbers are not lost
+
+
+@pytest.mark.parametrize(("signalled", "code"), [(True, 130), (False, 1)])
+def test_a_worker_that_the_signal_has_ended_too_is_an_end_by_the_signal(signalled: bool, code: int) -> None:
+    """Who sends it to every process of a job meant the job."""
+
+    def lost() -> None:
+        if small.run.state.step == 2:
+            if signalled:
+                interrupt()
+            raise WorkerLost("lost train rank 0")
+
+    small = small_run(small_config())
+    small.actor.during_update = lost
+    with small.stop.installed(), pytest.raises(WorkerLost) as caught:
+        train(small.run)
+    assert caught.value.exit_code == code
 
 
 def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run() -> None:
