@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rlxf.core.errors import RlxfError, RunInterrupted, WorkerLost
+from rlxf.core.files import WholeLines
 
 NAME = "events.jsonl"
 _FAULTS = (RlxfError.exit_code, RunInterrupted.exit_code)  # not a wrong recipe, and not a signal
@@ -46,12 +46,11 @@ def event(
 
 
 class EventLog(logging.Handler):
-    """Appends a row for each event. What a full disk does not take comes with the next one, whole or not at all."""
+    """Appends a row for each event."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self._path = path
-        self._waiting = b""
+        self._lines = WholeLines(path)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the row of an event; other lines of the log are none."""
@@ -71,23 +70,7 @@ class EventLog(logging.Handler):
         when = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
         seconds = {"seconds": round(row["seconds"], 3)} if "seconds" in row else {}
         line = json.dumps({"time": when, **row, **seconds, "message": message}, ensure_ascii=False)
-        self._waiting += f"{line}\n".encode()
-        with suppress(OSError):  # the line itself has been told
-            file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            try:
-                self._append(file)
-            finally:
-                os.close(file)
-
-    def _append(self, file: int) -> None:
-        size, rest = os.fstat(file).st_size, memoryview(self._waiting)
-        try:
-            while rest:
-                rest = rest[os.write(file, rest) :]
-        except OSError:
-            os.ftruncate(file, size)
-            raise
-        self._waiting = b""
+        self._lines.add(line)
 
 
 @contextmanager

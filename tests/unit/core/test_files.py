@@ -9,6 +9,7 @@ import pytest
 
 from rlxf.core import files
 from rlxf.core.files import (
+    WholeLines,
     fsync,
     publish,
     recover,
@@ -20,6 +21,7 @@ from rlxf.core.files import (
     write_text,
 )
 from tests.crash import die_at, recorded
+from tests.disks import disk_takes
 
 NAMES = r"model|other"
 
@@ -209,3 +211,24 @@ def test_a_file_system_that_cannot_sync_folders_is_good_enough(
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot"):
         fsync(tmp_path / "file")
+
+
+def test_lines_are_whole_on_a_full_disk_and_after_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"a": 1}\n{"b": ')  # a crash tore the second one
+    lines = WholeLines(path)
+    lines.add('{"c": "ü"}')
+    assert path.read_text() == '{"a": 1}\n{"c": "ü"}\n'
+    for room in (0, 5):
+        with disk_takes(room, tmp_path):
+            lines.add('{"d": 4}')
+        assert path.read_text() == '{"a": 1}\n{"c": "ü"}\n'
+    lines.add('{"e": 5}')
+    assert path.read_text() == '{"a": 1}\n{"c": "ü"}\n{"d": 4}\n{"d": 4}\n{"e": 5}\n'
+
+
+def test_a_line_that_is_the_first_and_torn_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"a": ')
+    WholeLines(path).add("{}")
+    assert path.read_text() == "{}\n"
