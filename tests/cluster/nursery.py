@@ -97,7 +97,8 @@ class Server:
                 os.read(self._ended, 4096)
                 self._reap()
             if self._listener in ready:
-                self._fork(self._listener.accept()[0])
+                with suppress(OSError, ValueError):  # who asked is killed meanwhile
+                    self._fork(self._listener.accept()[0])
             for connection in self._waits.keys() & set(ready):  # nobody is there any more
                 os.kill(self._waits[connection], signal.SIGKILL)
                 self._forget(connection)
@@ -129,7 +130,7 @@ class Server:
             _become(asked, outputs)
         for output in outputs:
             os.close(output)
-        self._waits[connection] = pid
+        self._waits[connection] = pid  # if nobody is there any more, the next turn sees it
         connection.sendall(pid.to_bytes(8, "big"))
 
 
