@@ -209,7 +209,7 @@ def cluster(
         port, dashboard = free_port(), free_port()
         address = f"{cable.here if cable else '127.0.0.1'}:{port}"
         env = environment(HOME=scratch, RAY_ADDRESS=address, RAY_worker_niceness="0", **settings)
-        forking = stack.enter_context(nursery(Path(scratch), env)) if forks else None
+        forking = stack.enter_context(nursery(Path(scratch), env, plain_python(Path(scratch)))) if forks else None
         found = Cluster(address, f"http://127.0.0.1:{dashboard}", env, Path(scratch), [], cable, forking)
         head = f"start --head --dashboard-host=0.0.0.0 --dashboard-port={dashboard}"
         if not with_dashboard:  # ten processes that only jobs need
@@ -246,19 +246,22 @@ def standing() -> Iterator[Cluster]:
 
 
 def ray_program(scratch: Path, forks: Nursery | None = None) -> list[str]:
-    """`ray`, by a path without spaces, as scripts/cluster_up.sh calls it: Ray's own shell lines do not quote it.
-
-    ``forks``: forks its workers.
-    """
-    folder = Path(sys.prefix)
-    if shlex.quote(sys.prefix) != sys.prefix:
-        folder = scratch / "environment"
-        if not folder.is_symlink():  # the second node
-            folder.symlink_to(sys.prefix)
+    """`ray`, by a path without spaces, as scripts/cluster_up.sh calls it; ``forks``: forks its workers."""
+    python = plain_python(scratch)
     if forks:  # Ray starts Python processes by the name of its own
         lines = f"import sys; sys.executable = {str(forks.python)!r}; from ray.scripts.scripts import main; main()"
-        return [f"{folder}/bin/python", "-c", lines]
-    return [str(RAY)] if folder == Path(sys.prefix) else [f"{folder}/bin/python", f"{folder}/bin/ray"]
+        return [str(python), "-c", lines]
+    return [str(python), str(python.with_name("ray"))]
+
+
+def plain_python(scratch: Path) -> Path:
+    """This interpreter, by a path without spaces: Ray's own shell lines do not quote it."""
+    if shlex.quote(sys.executable) == sys.executable:
+        return Path(sys.executable)
+    environment = scratch / "environment"
+    if not environment.is_symlink():  # the second node
+        environment.symlink_to(sys.prefix)
+    return environment / "bin" / "python"
 
 
 def wait_for_nodes(address: str, env: dict[str, str], count: int) -> None:

@@ -55,11 +55,17 @@ class Nursery:
 
 
 @contextmanager
-def nursery(folder: Path, env: dict[str, str]) -> Iterator[Nursery]:
-    """A place that forks processes; ``folder``: for its files, of which the path of a socket must be short."""
+def nursery(folder: Path, env: dict[str, str], program: Path) -> Iterator[Nursery]:
+    """A place that forks processes.
+
+    Args:
+        folder: for its files, of which the path of a socket must be short.
+        env: variables of the process from which the others are forked.
+        program: the Python that runs what is not forked.
+    """
     address, python, log = folder / "nursery", folder / "python", folder / "nursery.log"
     client = Path(__file__).with_name("forked.py")
-    words = shlex.join([sys.executable, "-I", "-S", str(client), str(address), sys.executable])
+    words = shlex.join([sys.executable, "-I", "-S", str(client), str(address), str(program)])
     python.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
     python.chmod(0o755)
     with log.open("wb") as output:
