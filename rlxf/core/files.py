@@ -43,10 +43,37 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def append_whole(file: int, size: int, content: bytes, *, sync: bool = False) -> None:
+    """Append to an open file all of ``content``, or nothing.
+
+    Args:
+        file: descriptor, opened with ``O_APPEND``.
+        size: bytes of the file that stay. What is behind them, a part that an earlier call could not cut off, goes.
+        content: what is appended.
+        sync: it is on disk afterwards.
+
+    Raises:
+        OSError: nothing was appended.
+    """
+    if os.fstat(file).st_size > size:
+        os.ftruncate(file, size)
+    rest = memoryview(content)
+    try:
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        if sync:
+            os.fsync(file)
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(file, size)
+        raise
+
+
 class WholeLines:
     """Appends lines to a small file, each whole or not at all.
 
     What a full disk does not take waits in memory and comes before the next line. A line that a crash tore is cut off.
+    It tells nobody: ``KeptFile``, which does, logs events, and events are such lines.
 
     Args:
         path: the file; the first line makes it. Nobody else writes it meanwhile.
@@ -67,16 +94,10 @@ class WholeLines:
                 os.close(file)
 
     def _append(self, file: int) -> None:
-        size, rest = os.fstat(file).st_size, memoryview(self._waiting)
+        size = os.fstat(file).st_size
         if size and os.pread(file, 1, size - 1) != b"\n":
             size = os.pread(file, size, 0).rfind(b"\n") + 1
-            os.ftruncate(file, size)
-        try:
-            while rest:
-                rest = rest[os.write(file, rest) :]
-        except OSError:
-            os.ftruncate(file, size)
-            raise
+        append_whole(file, size, self._waiting)
         self._waiting = b""
 
 

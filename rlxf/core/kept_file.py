@@ -12,6 +12,7 @@ from pathlib import Path
 from rlxf.core.disk import explain
 from rlxf.core.errors import DiskError
 from rlxf.core.events import event
+from rlxf.core.files import append_whole
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,6 @@ class KeptFile:
         self._size = size
         self._waiting: list[bytes] = []
         self._num_waiting = 0  # bytes
-        self._torn = False  # there may be a part of a piece behind `size`
         self._began: float | None = None  # when the disk began to take nothing
         self._tried = 0.0  # the newest try since then
         self._file: int | None = None
@@ -103,24 +103,15 @@ class KeptFile:
         """Write what waits; why it could not."""
         if not self._waiting or self._file is None:
             return None
-        rest = memoryview(b"".join(self._waiting))
         try:
-            self._cut()
-            self._torn = True
-            while rest:
-                rest = rest[os.write(self._file, rest) :]
-            if self._sync:
-                os.fsync(self._file)
+            append_whole(self._file, self._size, b"".join(self._waiting), sync=self._sync)
         except OSError as error:
             self._tried = self._now()
-            with suppress(OSError):
-                self._cut()
             if self._began is None:
                 self._began = self._tried
                 words = "%s. The run goes on; what belongs there is kept, and written when there is room"
                 log.warning(words, explain(error, self.path, self._key), extra=event("disk", who=self.path.name))
             return error
-        self._torn = False
         self._size += self._num_waiting
         self._waiting, self._num_waiting = [], 0
         if self._began is not None:
@@ -128,12 +119,6 @@ class KeptFile:
             found = event("disk is back", who=self.path.name, seconds=seconds)
             log.info("%s: written again after %.0f s; nothing of it is lost", self.path, seconds, extra=found)
         return None
-
-    def _cut(self) -> None:
-        """Cut off the part of a piece that was written before the disk was full."""
-        if self._torn and self._file is not None:
-            os.ftruncate(self._file, self._size)
-            self._torn = False
 
     def _close(self) -> None:
         if self._file is not None:

@@ -7,6 +7,7 @@ another meets the faults that follow, and none of them twice.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -73,18 +74,21 @@ def happened(folder: Path) -> int:
     return len(list(folder.glob("*.done")))
 
 
-def main() -> int:
-    os.environ[PLAN] = str(Path(sys.argv[1]).absolute())
-    from tests.cluster import faulty_workers
+def train_with(workers: str, variable: str) -> int:
+    """``ray_gpt.py`` with the ``WORKERS`` of this module, all of whose processes have a variable: a path.
+
+    The command line is the path, and then that of ``ray_gpt.py``.
+    """
+    path = os.environ[variable] = str(Path(sys.argv[1]).absolute())
     from workers import crew
     from workers.train import main as train
 
-    crew.WORKERS.update(faulty_workers.WORKERS)
+    crew.WORKERS.update(importlib.import_module(workers).WORKERS)
     original = crew._environment
     # A cluster that runs already has not inherited it.
-    crew._environment = lambda *args: {**original(*args), PLAN: os.environ[PLAN]}  # type: ignore[assignment]
+    crew._environment = lambda *args: {**original(*args), variable: path}  # type: ignore[assignment]
     return train(("python", "ray_gpt.py"), sys.argv[2:])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(train_with("tests.cluster.faulty_workers", PLAN))

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tests.cluster.faults import train_with
+
 RECORD = "RLXF_TEST_RECORD"  # environment variable: the file
 METHODS = {
     "train": ("offload", "restore", "free_cache", "update", "send_bucket"),
@@ -45,18 +47,5 @@ def write(call: Recorded) -> None:
         file.write(json.dumps(asdict(call)) + "\n")
 
 
-def main() -> int:
-    os.environ[RECORD] = str(Path(sys.argv[1]).absolute())
-    from tests.cluster import recorded_workers
-    from workers import crew
-    from workers.train import main as train
-
-    crew.WORKERS.update(recorded_workers.WORKERS)
-    original = crew._environment
-    # A cluster that runs already has not inherited it.
-    crew._environment = lambda *args: {**original(*args), RECORD: os.environ[RECORD]}  # type: ignore[assignment]
-    return train(("python", "ray_gpt.py"), sys.argv[2:])
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(train_with("tests.cluster.recorded_workers", RECORD))

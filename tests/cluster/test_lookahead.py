@@ -89,8 +89,8 @@ class Held:
 def held(recipe: Recipe, run_dir: Path, calls: tuple[str, ...], *overrides: str) -> Iterator[Held]:
     """The run, once all ``calls`` wait (``generate_4``: the engine's fourth call); afterwards how it ended."""
     folder = run_dir.with_name(f"{run_dir.name}_holds")
-    methods = [(call, *call.split("_")) for call in calls]
-    faults = [Fault(role=ROLES[name], method=name, call=int(number), how="hold") for _, name, number in methods]
+    methods = [call.split("_") for call in calls]
+    faults = [Fault(role=ROLES[name], method=name, call=int(number), how="hold") for name, number in methods]
     process = subprocess.Popen(
         planned(recipe.command(run_dir, *overrides), folder, faults),
         env=recipe.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
