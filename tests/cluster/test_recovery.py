@@ -21,7 +21,7 @@ import pytest
 
 from rlxf.checkpointing.store import list_checkpoints
 from rlxf.observe.formulas import read_jsonl
-from tests.cluster.conftest import Recipe, children, cluster, command_of
+from tests.cluster.conftest import Cluster, Recipe, children, cluster, command_of
 from tests.cluster.faults import Fault, happened, run
 from tests.cluster.network import cable
 from tests.cluster.test_launch import numbers, succeed
@@ -274,8 +274,8 @@ def test_a_trainer_that_is_lost_too_often_ends_the_run_with_75(
 def test_a_lost_node_is_waited_for_and_its_roles_go_on_elsewhere(
     recipe: Recipe, undisturbed: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with cluster(with_dashboard=False) as nodes:
-        process, output = _start_on(nodes.env, recipe, tmp_path / "run", "resilience.node_wait_s=120")
+    with cluster(with_dashboard=False, forks=True) as nodes:
+        process, output = _start_on(nodes, recipe, tmp_path / "run", "resilience.node_wait_s=120")
         _wait_for_steps(process, tmp_path / "run", 3)
         nodes.lose_node(1)
         threading.Timer(12.0, nodes.start_node).start()
@@ -288,8 +288,8 @@ def test_a_lost_node_is_waited_for_and_its_roles_go_on_elsewhere(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_lost_node_that_nobody_replaces_ends_the_run_with_75(recipe: Recipe, tmp_path: Path) -> None:
-    with cluster(with_dashboard=False) as nodes:
-        process, output = _start_on(nodes.env, recipe, tmp_path / "run", "resilience.node_wait_s=2")
+    with cluster(with_dashboard=False, forks=True) as nodes:
+        process, output = _start_on(nodes, recipe, tmp_path / "run", "resilience.node_wait_s=2")
         _wait_for_steps(process, tmp_path / "run", 3)
         nodes.lose_node(1)
         text = output()
@@ -310,7 +310,7 @@ def test_a_node_that_is_cut_off_is_as_a_lost_one_and_its_workers_end(
         except PermissionError as error:
             pytest.skip(str(error))
         nodes = stack.enter_context(cluster(with_dashboard=False, cable=link, **HEALTH_CHECK))
-        process, output = _start_on(nodes.env, recipe, tmp_path / "run", "resilience.node_wait_s=120")
+        process, output = _start_on(nodes, recipe, tmp_path / "run", "resilience.node_wait_s=120")
         _wait_for_steps(process, tmp_path / "run", 3)
         workers = [
             child for child in children(nodes.processes[1].pid) if re.match(r"ray::\w+Worker", command_of(child))
@@ -328,12 +328,12 @@ def test_a_node_that_is_cut_off_is_as_a_lost_one_and_its_workers_end(
 
 
 def _start_on(
-    env: dict[str, str], recipe: Recipe, run_dir: Path, *overrides: str
+    nodes: Cluster, recipe: Recipe, run_dir: Path, *overrides: str
 ) -> tuple[subprocess.Popen[str], Callable[[], str]]:
     """A run on two nodes with two NPUs each: the actor's roles on one, reference and reward on the other."""
     more = ("training.train_iters=60", "resource_pool.resource_name=NPU", *overrides)
-    command = recipe.command(run_dir, *COMMON, *more)
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = nodes.runs(recipe).command(run_dir, *COMMON, *more)
+    process = subprocess.Popen(command, env=nodes.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return process, lambda: process.communicate(timeout=300)[0]
 
 
