@@ -56,8 +56,8 @@ class Linear:
 class OneDnnLinear(Linear):
     """fp32 products through oneDNN, everything else and small products as ``Linear`` does.
 
-    Same precision as MKL, another order of sums. oneDNN reads a transposed matrix as it lies, so no copy of a weight is
-    made and nothing can go stale when an optimizer or a weight sync changes it in place.
+    Same precision as MKL, another order of sums. oneDNN reads a transposed weight as it lies, so no copy of it is made
+    and nothing can go stale when an optimizer or a weight sync changes it in place.
     """
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -86,6 +86,9 @@ class OneDnnLinear(Linear):
     def grad_weight(self, grad: Tensor, x: Tensor) -> Tensor:
         grad, x = _rows(grad), _rows(x)
         if grad.dtype == torch.float32 and _is_large(len(x), grad.shape[1] * x.shape[1]):
+            # The left factor is laid out anew: the smaller of the two.
+            if grad.shape[1] > x.shape[1]:
+                return _times_transposed(x.t(), grad.t()).t()
             return _times_transposed(grad.t(), x.t())
         return super().grad_weight(grad, x)
 
@@ -156,7 +159,7 @@ def _is_large(num_rows: int, weight_elements: int) -> bool:
 
 
 def _times_transposed(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``a @ b.T + bias``; either may lie transposed in memory."""
+    """``a @ b.T + bias``; either may lie transposed in memory, ``a`` at the price of a copy."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), bias, "none", [], "")
     return result
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import subprocess
 import sys
 
@@ -50,11 +52,48 @@ def test_packed_attention_equals_masked_softmax_per_block(kv_heads: int) -> None
     torch.testing.assert_close(out, torch.cat(expected))
 
 
-def run(code: str) -> str:
+def run(code: str, **environment: str) -> str:
     """Output of a fresh interpreter: the bridge patches classes of the whole process."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    command, env = [sys.executable, "-W", "ignore", "-c", code], os.environ | environment
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+PAGES = """
+import resource, torch
+from rlxf.platform import get_platform
+platform = get_platform("cpu")
+platform.set_device(0)
+def cleared():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(2**21) for _ in range(20)]
+    del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+counts = [cleared(), cleared()]
+platform.empty_cache()
+print(*counts, cleared())
+"""
+ALL_PAGES = 20 * 2**23 // os.sysconf("SC_PAGE_SIZE")
+needs_glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's allocator")
+
+
+@needs_glibc
+def test_freed_memory_of_a_cpu_is_used_again_until_the_cache_is_emptied() -> None:
+    first, second, emptied = map(int, run(PAGES).split())
+    assert first > 0.9 * ALL_PAGES
+    assert second < 0.1 * ALL_PAGES
+    assert emptied > 0.9 * ALL_PAGES
+
+
+@needs_glibc
+@pytest.mark.parametrize(
+    "variable", ["MALLOC_TRIM_THRESHOLD_=131072", "GLIBC_TUNABLES=glibc.malloc.trim_threshold=131072"]
+)
+def test_what_a_user_says_of_the_allocator_holds(variable: str) -> None:
+    name, _, value = variable.partition("=")
+    _, second, _ = map(int, run(PAGES, **{name: value}).split())
+    assert second > 0.9 * ALL_PAGES
 
 
 def test_the_cpu_bridge_shows_its_torch_to_megatron_only() -> None:
