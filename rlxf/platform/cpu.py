@@ -119,7 +119,7 @@ def _keep_freed_memory() -> None:
 
     By itself glibc gives it back at once, and the kernel clears every page again when it is next touched.
     """
-    # By which a user has decided it.
+    # Variables by which a user has decided it.
     named = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or any(name in os.environ for name in named):
