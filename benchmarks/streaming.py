@@ -12,7 +12,7 @@ are loaded at the same time and take turns of several steps; the first two turns
 the share of the seconds of scoring and of the reference that lie beside the sampling of the same step.
 
 ``host``: the driver's own CPU seconds of a step: 64 stub engines, 64 chunks of 16 prompts, 2 samples each, of a file of
-1,000,000 prompts whose answers have all been seen.
+1,000,000 prompts whose answers have all been seen; with a thread for each stage, as in a run, and in one thread.
 
 ``chunks``: CPU seconds of scoring, and of the reference, for a step in chunks of so many prompts, over those of the
 whole step, in one process.
@@ -54,6 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rlxf") as scratch:
         if "host" in arguments.parts:
             report["host"] = stub_steps.measure(arguments.repeats)
+            report["host_one_thread"] = stub_steps.measure(arguments.repeats, threads=False)
         if "steps" in arguments.parts:
             world = random_world.build(Path(scratch, "world"), "26M")
             for workload in arguments.workloads:
@@ -220,7 +221,8 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
             cells = [*(_cell(side.get(key)) for key in keys), *(f"{shares.get(s, 0):.2f}" for s in ("adv", "ref"))]
             yield f"| {workload} | {name} | " + " | ".join(cells) + " |"
     if "host" in report:
-        yield f"driver's own CPU of a step, 64 engines and 64 chunks, ms: {_cell(report['host'])}"
+        alone = _cell(report["host_one_thread"])
+        yield f"driver's own CPU of a step, 64 engines, 64 chunks, ms: {_cell(report['host'])}; in one thread {alone}"
     if "chunks" in report:
         yield "| prompts of a chunk, of 64 | score, CPU of the whole step's | reference |"
         yield "|---|---|---|"

@@ -32,7 +32,7 @@ from rlxf.rollout.dispatch import Dispatch  # noqa: E402
 from rlxf.rollout.engine import Completion, Sampling, pack_rollouts  # noqa: E402
 from rlxf.rollout.lengths import SeenLengths  # noqa: E402
 from rlxf.rollout.shares import part_of  # noqa: E402
-from rlxf.schedule import InThreads, Lookahead  # noqa: E402
+from rlxf.schedule import InThreads, Lookahead, OneAfterTheOther  # noqa: E402
 from rlxf.score.combine import RunningScales, Term  # noqa: E402
 from rlxf.score.sources import Rewards, TokenTerm  # noqa: E402
 
@@ -104,9 +104,13 @@ class Stubs:
         """In place of the sync of weights: nothing is to be given back."""
 
 
-def measure(repeats: int) -> dict[str, Any]:
-    """Milliseconds of CPU of a step, from its prompts to what an update trains on."""
-    stubs, run = Stubs(), _run()
+def measure(repeats: int, *, threads: bool = True) -> dict[str, Any]:
+    """Milliseconds of CPU of a step, from its prompts to what an update trains on.
+
+    ``threads``: one for each stage, as in a run on Ray; else the stages follow each other in one thread, and what is
+    missing is what the threads' hand-overs cost.
+    """
+    stubs, run = Stubs(), _run(threads)
     source = _source(stubs, run)
     object.__setattr__(run, "source", source)
     object.__setattr__(run, "reference", stubs)
@@ -132,7 +136,7 @@ def measure(repeats: int) -> dict[str, Any]:
     return spread(found[UNCOUNTED:])
 
 
-def _run() -> Run:
+def _run(threads: bool) -> Run:
     shape = {
         "num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 4, "vocab_size": 30_000,
         "max_position_embeddings": 2048,
@@ -157,7 +161,7 @@ def _run() -> Run:
     return Run(
         config=config, source=nothing, reference=nothing, actor=nothing, sync=nothing, refresh=nothing,
         evaluate=nothing, report=nothing, folder=nothing, clock=Clock(), stop=stop, state=State(),
-        lanes=InThreads(stop), memory=lambda step: {}, steps=deque(),
+        lanes=InThreads(stop) if threads else OneAfterTheOther(), memory=lambda step: {}, steps=deque(),
     )  # fmt: skip
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import torch
 
 from rlxf.core.types import OnlinePairs, PairValues, ReferencedPairs, Sequences
-from rlxf.loop.collected import ReferredChunk
+from rlxf.loop.collected import PairedChunk
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ReferredChunk(PairedChunk):
+    """The pairs of a chunk with what the reference says of them."""
+
+    reference: PairValues
 
 
 class FirstPairs:
@@ -29,8 +37,8 @@ class FirstPairs:
         if self._known >= self._size:
             return None
         self._chunks.append(chunk)
-        found = chunk.names[:, 0].bincount(minlength=max(chunk.rows) + 1)
-        self._counts |= {row: int(found[row]) for row in chunk.rows}
+        found = Counter(chunk.names[:, 0].tolist())
+        self._counts |= {row: found[row] for row in chunk.rows}
         while self._next in self._counts and self._known < self._size:
             self._known += self._counts[self._next]
             self._next += 1

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from rlxf.algorithms.algorithm import reference_stage, with_reference
-from rlxf.algorithms.early import FirstPairs
+from rlxf.algorithms.early import FirstPairs, ReferredChunk
 from rlxf.algorithms.scoring import Scoring
 from rlxf.core.errors import ShapeError, SyncError
 from rlxf.core.types import Batch, Examples, Pairs, PairValues, PromptBatch, ReferenceRecord, Rollouts, Sequences
-from rlxf.loop.collected import Collected, ReferredChunk, pair_names
+from rlxf.loop.collected import Collected, pair_names
 from rlxf.loop.run import Online, Reference, Run
 from rlxf.observe.formulas import data_metrics
 from rlxf.observe.tail import tail_metrics
@@ -26,6 +26,7 @@ class OnlineDpo:
     """prompts -> rollout -> score -> pair -> reference. With ``rollout.stream_prompts`` chunk by chunk."""
 
     def stages(self, run: Run) -> tuple[Stage[Collected], ...]:
+        size = _first_rows(run) if run.streams("train") else None
         stages: tuple[Stage[Collected], ...] = (
             Stage(
                 name="gen",
@@ -43,12 +44,11 @@ class OnlineDpo:
             reference_stage(
                 run,
                 self,
-                before=lambda item: _refer(run, item) if run.config.streams else None,
+                before=lambda item: _refer(run, item, size) if run.config.streams else None,
                 also=lambda item: _refer_shown(run, item),
             ),
         )
-        size = _first_rows(run) if run.streams("train") else None
-        return stages if size is None else (*stages, _first_mini_batch(run, size))
+        return stages if size is None else (*stages, _first_mini_batch(run))
 
     def record(self, run: Run, collected: Collected) -> None:
         assert collected.scored is not None
@@ -151,19 +151,25 @@ def _chunks(run: Run, collected: Collected) -> Iterator[Chunk]:
     return chunks_of(collected.rollouts, collected.chunks)
 
 
-def _refer(run: Run, collected: Collected) -> None:
-    """``reference`` of the step's pairs, unless it is known: asked chunk by chunk, while others are being scored."""
+def _refer(run: Run, collected: Collected, size: int | None) -> None:
+    """``reference`` of the step's pairs, unless it is known: asked chunk by chunk, while others are being scored.
+
+    ``size``: pairs of the mini-batch that the actor begins with as soon as it is whole; None: it begins with the step.
+    """
     answers, known = [], collected.reference is not None
-    with collected.referred_chunks.made():
+    first = None if size is None else FirstPairs(size, run.config.actor_rollout.n_samples_per_prompt)
+    with collected.first.made():
         for chunk in collected.paired.follow(run.check):
             if known:
                 continue
-            values = PairValues(chosen=torch.zeros(0), rejected=torch.zeros(0))
             if len(chunk.pairs):
                 with run.working(collected, "ref"):
                     values = run.reference.logps(chunk.pairs)
+            else:
+                values = PairValues(chosen=torch.zeros(0), rejected=torch.zeros(0))
             answers.append(ReferredChunk(rows=chunk.rows, pairs=chunk.pairs, names=chunk.names, reference=values))
-            collected.referred_chunks.put(answers[-1])
+            if first is not None and (whole := first.add(answers[-1])) is not None:
+                collected.first.put(whole)
     if known:
         return
     assert collected.rollouts is not None
@@ -207,27 +213,23 @@ def _first_rows(run: Run) -> int | None:
     return size if size is not None and size < most * config.training.global_batch_size else None
 
 
-def _first_mini_batch(run: Run, size: int) -> Stage[Collected]:
-    """The actor begins with the first ``size`` pairs of a step whose other pairs are still being made."""
+def _first_mini_batch(run: Run) -> Stage[Collected]:
+    """The actor begins with the first pairs of a step whose other pairs are still being made."""
     return Stage(
         name="first",
         lane=run.lane("train"),
         is_done=lambda item: item.begun or (item.data is not None and not len(item.data)),
-        work=lambda item: _begin_update(run, item, size),
+        work=lambda item: _begin_update(run, item),
         late=True,
         streams=True,
     )
 
 
-def _begin_update(run: Run, collected: Collected, size: int) -> None:
+def _begin_update(run: Run, collected: Collected) -> None:
     """The first mini-batch through the actor, without an optimizer step, if it is there before the whole step."""
-    first = FirstPairs(size, run.config.actor_rollout.n_samples_per_prompt)
-    for chunk in collected.referred_chunks.follow(run.check):
-        found = first.add(chunk)
-        if found is not None:
-            if collected.batch is None:
-                beta = run.config.actor_rollout.beta_after(run.state.epoch)
-                with run.working(collected, "update_actor"):
-                    run.actor.prepare(replace(found, beta=beta), collected.step)
-            break
+    first = next(collected.first.follow(run.check), None)
+    if first is not None and collected.batch is None:
+        beta = run.config.actor_rollout.beta_after(run.state.epoch)
+        with run.working(collected, "update_actor"):
+            run.actor.prepare(replace(first, beta=beta), collected.step)
     collected.begun = True

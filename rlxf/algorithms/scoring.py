@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,7 +160,7 @@ class Scoring:
         rewards = self._source.rewards
         table = torch.full((len(rollouts), len(rewards.terms)), torch.nan)
         for rows, found in parts:
-            table[rows] = found.table
+            table.numpy()[rows.numpy()] = found.table.numpy()
             for name, values in found.extra.items():
                 column = collected.extra.setdefault(name, [None] * len(rollouts))
                 for row, value in zip(rows.tolist(), values, strict=True):
@@ -198,16 +199,17 @@ class CompletionRows:
     """Where the completions of a step's prompts are."""
 
     def __init__(self, rollouts: Rollouts) -> None:
-        self._order = rollouts.prompt_index.argsort(stable=True)
-        self._counts = rollouts.prompt_index.bincount(minlength=len(rollouts.prompts))
-        self._begins = self._counts.cumsum(0) - self._counts
+        prompts = rollouts.prompt_index.numpy()
+        self._order = prompts.argsort(kind="stable")
+        self._counts = np.bincount(prompts, minlength=len(rollouts.prompts))
+        self._begins = self._counts.cumsum() - self._counts
 
     def of(self, prompts: Sequence[int]) -> Tensor:
         """[n] int64: the rows of some prompts' completions, prompt after prompt."""
-        rows = torch.tensor(prompts, dtype=torch.int64)
+        rows = np.array(prompts, dtype=np.int64)
         counts = self._counts[rows]
-        inside = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        return self._order[self._begins[rows].repeat_interleave(counts) + inside]
+        shift = self._begins[rows] - (counts.cumsum() - counts)
+        return torch.from_numpy(self._order[np.arange(counts.sum()) + np.repeat(shift, counts)])
 
 
 def _means(parts: Sequence[tuple[int, Metrics]]) -> Metrics:

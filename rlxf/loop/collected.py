@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rlxf.core.tensors import take
 from rlxf.core.types import (
     Batch,
     Comparisons,
@@ -18,6 +20,7 @@ from rlxf.core.types import (
     PairingResult,
     Pairs,
     PairValues,
+    ReferencedPairs,
     Rollouts,
     ScoredRollouts,
 )
@@ -37,18 +40,13 @@ class PairedChunk:
     names: Tensor  # [N, 3] int64: row of the prompt in the step, sample chosen, sample rejected
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ReferredChunk(PairedChunk):
-    """The same with what the reference says of the pairs."""
-
-    reference: PairValues
-
-
 def pair_names(pairs: OnlinePairs, rollouts: Rollouts, rows: Sequence[int] | None = None) -> Tensor:
     """``PairedChunk.names``; ``rows``: where the prompts of ``rollouts`` are in the step. None: it is the step."""
-    prompts = pairs.prompt_index if rows is None else torch.tensor(rows, dtype=torch.int64)[pairs.prompt_index]
-    samples = [rollouts.sample_index[side] for side in (pairs.chosen_rows, pairs.rejected_rows)]
-    return torch.stack([prompts, *samples], dim=1)
+    prompts = pairs.prompt_index.numpy()
+    if rows is not None:
+        prompts = np.array(rows, dtype=np.int64)[prompts]
+    samples = [take(rollouts.sample_index, side).numpy() for side in (pairs.chosen_rows, pairs.rejected_rows)]
+    return torch.from_numpy(np.stack([prompts, *samples], axis=1))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -83,7 +81,7 @@ class Collected:
     # What a stage has made so far of a step that it is at work on, for the one that follows.
     sampled: Parts[Chunk] = field(default_factory=Parts)
     paired: Parts[PairedChunk] = field(default_factory=Parts)
-    referred_chunks: Parts[ReferredChunk] = field(default_factory=Parts)
+    first: Parts[ReferencedPairs] = field(default_factory=Parts)  # its first mini-batch, or nothing
     begun: bool = False  # its first mini-batch, if it was there before the step, has been through the model
 
     @property

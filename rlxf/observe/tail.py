@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,14 +20,15 @@ def tail_metrics(rollouts: Rollouts, *, num_engines: int, num_slots: int) -> Met
     """
     if not len(rollouts):
         return {}
-    lengths = rollouts.sequences.completion_lengths.double()
+    lengths = rollouts.sequences.completion_lengths.numpy()
     engine = torch.zeros(len(rollouts), dtype=torch.int64) if rollouts.engine is None else rollouts.engine
-    tokens = lengths.new_zeros(1 if rollouts.engine is None else num_engines).index_add(0, engine, lengths)
+    num_engines = 1 if rollouts.engine is None else num_engines
+    tokens = np.bincount(engine.numpy(), weights=lengths, minlength=num_engines)  # of each engine
     tail = {} if rollouts.ended_s is None else {"rollout/tail_s": tail_seconds(rollouts.ended_s, engine, num_slots)}
     return {
         **tail,
-        "rollout/longest_over_mean": float(lengths.max() / lengths.mean().clamp_min(1e-9)),
-        "rollout/imbalance": float(tokens.max() / tokens.mean().clamp_min(1e-9)),
+        "rollout/longest_over_mean": float(lengths.max() / max(lengths.mean(), 1e-9)),
+        "rollout/imbalance": float(tokens.max() / max(tokens.mean(), 1e-9)),
     }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlxf.core.errors import ShapeError
+from rlxf.core.tensors import join_slices, take
 from rlxf.core.types import Comparisons, OnlinePairs, PairingResult, Rollouts, ScoredRollouts, Sequences, select_rows
 from rlxf.pair.candidates import Candidates, Extremes, Verdicts, extremes, scored_pairs, verdicts_of
 from rlxf.pair.judged import best_against_worst
@@ -31,8 +32,7 @@ def best_worst(
         verdicts = verdicts_of(scored.rollouts, comparisons)
         return _judged(scored, settings, verdicts, best_against_worst(scored.rollouts, verdicts))
     found = extremes(scored)
-    widest = Candidates(chosen=found.best, rejected=found.worst, margin=found.margin).where(~found.missing)
-    return _scored(scored, settings, found, widest)
+    return _scored(scored, settings, found, found.candidates())
 
 
 def all_pairs(
@@ -72,8 +72,7 @@ def threshold_pairs(
 def _scored(
     scored: ScoredRollouts, settings: PairingSettings, found: Extremes, candidates: Candidates, *, draw: bool = False
 ) -> PairingResult:
-    ties, missing = int((found.margin == 0).sum()), int(found.missing.sum())
-    num_prompts = len(scored.rollouts.prompts)
+    ties, missing, num_prompts = found.num_ties, found.num_missing, len(scored.rollouts.prompts)
     return _result(scored, settings, candidates, ties=ties, missing=missing, num_asked=num_prompts, draw=draw)
 
 
@@ -95,8 +94,8 @@ def _result(
     draw: bool,
 ) -> PairingResult:
     rollouts, num_prompts = scored.rollouts, len(scored.rollouts.prompts)
-    wide = candidates.margin > settings.min_score_margin  # false for NaN
-    kept = candidates if bool(wide.all()) else candidates.where(wide)
+    wide = candidates.margin.numpy() > np.float32(settings.min_score_margin)  # false for NaN
+    kept = candidates.where(torch.from_numpy(wide))
     too_different = None
     if settings.max_length_ratio is not None:
         before, kept = len(kept), _near_lengths(rollouts, kept, settings.max_length_ratio)
@@ -152,20 +151,22 @@ def _pairs(rollouts: Rollouts, kept: Candidates) -> OnlinePairs:
     if not _same_prompts(chosen, rejected):
         raise ShapeError("two completions of one prompt row do not start with the same prompt tokens")
     lengths = rollouts.sequences.completion_lengths
-    prompt_index = rollouts.prompt_index[chosen_rows]
-    counts = prompt_index.bincount(minlength=len(rollouts.prompts))  # pairs of each prompt
+    prompt_index = take(rollouts.prompt_index, chosen_rows)
+    prompts = prompt_index.numpy()
+    counts = np.bincount(prompts, minlength=len(rollouts.prompts)).astype(np.float32)  # pairs of each prompt
+    versions = np.minimum(*(take(rollouts.policy_version, rows).numpy() for rows in (chosen_rows, rejected_rows)))
     return OnlinePairs(
         chosen=chosen,
         rejected=rejected,
-        row_ids=rollouts.prompts.row_ids[prompt_index],
+        row_ids=take(rollouts.prompts.row_ids, prompt_index),
         margin=kept.margin,
-        policy_version=torch.minimum(rollouts.policy_version[chosen_rows], rollouts.policy_version[rejected_rows]),
+        policy_version=torch.from_numpy(versions),
         chosen_engine_logps=select_rows(rollouts.engine_logps, lengths, chosen_rows),
         rejected_engine_logps=select_rows(rollouts.engine_logps, lengths, rejected_rows),
         prompt_index=prompt_index,
         chosen_rows=chosen_rows,
         rejected_rows=rejected_rows,
-        weight=1.0 / counts[prompt_index].float(),
+        weight=torch.from_numpy(1 / counts[prompts]),
     )
 
 
@@ -177,6 +178,6 @@ def _same_prompts(one: Sequences, other: Sequences) -> bool:
 
 def _prompt_tokens(sequences: Sequences) -> Tensor:
     """[sum of prompt_lengths] int32."""
-    lengths, prompts = sequences.lengths.numpy(), sequences.prompt_lengths.numpy()
-    shift = (lengths.cumsum() - lengths) - (prompts.cumsum() - prompts)
-    return sequences.tokens[torch.from_numpy(np.arange(prompts.sum()) + np.repeat(shift, prompts))]
+    lengths = sequences.lengths.numpy()
+    begins = lengths.cumsum() - lengths
+    return join_slices(sequences.tokens, begins, begins + sequences.prompt_lengths.numpy())

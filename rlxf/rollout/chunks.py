@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from rlxf.core.errors import ShapeError
 from rlxf.core.types import PromptBatch, Rollouts
 from rlxf.rollout.shares import join, part_of
@@ -71,10 +73,10 @@ class Gathered:
     def _require_all_samples(self, part: Rollouts) -> None:
         if self._num_samples is None:
             return
-        counts = part.prompt_index.bincount(minlength=len(part.prompts))
-        for row in (counts != self._num_samples).nonzero().flatten().tolist():
+        counts = np.bincount(part.prompt_index.numpy(), minlength=len(part.prompts))
+        for row in np.flatnonzero(counts != self._num_samples).tolist():
             raise ShapeError(
-                f"the prompt at position {int(part.prompts.positions[row])} came with {int(counts[row])} of its "
+                f"the prompt at position {int(part.prompts.positions[row])} came with {counts[row]} of its "
                 f"{self._num_samples} completions"
             )
 

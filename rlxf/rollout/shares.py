@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlxf.core.errors import ShapeError
+from rlxf.core.tensors import take
 from rlxf.core.types import PromptBatch, Rollouts, Sequences, select_rows
 
 
@@ -42,7 +44,7 @@ def join(prompts: PromptBatch, parts: Sequence[Rollouts]) -> Rollouts:
         ended_s=_of_all([part.ended_s for part in parts]),
         engine=_of_all([part.engine for part in parts]),
     )
-    return _rows_of(joined, _by_prompt(joined.prompt_index, joined.sample_index))
+    return _rows_of(joined, torch.from_numpy(np.lexsort((joined.sample_index.numpy(), joined.prompt_index.numpy()))))
 
 
 def part_of(rollouts: Rollouts, rows: Sequence[int]) -> Rollouts:
@@ -52,32 +54,31 @@ def part_of(rollouts: Rollouts, rows: Sequence[int]) -> Rollouts:
         rollouts: of the whole step.
         rows: of ``rollouts.prompts``, each at most once; they become prompts 0, 1, ... of the result.
     """
-    place = torch.full((len(rollouts.prompts),), -1)
-    place[torch.tensor(rows, dtype=torch.int64)] = torch.arange(len(rows))
-    new_index = place[rollouts.prompt_index]  # [B]
-    kept = (new_index >= 0).nonzero()[:, 0]
-    kept = kept[_by_prompt(new_index[kept], rollouts.sample_index[kept])]
-    found = _rows_of(rollouts, kept)
-    return replace(found, prompts=rollouts.prompts.select(rows), prompt_index=new_index[kept])
+    place = np.full(len(rollouts.prompts), -1)
+    place[np.array(rows, dtype=np.int64)] = np.arange(len(rows))
+    new_index = place[rollouts.prompt_index.numpy()]  # [B]
+    kept = np.flatnonzero(new_index >= 0)
+    kept = kept[np.lexsort((rollouts.sample_index.numpy()[kept], new_index[kept]))]
+    found = _rows_of(rollouts, torch.from_numpy(kept))
+    prompts = rollouts.prompts.select(rows)
+    return replace(found, prompts=prompts, prompt_index=torch.from_numpy(new_index[kept]))
 
 
 def _places(prompts: PromptBatch, parts: Sequence[Rollouts]) -> Tensor:
     """[B] row of ``prompts`` that each completion of the parts, one after the other, answers."""
-    given = torch.cat([part.prompts.positions for part in parts])
-    known, order = prompts.positions.sort()
-    if not torch.equal(given.sort().values, known) or not bool((known.diff() > 0).all()):
+    given, wanted = np.concatenate([part.prompts.positions.numpy() for part in parts]), prompts.positions.numpy()
+    order = wanted.argsort(kind="stable")
+    known = wanted[order]
+    if not np.array_equal(np.sort(given), known) or not (np.diff(known) > 0).all():
         raise ShapeError(
             f"expected the completions of {len(prompts)} prompts at positions of their own, each prompt from one "
             f"engine; got those of {len(given)} prompts at {len(set(given.tolist()) & set(known.tolist()))} of "
             f"{len(set(known.tolist()))} positions"
         )
-    row_of = order[torch.searchsorted(known, given)]  # of each prompt of the parts
-    first = 0
-    answered = []
-    for part in parts:
-        answered.append(row_of[first + part.prompt_index])
-        first += len(part.prompts)
-    return torch.cat(answered)
+    row_of = order[np.searchsorted(known, given)]  # of each prompt of the parts
+    before = np.cumsum([0, *(len(part.prompts) for part in parts)])[:-1]  # prompts in the parts before each one
+    answered = [first + part.prompt_index.numpy() for first, part in zip(before, parts, strict=True)]
+    return torch.from_numpy(row_of[np.concatenate(answered)])
 
 
 def _of_all(values: Sequence[Tensor | None]) -> Tensor | None:
@@ -85,24 +86,18 @@ def _of_all(values: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(found) if len(found) == len(values) else None
 
 
-def _by_prompt(prompt_index: Tensor, sample_index: Tensor) -> Tensor:
-    """[B] the order of completions by prompt, those of a prompt by sample."""
-    by_sample = sample_index.argsort(stable=True)
-    return by_sample[prompt_index[by_sample].argsort(stable=True)]
-
-
 def _rows_of(rollouts: Rollouts, rows: Tensor) -> Rollouts:
     """These completions ([n] int64), in that order, with all prompts."""
-    if torch.equal(rows, torch.arange(len(rollouts))):
+    if np.array_equal(rows.numpy(), np.arange(len(rollouts))):
         return rollouts
     sequences = rollouts.sequences
     return replace(
         rollouts,
         sequences=sequences.select(rows),
-        prompt_index=rollouts.prompt_index[rows],
-        sample_index=rollouts.sample_index[rows],
+        prompt_index=take(rollouts.prompt_index, rows),
+        sample_index=take(rollouts.sample_index, rows),
         engine_logps=select_rows(rollouts.engine_logps, sequences.completion_lengths, rows),
-        policy_version=rollouts.policy_version[rows],
-        ended_s=None if rollouts.ended_s is None else rollouts.ended_s[rows],
-        engine=None if rollouts.engine is None else rollouts.engine[rows],
+        policy_version=take(rollouts.policy_version, rows),
+        ended_s=None if rollouts.ended_s is None else take(rollouts.ended_s, rows),
+        engine=None if rollouts.engine is None else take(rollouts.engine, rows),
     )

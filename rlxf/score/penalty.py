@@ -76,8 +76,8 @@ def with_scores(
     if raw_scores.shape != (len(rollouts),):
         raise ShapeError(f"{len(rollouts)} completions, but scores of shape {tuple(raw_scores.shape)}")
     raw_scores = raw_scores.to(torch.float32)
-    if raw_scores.isinf().any():
-        infinite = raw_scores.isinf().nonzero().flatten().tolist()
+    infinite = np.flatnonzero(np.isinf(raw_scores.numpy())).tolist()
+    if infinite:
         row = infinite[0]
         prompt_id = int(rollouts.prompts.row_ids[rollouts.prompt_index[row]])
         raise TrainingError(
@@ -87,7 +87,9 @@ def with_scores(
     contains_eos = _ends_with(rollouts.sequences, eos_ids)
     if stopped is not None:
         contains_eos |= stopped(rollouts.sequences)
-    scores = torch.where(contains_eos, raw_scores, raw_scores - shaping.missing_eos_penalty)
+    scores = raw_scores
+    if shaping.missing_eos_penalty:
+        scores = torch.where(contains_eos, raw_scores, raw_scores - shaping.missing_eos_penalty)
     if shaping.length_penalty or shaping.overlong_tokens:
         scores = scores - shaping.for_length(rollouts.sequences.completion_lengths)
     return ScoredRollouts(rollouts=rollouts, raw_scores=raw_scores, scores=scores, contains_eos=contains_eos)
@@ -99,4 +101,4 @@ def _ends_with(sequences: Sequences, ids: Collection[int]) -> Tensor:
     found = np.zeros(len(last), dtype=bool)
     for each in ids:  # few; np.isin takes ten times as long for a chunk
         found |= last == each
-    return torch.from_numpy(found) & (sequences.completion_lengths > 0)
+    return torch.from_numpy(found & (sequences.completion_lengths.numpy() > 0))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,11 +139,11 @@ class Rewards:
         for answer in answers.values():
             if answer.failed:
                 self.tolerate(answer.failed, str(answer.problem), answer.error)
-        table = torch.full((len(rollouts), len(self.terms)), math.nan)
+        table = np.full((len(rollouts), len(self.terms)), math.nan, np.float32)
         for number, answer in answers.items():
-            table[:, number] = answer.scores
+            table[:, number] = answer.scores.numpy()
         return Scores(
-            table=table,
+            table=torch.from_numpy(table),
             extra={name: values for answer in answers.values() for name, values in answer.extra.items()},
             metrics={
                 f"rewards/{self.terms[number].name}/{name}": value

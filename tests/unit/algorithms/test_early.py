@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlxf.algorithms.early import FirstPairs
+from rlxf.algorithms.early import FirstPairs, ReferredChunk
 from rlxf.core.types import PairValues
-from rlxf.loop.collected import ReferredChunk, pair_names
+from rlxf.loop.collected import pair_names
 from rlxf.pair import PAIRINGS, PairingSettings
 from rlxf.rollout.shares import part_of
 from rlxf.update.batches import digest
