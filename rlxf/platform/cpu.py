@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import os
 import resource
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlxf.config.kinds import CpuLinear
+from rlxf.core.allocator import keep_freed_memory, trim_heap
 from rlxf.platform.attention import AttentionBlocks, attention_by_block
 from rlxf.platform.base import LogitChunks
 from rlxf.platform.elementwise import Elementwise
@@ -73,14 +70,14 @@ class CpuPlatform:
         install()
 
     def set_device(self, local_rank: int) -> torch.device:
-        _keep_freed_memory()
+        keep_freed_memory()
         return torch.device("cpu")
 
     def synchronize(self) -> None:
         return None
 
     def empty_cache(self) -> None:
-        _trim_heap()
+        trim_heap()
 
     def max_memory_allocated(self) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -106,36 +103,3 @@ class CpuPlatform:
     def vllm_arguments(self, *, colocated: bool) -> dict[str, Any]:
         # vLLM's own default is this number times the ranks that share the model.
         return {"enforce_eager": True, "max_num_seqs": 256}
-
-
-# Parameters of mallopt in <malloc.h>; the second value is the largest that every glibc takes.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES, _MMAPPED_BYTES = 2**30, 2**25
-
-
-@functools.cache
-def _keep_freed_memory() -> None:
-    """What an update has freed stays for the next one, up to 1 GiB, until ``empty_cache``.
-
-    By itself glibc gives it back at once, and the kernel clears every page again when it is next touched.
-    """
-    # Variables by which a user has decided it.
-    named = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or any(name in os.environ for name in named):
-        return
-    # One of them alone would end glibc's own choice of the other.
-    mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
-    mallopt(_MMAP_THRESHOLD, _MMAPPED_BYTES)
-
-
-def _trim_heap() -> None:
-    """glibc keeps what was freed between two blocks in use; others give it back by themselves, or not at all."""
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -58,41 +57,6 @@ def run(code: str, **environment: str) -> str:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
-
-
-FREED = """
-import psutil, torch
-from rlxf.platform import get_platform
-platform = get_platform("cpu")
-platform.set_device(0)
-resident = psutil.Process().memory_info
-before = resident().rss
-for turn in range(2):
-    tensors = [torch.ones(2**21) for _ in range(20)]
-    del tensors
-freed = resident().rss
-platform.empty_cache()
-print(*(rss - before for rss in (freed, resident().rss)))
-"""
-TENSORS = 20 * 2**23  # bytes
-needs_glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's allocator")
-
-
-@needs_glibc
-def test_freed_memory_of_a_cpu_is_kept_until_the_cache_is_emptied() -> None:
-    freed, emptied = map(int, run(FREED).split())
-    assert freed > 0.9 * TENSORS
-    assert emptied < 0.1 * TENSORS
-
-
-@needs_glibc
-@pytest.mark.parametrize(
-    "variable", ["MALLOC_TRIM_THRESHOLD_=131072", "GLIBC_TUNABLES=glibc.malloc.trim_threshold=131072"]
-)
-def test_what_a_user_says_of_the_allocator_holds(variable: str) -> None:
-    name, _, value = variable.partition("=")
-    freed, _ = map(int, run(FREED, **{name: value}).split())
-    assert freed < 0.1 * TENSORS
 
 
 def test_the_cpu_bridge_shows_its_torch_to_megatron_only() -> None:
