@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from rlxf.assembly.planning import Recipe
 from rlxf.config.load import load_config
-from rlxf.core.allocator import share_arenas
+from rlxf.core.allocator import share_heap
 from rlxf.core.command import Typed
 from rlxf.core.errors import ConfigError, RlxfError
 from rlxf.core.garbage import searched_seldom
@@ -65,7 +65,7 @@ def start(composed: DictConfig, command: cli.Command, typed: Typed) -> None:
         return
     if config.runtime == "ray":
         require_cores(config)  # before torch and Ray are imported
-        share_arenas()  # before there are threads
+        share_heap()  # before there are threads
     with searched_seldom():
         if config.runtime == "ray":
             from .launch import launch

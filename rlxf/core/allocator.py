@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 # Parameters of mallopt in <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _KEPT_BYTES, _MMAPPED_BYTES = 2**30, 2**25  # the latter is the largest that every glibc takes
-_ARENAS = 2
 
 
 @functools.cache
@@ -25,13 +24,13 @@ def keep_freed_memory() -> None:
 
 
 @functools.cache
-def share_arenas() -> None:
-    """The threads that start from now on share two heaps.
+def share_heap() -> None:
+    """The threads that start from now on share the first one's heap.
 
-    By itself glibc gives new threads heaps of their own, up to eight per core. The many short threads of a driver, its
-    own and Ray's, leave gaps in all of them, which grow from step to step.
+    By itself glibc gives threads heaps of their own, up to eight per core. The many short threads of a driver, its own
+    and Ray's, leave gaps in all of them, which grow from step to step.
     """
-    _set({_ARENA_MAX: _ARENAS}, unless=("MALLOC_ARENA_MAX",))
+    _set({_ARENA_MAX: 1}, unless=("MALLOC_ARENA_MAX",))
 
 
 def trim_heap() -> None:

@@ -83,6 +83,10 @@ class Platform(Protocol):
 
     def synchronize(self) -> None: ...
 
+    def keep_freed_memory(self) -> None:
+        """What an update frees stays with this process for the next one, as a device's allocator does by itself."""
+        ...
+
     def empty_cache(self) -> None:
         """Give memory that was freed back to the device (cpu: to the system), for other processes."""
         ...

@@ -70,11 +70,13 @@ class CpuPlatform:
         install()
 
     def set_device(self, local_rank: int) -> torch.device:
-        keep_freed_memory()
         return torch.device("cpu")
 
     def synchronize(self) -> None:
         return None
+
+    def keep_freed_memory(self) -> None:
+        keep_freed_memory()
 
     def empty_cache(self) -> None:
         trim_heap()

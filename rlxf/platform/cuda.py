@@ -103,6 +103,9 @@ class CudaPlatform:
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
+    def keep_freed_memory(self) -> None:
+        return None
+
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
 

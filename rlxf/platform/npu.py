@@ -142,6 +142,9 @@ class NpuPlatform:
     def synchronize(self) -> None:
         _torch_npu().npu.synchronize()
 
+    def keep_freed_memory(self) -> None:
+        return None
+
     def empty_cache(self) -> None:
         _torch_npu().npu.empty_cache()
 

@@ -82,6 +82,7 @@ class MegatronActor:
         *,
         save_tokenizer: Callable[[Path], None] | None = None,
     ) -> None:
+        model.platform.keep_freed_memory()
         self.model = model
         self.objective = objective
         self.layout = model.layout

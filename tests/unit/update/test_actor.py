@@ -19,6 +19,7 @@ from rlxf.core.errors import TrainingError
 from rlxf.core.types import Metrics, Pairs, PairValues, ReferencedPairs, Sequences
 from rlxf.models.hf_folder import HfWeights
 from rlxf.platform import Process, get_platform
+from rlxf.platform.cpu import CpuPlatform
 from rlxf.update.actor import MegatronActor
 from tests.settings import online_pairs, random_pairs, referenced, run_config
 from tests.tiny_models import save_causal_lm
@@ -247,3 +248,12 @@ def test_training_goes_on_bit_for_bit_from_a_checkpoint(folder: Path, tmp_path: 
     resumed.load_checkpoint(tmp_path)
     assert [resumed.update(batches[step], step) for step in (2, 3)] == expected
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+
+
+def test_only_a_trainer_keeps_the_memory_that_it_has_freed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[CpuPlatform] = []
+    monkeypatch.setattr(CpuPlatform, "keep_freed_memory", kept.append)
+    build_reference(run_config(folder), get_platform("cpu"), Process())
+    assert not kept
+    actor(folder)
+    assert len(kept) == 1
