@@ -252,7 +252,7 @@ def test_training_goes_on_bit_for_bit_from_a_checkpoint(folder: Path, tmp_path: 
 
 def test_only_a_trainer_keeps_the_memory_that_it_has_freed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[CpuPlatform] = []
-    monkeypatch.setattr(CpuPlatform, "keep_freed_memory", kept.append)
+    monkeypatch.setattr(CpuPlatform, "keep_freed_memory", lambda self: kept.append(self))
     build_reference(run_config(folder), get_platform("cpu"), Process())
     assert not kept
     actor(folder)
