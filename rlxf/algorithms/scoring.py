@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlxf.config.schema import AlgorithmConfig
 from rlxf.core.errors import ScoreError
+from rlxf.core.tensors import join_slices
 from rlxf.core.types import Comparisons, Metrics, OnlinePairs, PairingResult, Rollouts, ScoredRollouts
 from rlxf.judge.both_orders import Counts
 from rlxf.loop.collected import Collected, PairedChunk, pair_names
@@ -200,16 +201,14 @@ class CompletionRows:
 
     def __init__(self, rollouts: Rollouts) -> None:
         prompts = rollouts.prompt_index.numpy()
-        self._order = prompts.argsort(kind="stable")
+        self._order = torch.from_numpy(prompts.argsort(kind="stable"))
         self._counts = np.bincount(prompts, minlength=len(rollouts.prompts))
         self._begins = self._counts.cumsum() - self._counts
 
     def of(self, prompts: Sequence[int]) -> Tensor:
         """[n] int64: the rows of some prompts' completions, prompt after prompt."""
         rows = np.array(prompts, dtype=np.int64)
-        counts = self._counts[rows]
-        shift = self._begins[rows] - (counts.cumsum() - counts)
-        return torch.from_numpy(self._order[np.arange(counts.sum()) + np.repeat(shift, counts)])
+        return join_slices(self._order, self._begins[rows], self._begins[rows] + self._counts[rows])
 
 
 def _means(parts: Sequence[tuple[int, Metrics]]) -> Metrics:

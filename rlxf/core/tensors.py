@@ -21,7 +21,8 @@ def join_slices(values: Tensor, begins: NDArray[np.int64], ends: NDArray[np.int6
     """``values[begin:end]`` of each begin and end, one after the other; a copy, on the CPU.
 
     As bytes, each slice as a whole: an index of every value takes twice as long for the rows of a chunk, and eight
-    times as long for those of a large step; and the interpreter is kept, see ``take``.
+    times as long for a thousand rows of a thousand tokens; and the interpreter is kept, see ``take``. Ten thousand rows
+    of a few tokens take 2 ms more.
     """
     flat = np.ascontiguousarray(values.numpy()).data
     joined = bytearray().join([flat[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)])

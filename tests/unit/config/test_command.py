@@ -9,16 +9,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from omegaconf import DictConfig
 
 from rlxf.config.keys import SECTIONS, is_known
 from rlxf.config.load import load_config
+from rlxf.core.command import Typed
 from rlxf.core.errors import PlacementError
 from tests.runs.small import command, make_world
 from tests.unit.config.recipes import NAMES, ROOT, recipe
-from workers import cli
+from workers import cli, train
 from workers.address import running_cluster
 from workers.dry_run import require_cores
 from workers.train import main
@@ -295,3 +298,16 @@ def test_a_dry_run_against_a_cluster_that_is_gone_fails_in_one_line(tmp_path: Pa
     done = ray_gpt(*TINY, "dry_run=true", folder=tmp_path, RAY_ADDRESS="127.0.0.1:1")
     assert done.returncode == PlacementError.exit_code
     assert done.stderr == "RAY_ADDRESS = 127.0.0.1:1: no Ray cluster answers there; start it, or unset RAY_ADDRESS\n"
+
+
+@pytest.mark.parametrize(("runtime", "shared"), [("ray", True), ("local", False)])
+def test_only_a_driver_of_ray_shares_one_heap(runtime: str, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for module in ("workers.launch", "rlxf.assembly.local"):
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(launch=lambda *_: calls.append("launch")))
+    monkeypatch.setattr(train, "share_heap", lambda: calls.append("share_heap"))
+    config = load_config(recipe(training={"device": "cpu"}) | {"runtime": runtime})  # a plan needs no folders
+    monkeypatch.setattr(train, "load_config", lambda *_, **__: config.model_copy(update={"dry_run": False}))
+    monkeypatch.setattr(cli, "run_folder", Path)
+    train.start(DictConfig({}), cli.read_command([]), Typed(config_name="tiny", arguments=()))
+    assert calls == [*(["share_heap"] if shared else []), "launch"]
