@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlxf.core.types import OnlinePairs, PairingResult, PairValues, ReferencedPairs, Rollouts, ScoredRollouts
+from rlxf.core.pairs import PairingResult
+from rlxf.core.types import OnlinePairs, PairValues, ReferencedPairs, Rollouts, ScoredRollouts
 from rlxf.pair import PAIRINGS, PairingSettings
 from tests.data_world import make_rollouts, prompt_batch, reorder
 from tests.settings import random_rows

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
-from rlxf.core.types import OnlinePairs, PairValues, ReferencedPairs, Sequences
+from rlxf.core.pairs import PairedRows
+from rlxf.core.types import PairValues, ReferencedPairs
 from rlxf.loop.collected import PairedChunk
+from rlxf.rollout.shares import one_after_the_other
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -37,7 +41,7 @@ class FirstPairs:
         if self._known >= self._size:
             return None
         self._chunks.append(chunk)
-        found = Counter(chunk.names[:, 0].tolist())
+        found = Counter(chunk.names.numpy()[:, 0].tolist())
         self._counts |= {row: found[row] for row in chunk.rows}
         while self._next in self._counts and self._known < self._size:
             self._known += self._counts[self._next]
@@ -45,14 +49,20 @@ class FirstPairs:
         return self._batch() if self._known >= self._size else None
 
     def _batch(self) -> ReferencedPairs:
-        chunks = [chunk for chunk in self._chunks if len(chunk.pairs)]
+        chunks = [chunk for chunk in self._chunks if len(chunk.found)]
         names = torch.cat([chunk.names for chunk in chunks])
         # A stable sort: pairs of one prompt come from one chunk, and have their order there.
         first = names[:, 0].argsort(stable=True)[: self._size]
+        counts = names[:, 0].bincount()  # of each prompt, also of pairs that the mini-batch has no room for
         names = names[first]
-        pairs = _concat([chunk.pairs for chunk in chunks]).select(first)
         rows = names[:, :1] * self._num_samples + names[:, 1:]  # of the step's completions
-        pairs = replace(pairs, prompt_index=names[:, 0], chosen_rows=rows[:, 0], rejected_rows=rows[:, 1])
+        pairs = replace(
+            _joined([chunk.found for chunk in chunks]).where(first).whole(),
+            prompt_index=names[:, 0],
+            chosen_rows=rows[:, 0],
+            rejected_rows=rows[:, 1],
+            weight=1 / counts[names[:, 0]].float(),
+        )
         reference = PairValues(
             chosen=torch.cat([chunk.reference.chosen for chunk in chunks])[first],
             rejected=torch.cat([chunk.reference.rejected for chunk in chunks])[first],
@@ -60,22 +70,13 @@ class FirstPairs:
         return ReferencedPairs(pairs=pairs, reference=reference)
 
 
-def _concat(parts: list[OnlinePairs]) -> OnlinePairs:
-    """The pairs of several chunks, one after the other."""
-
-    def joined(name: str) -> torch.Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
-    return OnlinePairs(
-        chosen=Sequences.concat([part.chosen for part in parts]),
-        rejected=Sequences.concat([part.rejected for part in parts]),
-        row_ids=joined("row_ids"),
-        margin=joined("margin"),
-        policy_version=joined("policy_version"),
-        chosen_engine_logps=joined("chosen_engine_logps"),
-        rejected_engine_logps=joined("rejected_engine_logps"),
-        prompt_index=joined("prompt_index"),
-        chosen_rows=joined("chosen_rows"),
-        rejected_rows=joined("rejected_rows"),
-        weight=joined("weight"),
+def _joined(parts: Sequence[PairedRows]) -> PairedRows:
+    """The pairs of several chunks, one after the other, as rows of all their rollouts."""
+    known = {id(part.rollouts): part.rollouts for part in parts}  # chunks may be cut from the same ones
+    begins = dict(zip(known, accumulate(map(len, known.values()), initial=0), strict=False))
+    return PairedRows(
+        rollouts=one_after_the_other(list(known.values())),
+        chosen=torch.cat([begins[id(part.rollouts)] + part.chosen for part in parts]),
+        rejected=torch.cat([begins[id(part.rollouts)] + part.rejected for part in parts]),
+        margin=torch.cat([part.margin for part in parts]),
     )

@@ -162,21 +162,19 @@ def _refer(run: Run, collected: Collected, size: int | None) -> None:
         for chunk in collected.paired.follow(run.check):
             if known:
                 continue
-            if len(chunk.pairs):
+            if len(chunk.found):
                 with run.working(collected, "ref"):
-                    values = run.reference.logps(chunk.pairs)
+                    values = run.reference.logps(chunk.found.tokens())
             else:
                 values = PairValues(chosen=torch.zeros(0), rejected=torch.zeros(0))
-            answers.append(ReferredChunk(rows=chunk.rows, pairs=chunk.pairs, names=chunk.names, reference=values))
+            answers.append(ReferredChunk(rows=chunk.rows, found=chunk.found, names=chunk.names, reference=values))
             if first is not None and (whole := first.add(answers[-1])) is not None:
                 collected.first.put(whole)
     if known:
         return
-    assert collected.rollouts is not None
     assert collected.pairing is not None
-    pairs = collected.pairing.pairs
-    collected.reference = _in_order(answers, pair_names(pairs, collected.rollouts))
-    collected.referred = run.digest(pairs)
+    collected.reference = _in_order(answers, pair_names(collected.pairing.rows))
+    collected.referred = run.digest(collected.pairing.pairs)
 
 
 def _in_order(answers: list[ReferredChunk], names: Tensor) -> PairValues:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from rlxf.config.schema import AlgorithmConfig
 from rlxf.core.errors import ScoreError
+from rlxf.core.pairs import PairedRows, PairingResult
 from rlxf.core.tensors import join_slices
-from rlxf.core.types import Comparisons, Metrics, OnlinePairs, PairingResult, Rollouts, ScoredRollouts
+from rlxf.core.types import Comparisons, Metrics, Rollouts, ScoredRollouts
 from rlxf.judge.both_orders import Counts
 from rlxf.loop.collected import Collected, PairedChunk, pair_names
 from rlxf.loop.run import Online, Run
@@ -75,7 +76,7 @@ class Scoring:
         if self._pairs_early:
             sums = combine(self._scores[-1][1].table, self._source.rewards.terms, {})
             _, found = self._paired_by(chunk.rollouts, sums, comparisons)
-            self._put(chunk.rows, found.pairs, pair_names(found.pairs, chunk.rollouts, chunk.rows))
+            self._put(chunk.rows, found.rows, pair_names(found.rows, chunk.rows))
             self._paired.add(chunk.rows)
 
     def _score(self, rollouts: Rollouts) -> Scores:
@@ -103,13 +104,12 @@ class Scoring:
         collected.metrics |= metrics | pair_metrics(pairing) | agreement
         for rows in collected.chunks if self._in_chunks else ():
             if rows not in self._paired:
-                mine = torch.isin(pairing.pairs.prompt_index, torch.tensor(rows))
-                pairs = pairing.pairs.select(mine.nonzero().flatten())
-                self._put(rows, pairs, pair_names(pairs, rollouts))
+                mine = pairing.rows.where(torch.isin(pairing.rows.prompt_index, torch.tensor(rows)))
+                self._put(rows, mine, pair_names(mine))
         collected.scored, collected.pairing, collected.data = scored, pairing, pairing.pairs
 
-    def _put(self, rows: tuple[int, ...], pairs: OnlinePairs, names: Tensor) -> None:
-        self._collected.paired.put(PairedChunk(rows=rows, pairs=pairs, names=names))
+    def _put(self, rows: tuple[int, ...], found: PairedRows, names: Tensor) -> None:
+        self._collected.paired.put(PairedChunk(rows=rows, found=found, names=names))
 
     def _paired_by(
         self, rollouts: Rollouts, raw_scores: Tensor, comparisons: Comparisons | None

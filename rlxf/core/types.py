@@ -276,12 +276,42 @@ class Pairs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OnlinePairs(Pairs):
-    """Pairs made from scored or judged rollouts; a prompt may have several, and a completion may be in several.
+class RolloutPairs(Pairs):
+    """Pairs of completions that were sampled: a prompt may have several, and a completion may be in several.
+
+    Two pairs of one prompt that share the chosen completion: ``prompt_index = [0, 0]``, ``chosen_rows = [2, 2]``,
+    ``rejected_rows = [0, 1]``.
+    """
+
+    prompt_index: Tensor  # [N] int64, row of the step's prompts
+    chosen_rows: Tensor  # [N] int64, row of the step's rollouts: equal rows are one completion
+    rejected_rows: Tensor  # [N] int64
+
+    def __post_init__(self) -> None:
+        Pairs.__post_init__(self)
+        self._require_rows("prompt_index", "chosen_rows", "rejected_rows")
+
+    def _require_rows(self, *names: str) -> None:
+        for name in names:
+            found = getattr(self, name).numel()
+            _require(found == len(self), f"{len(self)} pairs but {name} has {found} entries")
+
+    def select(self, index: Tensor) -> RolloutPairs:
+        return RolloutPairs(
+            chosen=self.chosen.select(index),
+            rejected=self.rejected.select(index),
+            prompt_index=take(self.prompt_index, index),
+            chosen_rows=take(self.chosen_rows, index),
+            rejected_rows=take(self.rejected_rows, index),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnlinePairs(RolloutPairs):
+    """The same with what an update needs besides: how far apart the sides are, and how they were sampled.
 
     Two pairs of the prompts of rows 12 and 3: ``row_ids = [12, 3]``, ``margin = [4.5, 0.2]``,
-    ``policy_version = [3, 3]``. Two pairs of one prompt that share the chosen completion: ``prompt_index = [0, 0]``,
-    ``chosen_rows = [2, 2]``, ``rejected_rows = [0, 1]``, ``weight = [0.5, 0.5]``.
+    ``policy_version = [3, 3]``, ``weight = [1, 1]``; two of one prompt: ``weight = [0.5, 0.5]``.
     """
 
     row_ids: Tensor  # [N] int64
@@ -289,17 +319,11 @@ class OnlinePairs(Pairs):
     policy_version: Tensor  # [N] int64, number of updates in the weights that sampled
     chosen_engine_logps: Tensor  # [sum chosen completion tokens] float32
     rejected_engine_logps: Tensor  # [sum rejected completion tokens] float32
-    prompt_index: Tensor  # [N] int64, row of the step's prompts
-    chosen_rows: Tensor  # [N] int64, row of the step's rollouts: equal rows are one completion
-    rejected_rows: Tensor  # [N] int64
     weight: Tensor  # [N] float32, share in the loss; the weights of a prompt sum to 1
 
     def __post_init__(self) -> None:
-        Pairs.__post_init__(self)
-        rows = ("prompt_index", "chosen_rows", "rejected_rows")
-        for name in ("row_ids", "margin", "policy_version", "weight", *rows):
-            found = getattr(self, name).numel()
-            _require(found == len(self), f"{len(self)} pairs but {name} has {found} entries")
+        RolloutPairs.__post_init__(self)
+        self._require_rows("row_ids", "margin", "policy_version", "weight")
 
     def all_engine_logps(self) -> Tensor:
         """[sum completion tokens] float32: the chosen sides, then the rejected."""
@@ -310,17 +334,18 @@ class OnlinePairs(Pairs):
             select_rows(logps, side.completion_lengths, index)
             for side, logps in ((self.chosen, self.chosen_engine_logps), (self.rejected, self.rejected_engine_logps))
         )
+        plain = RolloutPairs.select(self, index)
         return OnlinePairs(
-            chosen=self.chosen.select(index),
-            rejected=self.rejected.select(index),
+            chosen=plain.chosen,
+            rejected=plain.rejected,
+            prompt_index=plain.prompt_index,
+            chosen_rows=plain.chosen_rows,
+            rejected_rows=plain.rejected_rows,
             row_ids=take(self.row_ids, index),
             margin=take(self.margin, index),
             policy_version=take(self.policy_version, index),
             chosen_engine_logps=chosen,
             rejected_engine_logps=rejected,
-            prompt_index=take(self.prompt_index, index),
-            chosen_rows=take(self.chosen_rows, index),
-            rejected_rows=take(self.rejected_rows, index),
             weight=take(self.weight, index),
         )
 
@@ -449,24 +474,3 @@ class Comparisons:
 
     def __len__(self) -> int:
         return self.first.numel()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PairingResult:
-    """Pairs, and why other prompts and completions have none."""
-
-    pairs: OnlinePairs  # N, in the order of the prompts
-    dropped: int  # prompts without a pair, whatever the reason
-    ties: int  # prompts whose scores are all equal; with a judge, verdicts of 0.5
-    missing: int  # prompts of fewer than two scores; with a judge, comparisons without a verdict
-    num_asked: int  # what ``ties`` and ``missing`` are of: all prompts; with a judge, all comparisons
-    num_prompts: int
-    too_different: int | None  # pairs dropped because the lengths of their sides differ too much; None: not asked
-
-    @property
-    def chosen_rows(self) -> Tensor:
-        return self.pairs.chosen_rows  # [N] int64, rows of the scored rollouts
-
-    @property
-    def rejected_rows(self) -> Tensor:
-        return self.pairs.rejected_rows  # [N] int64

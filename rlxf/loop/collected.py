@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlxf.core.pairs import PairedRows, PairingResult
 from rlxf.core.tensors import take
 from rlxf.core.types import (
     Batch,
     Comparisons,
     Examples,
     Metrics,
-    OnlinePairs,
-    PairingResult,
     Pairs,
     PairValues,
     ReferencedPairs,
@@ -36,16 +35,16 @@ class PairedChunk:
     """
 
     rows: tuple[int, ...]  # of the step's prompts, also of those without a pair
-    pairs: OnlinePairs
+    found: PairedRows  # N, of the chunk's rollouts or of the step's
     names: Tensor  # [N, 3] int64: row of the prompt in the step, sample chosen, sample rejected
 
 
-def pair_names(pairs: OnlinePairs, rollouts: Rollouts, rows: Sequence[int] | None = None) -> Tensor:
-    """``PairedChunk.names``; ``rows``: where the prompts of ``rollouts`` are in the step. None: it is the step."""
-    prompts = pairs.prompt_index.numpy()
+def pair_names(found: PairedRows, rows: Sequence[int] | None = None) -> Tensor:
+    """``PairedChunk.names``; ``rows``: where the prompts of the rollouts are in the step. None: they are the step's."""
+    prompts = found.prompt_index.numpy()
     if rows is not None:
         prompts = np.array(rows, dtype=np.int64)[prompts]
-    samples = [take(rollouts.sample_index, side).numpy() for side in (pairs.chosen_rows, pairs.rejected_rows)]
+    samples = [take(found.rollouts.sample_index, side).numpy() for side in (found.chosen, found.rejected)]
     return torch.from_numpy(np.stack([prompts, *samples], axis=1))
 
 

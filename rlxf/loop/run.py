@@ -16,6 +16,7 @@ from rlxf.config.kinds import Role
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
 from rlxf.core.kept_file import KeptFile
+from rlxf.core.pairs import PairingResult
 from rlxf.core.stop import Stop
 from rlxf.core.types import (
     Batch,
@@ -23,7 +24,6 @@ from rlxf.core.types import (
     Examples,
     Metrics,
     OnlinePairs,
-    PairingResult,
     Pairs,
     PairValues,
     PromptBatch,

@@ -1,7 +1,7 @@
 """Pairs that share completions: each completion is computed once, and its log-probability is read for all its pairs.
 
-Pure. A completion is known by its row of the step's rollouts (``OnlinePairs``); the two sides of a pair from a file are
-completions of their own.
+Pure. A completion is known by its row of the step's rollouts (``RolloutPairs``); the two sides of a pair from a file
+are completions of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlxf.core.tensors import to_device
-from rlxf.core.types import OnlinePairs, Pairs, PairValues, Sequences
+from rlxf.core.types import Pairs, PairValues, RolloutPairs, Sequences
 from rlxf.models.batching import MicroBatchLimits
 
 
@@ -65,7 +65,7 @@ def completions_of(pairs: Pairs) -> Completions:
     """The completions of some pairs, each once."""
     number = len(pairs)
     both = Sequences.concat([pairs.chosen, pairs.rejected])
-    if not isinstance(pairs, OnlinePairs):
+    if not isinstance(pairs, RolloutPairs):
         return sides_of(pairs)
     places: dict[int, int] = {}
     sources: list[int] = []
@@ -103,7 +103,7 @@ def pair_units(pairs: Pairs, completions: Completions, limits: MicroBatchLimits)
     A pair is a unit of its own if nothing says which pairs are of one prompt (pairs from a file).
     """
     sides = list(zip(completions.chosen.tolist(), completions.rejected.tolist(), strict=True))
-    prompts = pairs.prompt_index.tolist() if isinstance(pairs, OnlinePairs) else list(range(len(pairs)))
+    prompts = pairs.prompt_index.tolist() if isinstance(pairs, RolloutPairs) else list(range(len(pairs)))
     costs = _Costs(completions.sequences, limits)
     open_units: dict[int, list[_Unit]] = {}
     units: list[_Unit] = []

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from rlxf.core.types import Examples, Metrics, OnlinePairs, PairingResult, Pairs, ScoredRollouts
+from rlxf.core.pairs import PairingResult
+from rlxf.core.types import Examples, Metrics, OnlinePairs, Pairs, ScoredRollouts
 from rlxf.observe.answers import distinct, score_shape
 
 

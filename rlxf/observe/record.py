@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from rlxf.core.jsonl import JsonLines, Row, describe, open_after
-from rlxf.core.types import OnlinePairs, PairingResult, PairValues, ReferenceRecord, ScoredRollouts
+from rlxf.core.pairs import PairingResult
+from rlxf.core.types import OnlinePairs, PairValues, ReferenceRecord, ScoredRollouts
 from rlxf.observe.tokens import beside_reference, pieces, rounded
 
 if TYPE_CHECKING:

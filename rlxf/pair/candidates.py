@@ -1,6 +1,7 @@
 """Pairs of completions that a pairing may choose from, made from scores or from a judge's verdicts. Pure functions.
 
-Everything here is sorted by prompt and sample index first, so that the order of the rows changes nothing.
+Everything here is sorted by prompt and sample index first, so that the order of the rows changes nothing. Candidates
+are sorted by prompt and then by their two sample indices, the smaller one first; a tie has a margin of 0.
 """
 
 from __future__ import annotations
@@ -13,30 +14,8 @@ import torch
 from torch import Tensor
 
 from rlxf.core.errors import ShapeError
-from rlxf.core.tensors import take
+from rlxf.core.pairs import PairedRows
 from rlxf.core.types import Comparisons, Rollouts, ScoredRollouts
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidates:
-    """``M`` pairs of one prompt each, sorted by prompt and then by their two sample indices, the smaller one first."""
-
-    chosen: Tensor  # [M] int64, rows of the rollouts
-    rejected: Tensor  # [M] int64
-    margin: Tensor  # [M] float32, 0 for a tie
-
-    def __len__(self) -> int:
-        return self.margin.numel()
-
-    def where(self, kept: Tensor) -> Candidates:
-        """Those that ``kept`` marks ([M] bool) or names ([m] int64)."""
-        if kept.dtype == torch.bool:
-            if kept.numpy().all():
-                return self
-            kept = torch.from_numpy(np.flatnonzero(kept.numpy()))  # once, not for each field
-        return Candidates(
-            chosen=take(self.chosen, kept), rejected=take(self.rejected, kept), margin=take(self.margin, kept)
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,16 +35,16 @@ class Extremes:
     def num_missing(self) -> int:
         return int(self.missing.numpy().sum())
 
-    def candidates(self) -> Candidates:
-        """Best against worst of each prompt that has both. A tie has a margin of 0."""
-        pairs = Candidates(chosen=self.best, rejected=self.worst, margin=self.margin)
+    def candidates(self, rollouts: Rollouts) -> PairedRows:
+        """Best against worst of each prompt that has both."""
+        pairs = PairedRows(rollouts=rollouts, chosen=self.best, rejected=self.worst, margin=self.margin)
         return pairs.where(torch.from_numpy(~self.missing.numpy()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdicts:
-    """A judge's ``M`` comparisons in the order of ``Candidates``: of each, the completion with the smaller sample index
-    and the other one, as places in ``by_prompt_and_sample``.
+    """A judge's ``M`` comparisons in the order of candidates: of each, the completion with the smaller sample index and
+    the other one, as places in ``by_prompt_and_sample``.
     """
 
     order: Tensor  # [B] int64, row of the rollouts at each place
@@ -78,11 +57,12 @@ class Verdicts:
         """[M] float64 ``|2 p - 1|``, NaN without a verdict."""
         return (2 * self.low_wins - 1).abs()
 
-    def candidates(self) -> Candidates:
-        """The comparisons with a verdict: the better side is chosen. A tie has a margin of 0."""
+    def candidates(self, rollouts: Rollouts) -> PairedRows:
+        """The comparisons with a verdict: the better side is chosen."""
         known = ~self.low_wins.isnan()
         low, high, low_wins = self.low[known], self.high[known], self.low_wins[known]
-        return Candidates(
+        return PairedRows(
+            rollouts=rollouts,
             chosen=self.order[torch.where(low_wins >= 0.5, low, high)],
             rejected=self.order[torch.where(low_wins >= 0.5, high, low)],
             margin=self.margin[known].float(),
@@ -125,7 +105,7 @@ def extremes(scored: ScoredRollouts) -> Extremes:
     )
 
 
-def scored_pairs(scored: ScoredRollouts) -> Candidates:
+def scored_pairs(scored: ScoredRollouts) -> PairedRows:
     """Every two completions of a prompt that have scores: the one with the higher score is chosen."""
     rollouts = scored.rollouts
     order = by_prompt_and_sample(rollouts)
@@ -141,7 +121,8 @@ def scored_pairs(scored: ScoredRollouts) -> Candidates:
     low, high = order[low[sort]], order[high[sort]]
     low_is_better = scored.scores[low] >= scored.scores[high]
     chosen, rejected = torch.where(low_is_better, low, high), torch.where(low_is_better, high, low)
-    return Candidates(chosen=chosen, rejected=rejected, margin=scored.scores[chosen] - scored.scores[rejected])
+    margin = scored.scores[chosen] - scored.scores[rejected]
+    return PairedRows(rollouts=rollouts, chosen=chosen, rejected=rejected, margin=margin)
 
 
 def verdicts_of(rollouts: Rollouts, comparisons: Comparisons) -> Verdicts:

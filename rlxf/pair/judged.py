@@ -21,8 +21,9 @@ from itertools import groupby
 
 import torch
 
+from rlxf.core.pairs import PairedRows
 from rlxf.core.types import Rollouts
-from rlxf.pair.candidates import Candidates, Verdicts
+from rlxf.pair.candidates import Verdicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class _Verdict:
         return self.high if self.low_wins > 0.5 else self.low
 
 
-def best_against_worst(rollouts: Rollouts, verdicts: Verdicts) -> Candidates:
+def best_against_worst(rollouts: Rollouts, verdicts: Verdicts) -> PairedRows:
     """At most one pair of each prompt."""
     num_completions = rollouts.prompt_index.bincount(minlength=len(rollouts.prompts)).tolist()
     prompts = rollouts.prompt_index[verdicts.order[verdicts.low]].tolist()
@@ -64,7 +65,8 @@ def best_against_worst(rollouts: Rollouts, verdicts: Verdicts) -> Candidates:
         found += [pair] if pair is not None else []
     places = torch.tensor([[pair.winner, pair.loser] for pair in found], dtype=torch.int64).reshape(-1, 2)
     margin = torch.tensor([pair.margin for pair in found], dtype=torch.float64).float()
-    return Candidates(chosen=verdicts.order[places[:, 0]], rejected=verdicts.order[places[:, 1]], margin=margin)
+    chosen, rejected = (verdicts.order[places[:, side]] for side in (0, 1))
+    return PairedRows(rollouts=rollouts, chosen=chosen, rejected=rejected, margin=margin)
 
 
 def _by_mean(verdicts: Sequence[_Verdict]) -> _Verdict | None:

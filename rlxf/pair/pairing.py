@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from rlxf.core.types import Comparisons, PairingResult, ScoredRollouts
+from rlxf.core.pairs import PairingResult
+from rlxf.core.types import Comparisons, ScoredRollouts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

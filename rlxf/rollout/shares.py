@@ -8,11 +8,12 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlxf.core.errors import ShapeError
 from rlxf.core.tensors import take
-from rlxf.core.types import PromptBatch, Rollouts, Sequences, select_rows
+from rlxf.core.types import PromptBatch, Rollouts, Sequences, Tokens, select_rows
 
 
 def split_evenly(prompts: PromptBatch, parts: int) -> list[PromptBatch]:
@@ -34,17 +35,37 @@ def join(prompts: PromptBatch, parts: Sequence[Rollouts]) -> Rollouts:
     Raises:
         ShapeError: a prompt is missing, there twice, or none of ``prompts``; or two have the same position.
     """
-    joined = Rollouts(
+    joined = _joined(prompts, _places(prompts, parts), parts)
+    return _rows_of(joined, torch.from_numpy(np.lexsort((joined.sample_index.numpy(), joined.prompt_index.numpy()))))
+
+
+def one_after_the_other(parts: Sequence[Rollouts]) -> Rollouts:
+    """The prompts of several rollouts, part by part, and their completions, in the order that they have there."""
+    batches = [part.prompts for part in parts]
+    prompts = PromptBatch(
+        prompts=Tokens(
+            tokens=torch.cat([batch.prompts.tokens for batch in batches]),
+            lengths=torch.cat([batch.prompts.lengths for batch in batches]),
+        ),
+        row_ids=torch.cat([batch.row_ids for batch in batches]),
+        positions=torch.cat([batch.positions for batch in batches]),
+        texts=tuple(text for batch in batches for text in batch.texts),
+        columns={name: [value for batch in batches for value in batch.columns[name]] for name in batches[0].columns},
+    )
+    return _joined(prompts, torch.from_numpy(_answered(parts)), parts)
+
+
+def _joined(prompts: PromptBatch, prompt_index: Tensor, parts: Sequence[Rollouts]) -> Rollouts:
+    return Rollouts(
         prompts=prompts,
         sequences=Sequences.concat([part.sequences for part in parts]),
-        prompt_index=_places(prompts, parts),
+        prompt_index=prompt_index,
         sample_index=torch.cat([part.sample_index for part in parts]),
         engine_logps=torch.cat([part.engine_logps for part in parts]),
         policy_version=torch.cat([part.policy_version for part in parts]),
         ended_s=_of_all([part.ended_s for part in parts]),
         engine=_of_all([part.engine for part in parts]),
     )
-    return _rows_of(joined, torch.from_numpy(np.lexsort((joined.sample_index.numpy(), joined.prompt_index.numpy()))))
 
 
 def part_of(rollouts: Rollouts, rows: Sequence[int]) -> Rollouts:
@@ -76,9 +97,13 @@ def _places(prompts: PromptBatch, parts: Sequence[Rollouts]) -> Tensor:
             f"{len(set(known.tolist()))} positions"
         )
     row_of = order[np.searchsorted(known, given)]  # of each prompt of the parts
+    return torch.from_numpy(row_of[_answered(parts)])
+
+
+def _answered(parts: Sequence[Rollouts]) -> NDArray[np.int64]:
+    """[B]: of each completion of the parts its prompt, as a row of the prompts of all parts."""
     before = np.cumsum([0, *(len(part.prompts) for part in parts)])[:-1]  # prompts in the parts before each one
-    answered = [first + part.prompt_index.numpy() for first, part in zip(before, parts, strict=True)]
-    return torch.from_numpy(row_of[np.concatenate(answered)])
+    return np.concatenate([first + part.prompt_index.numpy() for first, part in zip(before, parts, strict=True)])
 
 
 def _of_all(values: Sequence[Tensor | None]) -> Tensor | None:

@@ -68,7 +68,7 @@ def combine(table: Tensor, terms: Sequence[Term], running: Running) -> Tensor:
         running: moments of all steps before this one.
     """
     if len(terms) == 1 and terms[0].scale == "none" and terms[0].weight == 1:
-        return table[:, 0]  # to the bit
+        return torch.from_numpy(table.numpy()[:, 0])  # to the bit; by numpy for the reason of ``take``
     total = torch.zeros(len(table), dtype=torch.float64)
     known, dropped = torch.zeros(len(table), dtype=torch.bool), torch.zeros(len(table), dtype=torch.bool)
     for term, scores in zip(terms, table.double().unbind(1), strict=True):

@@ -16,11 +16,11 @@ from rlxf.assembly.build_run import left_over
 from rlxf.checkpointing.waiting import load_waiting, save_waiting
 from rlxf.config.schema import RunConfig
 from rlxf.core.clock import Clock
+from rlxf.core.pairs import PairingResult
 from rlxf.core.stop import Stop
 from rlxf.core.types import (
     Metrics,
     OnlinePairs,
-    PairingResult,
     Pairs,
     PairValues,
     PromptBatch,

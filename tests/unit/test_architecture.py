@@ -55,7 +55,7 @@ EXCEPTIONS = {
     # Each process of an engine has an end of the transport, and checks what it received.
     *(("rollout", f"rlxf.sync.{module}") for module in ("transports.transport", "checksums")),
     # What is fixed before a step is sampled, and what comes back while it is.
-    *(("algorithms", f"rlxf.rollout.{module}") for module in ("dispatch", "chunks")),
+    *(("algorithms", f"rlxf.rollout.{module}") for module in ("dispatch", "chunks", "shares")),
     # What judging took, chunk by chunk.
     *((part, "rlxf.judge.both_orders") for part in ("algorithms", "loop")),
 }

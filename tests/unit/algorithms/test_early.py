@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlxf.algorithms.early import FirstPairs, ReferredChunk
-from rlxf.core.types import PairValues
+from rlxf.core.pairs import PairedRows
+from rlxf.core.types import PairValues, ScoredRollouts
 from rlxf.loop.collected import pair_names
 from rlxf.pair import PAIRINGS, PairingSettings
 from rlxf.rollout.shares import part_of
@@ -17,6 +18,10 @@ from rlxf.update.batches import digest
 from tests.pair_world import paired, random_scored, with_flat
 
 P, K = 9, 3
+
+
+def pair(pairing: str, scored: ScoredRollouts, margin: float = 0.0) -> PairedRows:
+    return PAIRINGS[pairing](scored, PairingSettings(min_score_margin=margin)).rows  # type: ignore[index]
 
 
 @settings(max_examples=60, deadline=None)
@@ -34,7 +39,7 @@ def test_it_is_the_first_mini_batch_of_the_whole_step(
     scored = random_scored(P, K, seed)
     reference = dict(
         zip(
-            map(tuple, pair_names(whole.pairs, scored.rollouts).tolist()),  # type: ignore[arg-type]
+            map(tuple, pair_names(pair(pairing, scored, margin)).tolist()),
             zip(whole.reference.chosen.tolist(), whole.reference.rejected.tolist(), strict=True),
             strict=True,
         )
@@ -45,11 +50,11 @@ def test_it_is_the_first_mini_batch_of_the_whole_step(
         rows = tuple(order[start : start + chunk])
         part = part_of(scored.rollouts, rows)
         flat = torch.cat([scored.scores.view(P, K)[row] for row in rows])
-        made = PAIRINGS[pairing](with_flat(part, flat), PairingSettings(min_score_margin=margin)).pairs
-        names = pair_names(made, part, rows)
+        made = pair(pairing, with_flat(part, flat), margin)
+        names = pair_names(made, rows)
         sides = torch.tensor([reference[tuple(name)] for name in names.tolist()]).view(-1, 2)
         values = PairValues(chosen=sides[:, 0], rejected=sides[:, 1])
-        batch = first.add(ReferredChunk(rows=rows, pairs=made, names=names, reference=values))
+        batch = first.add(ReferredChunk(rows=rows, found=made, names=names, reference=values))
         if batch is not None:
             found.append(batch)
     if len(whole) < size:
@@ -64,10 +69,10 @@ def test_it_does_not_wait_for_later_prompts() -> None:
     scored, first = random_scored(P, K), FirstPairs(2, K)
     for row in (4, 1, 0):
         part = part_of(scored.rollouts, [row])
-        made = PAIRINGS["best_worst"](with_flat(part, scored.scores.view(P, K)[row]), PairingSettings()).pairs
+        made = pair("best_worst", with_flat(part, scored.scores.view(P, K)[row]))
         zeros = PairValues(chosen=torch.zeros(1), rejected=torch.zeros(1))
-        names = pair_names(made, part, [row])
-        batch = first.add(ReferredChunk(rows=(row,), pairs=made, names=names, reference=zeros))
+        names = pair_names(made, [row])
+        batch = first.add(ReferredChunk(rows=(row,), found=made, names=names, reference=zeros))
         assert (batch is None) == (row != 0)
     assert batch is not None
     assert batch.pairs.prompt_index.tolist() == [0, 1]  # type: ignore[union-attr]

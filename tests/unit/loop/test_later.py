@@ -12,8 +12,9 @@ import pytest
 
 from rlxf import driver
 from rlxf.core.errors import DiskError, TrainingError
+from rlxf.core.pairs import PairingResult
 from rlxf.core.stop import Stop
-from rlxf.core.types import PairingResult, ReferenceRecord, ScoredRollouts
+from rlxf.core.types import ReferenceRecord, ScoredRollouts
 from rlxf.driver import train
 from rlxf.loop.later import Later
 from rlxf.schedule import InThreads, Lookahead, Stage

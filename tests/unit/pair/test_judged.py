@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlxf.core.errors import ShapeError
-from rlxf.core.types import Comparisons, PairingResult, ScoredRollouts
+from rlxf.core.pairs import PairingResult
+from rlxf.core.types import Comparisons, ScoredRollouts
 from rlxf.observe.formulas import pair_metrics
 from rlxf.pair import PAIRINGS, PairingSettings
 from tests.pair_world import picked, scored

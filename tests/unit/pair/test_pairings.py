@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlxf.core.errors import ShapeError
-from rlxf.core.types import Comparisons, OnlinePairs, PairingResult
+from rlxf.core.pairs import PairingResult
+from rlxf.core.types import Comparisons, OnlinePairs
 from rlxf.observe.formulas import pair_metrics
 from rlxf.pair import PAIRINGS, PairingSettings
 from tests.pair_world import picked, scored

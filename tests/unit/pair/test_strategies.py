@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlxf.core.errors import ShapeError
-from rlxf.core.types import PairingResult, Rollouts
+from rlxf.core.pairs import PairingResult
+from rlxf.core.types import Rollouts
 from rlxf.pair import PairingSettings
 from rlxf.pair.strategies import best_worst
 from tests.data_world import reorder
@@ -68,7 +69,7 @@ def test_no_pair_at_all_is_an_empty_result() -> None:
 def test_rows_of_a_pair_lead_back_to_the_scores() -> None:
     given = scored([[0.5, 2.0, -1.0], [3.0, 1.0, 2.0]], order=[5, 3, 0, 4, 2, 1])
     result = best_worst(given, PairingSettings())
-    difference = given.scores[result.chosen_rows] - given.scores[result.rejected_rows]
+    difference = given.scores[result.rows.chosen] - given.scores[result.rows.rejected]
     assert difference.tolist() == result.pairs.margin.tolist() == [3.0, 2.0]
 
 
@@ -83,8 +84,9 @@ def test_a_pair_over_two_prompts_is_refused() -> None:
     rollouts = scored([[1.0, 2.0], [1.0, 2.0]]).rollouts
     mixed: dict[str, Any] = {name: getattr(rollouts, name) for name in Rollouts.__dataclass_fields__}
     mixed |= {"prompt_index": torch.tensor([0, 1, 0, 1]), "sample_index": torch.tensor([0, 0, 1, 1])}
+    result = best_worst(with_flat(Rollouts(**mixed), torch.tensor([1.0, 2.0, 3.0, 4.0])), PairingSettings())
     with pytest.raises(ShapeError, match="same prompt tokens"):
-        best_worst(with_flat(Rollouts(**mixed), torch.tensor([1.0, 2.0, 3.0, 4.0])), PairingSettings())
+        len(result.pairs)
 
 
 def test_a_sample_that_is_there_twice_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -458,8 +459,10 @@ def test_other_models_types_and_layouts_follow_updates_too(kind: str, tmp_path: 
             _check_that_both_ranks_receive(world, config)
         world.engine.forget("head")
         world.train(seed=20)
+        # Without AVX-512 vLLM multiplies bf16 by the embedding itself, so there is no copy that could stay stale.
+        packs_head = kind != "bf16" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if kind != "two ranks":  # forgetting reaches this process only, not the workers
-            with pytest.raises(SyncError, match="does not hold"):
+            with pytest.raises(SyncError, match="does not hold") if packs_head else nullcontext():
                 world.sync(verify_first=1, config=config).push(3)
     finally:
         process.close()
