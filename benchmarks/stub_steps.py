@@ -24,6 +24,7 @@ from benchmarks.against_trl import spread  # noqa: E402 - the root must be impor
 from rlxf.algorithms import ALGORITHMS  # noqa: E402
 from rlxf.config.schema import RunConfig  # noqa: E402
 from rlxf.core.clock import Clock  # noqa: E402
+from rlxf.core.garbage import leave_out_what_is_loaded  # noqa: E402
 from rlxf.core.stop import Stop  # noqa: E402
 from rlxf.core.types import Pairs, PairValues, PromptBatch, Rollouts, Sequences, Tokens  # noqa: E402
 from rlxf.loop.collected import Collected  # noqa: E402
@@ -127,6 +128,7 @@ def measure(repeats: int, *, threads: bool = True) -> dict[str, Any]:
         steps=steps,
     )
     found = []
+    leave_out_what_is_loaded()  # as a run does
     for step in range(repeats + UNCOUNTED):
         stubs.seconds, begin = 0.0, time.process_time()
         collected = schedule.take(step)

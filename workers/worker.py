@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import ray
 
 from rlxf.config.schema import RunConfig
-from rlxf.core.garbage import searched_seldom
+from rlxf.core.garbage import leave_out_what_is_loaded, searched_seldom
 from rlxf.core.model_folder import Files, files_of
 from rlxf.core.progress import progress
 from rlxf.platform import Platform, Process, get_platform
@@ -119,6 +119,7 @@ class Worker:
             folder = config.actor_rollout.load
             self.files = files_of(Path(folder)) if folder else None
             self.platform, self.room = platform, make(config, platform, process)
+        leave_out_what_is_loaded()
         if self.signs is not None and platform.name != "cpu":
             self.signs.device_bytes, self.signs.device_total = platform.max_memory_allocated, platform.total_memory()
 

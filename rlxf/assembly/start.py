@@ -24,6 +24,7 @@ from rlxf.core.disk import writing
 from rlxf.core.errors import RunInterrupted
 from rlxf.core.events import recorded_events
 from rlxf.core.files import write_json
+from rlxf.core.garbage import leave_out_what_is_loaded
 from rlxf.core.stop import Stop
 from rlxf.driver import train
 from rlxf.evaluate import evaluate_only
@@ -97,6 +98,7 @@ def run_prepared(
             platform=platform, report=report, clock=clock, stop=stop, lanes=lanes,
             memory=MemoryReport(look, found.config.training.train_iters), resume=found.resume,
         )  # fmt: skip
+        leave_out_what_is_loaded()
         if found.config.training.eval_only:
             evaluate_only(run, policy_source(found.config, found.resume))
         else:
