@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rlxf.core.errors import ShapeError
 from rlxf.core.types import PromptBatch, Rollouts, Tokens
 from rlxf.rollout.engine import Sampling
-from rlxf.rollout.shares import join, part_of, split_evenly
+from rlxf.rollout.shares import join, one_after_the_other, part_of, split_evenly
 from tests.unit.small_run import SmallEngine
 
 SAMPLING = Sampling(num_samples=3, max_new_tokens=6, seed=5)
@@ -127,6 +127,15 @@ def test_the_whole_step_is_a_part_of_itself() -> None:
     whole = SmallEngine([]).generate(prompts(4), SAMPLING)
     assert fields(part_of(whole, range(4))) == fields(whole)
     assert len(part_of(whole, [])) == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(count=st.integers(2, 9), cut=st.integers(1, 8), draw=st.randoms())
+def test_two_parts_one_after_the_other_are_the_part_of_both(count: int, cut: int, draw: random.Random) -> None:
+    whole = measured(SmallEngine([]).generate(prompts(count), SAMPLING))
+    order = draw.sample(range(count), count)
+    parts = [part_of(whole, rows) for rows in (order[:cut], order[cut:]) if rows]
+    assert fields(one_after_the_other(parts)) == fields(part_of(whole, order))
 
 
 @pytest.mark.parametrize("rows", [[[0, 1]], [[0, 1], [1, 2]], [[0, 1], [2], [3]], [[0], [1], [1]]])
