@@ -23,7 +23,8 @@ def test_the_rate_is_that_of_the_platforms_own_products() -> None:
         linear.output(x, weight)
     rate = 20 * 2e-12 * 512 * 512 * 1408 / (time.thread_time() - begin)
     assert found["fp32_tflops"] == pytest.approx(rate, rel=0.5)  # neighbours share caches and clock
-    assert 0.3 * found["fp32_tflops"] < found["bf16_tflops"] < 20 * found["fp32_tflops"]
+    # Without AVX-512 bf16 has an eighth of the rate.
+    assert 0.02 * found["fp32_tflops"] < found["bf16_tflops"] < 20 * found["fp32_tflops"]
     assert 0.5 < found["memory_gb_per_s"] < 500
     assert found["memory_gib"] == machine_memory().limit / 2**30
     assert not Device.load("cpu").with_probe(found).lacks_figures
