@@ -1,4 +1,4 @@
-"""What a core of this machine computes, measured in half a second: figures of the planner's device ``cpu``."""
+"""What a core of this machine computes, measured in less than a second: figures of the planner's device ``cpu``."""
 
 from __future__ import annotations
 

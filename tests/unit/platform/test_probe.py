@@ -30,12 +30,12 @@ def test_the_rate_is_that_of_the_platforms_own_products() -> None:
     assert not Device.load("cpu").with_probe(found).lacks_figures
 
 
-def test_it_takes_half_a_second_at_most_and_only_once() -> None:
+def test_it_takes_a_second_at_most_and_only_once() -> None:
     threads = torch.get_num_threads()
     probe_cpu.cache_clear()
     begin = time.thread_time()
     first = probe_cpu()
-    assert time.thread_time() - begin < 0.5
+    assert time.thread_time() - begin < 1
     assert torch.get_num_threads() == threads
     begin = time.perf_counter()
     assert probe_cpu() is first
