@@ -10,7 +10,7 @@ import torch
 from rlxf.core.memory import machine_memory
 from rlxf.planner.device import Device
 from rlxf.platform.linear import cpu_linear
-from rlxf.platform.probe import probe_cpu
+from rlxf.platform.probe import _seconds, probe_cpu
 
 
 def test_the_rate_is_that_of_the_platforms_own_products() -> None:
@@ -40,3 +40,16 @@ def test_it_takes_a_second_at_most_and_only_once() -> None:
     begin = time.perf_counter()
     assert probe_cpu() is first
     assert time.perf_counter() - begin < 0.01
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.0, 6), (0.15, 2)])
+def test_a_slow_product_is_asked_for_less_often(seconds: float, calls: int) -> None:
+    begun = []
+
+    def product() -> None:
+        begun.append(time.thread_time())
+        while time.thread_time() - begun[-1] < seconds:
+            pass
+
+    assert _seconds(product) >= seconds
+    assert len(begun) == calls
